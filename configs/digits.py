@@ -1,0 +1,119 @@
+"""8x8 digits, the whole job: teacher, student, evaluation, exports.
+
+    python -m jaxdistill.main --config=configs/digits.py --workdir=runs/digits
+
+The data are the 1,797 real digits of scikit-learn (1,078 to train, 359 to validate, 360 to test).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The config; every key can be set as --config.key=value."""
+    config = ConfigDict()
+    config.seed = 0  # of parameters, batches and noise; not of the splits or the feature extractor
+
+    config.data = ConfigDict({"name": "digits", "folder": ""})  # name: digits | fashion; folder: of fashion's idx files
+
+    # One constructor of jaxdistill.models: "mlp" (width, depth) or "unet" (channels, blocks, patch).
+    config.model = ConfigDict({"name": "mlp", "width": 384, "depth": 3, "time_scale": 1000.0})
+
+    config.schedule = ConfigDict(
+        {
+            "name": "cosine",  # cosine | flow | linear | scaled_linear | cosine_betas
+            "snr_scale": 1.0,  # factor on alpha/sigma, > 0
+            "zero_terminal_snr": False,  # rescale the discrete schedules; the continuous ones have it
+            "num_train_steps": 1000,  # of the discrete schedules
+        }
+    )
+    config.prediction = "v"  # eps | v | x0 | flow
+
+    config.teacher = ConfigDict(
+        {
+            "path": "",  # teacher/ folder of another run: used instead of training one
+            "iterations": 6000,
+            "batch_size": 128,
+            "learning_rate": 2e-3,
+            "warmup": 200,  # steps
+            "weight_decay": 0.0,
+            "adam_b2": 0.999,
+            "ema_decay": 0.999,
+            "drop_cond": 0.1,  # share of labels dropped, for guidance
+            "solver": "ddim",  # ddim | dpm_solver_pp_2m
+            "grid": "trailing",  # trailing | leading | linspace
+            "steps": 50,  # network calls of the reference sampler
+            "guidance": 1.25,  # of the reference sampler; the best of 1, 1.25 and 1.5 by FD on validation
+        }
+    )
+
+    config.student = ConfigDict(
+        {
+            "iterations": 1500,
+            "batch_size": 64,
+            "learning_rate": 5e-4,
+            "warmup": 20,
+            "weight_decay": 0.0,
+            "adam_b2": 0.999,
+            "ema_decay": 0.995,
+            "steps": (1, 2, 3),  # step counts that one student serves
+            "grid": "nested",  # nested (the first N of times) | trailing | linspace
+            "times": (1.0, 0.5, 0.2),  # shares of T, decreasing from 1
+        }
+    )
+
+    config.method = ConfigDict(
+        {
+            "backward": True,  # False: forward distillation on data
+            "whole_trajectory": True,  # False: one random state an example
+            "noise_correction": True,
+            "srl": True,  # False: the teacher starts from the student's own state
+            "noise": "trajectory",  # SRL's noise: trajectory | initial | fresh
+            "shift": "power",  # SRL's gamma: none | power | linear | table, with its arguments in config.shifts
+            "weight_power": 0.0,  # w(t) = (t/T)^power
+            "teacher_steps": 2,  # k
+            "guidance": 1.25,  # scale of the teacher that is distilled
+        }
+    )
+    config.shifts = ConfigDict(
+        {
+            "power": {"strength": 0.3, "power": 3.0},
+            "linear": {"low": 0.1, "high": 0.9},
+            "table": {"times": (0.0, 1.0), "values": (0.05, 0.8)},
+        }
+    )
+
+    config.adversarial = ConfigDict(
+        {
+            "weight": 0.05,  # 0 switches it off
+            "loss": "hinge",  # hinge | non_saturating
+            "learning_rate": 1e-3,
+            "width": 128,  # of a head
+            "low": 0.0,  # noise levels, shares of T
+            "high": 1.0,
+            "reals": "data",  # data | teacher
+            "pool": 2000,  # teacher images that stand for reals
+        }
+    )
+
+    config.eval = ConfigDict(
+        {
+            "samples": 10_000,
+            "batch_size": 2000,
+            "seed": 12345,  # of the sampling noise
+            "guidances": (1.0,),  # further guidance scales of the teacher to report
+            "features": 32,  # dimensions of the feature space
+            "channels": (32, 64),  # of the feature extractor's convolutions
+            "extractor_steps": 600,
+        }
+    )
+
+    config.log = ConfigDict(
+        {
+            "every": 50,  # steps between losses in the curve
+            "health_every": 500,  # steps between health lines and sample grids
+            "health_samples": 500,
+            "teacher_steps": 20,  # network calls of the teacher's own health samples
+            "checkpoint_every": 500,
+        }
+    )
+    return config

@@ -1,0 +1,121 @@
+"""Files: training checkpoints that resume to the same bits, and exports with a card and checksums."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or export that cannot be used, in one line."""
+
+
+class Checkpoints:
+    """Asynchronous Orbax checkpoints of a TrainState with JSON metadata, the newest `keep` kept."""
+
+    def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
+        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The newest whole step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Start saving; returns when the arrays are copied, writes in the background."""
+        if step == self.latest:
+            return
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))))
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest state, placed as the arrays (or ShapeDtypeStructs) of `like`, and its metadata.
+
+        Raises CheckpointError where shapes or structure differ from `like`.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(self.latest, args=args)
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.latest} in {self._manager.directory} does not fit this run "
+                f"({str(error).splitlines()[0]}); use a new workdir"
+            ) from None
+        return restored.state, restored.meta
+
+    def wait(self) -> None:
+        """Until everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait and release the background threads."""
+        self.wait()
+        self._manager.close()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file at once, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
+    """Write `folder/params` (plain Orbax, host arrays) and `folder/card.json` with a SHA-256 of every file.
+
+    Readable without this package: `orbax.checkpoint.StandardCheckpointer().restore(folder / "params")`. The folder
+    appears whole or not at all, and replaces an older export.
+    """
+    folder = Path(folder).absolute()
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    # Host arrays carry no device topology, so that any machine restores them without a target tree.
+    host = jax.tree.map(np.asarray, params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(temporary / "params", host)
+    leaves = jax.tree.leaves(host)
+    parameters = {"path": "params", "count": int(sum(a.size for a in leaves)), "dtype": str(leaves[0].dtype)}
+    write_json(temporary / "card.json", {**card, "parameters": parameters, "sha256": _hashes(temporary)})
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "card.json")
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def load_export(folder: str | Path) -> tuple[Any, dict[str, Any]]:
+    """(params as host arrays, card) of an export, after checking every file against its checksum.
+
+    Raises CheckpointError naming the file that is missing or was changed.
+    """
+    folder = Path(folder).absolute()
+    if not (folder / "card.json").is_file():
+        raise CheckpointError(f"{folder} is no export: it has no card.json; give the teacher/ or student/ folder of a run's workdir")
+    try:
+        card = json.loads((folder / "card.json").read_text())
+        expected = dict(card["sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / 'card.json'} is damaged: it is no JSON card with checksums; export it anew") from None
+    found = _hashes(folder)
+    for name in sorted(expected):
+        if name not in found:
+            raise CheckpointError(f"{folder / name} is missing; copy the export anew")
+        if found[name] != expected[name]:
+            raise CheckpointError(
+                f"{folder / name} is damaged: its SHA-256 starts with {found[name][:12]}, the card says "
+                f"{expected[name][:12]}; copy the export anew"
+            )
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "params"), card

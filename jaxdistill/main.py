@@ -1,0 +1,768 @@
+"""`python -m jaxdistill.main --config=configs/digits.py --workdir=DIR`: train a teacher, distil it, evaluate, export.
+
+The shell: names of the config become functions here, and files are written here.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags, logging
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+import jaxdistill
+from jaxdistill import adversarial, card, checkpoint, data, evaluate, loop, partition, report
+from jaxdistill.methods import imagine_flash as flash
+from jaxdistill.methods.denoising import denoising
+from jaxdistill.models.discriminator import FeatureHeads
+from jaxdistill.prediction import LossFn
+from jaxdistill.train import TrainState, init_state, train_step
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.key=value sets any key.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, exports and results; a second start in it resumes.")
+
+NOISE_SOURCES = {"trajectory": flash.trajectory_noise, "initial": flash.initial_noise, "fresh": flash.fresh_noise}
+SHIFTS = {"none": lambda T: flash.no_shift, "power": flash.power_shift, "linear": flash.linear_shift, "table": flash.table_shift}
+GAN_LOSSES = {"hinge": adversarial.hinge, "non_saturating": adversarial.non_saturating}
+
+
+class UserError(Exception):
+    """What the user can mend, in one line."""
+
+
+# ---------------------------------------------------------------------------------------------- build
+
+
+class Experiment(NamedTuple):
+    """A config turned into objects. Building one computes nothing heavy and writes nothing."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    mesh: Mesh
+    model: nn.Module
+    teacher_loss: LossFn
+    teacher_tx: optax.GradientTransformation
+    student_loss: LossFn
+    student_tx: optax.GradientTransformation
+    heads: nn.Module
+    teacher_sampler: card.Sampler
+    student_sampler: card.Sampler
+    grids: dict[int, np.ndarray]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[h, w, c]."""
+        return self.dataset.train.images.shape[1:]
+
+    @property
+    def num_classes(self) -> int:
+        """Of the data."""
+        return len(self.dataset.class_names)
+
+    @property
+    def adversarial_on(self) -> bool:
+        """Whether there is a discriminator."""
+        return self.config.adversarial.weight > 0
+
+    def student_params(self, teacher_params: Any) -> dict[str, Any]:
+        """Where the student starts: at the teacher, with fresh discriminator heads."""
+        params = {"student": jax.tree.map(jnp.array, teacher_params), "discriminator": {}}
+        if self.adversarial_on:
+            key, labels = jax.random.key(self.config.seed + 2), jnp.zeros((1,), jnp.int32)
+            states = self.model.apply(teacher_params, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,)), labels, features=True)
+            params["discriminator"] = self.heads.init(key, states, labels)
+        return params
+
+
+def make_dataset(block: Mapping[str, Any]) -> data.Dataset:
+    """{"name", "folder"} -> Dataset. Raises ValueError."""
+    makers: dict[str, Callable[[], data.Dataset]] = {
+        "digits": data.digits,
+        "fashion": lambda: data.fashion_mnist(block["folder"]),
+    }
+    return card.choose(makers, block["name"], "data.name")()
+
+
+def make_optimizer(block: Mapping[str, Any]) -> optax.GradientTransformation:
+    """AdamW, clipped, warmed up, cosine to a fiftieth: {"iterations", "learning_rate", "warmup", "weight_decay", ...}."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, block["learning_rate"], block["warmup"], max(block["iterations"], block["warmup"] + 1), block["learning_rate"] / 50
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=block["adam_b2"], weight_decay=block["weight_decay"]))
+
+
+def student_of(params: Mapping[str, Any]) -> Any:
+    """The part of the parameters that is averaged and exported."""
+    return params["student"]
+
+
+def make_cards(config: ConfigDict, dataset: data.Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The cards of teacher and student: what a reader needs to run the parameters."""
+    common = {
+        "format": card.FORMAT,
+        "model": {**config.model.to_dict(), "num_classes": len(dataset.class_names)},
+        "schedule": config.schedule.to_dict(),
+        "prediction": config.prediction,
+        "data": {
+            "name": dataset.name,
+            "image_shape": list(dataset.train.images.shape[1:]),
+            "range": [-1.0, 1.0],
+            "class_names": list(dataset.class_names),
+        },
+    }
+    teacher, student, method = config.teacher, config.student, config.method
+    return (
+        {
+            **common,
+            "role": "teacher",
+            "sampler": {
+                "solver": teacher.solver,
+                "grid": teacher.grid,
+                "times": [1.0],
+                "steps": teacher.steps,
+                "guidance": teacher.guidance,
+                "noise_correction": False,
+            },
+        },
+        {
+            **common,
+            "role": "student",
+            "sampler": {
+                "solver": "ddim",
+                "grid": student.grid,
+                "times": list(student.times),
+                "steps": max(student.steps),
+                "guidance": 1.0,
+                "noise_correction": method.noise_correction,
+            },
+        },
+    )
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Check the whole config and make its functions. Raises ValueError with one clear line for what cannot be."""
+    dataset = make_dataset(config.data)
+    mesh = partition.data_mesh()
+    teacher_card, student_card = make_cards(config, dataset)
+    teacher_sampler, student_sampler = card.build_sampler(teacher_card), card.build_sampler(student_card)
+    model, schedule = teacher_sampler.model, teacher_sampler.schedule
+    parameterization, target = card.PREDICTIONS[config.prediction]
+    card.prediction.check_pair(schedule, parameterization)
+    image_shape = dataset.train.images.shape[1:]
+    card.check_model(model, image_shape)
+    check_numbers(config)
+    for phase in ("teacher", "student"):
+        partition.check_batch(config[phase].batch_size, mesh, f"config.{phase}.batch_size")
+    teacher_sampler.grid(config.teacher.steps)
+    grids = {n: card.sampling.check_grid(student_sampler.grid(n), schedule.T) for n in sorted(config.student.steps)}
+
+    constrain = partition.constrain_batch(mesh)
+    null_cond: Any = model.null_cond
+    teacher_loss = denoising(
+        model.apply, schedule=schedule, target=target, null_cond=null_cond, drop_cond=config.teacher.drop_cond, constrain=constrain
+    )
+    method = config.method
+    shift_block = config.shifts[method.shift].to_dict() if method.shift in config.shifts else {}
+    reconstruction = flash.Reconstruction(
+        shift=card.choose(SHIFTS, method.shift, "method.shift")(schedule.T, **shift_block),
+        noise_source=card.choose(NOISE_SOURCES, method.noise, "method.noise") if method.srl else None,
+        steps=method.teacher_steps,
+        guidance_scale=method.guidance,
+    )
+    heads = FeatureHeads(config.adversarial.width)
+    gan_loss = card.choose(GAN_LOSSES, config.adversarial.loss, "adversarial.loss")
+    card.choose({"data": 0, "teacher": 0}, config.adversarial.reals, "adversarial.reals")
+    adversary = None
+    if config.adversarial.weight > 0:
+        adversary = adversarial.adversary(
+            partial(model.apply, features=True),
+            heads.apply,
+            schedule=schedule,
+            weight=config.adversarial.weight,
+            noise_time=adversarial.uniform_time(config.adversarial.low * schedule.T, config.adversarial.high * schedule.T),
+            loss=gan_loss,
+            constrain=constrain,
+        )
+    network = flash.Model(model.apply, schedule, parameterization)
+    student_loss = flash.imagine_flash(
+        network,
+        network,
+        grids=list(grids.values()),
+        null_cond=null_cond,
+        reconstruction=reconstruction,
+        weight=flash.power_weight(schedule.T, power=method.weight_power),
+        backward=method.backward,
+        whole_trajectory=method.whole_trajectory,
+        correct_noise=method.noise_correction,
+        adversary=adversary,
+        constrain=constrain,
+    )
+    student_tx = optax.multi_transform(
+        {"student": make_optimizer(config.student), "discriminator": optax.adam(config.adversarial.learning_rate, b1=0.5)},
+        {"student": "student", "discriminator": "discriminator"},
+    )
+    experiment = Experiment(
+        config,
+        dataset,
+        mesh,
+        model,
+        teacher_loss,
+        make_optimizer(config.teacher),
+        student_loss,
+        student_tx,
+        heads,
+        teacher_sampler,
+        student_sampler,
+        grids,
+    )
+    check_student_step(experiment)
+    return experiment
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Raise ValueError for numbers that no constructor checks."""
+    positive = (
+        "teacher.iterations",
+        "teacher.steps",
+        "student.iterations",
+        "method.teacher_steps",
+        "eval.samples",
+        "eval.batch_size",
+        "log.every",
+        "log.health_every",
+        "log.checkpoint_every",
+        "log.health_samples",
+        "log.teacher_steps",
+    )
+    for name in positive:
+        block, key = name.split(".")
+        if config[block][key] < 1:
+            raise ValueError(f"config.{name} must be at least 1, got {config[block][key]}")
+    for name in ("teacher.learning_rate", "student.learning_rate", "adversarial.learning_rate"):
+        block, key = name.split(".")
+        if not config[block][key] > 0:
+            raise ValueError(f"config.{name} must be above 0, got {config[block][key]}")
+    for phase in ("teacher", "student"):
+        if not 0 <= config[phase].ema_decay < 1:
+            raise ValueError(f"config.{phase}.ema_decay must be in [0, 1), got {config[phase].ema_decay}")
+    if not config.student.steps or min(config.student.steps) < 1:
+        raise ValueError(f"config.student.steps must hold step counts of at least 1, got {tuple(config.student.steps)}")
+    if not 0 <= config.teacher.drop_cond <= 1:
+        raise ValueError(f"config.teacher.drop_cond must be in [0, 1], got {config.teacher.drop_cond}")
+    if config.method.guidance != 1.0 and config.teacher.drop_cond == 0:
+        raise ValueError(f"config.method.guidance = {config.method.guidance:g} needs a teacher trained with config.teacher.drop_cond > 0")
+    if config.adversarial.weight < 0:
+        raise ValueError(f"config.adversarial.weight must be at least 0 (0 switches the term off), got {config.adversarial.weight:g}")
+    if not 0 <= config.adversarial.low < config.adversarial.high <= 1:
+        raise ValueError(
+            "config.adversarial needs 0 <= low < high <= 1 (shares of T), "
+            f"got low={config.adversarial.low:g}, high={config.adversarial.high:g}"
+        )
+    features = config.eval.features
+    for name in ("eval.samples", "log.health_samples"):
+        block, key = name.split(".")
+        if config[block][key] <= features:
+            raise ValueError(
+                f"config.{name} = {config[block][key]} is too few for a Frechet distance of {features} features; "
+                f"at least {features + 1} are needed"
+            )
+
+
+def check_student_step(experiment: Experiment) -> None:
+    """Trace the student's loss without computing it, so that a mistake shows before the teacher is trained."""
+    batch = {
+        "x0": jnp.zeros((experiment.config.student.batch_size, *experiment.image_shape)),
+        "cond": jnp.zeros((experiment.config.student.batch_size,), jnp.int32),
+    }
+
+    def loss() -> Any:
+        teacher = experiment.model.init(jax.random.key(0), batch["x0"][:1], jnp.zeros((1,)), batch["cond"][:1])
+        return experiment.student_loss(experiment.student_params(teacher), teacher, batch, jax.random.key(0))
+
+    jax.eval_shape(loss)
+
+
+# ------------------------------------------------------------------------------------------------ run
+
+
+def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Make the folder, check that it can be written, and that it belongs to this config. Raises UserError."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".write-test-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder") from None
+    path, wanted = workdir / "config.json", json.loads(config.to_json())
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged; choose another workdir") from None
+        differences = [
+            f"{k} = {flat_found.get(k)} there, {flat_wanted.get(k)} here"
+            for flat_found, flat_wanted in [(flatten(found), flatten(wanted))]
+            for k in sorted(flat_found.keys() | flat_wanted.keys())
+            if flat_found.get(k) != flat_wanted.get(k)
+        ]
+        if differences:
+            raise UserError(
+                f"--workdir={workdir} holds a run of another config ({'; '.join(differences[:5])}); "
+                "choose another workdir or repeat that run's flags"
+            )
+    checkpoint.write_json(path, wanted)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+class Run:
+    """One experiment in one workdir."""
+
+    def __init__(self, experiment: Experiment, workdir: Path, stop: loop.StopSignal) -> None:
+        self.experiment, self.workdir, self.stop = experiment, workdir, stop
+        self.config = experiment.config
+        self.teacher_card, self.student_card = experiment.teacher_sampler.card, experiment.student_sampler.card
+        (workdir / "samples").mkdir(exist_ok=True)
+        seconds = workdir / "seconds.json"
+        self.seconds: dict[str, float] = json.loads(seconds.read_text()) if seconds.exists() else {}
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Record the wall seconds of a block that is not resumed."""
+        began = time.perf_counter()
+        yield
+        self.record(phase, time.perf_counter() - began)
+
+    def record(self, phase: str, seconds: float) -> None:
+        """Keep a phase's wall seconds across restarts."""
+        self.seconds[phase] = round(seconds, 1)
+        checkpoint.write_json(self.workdir / "seconds.json", self.seconds)
+
+    # -- samples
+
+    def sample_fn(self, sampler: card.Sampler, *, guidance: float, correct_noise: bool) -> Callable[..., np.ndarray]:
+        """(params, noise, labels, grid) -> images [b, h, w, c] in [0, 1]."""
+        program = jax.jit(partial(sampler.sample, guidance=guidance, correct_noise=correct_noise))
+        return lambda params, noise, labels, grid: np.asarray(program(params, noise, labels, jnp.asarray(grid)))
+
+    def labels(self, count: int, start: int = 0) -> np.ndarray:
+        """The classes in turn."""
+        return (np.arange(start, start + count) % self.experiment.num_classes).astype(np.int32)
+
+    def noise(self, seed: int, start: int, count: int) -> jax.Array:
+        """Standard normal starts."""
+        return card.draw_noise(seed, start, count, self.experiment.image_shape)
+
+    # -- phases
+
+    def extractor(self) -> evaluate.Extractor:
+        """The frozen classifier of the metrics: trained at the first start, then read from the workdir."""
+        ev, dataset = self.config.eval, self.experiment.dataset
+        folder = self.workdir / "extractor"
+        if (folder / "card.json").exists():
+            params, _ = checkpoint.load_export(folder)
+            return evaluate.make_extractor(
+                params, dataset.train.images, num_classes=self.experiment.num_classes, channels=tuple(ev.channels), features=ev.features
+            )
+        with self.timed("extractor"):
+            print("feature extractor: training")
+            made = evaluate.train_extractor(dataset, channels=tuple(ev.channels), features=ev.features, steps=ev.extractor_steps)
+            checkpoint.export(
+                folder,
+                made.params,
+                {
+                    "format": card.FORMAT,
+                    "role": "feature extractor",
+                    "hash": made.hash,
+                    "channels": list(ev.channels),
+                    "features": ev.features,
+                    "data": dataset.name,
+                },
+            )
+        return made
+
+    def teacher(self, evaluator: evaluate.Evaluator) -> Any:
+        """The teacher's parameters: from its export, from config.teacher.path, or trained."""
+        folder, given = self.workdir / "teacher", self.config.teacher.path
+        if (folder / "card.json").exists():
+            return checkpoint.load_export(folder)[0]
+        if given:
+            params = self.given_teacher(Path(given))
+            checkpoint.export(folder, params, self.teacher_card)
+            return params
+        experiment, config = self.experiment, self.config.teacher
+        sample = self.sample_fn(experiment.teacher_sampler, guidance=1.0, correct_noise=False)
+        count, grid = self.config.log.health_samples, experiment.teacher_sampler.grid(self.config.log.teacher_steps)
+        noise, labels = self.noise(self.config.seed + 100, 0, count), self.labels(count)
+
+        def health(params: Any, step: int) -> dict[str, float]:
+            images = sample(params, noise, labels, grid)
+            report.save_grid(self.workdir / "samples" / f"teacher_{step:07d}.png", images[:100])
+            fd = evaluator.quick_fd(images)
+            say(f"health  teacher {step}: FD {fd:.3f} on validation ({count} images, {len(grid)} steps)")
+            return {"fd": fd}
+
+        params = card.init_params(experiment.model, experiment.image_shape, self.config.seed)
+        state = init_state(params, experiment.teacher_tx, jax.random.key(self.config.seed))
+        state = self.train(
+            "teacher",
+            state,
+            experiment.teacher_loss,
+            experiment.teacher_tx,
+            data.Batches(experiment.dataset.train, config.batch_size, self.config.seed),
+            None,
+            health,
+        )
+        checkpoint.export(folder, state.ema_params, self.teacher_card)
+        return jax.tree.map(np.asarray, state.ema_params)
+
+    def given_teacher(self, folder: Path) -> Any:
+        """The parameters of another run's teacher, if it is what the config describes. Raises UserError."""
+        params, found = checkpoint.load_export(folder)
+        for key in ("model", "schedule", "prediction"):
+            if json.loads(json.dumps(self.teacher_card[key])) != found[key]:
+                raise UserError(
+                    f"config.teacher.path={folder} was trained with {key} = {found[key]}, the config says {self.teacher_card[key]}"
+                )
+        return params
+
+    def student(self, teacher_params: Any, evaluator: evaluate.Evaluator) -> Any:
+        """The student's parameters: from its export, or distilled."""
+        folder = self.workdir / "student"
+        if (folder / "card.json").exists():
+            return checkpoint.load_export(folder)[0]
+        experiment, config = self.experiment, self.config
+        split = experiment.dataset.train
+        if experiment.adversarial_on and config.adversarial.reals == "teacher":
+            split = self.teacher_reals(teacher_params)
+        health = StudentHealth(self, teacher_params, evaluator)
+        key = jax.random.key(config.seed + 1)
+        state = init_state(experiment.student_params(teacher_params), experiment.student_tx, key, ema_of=student_of)
+        state = self.train(
+            "student",
+            state,
+            experiment.student_loss,
+            experiment.student_tx,
+            data.Batches(split, config.student.batch_size, config.seed + 1),
+            teacher_params,
+            health,
+            ema_of=student_of,
+        )
+        checkpoint.export(folder, state.ema_params, self.student_card)
+        return jax.tree.map(np.asarray, state.ema_params)
+
+    def teacher_reals(self, teacher_params: Any) -> data.Split:
+        """Images of the teacher, to stand for reals where no data may be used."""
+        count, block = self.config.adversarial.pool, self.config.eval.batch_size
+        sample = self.sample_fn(self.experiment.teacher_sampler, guidance=self.config.teacher.guidance, correct_noise=False)
+        grid = self.experiment.teacher_sampler.grid(self.config.teacher.steps)
+        images = [
+            sample(teacher_params, self.noise(self.config.seed + 200, i, block), self.labels(block, i), grid)
+            for i in range(0, count, block)
+        ]
+        stacked = np.concatenate(images)
+        return data.Split(stacked, self.labels(len(stacked)))
+
+    def train(
+        self,
+        name: str,
+        state: TrainState,
+        loss_fn: LossFn,
+        tx: optax.GradientTransformation,
+        batches: data.Batches,
+        teacher_params: Any,
+        health: loop.HealthFn,
+        *,
+        ema_of: Callable[[Any], Any] = lambda p: p,
+    ) -> TrainState:
+        """One phase to its end; resumes where a checkpoint is."""
+        mesh, block, log = self.experiment.mesh, self.config[name], self.config.log
+        whole = partition.replicated(mesh)
+        step = partition.jit_train_step(partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=block.ema_decay, ema_of=ema_of), mesh)
+        advice = f"lower config.{name}.learning_rate and start in a new workdir"
+        state, seconds = loop.train_loop(
+            name,
+            jax.device_put(state, whole),
+            step,
+            lambda i: partition.put_batch(batches[i], mesh),
+            jax.device_put(teacher_params, whole),
+            steps=block.iterations,
+            workdir=self.workdir,
+            log_every=log.every,
+            health_every=log.health_every,
+            checkpoint_every=log.checkpoint_every,
+            health=health,
+            stop=self.stop,
+            advice=advice,
+        )
+        self.record(name, seconds)
+        return state
+
+    def student_images(self, params: Any, noise: jax.Array, labels: np.ndarray, programs: dict[str, Any]) -> dict[int, np.ndarray]:
+        """{steps: images} of every step count on the same noise, with one trajectory for all that share a grid's prefix."""
+        sampler = self.experiment.student_sampler
+        images: dict[int, np.ndarray] = {}
+        if "visited" not in programs:
+            programs["visited"] = jax.jit(partial(sampler.visited, correct_noise=self.config.method.noise_correction))
+        for grid in flash.unique_grids(list(self.experiment.grids.values())):
+            visited = np.asarray(programs["visited"](params, noise, labels, jnp.asarray(grid)))
+            images |= {n: visited[n - 1] for n, g in self.experiment.grids.items() if n <= len(grid) and np.array_equal(g, grid[:n])}
+        return dict(sorted(images.items()))
+
+    # -- results
+
+    def write_program(self, params: Any) -> None:
+        """sampler.stablehlo: (params, noise [b, h, w, c], labels [b], times [n]) -> images [b, h, w, c] in [0, 1].
+
+        b and n are free, so that one file serves every batch and every number of steps. Weights are arguments.
+        """
+        sampler = self.experiment.student_sampler
+        b, n = jax.export.symbolic_shape("b, n")
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+        program = jax.jit(partial(sampler.sample, guidance=1.0, correct_noise=self.config.method.noise_correction))
+        exported = jax.export.export(program, platforms=("cpu", "tpu", "cuda"))(
+            shapes,
+            jax.ShapeDtypeStruct((b, *self.experiment.image_shape), jnp.float32),
+            jax.ShapeDtypeStruct((b,), jnp.int32),
+            jax.ShapeDtypeStruct((n,), jnp.float32),
+        )
+        path = self.workdir / "sampler.stablehlo"
+        path.with_suffix(".tmp").write_bytes(exported.serialize())
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def write_results(self, teacher_params: Any, student_params: Any, evaluator: evaluate.Evaluator) -> dict[str, Any]:
+        """Score teacher and student on the test split and write results.json, results.md, results.png and curves.png."""
+        with self.timed("evaluation"):
+            rows, pictures = self.score(teacher_params, student_params, evaluator)
+        reference = rows[0]
+        for row in rows:
+            row["ratio"] = round(row["fd"] / reference["fd"], 4)
+        ev, dataset = self.config.eval, self.experiment.dataset
+        results = {
+            "rows": rows,
+            "reference": {k: reference[k] for k in ("model", "steps", "guidance", "fd", "fd_noise")},
+            "floor_fd": round(evaluator.floor_fd(), 5),
+            "train_fd": round(evaluator.floor_fd_train(), 5),
+            "protocol": {
+                "reference_set": f"{dataset.name} test split",
+                "reference_count": len(dataset.test.labels),
+                "reference_sha256": data.fingerprint(dataset.test),
+                "extractor_sha256": evaluator.extractor.hash,
+                "extractor_accuracy_on_test": round(evaluator.classifier_accuracy, 4),
+                "features": ev.features,
+                "samples": ev.samples,
+                "sampling_seed": ev.seed,
+                "pixel_range": [0.0, 1.0],
+                "fd_noise": "standard error over eight blocks of the samples",
+                "floor_fd": "between two halves of the test split (half as many images as any row's reference)",
+                "train_fd": "of the training images to the test split",
+            },
+            "seed": self.config.seed,
+            "seconds": self.seconds,
+            "config": json.loads(self.config.to_json()),
+            "versions": versions(),
+        }
+        checkpoint.write_json(self.workdir / "results.json", results)
+        (self.workdir / "results.md").write_text(self.summary(results))
+        report.results_picture(self.workdir / "results.png", results, pictures)
+        curves = {p.stem: loop.read_curve(p) for p in sorted((self.workdir / "curves").glob("*.jsonl"), reverse=True)}
+        if curves:
+            report.curves_picture(self.workdir / "curves.png", curves)
+        return results
+
+    def score(
+        self, teacher_params: Any, student_params: Any, evaluator: evaluate.Evaluator
+    ) -> tuple[list[dict[str, Any]], dict[Any, np.ndarray]]:
+        """Rows of the table, the reference first, and the first picture row of each sampler."""
+        config, experiment = self.config, self.experiment
+        settings = [("teacher", config.teacher.steps, g) for g in dict.fromkeys((config.teacher.guidance, *config.eval.guidances))]
+        settings += [("teacher", n, config.teacher.guidance) for n in experiment.grids]
+        settings += [("student", n, 1.0) for n in experiment.grids]
+        rows: list[dict[str, Any]] = []
+        pictures: dict[Any, np.ndarray] = {}
+        programs: dict[Any, Callable[..., np.ndarray]] = {}
+        for model, steps, guidance in settings:
+            is_teacher = model == "teacher"
+            sampler, params = (experiment.teacher_sampler, teacher_params) if is_teacher else (experiment.student_sampler, student_params)
+            key = (model, guidance)
+            if key not in programs:
+                programs[key] = self.sample_fn(sampler, guidance=guidance, correct_noise=sampler.card["sampler"]["noise_correction"])
+            grid = sampler.grid(steps) if is_teacher else experiment.grids[steps]
+            images, labels, rate = self.generate(programs[key], params, grid)
+            scores = evaluator(images, labels)
+            row = {"model": model, "steps": steps, "guidance": guidance}
+            row |= {k: None if np.isnan(v) else round(v, 5) for k, v in scores._asdict().items()}
+            rows.append(row | {"images_per_second": round(rate, 1)})
+            say(
+                f"  {model} {steps:2d} steps, guidance {guidance:g}: FD {scores.fd:.4f} ± {scores.fd_noise:.4f}, "
+                f"accuracy {scores.accuracy:.3f}, precision {scores.precision:.3f}, recall {scores.recall:.3f}, "
+                f"diversity {scores.diversity:.3f}"
+            )
+            if guidance == config.teacher.guidance or not is_teacher:
+                pictures[model, steps] = images[: 2 * experiment.num_classes]
+        return rows, pictures
+
+    def generate(self, program: Callable[..., np.ndarray], params: Any, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """eval.samples images with their labels, and the images a second without the compile."""
+        ev = self.config.eval
+        block = min(ev.batch_size, ev.samples)
+        noises = [self.noise(ev.seed, i, block) for i in range(0, ev.samples, block)]
+        params = jax.device_put(params)
+        program(params, noises[0], self.labels(block), grid)
+        jax.block_until_ready(noises)
+        began = time.perf_counter()
+        images = [program(params, noise, self.labels(block, i * block), grid) for i, noise in enumerate(noises)]
+        rate = block * len(images) / (time.perf_counter() - began)
+        return np.concatenate(images)[: ev.samples], self.labels(ev.samples), rate
+
+    def summary(self, results: Mapping[str, Any]) -> str:
+        """results.md."""
+        seconds = ", ".join(f"{k} {v:.0f} s" for k, v in results["seconds"].items())
+        protocol = results["protocol"]
+        return (
+            f"# {self.experiment.dataset.name}, seed {results['seed']}\n\n{report.markdown_table(results['rows'])}\n"
+            f"FD of {protocol['samples']:,} samples to the {protocol['reference_count']} test images; two real halves are "
+            f"{results['floor_fd']:.3f} apart, the training images score {results['train_fd']:.3f}. Feature extractor "
+            f"{protocol['extractor_sha256']}, accuracy {protocol['extractor_accuracy_on_test']:.3f} on the test images.\n\n"
+            f"Wall time: {seconds}; {results['versions']['machine']}.\n"
+        )
+
+
+class StudentHealth:
+    """The health line: the student on fixed noises against the teacher on the same."""
+
+    def __init__(self, run: Run, teacher_params: Any, evaluator: evaluate.Evaluator) -> None:
+        config = run.config
+        count = config.log.health_samples
+        self.run, self.evaluator = run, evaluator
+        self.programs: dict[str, Any] = {}
+        self.noise, self.labels = run.noise(config.seed + 100, 0, count), run.labels(count)
+        sampler = run.experiment.teacher_sampler
+        sample = run.sample_fn(sampler, guidance=config.teacher.guidance, correct_noise=False)
+        self.teacher = sample(teacher_params, self.noise, self.labels, sampler.grid(config.teacher.steps))
+        say(
+            f"health  teacher: FD {evaluator.quick_fd(self.teacher):.3f} on validation ({count} images, {config.teacher.steps} steps), "
+            f"saturation {evaluate.saturation(self.teacher):.3f}"
+        )
+
+    def __call__(self, params: Any, step: int) -> dict[str, float]:
+        """Print the line, warn of a collapse, save a picture, and return the numbers."""
+        numbers: dict[str, float] = {}
+        images = self.run.student_images(params, self.noise, self.labels, self.programs)
+        for n, student in images.items():
+            health = evaluate.health(student, self.teacher, self.labels) | {"fd": self.evaluator.quick_fd(student)}
+            say(f"health  student {step}, {n} step{'s' * (n > 1)}: " + ", ".join(f"{k} {v:.3f}" for k, v in health.items()))
+            numbers |= {f"{k}_{n}": v for k, v in health.items()}
+        low = {n: numbers[f"diversity_{n}"] for n in images if numbers[f"diversity_{n}"] < 0.8}
+        if low:
+            where = ", ".join(f"{n} step{'s' * (n > 1)} ({v:.2f})" for n, v in low.items())
+            say(
+                f"WARNING student {step}: diversity below 0.8 of the teacher's at {where}; if it stays there the student collapses: "
+                "use config.method.noise=trajectory, a stronger shift or a lower config.adversarial.weight"
+            )
+        columns = min(2 * self.run.experiment.num_classes, len(self.teacher))
+        rows = np.stack([self.teacher[:columns], *(i[:columns] for i in images.values())])
+        report.save_grid(self.run.workdir / "samples" / f"student_{step:07d}.png", rows.reshape(-1, *rows.shape[2:]), columns=columns)
+        return numbers
+
+
+def say(line: str) -> None:
+    """Print beside a progress bar."""
+    if sys.stderr.isatty():
+        loop.tqdm.write(line, file=sys.stdout)
+    else:
+        print(line)
+    sys.stdout.flush()
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on, and the machine."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.device_count()} {jax.default_backend()} device(s)"
+    return {"jaxdistill": jaxdistill.__version__, "python": platform.python_version(), **found, "machine": machine}
+
+
+def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """The whole job; returns what results.json holds. Raises UserError, NonFiniteError or Stopped."""
+    workdir = Path(workdir)
+    try:
+        experiment = build(config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    prepare_workdir(workdir, config)
+    if (workdir / "results.json").exists():
+        print(f"{workdir} is finished: evaluating it again")
+    with loop.StopSignal().installed() as stop:
+        job = Run(experiment, workdir, stop)
+        try:
+            if config.teacher.path and not (workdir / "teacher").exists():
+                job.given_teacher(Path(config.teacher.path))
+            extractor = job.extractor()
+            validation = evaluate.Evaluator(experiment.dataset, experiment.dataset.validation, extractor)
+            teacher_params = job.teacher(validation)
+            student_params = job.student(teacher_params, validation)
+        except checkpoint.CheckpointError as error:
+            raise UserError(str(error)) from None
+    # Exports and checkpoints are on disk; a signal from here on may end the process at once.
+    job.write_program(student_params)
+    print("evaluation on the test split")
+    return job.write_results(teacher_params, student_params, evaluate.Evaluator(experiment.dataset, experiment.dataset.test, extractor))
+
+
+def main(argv: list[str]) -> None:
+    """Entry point after flag parsing."""
+    if len(argv) > 1:
+        fail(f"unexpected argument {argv[1]!r}; flags look like --config=configs/digits.py --workdir=DIR --config.key=value")
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        fail("both flags are needed: --config=configs/digits.py --workdir=DIR")
+    logging.set_verbosity(logging.ERROR)
+    try:
+        results = run(_CONFIG.value, _WORKDIR.value)
+    except loop.Stopped as stopped:
+        print(stopped)
+        return
+    except (UserError, loop.NonFiniteError) as error:
+        fail(str(error))
+    print(f"\n{report.markdown_table(results['rows'])}")
+    print(f"{Path(_WORKDIR.value) / 'results.png'} shows the images, results.md keeps this table")
+
+
+def fail(line: str) -> None:
+    """One clear line, exit code 2."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def cli() -> None:
+    """Parse the flags, with one line for a mistake in them, then run main."""
+    try:
+        arguments = flags.FLAGS(sys.argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+    main(arguments)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,331 @@
+"""Imagine Flash (Kohler et al. 2024, arXiv 2405.05224): backward distillation with a shifted reconstruction loss.
+
+`imagine_flash` assembles the loss; shift γ, weight w, noise source and adversary are functions passed in.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxdistill.adversarial import Adversary
+from jaxdistill.prediction import ApplyFn, Denoiser, LossFn, Parameterization, as_denoiser, diffuse, expand
+from jaxdistill.sampling import (
+    Constrain,
+    Step,
+    TimeGrid,
+    Trajectory,
+    check_grid,
+    ddim,
+    guidance,
+    noise_correction,
+    rollout,
+    start,
+    unconstrained,
+)
+from jaxdistill.schedule import NoiseSchedule
+
+Shift = Callable[[Array], Array]
+"""γ: student time -> the time at which the teacher starts. Monotone, [0, T] -> (0, T], jittable over a batch."""
+
+Weight = Callable[[Array], Array]
+"""w: student time -> weight of that example's loss. Jittable over a batch."""
+
+NoiseSource = Callable[[Array, Trajectory, Array], Array]
+"""(key, trajectory [N, b, ...], x_T [b, ...]) -> the ε [N, b, ...] that re-noises the student's prediction."""
+
+
+# ------------------------------------------------------------------------------- shift γ and weight w
+
+
+def power_shift(T: float, *, strength: float = 0.3, power: float = 3.0) -> Shift:
+    """γ(t) = t - strength · T (t/T)^power: near T the teacher starts much earlier, near 0 hardly.
+
+    Monotone on [0, T] iff strength · power <= 1; γ(t) in (0, T] for t in (0, T].
+    Raises ValueError outside 0 <= strength < 1, power >= 1, strength · power <= 1.
+    """
+    if not (0 <= strength < 1 and power >= 1 and strength * power <= 1 + 1e-6):
+        raise ValueError(
+            f"power_shift needs 0 <= strength < 1, power >= 1 and strength * power <= 1, got strength={strength}, power={power}"
+        )
+    return lambda t: t - strength * T * (t / T) ** power
+
+
+def linear_shift(T: float, *, low: float = 0.1, high: float = 0.9) -> Shift:
+    """γ(t) = T (low + (high - low) t/T). Raises ValueError unless 0 < low <= high <= 1."""
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"linear_shift needs 0 < low <= high <= 1, got low={low}, high={high}")
+    return lambda t: T * (low + (high - low) * t / T)
+
+
+def table_shift(T: float, *, times: Sequence[float], values: Sequence[float]) -> Shift:
+    """γ by linear interpolation of a table, both columns as fractions of T: γ(times[i] T) = values[i] T.
+
+    Raises ValueError unless times increase, values do not decrease and values lie in (0, 1].
+    """
+    x, y = np.asarray(times, np.float32), np.asarray(values, np.float32)
+    if x.shape != y.shape or x.size < 1 or (np.diff(x) <= 0).any() or (np.diff(y) < 0).any() or y.min() <= 0 or y.max() > 1:
+        raise ValueError(f"table_shift needs increasing times and non-decreasing values in (0, 1], got {times} -> {values}")
+    return lambda t: T * jnp.interp(jnp.asarray(t) / T, x, y)
+
+
+def no_shift(t: Array) -> Array:
+    """γ(t) = t."""
+    return t
+
+
+def uniform_weight(t: Array) -> Array:
+    """w(t) = 1."""
+    return jnp.ones_like(t)
+
+
+def power_weight(T: float, *, power: float) -> Weight:
+    """w(t) = (t/T)^power: a positive power favours the first step, a negative one the last."""
+    return lambda t: (t / T) ** power
+
+
+# --------------------------------------------------------------------------------------- noise sources
+
+
+def trajectory_noise(key: Array, trajectory: Trajectory, x_T: Array) -> Array:
+    """ε̂_Θ at t: χ is the point of the student's own path at γ(t). Keeps the student's layout and diversity."""
+    return trajectory.eps
+
+
+def initial_noise(key: Array, trajectory: Trajectory, x_T: Array) -> Array:
+    """x_T for every step of its trajectory."""
+    return jnp.broadcast_to(x_T, trajectory.x0.shape)
+
+
+def fresh_noise(key: Array, trajectory: Trajectory, x_T: Array) -> Array:
+    """Drawn afresh for each state: makes SRL a form of score distillation."""
+    return jax.random.normal(key, trajectory.x0.shape, trajectory.x0.dtype)
+
+
+def mixed_noise(fraction: float) -> NoiseSource:
+    """√(1-f) ε̂_Θ + √f ε, f in [0, 1]: from `trajectory_noise` (0) to `fresh_noise` (1)."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"mixed_noise needs a fraction in [0, 1], got {fraction}")
+
+    def source(key: Array, trajectory: Trajectory, x_T: Array) -> Array:
+        return (1 - fraction) ** 0.5 * trajectory.eps + fraction**0.5 * fresh_noise(key, trajectory, x_T)
+
+    return source
+
+
+# -------------------------------------------------------------------------------------------- the loss
+
+
+class Model(NamedTuple):
+    """A network with what its output means."""
+
+    apply: ApplyFn
+    schedule: NoiseSchedule
+    parameterization: Parameterization
+
+
+class Reconstruction(NamedTuple):
+    """What the teacher corrects and how: the shifted reconstruction loss, or the plain one.
+
+    With `noise_source` None the teacher starts from the student's own state at t (no SRL).
+    """
+
+    shift: Shift = no_shift
+    noise_source: NoiseSource | None = trajectory_noise
+    steps: int = 4
+    guidance_scale: float = 1.0
+
+
+PLAIN = Reconstruction()
+"""One guidance-free target of 4 teacher steps from the student's own state, by way of SRL with γ(t) = t."""
+
+
+def check_shift(shift: Shift, grid: TimeGrid, T: float) -> None:
+    """Raise ValueError where γ leaves (0, T] or falls as t grows, on the grid and on 100 times of [grid[-1], T]."""
+    times = np.unique(np.concatenate([np.linspace(grid[-1], T, 100), grid]).astype(np.float32))
+    values = np.asarray(shift(jnp.asarray(times)))
+    if not (np.isfinite(values).all() and values.min() > 0 and values.max() <= T * (1 + 1e-6)):
+        raise ValueError(
+            f"the shift gamma must map times to (0, {T:g}], got values from {values.min():g} to {values.max():g}; "
+            "lower its strength or range"
+        )
+    if (np.diff(values) < -1e-6 * T).any():
+        at = float(times[int(np.argmin(np.diff(values)))])
+        raise ValueError(f"the shift gamma must not fall as t grows, but it falls after t = {at:g}")
+
+
+def unique_grids(grids: Sequence[TimeGrid]) -> list[TimeGrid]:
+    """The grids that are no prefix of another, longest first.
+
+    A trajectory on (T, a, b) passes every state of (T, a) and (T), and its x̂0 at each state is the
+    final image of that shorter sampler: rolling out the prefix would be the same calls again.
+    """
+    kept: list[TimeGrid] = []
+    for grid in sorted(grids, key=len, reverse=True):
+        if not any(np.array_equal(other[: len(grid)], grid) for other in kept):
+            kept.append(grid)
+    return kept
+
+
+def imagine_flash(
+    student: Model,
+    teacher: Model,
+    *,
+    grids: Sequence[TimeGrid],
+    null_cond: Callable[[Any], Any],
+    reconstruction: Reconstruction = PLAIN,
+    weight: Weight = uniform_weight,
+    backward: bool = True,
+    whole_trajectory: bool = True,
+    correct_noise: bool = True,
+    solver: Step | None = None,
+    adversary: Adversary | None = None,
+    constrain: Constrain = unconstrained,
+) -> LossFn:
+    """E w(t) ‖stopgrad(x̂0^Φ) - x̂0^Θ‖² over the states of the student's trajectory (Imagine Flash, eqs. 4-7).
+
+    The student's x̂0 at each state carries the gradient, the state does not. The loss is the mean over
+    states and examples of the mean square over an image's elements.
+
+    Args:
+      student: the network that learns; its parameters are an argument of the loss.
+      teacher: the frozen network; its parameters are an argument of the loss.
+      grids: one grid for each number of steps the student will serve. Prefixes of a longer grid cost
+        nothing (`unique_grids`); where several remain, the batch is divided among them.
+      null_cond: cond -> null conditioning of the same structure (used where guidance_scale != 1).
+      reconstruction: γ, noise source, k and the guidance scale of the teacher.
+      weight: w(t).
+      backward: False trains on x_t = q(x_0, ε, t) of real data instead (forward distillation).
+      whole_trajectory: every visited state is an example, with no call of its own; False draws one
+        state an example, rolled out without gradient, and spends one more call on it.
+      correct_noise: apply noise correction in the rollout, as the sampler will.
+      solver: the student's solver; DDIM by default.
+      adversary: the adversarial term, or None.
+      constrain: sharding constraint put on every random batch.
+
+    Returns:
+      loss(params, teacher_params, batch, key) -> (loss, metrics). params {"student": ..., "discriminator": ...},
+      batch {"cond": batch-leading pytree, "x0": [b, ...] in [-1, 1] or a shape-giving array where no data is used}.
+
+    Raises:
+      ValueError: a bad grid or shift, k < 1, or a batch that does not divide among the grids.
+    """
+    T = student.schedule.T
+    grids = unique_grids([check_grid(grid, T) for grid in grids])
+    if reconstruction.steps < 1:
+        raise ValueError(f"the teacher needs k >= 1 steps, got {reconstruction.steps}")
+    for grid in grids:
+        check_shift(reconstruction.shift, grid, T)
+    student_step = ddim(student.schedule) if solver is None else solver
+    teacher_step = ddim(teacher.schedule)
+    guided = reconstruction.guidance_scale != 1.0
+
+    def student_denoiser(params: Any, cond: Any, noise: Array) -> Denoiser:
+        denoiser = as_denoiser(student.apply, params, cond, schedule=student.schedule, parameterization=student.parameterization)
+        return noise_correction(noise, T)(denoiser) if correct_noise else denoiser
+
+    def teacher_x0(teacher_params: Any, x: Array, t: Array, cond: Any) -> Array:
+        """x̂0(f_Φ^k(x), ε̂_Φ, t/k): k teacher steps over t, t(k-1)/k, ..., t/k. x [m, ...], t [m]."""
+        conds = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null_cond(cond)) if guided else cond
+        denoiser = as_denoiser(teacher.apply, teacher_params, conds, schedule=teacher.schedule, parameterization=teacher.parameterization)
+        if guided:
+            denoiser = guidance(reconstruction.guidance_scale)(denoiser)
+        k = reconstruction.steps
+        grid = t[None] * (jnp.arange(k, 0, -1, dtype=t.dtype) / k)[:, None]
+        return rollout(teacher_step, denoiser, start(x), grid)[0].x
+
+    def whole(params: Any, cond: Any, x_T: Array, grid: TimeGrid) -> Trajectory:
+        denoiser = student_denoiser(params, cond, x_T)
+        trajectory = rollout(student_step, denoiser, start(x_T), grid, stop_gradient=True)[1]
+        return trajectory._replace(t=jnp.broadcast_to(trajectory.t[:, None], trajectory.x.shape[:2]))
+
+    def one_step(params: Any, cond: Any, x_T: Array, grid: TimeGrid, key: Array) -> Trajectory:
+        """A trajectory of length one: a state drawn for each example, uniformly over the grid."""
+        index = constrain(jax.random.randint(key, x_T.shape[:1], 0, len(grid)))
+        states = x_T[None]
+        if len(grid) > 1:
+            denoiser = student_denoiser(jax.lax.stop_gradient(params), cond, x_T)
+            last, visited = rollout(student_step, denoiser, start(x_T), grid[:-1], t_end=grid[-1])
+            states = jax.lax.stop_gradient(jnp.concatenate([visited.x, last.x[None]]))
+        x = jnp.take_along_axis(states, expand(index, x_T)[None], axis=0)[0]
+        t = jnp.asarray(grid)[index]
+        return Trajectory(t[None], x[None], *(p[None] for p in student_denoiser(params, cond, x_T)(x, t)))
+
+    def on_data(params: Any, cond: Any, x0: Array, noise: Array, grid: TimeGrid, key: Array) -> Trajectory:
+        """The student's predictions at x_t = q(x_0, ε, t): forward distillation."""
+        b = x0.shape[0]
+        t = jnp.broadcast_to(jnp.asarray(grid)[:, None], (len(grid), b))
+        if not whole_trajectory:
+            t = t[constrain(jax.random.randint(key, (b,), 0, len(grid))), jnp.arange(b)][None]
+        n = t.shape[0]
+        flat = t.reshape(-1)
+        x = diffuse(student.schedule, _tile(x0, n), _tile(noise, n), flat)
+        prediction = student_denoiser(params, _tile(cond, n), _tile(noise, n))(x, flat)
+        return Trajectory(t, *(a.reshape(n, *x0.shape) for a in (x, *prediction)))
+
+    def trajectory_of(params: Any, batch: Any, noise: Array, grid: TimeGrid, key: Array) -> Trajectory:
+        if not backward:
+            return on_data(params, batch["cond"], batch["x0"], noise, grid, key)
+        if whole_trajectory:
+            return whole(params, batch["cond"], noise, grid)
+        return one_step(params, batch["cond"], noise, grid, key)
+
+    def target_of(teacher_params: Any, trajectory: Trajectory, noise: Array, cond: Any, key: Array) -> Array:
+        n = trajectory.t.shape[0]
+        fixed: Trajectory = jax.lax.stop_gradient(trajectory)
+        t = fixed.t.reshape(-1)
+        if reconstruction.noise_source is None:
+            x, t_teacher = _flat(fixed.x), t
+        else:
+            t_teacher = reconstruction.shift(t)
+            eps = reconstruction.noise_source(key, fixed, noise)
+            x = diffuse(teacher.schedule, _flat(fixed.x0), constrain(_flat(eps)), t_teacher)
+        return teacher_x0(teacher_params, x, t_teacher, _tile(cond, n)).reshape(trajectory.x0.shape)
+
+    def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        b = batch["x0"].shape[0]
+        if b % len(grids):
+            raise ValueError(f"batch size {b} must be a multiple of the {len(grids)} grids that share it")
+        key_noise, key_state, key_srl, key_adversary = jax.random.split(key, 4)
+        noise = constrain(jax.random.normal(key_noise, batch["x0"].shape, batch["x0"].dtype))
+        total, count = jnp.zeros(()), 0
+        x0s: list[Array] = []
+        conds: list[Any] = []
+        metrics: dict[str, Array] = {}
+        for i, grid in enumerate(grids):
+            # Strided, not blocked: with a sharded batch each device keeps its own rows.
+            part = jax.tree.map(lambda a, i=i: a[i :: len(grids)], {"noise": noise, **batch})
+            trajectory = trajectory_of(params["student"], part, part["noise"], grid, jax.random.fold_in(key_state, i))
+            target = target_of(teacher_params, trajectory, part["noise"], part["cond"], jax.random.fold_in(key_srl, i))
+            target = jax.lax.stop_gradient(target)
+            error = jnp.mean((target - trajectory.x0) ** 2, axis=tuple(range(2, target.ndim)))
+            total += jnp.sum(weight(trajectory.t) * error)
+            count += error.size
+            if whole_trajectory:
+                for n in range(len(grid)):
+                    metrics[f"reconstruction/{len(grid)}_{n + 1}"] = jnp.mean(error[n])
+            x0s.append(_flat(trajectory.x0))
+            conds.append(_tile(part["cond"], trajectory.t.shape[0]))
+        value = total / count
+        metrics["reconstruction"] = value
+        if adversary is not None:
+            fake, cond = jnp.concatenate(x0s), jax.tree.map(lambda *c: jnp.concatenate(c), *conds)
+            terms = adversary(params["discriminator"], teacher_params, fake, cond, batch["x0"], batch["cond"], key_adversary)
+            value += terms.generator + terms.discriminator
+            metrics |= terms.metrics
+        return value, metrics
+
+    return loss
+
+
+def _tile(tree: Any, n: int) -> Any:
+    """[b, ...] -> [n b, ...], the batch repeated n times in order."""
+    return jax.tree.map(lambda a: jnp.tile(a, (n,) + (1,) * (a.ndim - 1)), tree)
+
+
+def _flat(x: Array) -> Array:
+    """[n, b, ...] -> [n b, ...]."""
+    return x.reshape(-1, *x.shape[2:])

@@ -1,0 +1,1 @@
+"""Flax Linen networks. They import nothing from the rest of the package."""

@@ -1,0 +1,28 @@
+"""Discriminator heads for the hidden states of a frozen network."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array
+
+
+class FeatureHeads(nn.Module):
+    """One small head for each hidden state: [b, ..., c] -> Dense, silu, mean over positions, Dense -> a logit.
+
+    The hidden states are conditional, so the heads are too. Attribute width: of each head.
+    """
+
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, features: Sequence[Array], cond: Array) -> Array:
+        """Hidden states [b, ..., c] -> logits [b, number of states]."""
+        logits = []
+        for state in features:
+            h = state.reshape(state.shape[0], -1, state.shape[-1])
+            h = nn.LayerNorm(use_bias=False, use_scale=False)(h)
+            h = nn.silu(nn.Dense(self.width)(h))
+            h = nn.silu(nn.Dense(self.width)(h.mean(axis=1)))
+            logits.append(nn.Dense(1)(h)[:, 0])
+        return jnp.stack(logits, axis=-1)

@@ -1,0 +1,123 @@
+"""Tables and pictures of a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLUMNS = {
+    "fd": ("FD ↓", "{:.3f}"),
+    "fd_noise": ("± FD", "{:.3f}"),
+    "ratio": ("FD / reference ↓", "{:.2f}"),
+    "accuracy": ("accuracy ↑", "{:.3f}"),
+    "precision": ("precision ↑", "{:.3f}"),
+    "recall": ("recall ↑", "{:.3f}"),
+    "diversity": ("diversity (real = 1)", "{:.3f}"),
+    "nearest_neighbour": ("distance to train (real = 1)", "{:.2f}"),
+    "images_per_second": ("images/s", "{:,.0f}"),
+}
+
+
+def image_grid(rows: np.ndarray, *, scale: int = 4, gap: int = 2) -> np.ndarray:
+    """Images [r, c, h, w, ch] in [0, 1] -> one uint8 picture [H, W, 3], each pixel `scale` wide."""
+    r, c, h, w, channels = rows.shape
+    canvas = np.ones((r * (h * scale + gap) - gap, c * (w * scale + gap) - gap, 3), np.float32)
+    for i in range(r):
+        for j in range(c):
+            tile = np.broadcast_to(rows[i, j], (h, w, 3)) if channels == 1 else rows[i, j]
+            y, x = i * (h * scale + gap), j * (w * scale + gap)
+            canvas[y : y + h * scale, x : x + w * scale] = tile.repeat(scale, 0).repeat(scale, 1)
+    return (canvas * 255.0 + 0.5).astype(np.uint8)
+
+
+def save_grid(path: str | Path, images: np.ndarray, *, columns: int | None = None, scale: int = 4) -> None:
+    """Save images [n, h, w, c] in [0, 1] as a PNG of rows of `columns` (default: about square)."""
+    n = len(images)
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = int(np.ceil(n / columns))
+    padded = np.concatenate([images, np.ones((rows * columns - n, *images.shape[1:]), images.dtype)])
+    Image.fromarray(image_grid(padded.reshape(rows, columns, *images.shape[1:]), scale=scale)).save(path, format="PNG")
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of results.json as a markdown table."""
+    head = ["model", "steps", "guidance", *(title for title, _ in COLUMNS.values())]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [row["model"], str(row["steps"]), f"{row['guidance']:g}"]
+        cells += [form.format(row[key]) if row.get(key) is not None else "" for key, (_, form) in COLUMNS.items()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def results_picture(path: Path, results: Mapping[str, Any], pictures: Mapping[tuple[str, int], np.ndarray]) -> None:
+    """Teacher and student on the same noise, one row a sampler, beside FD against network calls.
+
+    Args:
+      path: PNG to write.
+      results: as in results.json.
+      pictures: {(model, steps): images [c, h, w, ch]} in row order, all from one noise.
+    """
+    names = list(pictures)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.45 * len(names) + 1.6), width_ratios=[1.5, 1], layout="constrained")
+    grid = image_grid(np.stack([pictures[name] for name in names]))
+    left.imshow(grid, interpolation="nearest", aspect="equal")
+    height = grid.shape[0] / len(names)
+    left.set_yticks([height * (i + 0.5) for i in range(len(names))], [f"{m}, {s} step{'s' * (s > 1)}" for m, s in names])
+    left.set_xticks([])
+    left.tick_params(length=0)
+    for side in left.spines.values():
+        side.set_visible(False)
+    left.set_title("the same noise in every column", fontsize=10)
+    fd_curve(right, results)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def fd_curve(axes: Any, results: Mapping[str, Any]) -> None:
+    """FD against steps for teacher and student, with the reference and the floor as lines."""
+    reference = results["reference"]
+    for model, marker in (("teacher", "s"), ("student", "o")):
+        rows = sorted(
+            (r for r in results["rows"] if r["model"] == model and r["guidance"] in (1.0, reference["guidance"])), key=lambda r: r["steps"]
+        )
+        axes.errorbar(
+            [r["steps"] for r in rows],
+            [r["fd"] for r in rows],
+            yerr=[2 * (r["fd_noise"] or 0) for r in rows],
+            marker=marker,
+            capsize=3,
+            label=model,
+        )
+    axes.axhline(reference["fd"], ls="--", c="tab:blue", lw=1, label=f"teacher, {reference['steps']} steps")
+    if results.get("train_fd") is not None:
+        axes.axhline(results["train_fd"], ls=":", c="gray", lw=1, label="the training images themselves")
+    axes.set(xscale="log", yscale="log", xlabel="network calls an image (guided calls count once)", ylabel="Fréchet distance (test)")
+    ticks = sorted({r["steps"] for r in results["rows"]})
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def curves_picture(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Loss and quality of each phase against its step: one column a phase, losses above, health below."""
+    figure, axes = plt.subplots(2, len(curves), figsize=(5.5 * len(curves), 6), squeeze=False, layout="constrained")
+    for column, (phase, records) in enumerate(curves.items()):
+        for axis, health in ((axes[0, column], False), (axes[1, column], True)):
+            keys = sorted({k for r in records for k in r if k != "step" and k.startswith("health/") == health and k != "seconds"})
+            for key in keys:
+                points = [(r["step"], r[key]) for r in records if key in r]
+                axis.plot(*zip(*points, strict=True), marker="." if health else None, lw=1, label=key.removeprefix("health/"))
+            axis.set(title=f"{phase}: {'health' if health else 'loss'}", xlabel="step")
+            axis.grid(alpha=0.3)
+            if keys:
+                axis.legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,267 @@
+"""Time grids, solver steps, denoiser transforms, and the rollout that a sampler and a training step share."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxdistill.prediction import Denoiser, Prediction, expand
+from jaxdistill.schedule import NoiseSchedule, log_snr
+
+TimeGrid = np.ndarray
+"""Decreasing float32 vector of the N times at which the network is called; the first is T."""
+
+Transform = Callable[[Denoiser], Denoiser]
+"""Decorates a denoiser."""
+
+Constrain = Callable[[Array], Array]
+"""Puts a sharding constraint on a batch-leading array. Noise carries no sharding of its own: without a
+constraint every device would compute the whole batch, and no value would show it."""
+
+
+def unconstrained(x: Array) -> Array:
+    """The constraint of a single device: none."""
+    return x
+
+
+# ---------------------------------------------------------------------------------------------- grids
+
+
+def trailing_grid(steps: int, T: float, *, discrete: bool = False) -> TimeGrid:
+    """T (1 - i/N), i = 0..N-1: [N] times from T down; the last interval ends at 0.
+
+    With `discrete`, times are rounded to integers as diffusers' "trailing" does
+    (its timestep is our time - 1; Lin et al. 2023, table 2). Raises ValueError for steps < 1.
+    """
+    _check_steps(steps)
+    grid = np.arange(steps, 0, -1) * (T / steps)
+    return np.asarray(np.round(grid) if discrete else grid, np.float32)
+
+
+def leading_grid(steps: int, T: float, *, discrete: bool = False, offset: float = 0.0) -> TimeGrid:
+    """I T/N + offset (+ 1 when discrete), i = N-1..0: [N] times that never reach T.
+
+    With `discrete`, T/N is floored as diffusers' "leading" does; `offset` is its `steps_offset`
+    (1 for Stable Diffusion). Does not start at T: fit for a teacher's sampler, refused for a student.
+    Raises ValueError for steps < 1 or a time outside (0, T].
+    """
+    _check_steps(steps)
+    width = T // steps if discrete else T / steps
+    grid = np.arange(steps - 1, -1, -1) * width + offset + (1.0 if discrete else 0.0)
+    if not (grid > 0).all() or not (grid <= T).all():
+        raise ValueError(f"leading_grid(steps={steps}, offset={offset}) leaves (0, {T}]; choose an offset in (0, {T / steps:g}]")
+    return np.asarray(grid, np.float32)
+
+
+def linspace_grid(steps: int, T: float, *, discrete: bool = False, end: float | None = None) -> TimeGrid:
+    """[N] times evenly spaced from T to `end`, both included ("linspace" in diffusers, where end is 1, our time 1).
+
+    `end` defaults to 1 when discrete and T/1000 else. Raises ValueError for steps < 1.
+    """
+    _check_steps(steps)
+    end = (1.0 if discrete else T / 1000.0) if end is None else end
+    # diffusers builds the increasing sequence and reverses it: a single step is then its lower end.
+    # It rounds its own timesteps (our times - 1), and rounding halves to even does not commute with the shift.
+    grid = np.linspace(end - discrete, T - discrete, steps)[::-1]
+    return np.asarray(np.round(grid) + 1 if discrete else grid, np.float32)
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+
+
+def check_grid(grid: TimeGrid, T: float) -> TimeGrid:
+    """The grid as float32 [N], if a student can be sampled on it.
+
+    Raises:
+      ValueError: it is empty, does not start at T, does not decrease, or leaves (0, T].
+    """
+    grid = np.asarray(grid, np.float32)
+    shown = [round(float(t), 6) for t in grid.ravel()]
+    if grid.ndim != 1 or grid.size < 1:
+        raise ValueError(f"a time grid needs at least one time, got {shown}")
+    if not np.isclose(grid[0], T, rtol=1e-6):
+        raise ValueError(f"a time grid must start at T = {T:g}, got {shown}")
+    if (np.diff(grid) >= 0).any():
+        raise ValueError(f"a time grid must decrease strictly, got {shown}")
+    if grid[-1] <= 0:
+        raise ValueError(f"a time grid ends above 0 (the step to 0 is implied), got {shown}")
+    return grid
+
+
+# ----------------------------------------------------------------------------------------- transforms
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Apply transforms from left to right: the first is nearest the network."""
+
+    def apply(denoiser: Denoiser) -> Denoiser:
+        for transform in transforms:
+            denoiser = transform(denoiser)
+        return denoiser
+
+    return apply
+
+
+def guidance(scale: float | Array) -> Transform:
+    """Classifier-free guidance: p = u + scale (c - u) on both fields (Ho & Salimans 2022).
+
+    The denoiser below must be closed over the batch's conditioning followed by the null conditioning
+    (2b rows); the one above takes b. One network call of twice the batch.
+    """
+
+    def transform(denoiser: Denoiser) -> Denoiser:
+        def guided(x: Array, t: Array) -> Prediction:
+            t2 = jnp.concatenate([t, t]) if jnp.ndim(t) else t
+            both = denoiser(jnp.concatenate([x, x]), t2)
+            return jax.tree.map(lambda p: p[x.shape[0] :] + scale * (p[: x.shape[0]] - p[x.shape[0] :]), both)
+
+        return guided
+
+    return transform
+
+
+def noise_correction(noise: Array, T: float) -> Transform:
+    """At t = T, ε̂ becomes the noise that the sampler drew; x̂0 stays the network's (Imagine Flash, section 3.3).
+
+    f(x_T) = α_s x̂0(x_T, ε̂, T) + σ_s ε. The identity for t < T, and for v-prediction with zero terminal SNR.
+
+    Args:
+      noise: [b, ...], the ε of the start x_T (x_T itself where σ_T = 1).
+      T: the time at which it applies.
+    """
+
+    def transform(denoiser: Denoiser) -> Denoiser:
+        def corrected(x: Array, t: Array) -> Prediction:
+            prediction = denoiser(x, t)
+            return prediction._replace(eps=jnp.where(expand(jnp.asarray(t) >= T, x), noise, prediction.eps))
+
+        return corrected
+
+    return transform
+
+
+def clip(schedule: NoiseSchedule, low: float = -1.0, high: float = 1.0) -> Transform:
+    """Clip x̂0 to [low, high] and recompute ε̂ = (x - α x̂0)/σ so that the pair still meets at x.
+
+    diffusers' `clip_sample` with `use_clipped_model_output`. t must be above 0.
+    """
+
+    def transform(denoiser: Denoiser) -> Denoiser:
+        def clipped(x: Array, t: Array) -> Prediction:
+            x0 = jnp.clip(denoiser(x, t).x0, low, high)
+            return Prediction(x0, (x - expand(schedule.alpha(t), x) * x0) / expand(schedule.sigma(t), x))
+
+        return clipped
+
+    return transform
+
+
+# ---------------------------------------------------------------------------------------------- steps
+
+
+class SamplerState(NamedTuple):
+    """What a solver carries: x [b, ...] at the current time, and its last x̂0 and λ (multistep solvers)."""
+
+    x: Array
+    previous_x0: Array
+    previous_log_snr: Array
+    first: Array
+
+
+Step = Callable[[Prediction, SamplerState, Array, Array], SamplerState]
+"""(prediction at t, state, t, t_next) -> state at t_next; t and t_next scalar or [b]."""
+
+
+def start(x: Array) -> SamplerState:
+    """The state before the first step, from x at the first time of the grid."""
+    return SamplerState(x, jnp.zeros_like(x), jnp.zeros((), jnp.float32), jnp.ones((), bool))
+
+
+def ddim(schedule: NoiseSchedule) -> Step:
+    """x_s = α_s x̂0 + σ_s ε̂ (DDIM, η = 0; Song et al. 2021, eq. 12). First order."""
+
+    def step(prediction: Prediction, state: SamplerState, t: Array, t_next: Array) -> SamplerState:
+        x = state.x
+        x_next = expand(schedule.alpha(t_next), x) * prediction.x0 + expand(schedule.sigma(t_next), x) * prediction.eps
+        return state._replace(x=x_next.astype(x.dtype), first=jnp.zeros((), bool))
+
+    return step
+
+
+def dpm_solver_pp_2m(schedule: NoiseSchedule) -> Step:
+    """DPM-Solver++(2M): x_s = (σ_s/σ_t) x - α_s (e^{-h} - 1) D, h = λ_s - λ_t (Lu et al. 2022, alg. 2). Second order.
+
+    D = x̂0 + (x̂0 - x̂0_prev) h / (2 h_prev); the first step, the step from zero SNR and the step to t = 0 are of
+    first order (h is infinite there, and the limit is the DDIM step). t scalar: one time for the whole batch.
+    """
+    first_order = ddim(schedule)
+
+    def step(prediction: Prediction, state: SamplerState, t: Array, t_next: Array) -> SamplerState:
+        lam, lam_next = log_snr(schedule, t), log_snr(schedule, t_next)
+        h, h_previous = lam_next - lam, lam - state.previous_log_snr
+        usable = ~state.first & jnp.isfinite(h) & jnp.isfinite(h_previous)
+        ratio = jnp.where(usable, h / jnp.where(usable, h_previous, 1.0), 0.0)
+        data = prediction.x0 + 0.5 * ratio * (prediction.x0 - state.previous_x0)
+        # The ε̂ that makes the first-order step carry D instead of x̂0; α_s x̂0 + σ_s ε̂ is exact in both limits of h.
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        eps = jnp.where(usable, (state.x - alpha * data) / sigma, prediction.eps)
+        out = first_order(Prediction(data, eps), state, t, t_next)
+        return out._replace(previous_x0=prediction.x0, previous_log_snr=lam)
+
+    return step
+
+
+# -------------------------------------------------------------------------------------------- rollout
+
+
+class Trajectory(NamedTuple):
+    """What a rollout visited: x, x0 and eps [N, b, ...] at the times t [N] (or [N, b])."""
+
+    t: Array
+    x: Array
+    x0: Array
+    eps: Array
+
+
+def rollout(
+    step: Step,
+    denoiser: Denoiser,
+    state: SamplerState,
+    grid: Array | TimeGrid,
+    *,
+    t_end: float | Array = 0.0,
+    stop_gradient: bool = False,
+) -> tuple[SamplerState, Trajectory]:
+    """Run the solver from grid[0] to t_end by `lax.scan`: one network call for each time of the grid.
+
+    With `stop_gradient` the carried state is cut, so each x̂0 of the trajectory depends on the
+    parameters through its own network call only (backward distillation; Imagine Flash, section 3.1).
+
+    Args:
+      step: the solver.
+      denoiser: (x, t) -> Prediction.
+      state: `start(x)` with x at the time grid[0].
+      grid: decreasing times [N], or [N, b] for times of each example.
+      t_end: where the last step ends; 0 gives clean samples.
+      stop_gradient: cut the gradient of the carried state.
+
+    Returns:
+      The state at t_end and the trajectory of the N visited states.
+    """
+    times = jnp.asarray(grid, jnp.float32)
+    next_times = jnp.concatenate([times[1:], jnp.broadcast_to(jnp.asarray(t_end, jnp.float32), times[:1].shape)])
+
+    def body(state: SamplerState, pair: tuple[Array, Array]) -> tuple[SamplerState, Trajectory]:
+        t, t_next = pair
+        if stop_gradient:
+            state = jax.lax.stop_gradient(state)
+        prediction = denoiser(state.x, t)
+        return step(prediction, state, t, t_next), Trajectory(t, state.x, *prediction)
+
+    final, trajectory = jax.lax.scan(body, state, (times, next_times))
+    return (jax.lax.stop_gradient(final) if stop_gradient else final), trajectory

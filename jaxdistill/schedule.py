@@ -1,0 +1,136 @@
+"""Noise schedules of the forward process x_t = α_t x_0 + σ_t ε.
+
+Time runs from 0 (clean data: α = 1, σ = 0) to `T` (the start of sampling). For a discrete
+schedule of n betas, T = n and time t = i + 1 is the training step i of the network, so that
+`network_time(t) = t - 1` is what a checkpoint of diffusers expects as `timestep`. Every function
+takes a scalar or a batch of times and may be jitted.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Time = Float[Array, ""] | Float[Array, " b"] | float
+TimeFunction = Callable[..., Array]
+
+
+def _identity(t: Time) -> Array:
+    return jnp.asarray(t, jnp.float32)
+
+
+class NoiseSchedule(NamedTuple):
+    """α(t) and σ(t) for t in [0, T], and the time that the network is told.
+
+    `alpha`, `sigma` and `network_time` map a scalar or a batch of times to an array of its shape.
+    """
+
+    alpha: TimeFunction
+    sigma: TimeFunction
+    T: float
+    network_time: TimeFunction = _identity
+
+
+def log_snr(schedule: NoiseSchedule, t: Time) -> Array:
+    """λ_t = log(α_t / σ_t), half the log signal-to-noise ratio. +inf at t = 0; -inf where α_t = 0."""
+    return jnp.log(schedule.alpha(t)) - jnp.log(schedule.sigma(t))
+
+
+def cosine() -> NoiseSchedule:
+    """α_t = cos(π t / 2), σ_t = sin(π t / 2) for t in [0, 1] (Nichol & Dhariwal 2021 without its offset).
+
+    Terminal SNR is exactly zero: α is computed as sin(π (1 - t) / 2), which float32 rounds to 0 at t = 1.
+    """
+    return NoiseSchedule(
+        alpha=lambda t: jnp.sin(jnp.pi / 2 * (1.0 - _identity(t))),
+        sigma=lambda t: jnp.sin(jnp.pi / 2 * _identity(t)),
+        T=1.0,
+    )
+
+
+def flow() -> NoiseSchedule:
+    """α_t = 1 - t, σ_t = t for t in [0, 1] (rectified flow; Liu et al. 2022). Not variance preserving."""
+    return NoiseSchedule(alpha=lambda t: 1.0 - _identity(t), sigma=_identity, T=1.0)
+
+
+def shifted(schedule: NoiseSchedule, snr_scale: float) -> NoiseSchedule:
+    """The variance-preserving schedule whose α/σ is `snr_scale` times that of `schedule`.
+
+    Shifts the log-SNR by a constant, as a change of resolution does (Hoogeboom et al. 2023), and keeps
+    α = 0 where it was 0. Raises ValueError unless snr_scale > 0.
+    """
+    if not snr_scale > 0:
+        raise ValueError(f"snr_scale must be above 0, got {snr_scale}")
+
+    def alpha(t: Time) -> Array:
+        a, s = snr_scale * schedule.alpha(t), schedule.sigma(t)
+        return a / jnp.sqrt(a**2 + s**2)
+
+    def sigma(t: Time) -> Array:
+        a, s = snr_scale * schedule.alpha(t), schedule.sigma(t)
+        return s / jnp.sqrt(a**2 + s**2)
+
+    return NoiseSchedule(alpha, sigma, schedule.T, schedule.network_time)
+
+
+def linear_betas(n: int = 1000, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
+    """β_i linear from `start` to `end`: float64 [n] (DDPM, Ho et al. 2020)."""
+    return np.linspace(start, end, n, dtype=np.float64)
+
+
+def scaled_linear_betas(n: int = 1000, start: float = 0.00085, end: float = 0.012) -> np.ndarray:
+    """√β_i linear from √start to √end: float64 [n] (latent diffusion; the defaults are Stable Diffusion's)."""
+    return np.linspace(start**0.5, end**0.5, n, dtype=np.float64) ** 2
+
+
+def cosine_betas(n: int = 1000, max_beta: float = 0.999) -> np.ndarray:
+    """β_i = 1 - ᾱ((i+1)/n) / ᾱ(i/n) with ᾱ(u) = cos²(π/2 · (u + 0.008)/1.008), capped: float64 [n].
+
+    Nichol & Dhariwal 2021, eq. 17; "squaredcos_cap_v2" in diffusers.
+    """
+    bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - bar[1:] / bar[:-1], max_beta)
+
+
+def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas [n] whose ᾱ ends at exactly 0: √ᾱ is shifted and scaled so that its first value stays.
+
+    Lin et al. 2023 ("Common diffusion noise schedules and sample steps are flawed"), algorithm 1.
+    """
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    bar = root**2
+    return 1.0 - np.concatenate([bar[:1], bar[1:] / bar[:-1]])
+
+
+def ddpm(betas: np.ndarray) -> NoiseSchedule:
+    """The schedule of n discrete betas, α_t = √ᾱ_{t-1} at integer t in 1..n, and α_0 = 1.
+
+    Between integers α² is interpolated linearly, so the schedule can be read at continuous times and is
+    exact at the integers. T = n; the network is told t - 1, its own training step.
+
+    Args:
+      betas: float [n], each in (0, 1]; a last beta of 1 gives zero terminal SNR.
+
+    Raises:
+      ValueError: betas are not one-dimensional or leave (0, 1].
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size < 2 or not ((betas > 0) & (betas <= 1)).all():
+        raise ValueError(f"betas must be a vector of at least 2 values in (0, 1], got shape {betas.shape}")
+    # ᾱ is accumulated in float64 on the host: in float32 its tail drifts by 1e-5 and σ near 0 is lost.
+    alpha_bar = np.concatenate([[1.0], np.cumprod(1.0 - betas)])
+    n = betas.size
+    alpha_sq, sigma_sq = alpha_bar.astype(np.float32), (1.0 - alpha_bar).astype(np.float32)
+
+    def read(table: np.ndarray, t: Time) -> Array:
+        return jnp.sqrt(jnp.interp(_identity(t), jnp.arange(n + 1, dtype=jnp.float32), jnp.asarray(table)))
+
+    return NoiseSchedule(
+        alpha=lambda t: read(alpha_sq, t),
+        sigma=lambda t: read(sigma_sq, t),
+        T=float(n),
+        network_time=lambda t: _identity(t) - 1.0,
+    )
