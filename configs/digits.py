@@ -48,9 +48,9 @@ def get_config() -> ConfigDict:
 
     config.student = ConfigDict(
         {
-            "iterations": 1500,
-            "batch_size": 64,
-            "learning_rate": 5e-4,
+            "iterations": 1200,
+            "batch_size": 128,
+            "learning_rate": 1e-3,
             "warmup": 20,
             "weight_decay": 0.0,
             "adam_b2": 0.999,
@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
             "noise_correction": True,
             "srl": True,  # False: the teacher starts from the student's own state
             "noise": "trajectory",  # SRL's noise: trajectory | initial | fresh
-            "shift": "power",  # SRL's gamma: none | power | linear | table, with its arguments in config.shifts
+            "shift": "table",  # SRL's gamma: none | power | linear | table, with its arguments in config.shifts
             "weight_power": 0.0,  # w(t) = (t/T)^power
             "teacher_steps": 2,  # k
             "guidance": 1.25,  # scale of the teacher that is distilled
@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
         {
             "power": {"strength": 0.3, "power": 3.0},
             "linear": {"low": 0.1, "high": 0.9},
-            "table": {"times": (0.0, 1.0), "values": (0.05, 0.8)},
+            "table": {"times": (0.2, 0.5, 1.0), "values": (0.45, 0.63, 0.72)},
         }
     )
 
@@ -99,8 +99,9 @@ def get_config() -> ConfigDict:
         {
             "samples": 10_000,
             "batch_size": 2000,
+            "models": ("teacher", "student"),  # what to score; the ratios need the teacher
             "seed": 12345,  # of the sampling noise
-            "guidances": (1.0,),  # further guidance scales of the teacher to report
+            "guidances": (),  # further guidance scales of the teacher to report
             "features": 32,  # dimensions of the feature space
             "channels": (32, 64),  # of the feature extractor's convolutions
             "extractor_steps": 600,
@@ -110,7 +111,7 @@ def get_config() -> ConfigDict:
     config.log = ConfigDict(
         {
             "every": 50,  # steps between losses in the curve
-            "health_every": 500,  # steps between health lines and sample grids
+            "health_every": 300,  # steps between health lines and sample grids
             "health_samples": 500,
             "teacher_steps": 20,  # network calls of the teacher's own health samples
             "checkpoint_every": 500,

@@ -171,12 +171,14 @@ def health(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> dict
 class Metrics(NamedTuple):
     """Scores of one set of generated images.
 
-    fd and fd_train are Fréchet distances to the reference and to the train split, fd_noise the standard error of fd;
+    fd, fd_validation and fd_train are Fréchet distances to the reference, the validation and the train split, fd_noise
+    is the standard error of fd;
     `diversity` and `nearest_neighbour` (distance to the train split) are relative to the reference images (1 = as real).
     """
 
     fd: float
     fd_noise: float
+    fd_validation: float
     fd_train: float
     accuracy: float
     precision: float
@@ -191,6 +193,7 @@ class Evaluator:
     def __init__(self, dataset: Dataset, reference: Split, extractor: Extractor) -> None:
         self.reference, self.extractor, self._train = reference, extractor, dataset.train
         self._real = extractor.features(reference.images)
+        self._real_validation = extractor.features(dataset.validation.images)
         self._real_train = extractor.features(dataset.train.images)
         self._spread = class_spread(reference.images, reference.labels)
         self._neighbour = nearest_neighbour_distance(reference.images, dataset.train.images)
@@ -220,6 +223,7 @@ class Evaluator:
         return Metrics(
             fd=frechet_distance(features, self._real),
             fd_noise=float(noise),
+            fd_validation=frechet_distance(features, self._real_validation),
             fd_train=frechet_distance(features, self._real_train),
             accuracy=float((self.extractor.predict(images) == labels).mean()),
             precision=precision,

@@ -65,17 +65,30 @@ def results_picture(path: Path, results: Mapping[str, Any], pictures: Mapping[tu
       pictures: {(model, steps): images [c, h, w, ch]} in row order, all from one noise.
     """
     names = list(pictures)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.45 * len(names) + 1.6), width_ratios=[1.5, 1], layout="constrained")
     grid = image_grid(np.stack([pictures[name] for name in names]))
-    left.imshow(grid, interpolation="nearest", aspect="equal")
-    height = grid.shape[0] / len(names)
-    left.set_yticks([height * (i + 0.5) for i in range(len(names))], [f"{m}, {s} step{'s' * (s > 1)}" for m, s in names])
-    left.set_xticks([])
-    left.tick_params(length=0)
-    for side in left.spines.values():
+    width = 11.0
+    height = width * 0.9 * grid.shape[0] / grid.shape[1]
+    figure = plt.figure(figsize=(width, height + 3.6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[height, 3.4])
+    top = upper.subplots()
+    left, right = lower.subplots(1, 2)
+    top.imshow(grid, interpolation="nearest", aspect="equal")
+    row = grid.shape[0] / len(names)
+    top.set_yticks([row * (i + 0.5) for i in range(len(names))], [f"{m}, {s} step{'s' * (s > 1)}" for m, s in names])
+    top.set_xticks([])
+    top.tick_params(length=0)
+    for side in top.spines.values():
         side.set_visible(False)
-    left.set_title("the same noise in every column", fontsize=10)
-    fd_curve(right, results)
+    top.set_title("one noise a column", fontsize=10)
+    fd_curve(left, results)
+    shown = ("fd", "accuracy", "precision", "recall", "diversity")
+    texts = [[COLUMNS[key][1].format(r[key]) for key in shown] for r in results["rows"]]
+    labels = [f"{r['model']}, {r['steps']} step{'s' * (r['steps'] > 1)}" for r in results["rows"]]
+    right.axis("off")
+    table = right.table(texts, rowLabels=labels, colLabels=[*shown], loc="center right", cellLoc="center", edges="horizontal")
+    table.auto_set_font_size(False)
+    table.set_fontsize(9)
+    table.scale(0.8, 1.4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -83,9 +96,11 @@ def results_picture(path: Path, results: Mapping[str, Any], pictures: Mapping[tu
 def fd_curve(axes: Any, results: Mapping[str, Any]) -> None:
     """FD against steps for teacher and student, with the reference and the floor as lines."""
     reference = results["reference"]
+    guidances = (1.0, reference["guidance"]) if reference else (1.0,)
     for model, marker in (("teacher", "s"), ("student", "o")):
         rows = sorted(
-            (r for r in results["rows"] if r["model"] == model and r["guidance"] in (1.0, reference["guidance"])), key=lambda r: r["steps"]
+            (r for r in results["rows"] if r["model"] == model and r["guidance"] == guidances[-1 if model == "teacher" else 0]),
+            key=lambda r: r["steps"],
         )
         axes.errorbar(
             [r["steps"] for r in rows],
@@ -95,7 +110,8 @@ def fd_curve(axes: Any, results: Mapping[str, Any]) -> None:
             capsize=3,
             label=model,
         )
-    axes.axhline(reference["fd"], ls="--", c="tab:blue", lw=1, label=f"teacher, {reference['steps']} steps")
+    if reference:
+        axes.axhline(reference["fd"], ls="--", c="tab:blue", lw=1, label=f"teacher, {reference['steps']} steps")
     if results.get("train_fd") is not None:
         axes.axhline(results["train_fd"], ls=":", c="gray", lw=1, label="the training images themselves")
     axes.set(xscale="log", yscale="log", xlabel="network calls an image (guided calls count once)", ylabel="Fréchet distance (test)")
@@ -106,18 +122,36 @@ def fd_curve(axes: Any, results: Mapping[str, Any]) -> None:
     axes.legend(fontsize=8)
 
 
+PANELS = {
+    "regression loss": ("mse", "reconstruction"),
+    "adversarial term": ("generator", "discriminator", "logit_"),
+    "Fréchet distance on validation": ("health/fd",),
+    "against the teacher (1 = the same)": ("health/diversity", "health/contrast", "health/saturation"),
+}
+
+
 def curves_picture(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Loss and quality of each phase against its step: one column a phase, losses above, health below."""
-    figure, axes = plt.subplots(2, len(curves), figsize=(5.5 * len(curves), 6), squeeze=False, layout="constrained")
-    for column, (phase, records) in enumerate(curves.items()):
-        for axis, health in ((axes[0, column], False), (axes[1, column], True)):
-            keys = sorted({k for r in records for k in r if k != "step" and k.startswith("health/") == health and k != "seconds"})
-            for key in keys:
+    """Loss and quality of each phase against its step: one row a phase, one panel a kind of number."""
+    figure, axes = plt.subplots(
+        len(curves), len(PANELS), figsize=(4.2 * len(PANELS), 4.2 * len(curves)), squeeze=False, layout="constrained"
+    )
+    for row, (phase, records) in enumerate(curves.items()):
+        keys = sorted({k for r in records for k in r})
+        for axis, (title, prefixes) in zip(axes[row], PANELS.items(), strict=True):
+            shown = [k for k in keys if k.startswith(prefixes)]
+            if not shown:
+                axis.axis("off")
+                continue
+            for key in shown:
                 points = [(r["step"], r[key]) for r in records if key in r]
-                axis.plot(*zip(*points, strict=True), marker="." if health else None, lw=1, label=key.removeprefix("health/"))
-            axis.set(title=f"{phase}: {'health' if health else 'loss'}", xlabel="step")
-            axis.grid(alpha=0.3)
-            if keys:
-                axis.legend(fontsize=7)
-    figure.savefig(path, dpi=100)
+                axis.plot(
+                    *zip(*points, strict=True), marker="." if key.startswith("health/") else None, lw=1, label=key.removeprefix("health/")
+                )
+            if title in ("regression loss", "Fréchet distance on validation"):
+                axis.set_yscale("log")
+            axis.set_title(f"{phase}: {title}", fontsize=9)
+            axis.set_xlabel("step")
+            axis.grid(alpha=0.3, which="both")
+            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+    figure.savefig(path, dpi=90)
     plt.close(figure)

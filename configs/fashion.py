@@ -1,0 +1,41 @@
+"""Fashion-MNIST at 28x28: the digits job with a small U-Net.
+
+    python -m jaxdistill.main --config=configs/fashion.py --config.data.folder=FOLDER --workdir=runs/fashion
+
+FOLDER holds the four idx files (plain or .gz), e.g. /usr/share/datasets/fashion-mnist of Debian's dataset-fashion-mnist.
+50,000 images train, 10,000 validate, 10,000 test.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits
+
+
+def get_config() -> ConfigDict:
+    """The config; what is not set here is as in the digits config."""
+    config = digits.get_config()
+    config.data.name = "fashion"
+    config.model = ConfigDict({"name": "unet", "channels": (32, 64), "blocks": 1, "patch": 2, "time_scale": 1000.0})
+
+    config.teacher.iterations = 3000
+    config.teacher.batch_size = 64
+    config.teacher.learning_rate = 1e-3
+    config.teacher.guidance = 1.0
+
+    config.student.iterations = 800
+    config.student.batch_size = 32
+    config.student.learning_rate = 3e-4
+
+    config.method.guidance = 1.0
+
+    config.eval.samples = 2000
+    config.eval.batch_size = 500
+    config.eval.guidances = (1.5,)
+    config.eval.features = 64
+    config.eval.extractor_steps = 1500
+
+    config.log.health_every = 200
+    config.log.health_samples = 160
+    config.log.teacher_steps = 20
+    config.log.checkpoint_every = 200
+    return config

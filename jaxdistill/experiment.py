@@ -1,0 +1,275 @@
+"""From a config to the objects of an experiment: the one place where a config's names become the method's functions."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxdistill import adversarial, card, data, partition
+from jaxdistill.methods import imagine_flash as flash
+from jaxdistill.methods.denoising import denoising
+from jaxdistill.models.discriminator import FeatureHeads
+from jaxdistill.prediction import LossFn, check_pair
+from jaxdistill.sampling import check_grid
+
+NOISE_SOURCES = {"trajectory": flash.trajectory_noise, "initial": flash.initial_noise, "fresh": flash.fresh_noise}
+SHIFTS = {"none": lambda T: flash.no_shift, "power": flash.power_shift, "linear": flash.linear_shift, "table": flash.table_shift}
+GAN_LOSSES = {"hinge": adversarial.hinge, "non_saturating": adversarial.non_saturating}
+
+
+class Experiment(NamedTuple):
+    """A config turned into objects. Building one computes nothing heavy and writes nothing."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    mesh: Mesh
+    model: nn.Module
+    teacher_loss: LossFn
+    teacher_tx: optax.GradientTransformation
+    student_loss: LossFn
+    student_tx: optax.GradientTransformation
+    heads: nn.Module
+    teacher_sampler: card.Sampler
+    student_sampler: card.Sampler
+    grids: dict[int, np.ndarray]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[h, w, c]."""
+        return self.dataset.train.images.shape[1:]
+
+    @property
+    def num_classes(self) -> int:
+        """Of the data."""
+        return len(self.dataset.class_names)
+
+    @property
+    def adversarial_on(self) -> bool:
+        """Whether there is a discriminator."""
+        return self.config.adversarial.weight > 0
+
+    def student_params(self, teacher_params: Any) -> dict[str, Any]:
+        """Where the student starts: at the teacher, with fresh discriminator heads."""
+        params = {"student": jax.tree.map(jnp.array, teacher_params), "discriminator": {}}
+        if self.adversarial_on:
+            key, labels = jax.random.key(self.config.seed + 2), jnp.zeros((1,), jnp.int32)
+            states = self.model.apply(teacher_params, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,)), labels, features=True)
+            params["discriminator"] = self.heads.init(key, states, labels)
+        return params
+
+
+def make_dataset(block: Mapping[str, Any]) -> data.Dataset:
+    """{"name", "folder"} -> Dataset. Raises ValueError."""
+    makers: dict[str, Callable[[], data.Dataset]] = {
+        "digits": data.digits,
+        "fashion": lambda: data.fashion_mnist(block["folder"]),
+    }
+    return card.choose(makers, block["name"], "data.name")()
+
+
+def make_optimizer(block: Mapping[str, Any]) -> optax.GradientTransformation:
+    """AdamW, clipped, warmed up, cosine to a fiftieth: {"iterations", "learning_rate", "warmup", "weight_decay", ...}."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, block["learning_rate"], block["warmup"], max(block["iterations"], block["warmup"] + 1), block["learning_rate"] / 50
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=block["adam_b2"], weight_decay=block["weight_decay"]))
+
+
+def student_of(params: Mapping[str, Any]) -> Any:
+    """The part of the parameters that is averaged and exported."""
+    return params["student"]
+
+
+def make_cards(config: ConfigDict, dataset: data.Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The cards of teacher and student: what a reader needs to run the parameters."""
+    common = {
+        "format": card.FORMAT,
+        "model": {**config.model.to_dict(), "num_classes": len(dataset.class_names)},
+        "schedule": config.schedule.to_dict(),
+        "prediction": config.prediction,
+        "data": {
+            "name": dataset.name,
+            "image_shape": list(dataset.train.images.shape[1:]),
+            "range": [-1.0, 1.0],
+            "class_names": list(dataset.class_names),
+        },
+    }
+    teacher, student, method = config.teacher, config.student, config.method
+    return (
+        {
+            **common,
+            "role": "teacher",
+            "sampler": {
+                "solver": teacher.solver,
+                "grid": teacher.grid,
+                "times": [1.0],
+                "steps": teacher.steps,
+                "guidance": teacher.guidance,
+                "noise_correction": False,
+            },
+        },
+        {
+            **common,
+            "role": "student",
+            "sampler": {
+                "solver": "ddim",
+                "grid": student.grid,
+                "times": list(student.times),
+                "steps": max(student.steps),
+                "guidance": 1.0,
+                "noise_correction": method.noise_correction,
+            },
+        },
+    )
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Check the whole config and make its functions. Raises ValueError with one clear line for what cannot be."""
+    dataset = make_dataset(config.data)
+    mesh = partition.data_mesh()
+    teacher_card, student_card = make_cards(config, dataset)
+    teacher_sampler, student_sampler = card.build_sampler(teacher_card), card.build_sampler(student_card)
+    model, schedule = teacher_sampler.model, teacher_sampler.schedule
+    parameterization, target = card.PREDICTIONS[config.prediction]
+    check_pair(schedule, parameterization)
+    image_shape = dataset.train.images.shape[1:]
+    card.check_model(model, image_shape)
+    check_numbers(config)
+    for phase in ("teacher", "student"):
+        partition.check_batch(config[phase].batch_size, mesh, f"config.{phase}.batch_size")
+    teacher_sampler.grid(config.teacher.steps)
+    grids = {n: check_grid(student_sampler.grid(n), schedule.T) for n in sorted(config.student.steps)}
+
+    constrain = partition.constrain_batch(mesh)
+    null_cond: Any = model.null_cond
+    teacher_loss = denoising(
+        model.apply, schedule=schedule, target=target, null_cond=null_cond, drop_cond=config.teacher.drop_cond, constrain=constrain
+    )
+    method = config.method
+    shift_block = config.shifts[method.shift].to_dict() if method.shift in config.shifts else {}
+    reconstruction = flash.Reconstruction(
+        shift=card.choose(SHIFTS, method.shift, "method.shift")(schedule.T, **shift_block),
+        noise_source=card.choose(NOISE_SOURCES, method.noise, "method.noise") if method.srl else None,
+        steps=method.teacher_steps,
+        guidance_scale=method.guidance,
+    )
+    heads = FeatureHeads(config.adversarial.width)
+    gan_loss = card.choose(GAN_LOSSES, config.adversarial.loss, "adversarial.loss")
+    card.choose({"data": 0, "teacher": 0}, config.adversarial.reals, "adversarial.reals")
+    adversary = None
+    if config.adversarial.weight > 0:
+        adversary = adversarial.adversary(
+            partial(model.apply, features=True),
+            heads.apply,
+            schedule=schedule,
+            weight=config.adversarial.weight,
+            noise_time=adversarial.uniform_time(config.adversarial.low * schedule.T, config.adversarial.high * schedule.T),
+            loss=gan_loss,
+            constrain=constrain,
+        )
+    network = flash.Model(model.apply, schedule, parameterization)
+    student_loss = flash.imagine_flash(
+        network,
+        network,
+        grids=list(grids.values()),
+        null_cond=null_cond,
+        reconstruction=reconstruction,
+        weight=flash.power_weight(schedule.T, power=method.weight_power),
+        backward=method.backward,
+        whole_trajectory=method.whole_trajectory,
+        correct_noise=method.noise_correction,
+        adversary=adversary,
+        constrain=constrain,
+    )
+    student_tx = optax.multi_transform(
+        {"student": make_optimizer(config.student), "discriminator": optax.adam(config.adversarial.learning_rate, b1=0.5)},
+        {"student": "student", "discriminator": "discriminator"},
+    )
+    experiment = Experiment(
+        config,
+        dataset,
+        mesh,
+        model,
+        teacher_loss,
+        make_optimizer(config.teacher),
+        student_loss,
+        student_tx,
+        heads,
+        teacher_sampler,
+        student_sampler,
+        grids,
+    )
+    check_student_step(experiment)
+    return experiment
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Raise ValueError for numbers that no constructor checks."""
+    positive = (
+        "teacher.iterations",
+        "teacher.steps",
+        "student.iterations",
+        "method.teacher_steps",
+        "eval.samples",
+        "eval.batch_size",
+        "log.every",
+        "log.health_every",
+        "log.checkpoint_every",
+        "log.health_samples",
+        "log.teacher_steps",
+    )
+    for name in positive:
+        block, key = name.split(".")
+        if config[block][key] < 1:
+            raise ValueError(f"config.{name} must be at least 1, got {config[block][key]}")
+    for name in ("teacher.learning_rate", "student.learning_rate", "adversarial.learning_rate"):
+        block, key = name.split(".")
+        if not config[block][key] > 0:
+            raise ValueError(f"config.{name} must be above 0, got {config[block][key]}")
+    for phase in ("teacher", "student"):
+        if not 0 <= config[phase].ema_decay < 1:
+            raise ValueError(f"config.{phase}.ema_decay must be in [0, 1), got {config[phase].ema_decay}")
+    if not config.student.steps or min(config.student.steps) < 1:
+        raise ValueError(f"config.student.steps must hold step counts of at least 1, got {tuple(config.student.steps)}")
+    if not 0 <= config.teacher.drop_cond <= 1:
+        raise ValueError(f"config.teacher.drop_cond must be in [0, 1], got {config.teacher.drop_cond}")
+    if config.method.guidance != 1.0 and config.teacher.drop_cond == 0:
+        raise ValueError(f"config.method.guidance = {config.method.guidance:g} needs a teacher trained with config.teacher.drop_cond > 0")
+    if config.adversarial.weight < 0:
+        raise ValueError(f"config.adversarial.weight must be at least 0 (0 switches the term off), got {config.adversarial.weight:g}")
+    if not 0 <= config.adversarial.low < config.adversarial.high <= 1:
+        raise ValueError(
+            "config.adversarial needs 0 <= low < high <= 1 (shares of T), "
+            f"got low={config.adversarial.low:g}, high={config.adversarial.high:g}"
+        )
+    for name in config.eval.models:
+        card.choose({"teacher": 0, "student": 0}, name, "eval.models")
+    features = config.eval.features
+    for name in ("eval.samples", "log.health_samples"):
+        block, key = name.split(".")
+        if config[block][key] <= features:
+            raise ValueError(
+                f"config.{name} = {config[block][key]} is too few for a Frechet distance of {features} features; "
+                f"at least {features + 1} are needed"
+            )
+
+
+def check_student_step(experiment: Experiment) -> None:
+    """Trace the student's loss without computing it, so that a mistake shows before the teacher is trained."""
+    batch = {
+        "x0": jnp.zeros((experiment.config.student.batch_size, *experiment.image_shape)),
+        "cond": jnp.zeros((experiment.config.student.batch_size,), jnp.int32),
+    }
+
+    def loss() -> Any:
+        teacher = experiment.model.init(jax.random.key(0), batch["x0"][:1], jnp.zeros((1,)), batch["cond"][:1])
+        return experiment.student_loss(experiment.student_params(teacher), teacher, batch, jax.random.key(0))
+
+    jax.eval_shape(loss)
