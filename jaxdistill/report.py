@@ -69,7 +69,8 @@ def results_picture(path: Path, results: Mapping[str, Any], pictures: Mapping[tu
     width = 11.0
     height = width * 0.9 * grid.shape[0] / grid.shape[1]
     figure = plt.figure(figsize=(width, height + 3.6), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[height, 3.4])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[height, 3.4])
+    upper, lower = parts
     top = upper.subplots()
     left, right = lower.subplots(1, 2)
     top.imshow(grid, interpolation="nearest", aspect="equal")
