@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
         {
             "path": "",  # teacher/ folder of another run: used instead of training one
             "iterations": 6000,
+            "health_every": 1000,  # steps between health lines and sample grids
             "batch_size": 128,
             "learning_rate": 2e-3,
             "warmup": 200,  # steps
@@ -48,9 +49,10 @@ def get_config() -> ConfigDict:
 
     config.student = ConfigDict(
         {
-            "iterations": 1200,
+            "iterations": 1000,
+            "health_every": 200,
             "batch_size": 128,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "warmup": 20,
             "weight_decay": 0.0,
             "adam_b2": 0.999,
@@ -78,7 +80,7 @@ def get_config() -> ConfigDict:
         {
             "power": {"strength": 0.3, "power": 3.0},
             "linear": {"low": 0.1, "high": 0.9},
-            "table": {"times": (0.2, 0.5, 1.0), "values": (0.45, 0.63, 0.72)},
+            "table": {"times": (0.2, 0.5, 1.0), "values": (0.4, 0.55, 0.72)},
         }
     )
 
@@ -111,7 +113,6 @@ def get_config() -> ConfigDict:
     config.log = ConfigDict(
         {
             "every": 50,  # steps between losses in the curve
-            "health_every": 300,  # steps between health lines and sample grids
             "health_samples": 500,
             "teacher_steps": 20,  # network calls of the teacher's own health samples
             "checkpoint_every": 500,

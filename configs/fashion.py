@@ -34,7 +34,8 @@ def get_config() -> ConfigDict:
     config.eval.features = 64
     config.eval.extractor_steps = 1500
 
-    config.log.health_every = 200
+    config.teacher.health_every = 500
+    config.student.health_every = 200
     config.log.health_samples = 160
     config.log.teacher_steps = 20
     config.log.checkpoint_every = 200

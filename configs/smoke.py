@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
     config.eval.batch_size = 360
     config.eval.extractor_steps = 150
     config.log.every = 10
-    config.log.health_every = 30
+    config.teacher.health_every = 150
+    config.student.health_every = 30
     config.log.health_samples = 100
     config.log.checkpoint_every = 20
     return config

@@ -251,7 +251,7 @@ class Run:
             steps=block.iterations,
             workdir=self.workdir,
             log_every=log.every,
-            health_every=log.health_every,
+            health_every=block.health_every,
             checkpoint_every=log.checkpoint_every,
             health=health,
             stop=self.stop,
