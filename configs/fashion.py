@@ -17,12 +17,12 @@ def get_config() -> ConfigDict:
     config.data.name = "fashion"
     config.model = ConfigDict({"name": "unet", "channels": (32, 64), "blocks": 1, "patch": 2, "time_scale": 1000.0})
 
-    config.teacher.iterations = 3000
+    config.teacher.iterations = 2000
     config.teacher.batch_size = 64
     config.teacher.learning_rate = 1e-3
     config.teacher.guidance = 1.0
 
-    config.student.iterations = 800
+    config.student.iterations = 500
     config.student.batch_size = 32
     config.student.learning_rate = 3e-4
 
@@ -32,10 +32,11 @@ def get_config() -> ConfigDict:
     config.eval.batch_size = 500
     config.eval.guidances = (1.5,)
     config.eval.features = 64
+    config.eval.channels = (16, 32)
     config.eval.extractor_steps = 1500
 
     config.teacher.health_every = 500
-    config.student.health_every = 200
+    config.student.health_every = 100
     config.log.health_samples = 160
     config.log.teacher_steps = 20
     config.log.checkpoint_every = 200

@@ -28,7 +28,7 @@ class Variant(NamedTuple):
     teacher_of: str | None = "full"
 
 
-EPS = {"prediction": "eps", "schedule.name": "linear", "model.time_scale": 1.0}
+EPS = {"prediction": "eps", "schedule.name": "scaled_linear", "model.time_scale": 1.0}
 
 VARIANTS: dict[str, Variant] = {
     "full": Variant({}, None),

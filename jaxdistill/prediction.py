@@ -4,12 +4,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxdistill.schedule import NoiseSchedule, Time
 
 ApplyFn = Callable[..., Array]
 """(params, x, t, cond) -> raw network output of x's shape; t is a float batch [b] in the network's own units."""
+
+
+Batch = Float[Array, "b *d"]
+"""Images, noise or latents: the batch leads, the rest is the model's."""
+
+Level = Float[Array, "..."]
+"""α or σ, a scalar or already broadcast against the batch."""
 
 
 class Prediction(NamedTuple):
@@ -35,47 +42,47 @@ def expand(value: Array, like: Array) -> Array:
     return value if value.ndim == 0 else value.reshape(value.shape + (1,) * (like.ndim - 1))
 
 
-def eps_prediction(output: Array, x: Array, alpha: Array, sigma: Array) -> Prediction:
+def eps_prediction(output: Batch, x: Batch, alpha: Level, sigma: Level) -> Prediction:
     """ε̂ = output, x̂0 = (x - σ ε̂)/α. Singular at α = 0: `as_denoiser` refuses that pair."""
     return Prediction(x0=(x - sigma * output) / alpha, eps=output)
 
 
-def v_prediction(output: Array, x: Array, alpha: Array, sigma: Array) -> Prediction:
+def v_prediction(output: Batch, x: Batch, alpha: Level, sigma: Level) -> Prediction:
     """x̂0 = α x - σ v, ε̂ = σ x + α v (Salimans & Ho 2022, app. D), for α² + σ² = 1."""
     return Prediction(x0=alpha * x - sigma * output, eps=sigma * x + alpha * output)
 
 
-def x0_prediction(output: Array, x: Array, alpha: Array, sigma: Array) -> Prediction:
+def x0_prediction(output: Batch, x: Batch, alpha: Level, sigma: Level) -> Prediction:
     """x̂0 = output, ε̂ = (x - α x̂0)/σ. ε̂ is undefined at σ = 0, where no step starts."""
     return Prediction(x0=output, eps=(x - alpha * output) / sigma)
 
 
-def flow_prediction(output: Array, x: Array, alpha: Array, sigma: Array) -> Prediction:
+def flow_prediction(output: Batch, x: Batch, alpha: Level, sigma: Level) -> Prediction:
     """U = ε - x_0: x̂0 = x - σ u, ε̂ = x + α u, for α + σ = 1 (Liu et al. 2022)."""
     return Prediction(x0=x - sigma * output, eps=x + alpha * output)
 
 
-def eps_target(x0: Array, eps: Array, alpha: Array, sigma: Array) -> Array:
+def eps_target(x0: Batch, eps: Batch, alpha: Level, sigma: Level) -> Batch:
     """The output that `eps_prediction` turns into (x0, eps)."""
     return eps
 
 
-def v_target(x0: Array, eps: Array, alpha: Array, sigma: Array) -> Array:
+def v_target(x0: Batch, eps: Batch, alpha: Level, sigma: Level) -> Batch:
     """V = α ε - σ x_0."""
     return alpha * eps - sigma * x0
 
 
-def x0_target(x0: Array, eps: Array, alpha: Array, sigma: Array) -> Array:
+def x0_target(x0: Batch, eps: Batch, alpha: Level, sigma: Level) -> Batch:
     """The output that `x0_prediction` turns into (x0, eps)."""
     return x0
 
 
-def flow_target(x0: Array, eps: Array, alpha: Array, sigma: Array) -> Array:
+def flow_target(x0: Batch, eps: Batch, alpha: Level, sigma: Level) -> Batch:
     """U = ε - x_0."""
     return eps - x0
 
 
-def diffuse(schedule: NoiseSchedule, x0: Array, eps: Array, t: Time) -> Array:
+def diffuse(schedule: NoiseSchedule, x0: Batch, eps: Batch, t: Time) -> Batch:
     """q(x_0, ε, t) = α_t x_0 + σ_t ε. x0, eps [b, ...]; t scalar or [b] in [0, T]."""
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
 

@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 COLUMNS = {
     "fd": ("FD ↓", "{:.3f}"),
     "fd_noise": ("± FD", "{:.3f}"),
+    "fd_validation": ("FD, validation ↓", "{:.3f}"),
     "ratio": ("FD / reference ↓", "{:.2f}"),
     "accuracy": ("accuracy ↑", "{:.3f}"),
     "precision": ("precision ↑", "{:.3f}"),

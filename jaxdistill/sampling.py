@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdistill.prediction import Denoiser, Prediction, expand
-from jaxdistill.schedule import NoiseSchedule, log_snr
+from jaxdistill.prediction import Batch, Denoiser, Prediction, expand
+from jaxdistill.schedule import NoiseSchedule, Time, log_snr
 
 TimeGrid = np.ndarray
 """Decreasing float32 vector of the N times at which the network is called; the first is T."""
@@ -125,7 +125,7 @@ def guidance(scale: float | Array) -> Transform:
     return transform
 
 
-def noise_correction(noise: Array, T: float) -> Transform:
+def noise_correction(noise: Batch, T: float) -> Transform:
     """At t = T, ε̂ becomes the noise that the sampler drew; x̂0 stays the network's (Imagine Flash, section 3.3).
 
     f(x_T) = α_s x̂0(x_T, ε̂, T) + σ_s ε. The identity for t < T, and for v-prediction with zero terminal SNR.
@@ -177,7 +177,7 @@ Step = Callable[[Prediction, SamplerState, Array, Array], SamplerState]
 """(prediction at t, state, t, t_next) -> state at t_next; t and t_next scalar or [b]."""
 
 
-def start(x: Array) -> SamplerState:
+def start(x: Batch) -> SamplerState:
     """The state before the first step, from x at the first time of the grid."""
     return SamplerState(x, jnp.zeros_like(x), jnp.zeros((), jnp.float32), jnp.ones((), bool))
 
@@ -185,7 +185,7 @@ def start(x: Array) -> SamplerState:
 def ddim(schedule: NoiseSchedule) -> Step:
     """x_s = α_s x̂0 + σ_s ε̂ (DDIM, η = 0; Song et al. 2021, eq. 12). First order."""
 
-    def step(prediction: Prediction, state: SamplerState, t: Array, t_next: Array) -> SamplerState:
+    def step(prediction: Prediction, state: SamplerState, t: Time, t_next: Time) -> SamplerState:
         x = state.x
         x_next = expand(schedule.alpha(t_next), x) * prediction.x0 + expand(schedule.sigma(t_next), x) * prediction.eps
         return state._replace(x=x_next.astype(x.dtype), first=jnp.zeros((), bool))

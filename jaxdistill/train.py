@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from jaxdistill.prediction import LossFn
 
@@ -32,7 +32,7 @@ def init_state(params: Any, tx: optax.GradientTransformation, key: Array, *, ema
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params), key)
 
 
-def ema_decay_at(step: Array, decay: float) -> Array:
+def ema_decay_at(step: Int[Array, ""], decay: float) -> Float[Array, ""]:
     """min(decay, (1 + step)/(10 + step)): early steps forget the initialisation quickly."""
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill.adversarial import Adversary
-from jaxdistill.prediction import ApplyFn, Denoiser, LossFn, Parameterization, as_denoiser, diffuse, expand
+from jaxdistill.prediction import ApplyFn, Batch, Denoiser, LossFn, Parameterization, as_denoiser, diffuse, expand
 from jaxdistill.sampling import (
     Constrain,
     Step,
@@ -90,17 +90,17 @@ def power_weight(T: float, *, power: float) -> Weight:
 # --------------------------------------------------------------------------------------- noise sources
 
 
-def trajectory_noise(key: Array, trajectory: Trajectory, x_T: Array) -> Array:
+def trajectory_noise(key: Array, trajectory: Trajectory, x_T: Batch) -> Array:
     """ε̂_Θ at t: χ is the point of the student's own path at γ(t). Keeps the student's layout and diversity."""
     return trajectory.eps
 
 
-def initial_noise(key: Array, trajectory: Trajectory, x_T: Array) -> Array:
+def initial_noise(key: Array, trajectory: Trajectory, x_T: Batch) -> Array:
     """x_T for every step of its trajectory."""
     return jnp.broadcast_to(x_T, trajectory.x0.shape)
 
 
-def fresh_noise(key: Array, trajectory: Trajectory, x_T: Array) -> Array:
+def fresh_noise(key: Array, trajectory: Trajectory, x_T: Batch) -> Array:
     """Drawn afresh for each state: makes SRL a form of score distillation."""
     return jax.random.normal(key, trajectory.x0.shape, trajectory.x0.dtype)
 

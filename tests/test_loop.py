@@ -1,0 +1,294 @@
+import json
+import signal
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxdistill import loop
+from jaxdistill.checkpoint import Checkpoints
+from jaxdistill.loop import Curve, NonFiniteError, Stopped, StopSignal, read_curve, train_loop
+from jaxdistill.train import init_state, train_step
+from shell import assert_same_bits
+
+STEPS = 20
+TX = optax.adam(0.05)
+
+
+def loss_fn(params, teacher, batch, key):
+    """Noisy regression: every part of the state, the batch and the key matter to it."""
+    noise = 0.1 * jax.random.normal(key, batch.shape)
+    error = jnp.tanh(params["w"] * batch + params["b"]) - teacher * batch - noise
+    return jnp.mean(error**2), {"bias": jnp.mean(error)}
+
+
+STEP = jax.jit(partial(train_step, loss_fn=loss_fn, tx=TX, ema_decay=0.9))
+
+
+def fresh_state():
+    return init_state({"w": jnp.linspace(-1, 1, 8), "b": jnp.zeros(8)}, TX, jax.random.key(5))
+
+
+def batch(i):
+    return np.random.default_rng(i).normal(size=8).astype(np.float32)
+
+
+def run(folder, *, batches=batch, step_fn=STEP, health=lambda params, step: {"w0": float(params["w"][0])}, stop=None, **changes):
+    settings = {"steps": STEPS, "log_every": 2, "health_every": 5, "checkpoint_every": 4, "advice": "lower the learning rate"} | changes
+    return train_loop(
+        "toy", fresh_state(), step_fn, batches, jnp.float32(0.5), workdir=folder, health=health, stop=stop or StopSignal(), **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return run(folder)[0], (folder / "curves" / "toy.jsonl").read_text()
+
+
+class Killed(Exception):
+    """Stands for kill -9: the loop is left without a save."""
+
+
+def killed_at(n):
+    def batches(i):
+        if i == n:
+            raise Killed
+        return batch(i)
+
+    return batches
+
+
+def newest(folder):
+    return Checkpoints(folder / "checkpoints" / "toy").latest
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("at", [[6], [4, 15], [1, 19]], ids=str)
+def test_killed_and_resumed_loop_ends_in_the_same_bits_and_the_same_curve(tmp_path, uninterrupted, at):
+    for n in at:
+        with pytest.raises(Killed):
+            run(tmp_path, batches=killed_at(n))
+        assert newest(tmp_path) == (n // 4 * 4 or None)
+    state, _ = run(tmp_path)
+    assert_same_bits(state, uninterrupted[0])
+    assert (tmp_path / "curves" / "toy.jsonl").read_text() == uninterrupted[1]
+
+
+def test_resume_reads_each_batch_by_its_step_and_none_twice(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, batches=killed_at(10))
+    asked = []
+    run(tmp_path, batches=lambda i: asked.append(i) or batch(i))
+    assert asked == list(range(8, STEPS))
+
+
+def test_finished_loop_returns_its_state_without_a_step(tmp_path, uninterrupted):
+    run(tmp_path)
+    state, seconds = run(tmp_path, batches=killed_at(0), step_fn=None)
+    assert_same_bits(state, uninterrupted[0])
+    assert seconds > 0
+
+
+def test_seconds_add_up_over_restarts(tmp_path, monkeypatch):
+    clock = iter(np.arange(0.0, 1e6, 10.0))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(Killed):
+        run(tmp_path, batches=killed_at(5))
+    saved = Checkpoints(tmp_path / "checkpoints" / "toy").restore(fresh_state())[1]["seconds"]
+    assert saved > 0
+    assert run(tmp_path)[1] > saved
+
+
+def test_final_step_is_saved_whatever_the_interval(tmp_path):
+    run(tmp_path, checkpoint_every=7)
+    assert newest(tmp_path) == STEPS
+
+
+# ------------------------------------------------------------------------------------------------- curve
+
+
+def test_curve_has_losses_and_health_at_their_steps(uninterrupted):
+    records = [json.loads(line) for line in uninterrupted[1].splitlines()]
+    losses, health = [r for r in records if "loss" in r], [r for r in records if "health/w0" in r]
+    assert [r["step"] for r in losses] == list(range(2, STEPS + 1, 2))
+    assert [r["step"] for r in health] == list(range(5, STEPS + 1, 5))
+    assert all({"loss", "grad_norm", "bias"} <= set(r) for r in losses)
+
+
+def test_curve_holds_each_steps_own_loss(uninterrupted):
+    state, wanted = fresh_state(), {}
+    for i in range(STEPS):
+        state, metrics = STEP(state, batch(i), jnp.float32(0.5))
+        wanted[i + 1] = float(metrics["loss"])
+    for record in map(json.loads, uninterrupted[1].splitlines()):
+        if "loss" in record:
+            assert record["loss"] == pytest.approx(wanted[record["step"]], rel=1e-5)
+
+
+def test_health_gets_the_averaged_parameters(uninterrupted, tmp_path):
+    seen = {}
+    state, _ = run(tmp_path, health=lambda params, step: seen.update({step: np.asarray(params["w"])}) or {})
+    assert list(seen) == [5, 10, 15, 20]
+    assert np.array_equal(seen[20], state.ema_params["w"]) and not np.array_equal(seen[20], state.params["w"])
+
+
+def test_curve_drops_what_lies_beyond_the_checkpoint(tmp_path):
+    path = tmp_path / "curves" / "x.jsonl"
+    first = Curve(path, 0)
+    for step in (2, 4, 6, 8):
+        first.add(step, {"loss": step / 3})
+    resumed = Curve(path, 4)
+    assert [r["step"] for r in read_curve(path)] == [2, 4]
+    resumed.add(6, {"loss": 0.25})
+    assert read_curve(path)[-1] == {"step": 6, "loss": 0.25} and len(read_curve(path)) == 3
+
+
+@pytest.mark.parametrize("tail", ['{"step": 6, "lo', '{"step"', "{", '{"step": 6, "loss": 0.1'])
+def test_half_written_last_line_is_left_out_and_overwritten(tmp_path, tail):
+    path = tmp_path / "curves" / "x.jsonl"
+    Curve(path, 0).add(2, {"loss": 0.5})
+    whole = path.read_text()
+    path.write_text(whole + tail)
+    assert read_curve(path) == [{"step": 2, "loss": 0.5}]
+    Curve(path, 8).add(8, {"loss": 0.25})
+    assert [r["step"] for r in read_curve(path)] == [2, 8]
+
+
+def test_loop_resumes_over_a_half_written_curve(tmp_path, uninterrupted):
+    with pytest.raises(Killed):
+        run(tmp_path, batches=killed_at(9))
+    with (tmp_path / "curves" / "toy.jsonl").open("a") as file:
+        file.write('{"step": 10, "loss": 0.')
+    run(tmp_path)
+    assert (tmp_path / "curves" / "toy.jsonl").read_text() == uninterrupted[1]
+
+
+# -------------------------------------------------------------------------------------------- not finite
+
+
+def poisoned_from(n):
+    return lambda i: np.full(8, np.nan, np.float32) if i >= n else batch(i)
+
+
+def all_finite(tree):
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("n", [0, 3, 4, 9, 19])
+def test_loss_that_is_no_number_stops_the_loop_and_names_step_term_and_mend(tmp_path, n):
+    with pytest.raises(NonFiniteError) as error:
+        run(tmp_path, batches=poisoned_from(n))
+    text = str(error.value)
+    assert "\n" not in text and f"toy step {n}:" in text and "loss = nan" in text and "bias = nan" in text
+    assert "lower the learning rate" in text
+    assert newest(tmp_path) == (n // 4 * 4 or None)
+    if newest(tmp_path):
+        assert f"step {newest(tmp_path)} is kept" in text
+        restored = Checkpoints(tmp_path / "checkpoints" / "toy").restore(fresh_state())[0]
+        assert all_finite((restored.params, restored.ema_params))
+    curve = tmp_path / "curves" / "toy.jsonl"
+    assert all(np.isfinite(list(r.values())).all() for r in read_curve(curve))
+
+
+def test_gradient_that_is_no_number_stops_the_loop_though_the_loss_is_finite(tmp_path):
+    def step(state, x, teacher):
+        state, metrics = STEP(state, x, teacher)
+        return state, metrics | {"grad_norm": jnp.where(state.step == 6, jnp.inf, metrics["grad_norm"])}
+
+    with pytest.raises(NonFiniteError, match=r"toy step 5: grad_norm = inf"):
+        run(tmp_path, step_fn=jax.jit(step))
+    assert newest(tmp_path) == 4
+
+
+@pytest.mark.parametrize("n", [8, STEPS], ids=["at a checkpoint", "at the end"])
+def test_parameters_that_overflow_are_not_saved_though_loss_and_gradient_are_finite(tmp_path, n):
+    def step(state, x, teacher):
+        state, metrics = STEP(state, x, teacher)
+        overflown = jax.tree.map(lambda p: jnp.where(state.step == n, jnp.inf, p), state.params)
+        return state._replace(params=overflown), metrics
+
+    with pytest.raises(NonFiniteError):
+        run(tmp_path, step_fn=jax.jit(step))
+    restored = Checkpoints(tmp_path / "checkpoints" / "toy").restore(fresh_state())[0]
+    assert all_finite(restored.params) and int(restored.step) < n
+
+
+# ----------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("n", [0, 5, 7])
+def test_signal_saves_after_the_step_and_the_rest_ends_in_the_same_bits(tmp_path, uninterrupted, n):
+    stop = StopSignal()
+
+    def batches(i):
+        if i == n:
+            stop.received = "SIGTERM"
+        return batch(i)
+
+    with pytest.raises(Stopped) as stopped:
+        run(tmp_path, batches=batches, stop=stop)
+    text = str(stopped.value)
+    assert "\n" not in text and "SIGTERM" in text and f"step {n + 1} of {STEPS}" in text and "resumes" in text
+    assert newest(tmp_path) == n + 1
+    state, _ = run(tmp_path)
+    assert_same_bits(state, uninterrupted[0])
+    assert (tmp_path / "curves" / "toy.jsonl").read_text() == uninterrupted[1]
+
+
+def test_signal_in_the_last_step_finishes(tmp_path, uninterrupted):
+    stop = StopSignal()
+    state, _ = run(tmp_path, batches=lambda i: setattr(stop, "received", "SIGINT" if i == STEPS - 1 else None) or batch(i), stop=stop)
+    assert_same_bits(state, uninterrupted[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_is_remembered_and_the_second_acts(number, monkeypatch):
+    raised = []
+    before = signal.getsignal(number)
+    with StopSignal().installed() as stop:
+        signal.raise_signal(number)
+        assert stop.received == number.name
+        monkeypatch.setattr(loop.signal, "raise_signal", raised.append)
+        stop._handle(number, None)
+        assert raised == [number] and signal.getsignal(number) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
+
+
+def test_handlers_are_restored_after_an_exception():
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(ZeroDivisionError), StopSignal().installed():
+        raise ZeroDivisionError
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+# ---------------------------------------------------------------------------------------------- progress
+
+
+def test_progress_shows_phase_rate_loss_and_remaining_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    run(tmp_path)
+    shown = capsys.readouterr().err
+    assert "toy" in shown and f"{STEPS}/{STEPS}" in shown and "loss=" in shown and "step/s" in shown and "<" in shown
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    run(tmp_path)
+    files = list((tmp_path / "tensorboard" / "toy").glob("events.*"))
+    assert files and all(b"grad_norm" in f.read_bytes() and b"health/w0" in f.read_bytes() for f in files)
+
+
+def test_tensorboard_keeps_the_checkpoints_own_step_on_resume(tmp_path, monkeypatch):
+    """TensorBoard drops all events from `purge_step` on; the first step that is run again is the one after the checkpoint."""
+    with pytest.raises(Killed):
+        run(tmp_path, batches=killed_at(10))
+    given = []
+    writer = loop.SummaryWriter
+    monkeypatch.setattr(loop, "SummaryWriter", lambda *args, **kwargs: given.append(kwargs["purge_step"]) or writer(*args, **kwargs))
+    run(tmp_path)
+    assert given == [9]
