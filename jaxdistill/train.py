@@ -69,5 +69,5 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay_at(state.step, ema_decay)
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, ema_of(params))
-    metrics = metrics | {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    metrics = metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics

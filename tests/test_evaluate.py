@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+
 from jaxdistill import evaluate
 from jaxdistill.data import Dataset, Split, digits
 from jaxdistill.evaluate import Evaluator, Extractor, class_spread, frechet_distance, health, nearest_neighbour_distance, precision_recall

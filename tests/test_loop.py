@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from shell import assert_same_bits
+
 from jaxdistill import loop
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.loop import Curve, NonFiniteError, Stopped, StopSignal, read_curve, train_loop
 from jaxdistill.train import init_state, train_step
-from shell import assert_same_bits
 
 STEPS = 20
 TX = optax.adam(0.05)

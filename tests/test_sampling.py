@@ -97,9 +97,7 @@ def test_discrete_grids_agree_with_diffusers(kind):
 @pytest.mark.parametrize("record", GOLDEN["ddim_steps"]["steps"], ids=lambda r: f"{r['prediction_type']}-{r['t']}-{r['t_prev']}")
 def test_single_ddim_step_agrees_with_diffusers(record):
     sample, output = (jnp.asarray(GOLDEN["ddim_steps"][key], jnp.float32) for key in ("sample", "output"))
-    denoiser = as_denoiser(
-        lambda *_: output, None, None, schedule=SD, parameterization=PARAMETERIZATIONS[record["prediction_type"]]
-    )
+    denoiser = as_denoiser(lambda *_: output, None, None, schedule=SD, parameterization=PARAMETERIZATIONS[record["prediction_type"]])
     if record["clip"]:
         denoiser = clip(SD)(denoiser)
     t, t_next = record["t"] + 1.0, record["t_prev"] + 1.0

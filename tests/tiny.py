@@ -1,7 +1,8 @@
 """The smoke config made so small that a whole run takes seconds; a config file like those in configs/."""
 
-from configs import smoke
 from ml_collections import ConfigDict
+
+from configs import smoke
 
 
 def get_config() -> ConfigDict:

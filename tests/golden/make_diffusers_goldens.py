@@ -98,15 +98,17 @@ def ddim_steps() -> dict:
             scheduler = DDIMScheduler(**SD_BETAS, prediction_type=prediction, set_alpha_to_one=to_one, clip_sample=clip)
             scheduler.set_timesteps(count)
             out = scheduler.step(output, timestep, sample, use_clipped_model_output=clip)
-            steps.append({
-                "prediction_type": prediction,
-                "t": timestep,
-                "t_prev": timestep - TRAIN_STEPS // count,
-                "set_alpha_to_one": to_one,
-                "clip": clip,
-                "prev_sample": numbers(out.prev_sample),
-                "x0": numbers(out.pred_original_sample),
-            })
+            steps.append(
+                {
+                    "prediction_type": prediction,
+                    "t": timestep,
+                    "t_prev": timestep - TRAIN_STEPS // count,
+                    "set_alpha_to_one": to_one,
+                    "clip": clip,
+                    "prev_sample": numbers(out.prev_sample),
+                    "x0": numbers(out.pred_original_sample),
+                }
+            )
     return {"sample": numbers(sample), "output": numbers(output), "steps": steps}
 
 
@@ -138,15 +140,31 @@ def trajectories() -> list:
                 continue
             scheduler = DDIMScheduler(**SD_BETAS, **options, prediction_type=prediction, clip_sample=False)
             t_end = 0 if options["set_alpha_to_one"] else 1
-            runs.append({"name": name, "solver": "ddim", "prediction_type": prediction, "zero_snr": zero_snr, "our_t_end": t_end,
-                         **trajectory(scheduler, x, 8)})
+            runs.append(
+                {
+                    "name": name,
+                    "solver": "ddim",
+                    "prediction_type": prediction,
+                    "zero_snr": zero_snr,
+                    "our_t_end": t_end,
+                    **trajectory(scheduler, x, 8),
+                }
+            )
         for name, options in dpm.items():
             scheduler = DPMSolverMultistepScheduler(
                 **SD_BETAS, **options, prediction_type=prediction, solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint"
             )
             t_end = 0 if options["final_sigmas_type"] == "zero" else 1
-            runs.append({"name": name, "solver": "dpm_solver_pp_2m", "prediction_type": prediction, "zero_snr": False,
-                         "our_t_end": t_end, **trajectory(scheduler, x, 8)})
+            runs.append(
+                {
+                    "name": name,
+                    "solver": "dpm_solver_pp_2m",
+                    "prediction_type": prediction,
+                    "zero_snr": False,
+                    "our_t_end": t_end,
+                    **trajectory(scheduler, x, 8),
+                }
+            )
     return runs
 
 

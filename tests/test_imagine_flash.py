@@ -1,0 +1,219 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import COSINE, NESTED, SHAPE, batch, ddim_step, flash, make, make_adversary, predict
+
+from jaxdistill import sampling
+from jaxdistill.methods import imagine_flash as flash_module
+from jaxdistill.methods.imagine_flash import Reconstruction, fresh_noise, initial_noise, trajectory_noise
+from jaxdistill.prediction import v_prediction
+
+KEY = jax.random.key(5)
+
+
+def drawn_noise(size=6):
+    return jax.random.normal(jax.random.split(KEY, 4)[0], (size, *SHAPE))
+
+
+def teacher_by_hand(model, teacher, x, t, cond, k, scale):
+    """k DDIM steps over t, t(k-1)/k, ..., t/k; the last gives x0."""
+    times = [t * j / k for j in range(k, 0, -1)]
+    for i, time in enumerate(times):
+        x0, eps = predict(model, teacher, x, time, cond)
+        if scale != 1.0:
+            null_x0, null_eps = predict(model, teacher, x, time, model.null_cond(cond))
+            x0, eps = null_x0 + scale * (x0 - null_x0), null_eps + scale * (eps - null_eps)
+        if i + 1 < k:
+            x = ddim_step(x0, eps, times[i + 1])
+    return x0
+
+
+def loss_by_hand(model, student, teacher, data, *, grid, shift, source, k, scale):
+    """Backward distillation with SRL as the paper's equations say it, in Python loops."""
+    noise = drawn_noise(len(data["x0"]))
+    x, losses, visited = noise, [], []
+    for i, t in enumerate(grid):
+        x0, eps = predict(model, student, jax.lax.stop_gradient(x), t, data["cond"])
+        visited.append((x, x0, eps))
+        if i + 1 < len(grid):
+            x = ddim_step(x0, noise if i == 0 else eps, grid[i + 1])
+    fresh = jax.random.normal(jax.random.fold_in(jax.random.split(KEY, 4)[2], 0), (len(grid), *noise.shape))
+    for i, t in enumerate(grid):
+        x, x0, eps = visited[i]
+        gamma = float(shift(jnp.asarray(t)))
+        if source is None:
+            start, gamma = x, t
+        else:
+            start = ddim_step(x0, {"trajectory": noise if i == 0 else eps, "initial": noise, "fresh": fresh[i]}[source], gamma)
+        target = teacher_by_hand(model, teacher, start, gamma, data["cond"], k, scale)
+        losses.append(jnp.mean((jax.lax.stop_gradient(target) - x0) ** 2))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("source", [None, "trajectory", "initial", "fresh"])
+@pytest.mark.parametrize(("k", "scale"), [(1, 1.0), (3, 1.0), (2, 1.5)])
+def test_loss_and_gradient_equal_the_equations_written_out(source, k, scale):
+    model, teacher = make()
+    _, student = make(seed=4)
+    shift = flash_module.power_shift(1.0, strength=0.3, power=2.0)
+    sources = {None: None, "trajectory": trajectory_noise, "initial": initial_noise, "fresh": fresh_noise}
+    loss_fn = flash(model, reconstruction=Reconstruction(shift, sources[source], k, scale))
+    ours = jax.value_and_grad(lambda p: loss_fn({"student": p}, teacher, batch(), KEY)[0])(student)
+    grid = [float(t) for t in NESTED[-1]]
+    by_hand = jax.value_and_grad(
+        lambda p: loss_by_hand(model, p, teacher, batch(), grid=grid, shift=shift, source=source, k=k, scale=scale)
+    )(student)
+    np.testing.assert_allclose(ours[0], by_hand[0], rtol=2e-5)
+    for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(by_hand[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()) + 1e-7)
+
+
+def test_one_random_step_agrees_with_the_whole_trajectory():
+    model, teacher = make()
+    _, student = make(seed=4)
+    params = {"student": student}
+    single = [np.asarray([1.0], np.float32)]
+    options = {"reconstruction": Reconstruction(steps=2)}
+    whole, one = (flash(model, grids=single, whole_trajectory=w, **options)(params, teacher, batch(), KEY)[0] for w in (True, False))
+    np.testing.assert_allclose(whole, one, rtol=1e-6)
+    whole = jax.jit(flash(model, **options))
+    one = jax.jit(flash(model, whole_trajectory=False, **options))
+    keys = jax.random.split(jax.random.key(0), 400)
+    means = [np.mean([float(f(params, teacher, batch(), k)[0]) for k in keys]) for f in (whole, one)]
+    np.testing.assert_allclose(means[1], means[0], rtol=0.05)
+
+
+def test_teacher_gets_no_gradient_from_any_term():
+    model, teacher = make()
+    _, student = make(seed=4)
+    adversary, heads = make_adversary(model)
+    loss_fn = flash(model, adversary=adversary)
+    grads = jax.grad(lambda t: loss_fn({"student": student, "discriminator": heads}, t, batch(), KEY)[0])(teacher)
+    assert all(not np.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_no_shift_with_the_trajectory_noise_is_no_srl():
+    model, teacher = make()
+    _, student = make(seed=4)
+    plain, shifted = (flash(model, reconstruction=Reconstruction(noise_source=s, steps=3)) for s in (None, trajectory_noise))
+    values = [f({"student": student}, teacher, batch(), KEY)[0] for f in (plain, shifted)]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-4)
+
+
+def test_students_x0_along_a_nested_grid_is_each_shorter_samplers_image():
+    model, params = make()
+    noise = drawn_noise()
+    denoiser = flash_module.as_denoiser(model.apply, params, batch()["cond"], schedule=COSINE, parameterization=v_prediction)
+    step = sampling.ddim(COSINE)
+    visited = sampling.rollout(step, denoiser, sampling.start(noise), NESTED[-1])[1].x0
+    for n, grid in enumerate(NESTED):
+        np.testing.assert_allclose(sampling.rollout(step, denoiser, sampling.start(noise), grid)[0].x, visited[n], atol=1e-6)
+
+
+def test_prefixes_cost_nothing_and_other_grids_divide_the_batch():
+    assert [len(g) for g in flash_module.unique_grids(NESTED)] == [3]
+    trailing = [sampling.trailing_grid(n, 1.0) for n in (1, 2, 3)]
+    assert [len(g) for g in flash_module.unique_grids(trailing)] == [3, 2]
+    model, teacher = make()
+    with pytest.raises(ValueError, match="batch size 5 must be a multiple of the 2 grids"):
+        flash(model, grids=trailing)({"student": teacher}, teacher, batch(5), KEY)
+
+
+def test_weight_scales_and_forward_distillation_reads_the_data():
+    model, teacher = make()
+    _, student = make(seed=4)
+    one, two = (flash(model, weight=w) for w in (flash_module.uniform_weight, lambda t: 2.0 * jnp.ones_like(t)))
+    params = {"student": student}
+    np.testing.assert_allclose(2 * one(params, teacher, batch(), KEY)[0], two(params, teacher, batch(), KEY)[0], rtol=1e-6)
+    other = batch() | {"x0": batch()["x0"] + 1.0}
+    assert one(params, teacher, other, KEY)[0] == one(params, teacher, batch(), KEY)[0]
+    forward = flash(model, backward=False)
+    assert forward(params, teacher, other, KEY)[0] != forward(params, teacher, batch(), KEY)[0]
+
+
+def test_regression_reaches_the_teachers_own_answer():
+    """A student free at T learns the teacher's k-step image of the same noise: known for an exact Gaussian teacher."""
+    mean, spread = 0.4, 0.5
+
+    def exact(params, x, t, cond):
+        a, s = COSINE.alpha(t)[:, None], COSINE.sigma(t)[:, None]
+        x0 = mean + a * spread**2 / (a**2 * spread**2 + s**2) * (x - a * mean)
+        return (a * x - x0) / jnp.maximum(s, 1e-6)
+
+    def affine(params, x, t, cond):  # x0 = -v at T
+        return -(params["scale"] * x + params["offset"])
+
+    teacher_model = flash_module.Model(exact, COSINE, v_prediction)
+    student_model = teacher_model._replace(apply=affine)
+    k, grid = 4, [np.asarray([1.0], np.float32)]
+    plain = Reconstruction(noise_source=None, steps=k)
+    loss_fn = flash_module.imagine_flash(student_model, teacher_model, grids=grid, null_cond=lambda c: c, reconstruction=plain)
+    params = {"student": {"scale": jnp.zeros(()), "offset": jnp.zeros(())}}
+    data = {"x0": jnp.zeros((256, 2)), "cond": jnp.zeros(256, jnp.int32)}
+    gradient = jax.jit(jax.grad(lambda p, key: loss_fn(p, {}, data, key)[0]))
+    for i in range(300):
+        params = jax.tree.map(lambda p, g: p - 0.2 * g, params, gradient(params, jax.random.key(i)))
+    denoiser = flash_module.as_denoiser(exact, {}, None, schedule=COSINE, parameterization=teacher_model.parameterization)
+    x = jnp.asarray([[0.0, 1.0]])
+    answer = sampling.rollout(sampling.ddim(COSINE), denoiser, sampling.start(x), sampling.trailing_grid(k, 1.0))[0].x[0]
+    np.testing.assert_allclose(params["student"]["offset"], answer[0], atol=0.02)
+    np.testing.assert_allclose(params["student"]["scale"], answer[1] - answer[0], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "shift",
+    [
+        flash_module.power_shift(1.0),
+        flash_module.linear_shift(1.0),
+        flash_module.table_shift(1.0, times=(0.2, 1.0), values=(0.4, 0.7)),
+        flash_module.no_shift,
+    ],
+)
+def test_shifts_are_monotone_jittable_and_inside(shift):
+    t = jnp.linspace(0.01, 1.0, 50)
+    values = np.asarray(jax.jit(shift)(t))
+    assert (np.diff(values) >= 0).all() and values.min() > 0 and values.max() <= 1
+    flash_module.check_shift(shift, NESTED[-1], 1.0)
+
+
+@pytest.mark.parametrize(
+    "make_shift",
+    [
+        lambda: flash_module.power_shift(1.0, strength=1.5),
+        lambda: flash_module.linear_shift(1.0, high=1.2),
+        lambda: flash_module.table_shift(1.0, times=(0.2, 1.0), values=(0.7, 0.4)),
+        lambda: flash_module.mixed_noise(2.0),
+    ],
+)
+def test_bad_plug_in_arguments_are_refused(make_shift):
+    with pytest.raises(ValueError, match="needs"):
+        make_shift()
+
+
+@pytest.mark.parametrize(("shift", "message"), [(lambda t: 2 * t, "must map times to"), (lambda t: 1.1 - t, "must not fall")])
+def test_a_shift_that_leaves_the_range_or_falls_is_refused(shift, message):
+    with pytest.raises(ValueError, match=message):
+        flash(make()[0], reconstruction=Reconstruction(shift))
+
+
+def test_one_compile_serves_all_steps():
+    from functools import partial
+
+    import optax
+
+    from jaxdistill.train import init_state, train_step
+
+    model, teacher = make()
+    traces = []
+    inner = flash(model)
+    loss_fn = lambda *args: (traces.append(1), inner(*args))[1]  # noqa: E731
+    tx = optax.adam(1e-3)
+    state = init_state({"student": teacher}, tx, KEY)
+    step = jax.jit(partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.9))
+    losses = []
+    for _ in range(4):
+        state, metrics = step(state, batch(), teacher)
+        losses.append(float(metrics["loss"]))
+    assert len(traces) == 1
+    assert len(set(losses)) == 4
