@@ -12,7 +12,7 @@ install_import_hook("jaxdistill", "beartype.beartype")
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("tests")
 
-import pytest
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # configs/ is not installed
 
-import jax
-import tiny
+import jax  # noqa: E402
+import tiny  # noqa: E402
 
 TINY = Path(tiny.__file__)
 _FINISHED: list[Path] = []

@@ -248,7 +248,7 @@ def imagine_flash(
         states = x_T[None]
         if len(grid) > 1:
             denoiser = student_denoiser(jax.lax.stop_gradient(params), cond, x_T)
-            last, visited = rollout(student_step, denoiser, start(x_T), grid[:-1], t_end=grid[-1])
+            last, visited = rollout(student_step, denoiser, start(x_T), grid[:-1], t_end=float(grid[-1]))
             states = jax.lax.stop_gradient(jnp.concatenate([visited.x, last.x[None]]))
         x = jnp.take_along_axis(states, expand(index, x_T)[None], axis=0)[0]
         t = jnp.asarray(grid)[index]
