@@ -84,10 +84,24 @@ def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
         checkpointer.save(temporary / "params", host)
     leaves = jax.tree.leaves(host)
     parameters = {"path": "params", "count": int(sum(a.size for a in leaves)), "dtype": str(leaves[0].dtype)}
-    write_json(temporary / "card.json", {**card, "parameters": parameters, "sha256": _hashes(temporary)})
+    whole = {**card, "parameters": parameters, "sha256": _hashes(temporary)}
+    write_json(temporary / "card.json", {**whole, "card_sha256": _card_hash(whole)})
+    older = folder.with_name(folder.name + ".old")
+    shutil.rmtree(older, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+        os.rename(folder, older)
+    try:
+        os.replace(temporary, folder)
+    except BaseException:
+        if older.exists():
+            os.rename(older, folder)
+        raise
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def _card_hash(card: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in card.items() if key != "card_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -105,9 +119,11 @@ def load_export(folder: str | Path) -> tuple[Any, dict[str, Any]]:
         raise CheckpointError(f"{folder} is no export: it has no card.json; give the teacher/ or student/ folder of a run's workdir")
     try:
         card = json.loads((folder / "card.json").read_text())
+        if card["card_sha256"] != _card_hash(card):
+            raise ValueError
         expected = dict(card["sha256"])
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder / 'card.json'} is damaged: it is no JSON card with checksums; export it anew") from None
+        raise CheckpointError(f"{folder / 'card.json'} is damaged: it does not match its own checksum; copy the export anew") from None
     found = _hashes(folder)
     for name in sorted(expected):
         if name not in found:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +68,9 @@ def fashion_mnist(folder: str | Path) -> Dataset:
     arrays = {}
     for key, (stem, count) in FASHION_FILES.items():
         array = read_idx(find_idx(Path(folder), stem))
+        shape = (28, 28) if key.endswith("images") else ()
+        if array.shape[1:] != shape:
+            raise DataError(f"{stem} in {folder} holds items of shape {array.shape[1:]}, expected {shape}; are the files swapped?")
         if len(array) != count:
             raise DataError(f"{stem} in {folder} holds {len(array)} items, Fashion-MNIST's has {count}; fetch the file anew")
         arrays[key] = array
@@ -92,10 +96,12 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             raw = file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}); it may be truncated: fetch the file anew") from None
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise DataError(f"{path} is no idx file of unsigned bytes: it starts with {raw[:4].hex() or 'nothing'}")
+    if raw[3] < 1:
+        raise DataError(f"{path} is damaged: its header names no dimension; fetch the file anew")
     header = 4 + 4 * raw[3]
     if len(raw) < header:
         raise DataError(f"{path} is truncated: expected a header of {header} bytes, found {len(raw)}")

@@ -112,7 +112,7 @@ def train_loop(
         print(f"{name}: resumes at step {int(state.step)} of {steps}")
     start, began = int(state.step), time.perf_counter()
     curve = Curve(workdir / "curves" / f"{name}.jsonl", start)
-    writer = SummaryWriter(str(workdir / "tensorboard" / name), purge_step=start)
+    writer = SummaryWriter(str(workdir / "tensorboard" / name), purge_step=start + 1)
     pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
     last_saved = start
 
@@ -130,6 +130,10 @@ def train_loop(
     def save(step: int) -> None:
         nonlocal last_saved
         check(0)
+        if not all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves((state.params, state.ema_params))):
+            raise NonFiniteError(
+                f"{name} step {step - 1}: parameters are not finite; the checkpoint of step {last_saved} is kept; {advice}"
+            )
         checkpoints.save(step, state, {"seconds": seconds_before + time.perf_counter() - began})
         last_saved = step
 

@@ -236,6 +236,7 @@ def rollout(
     *,
     t_end: float | Array = 0.0,
     stop_gradient: bool = False,
+    unroll: bool = False,
 ) -> tuple[SamplerState, Trajectory]:
     """Run the solver from grid[0] to t_end by `lax.scan`: one network call for each time of the grid.
 
@@ -249,6 +250,8 @@ def rollout(
       grid: decreasing times [N], or [N, b] for times of each example.
       t_end: where the last step ends; 0 gives clean samples.
       stop_gradient: cut the gradient of the carried state.
+      unroll: compile one copy of the body a step. Longer to compile; XLA's CPU backend runs convolutions
+        inside a loop on one thread and without its fast kernels.
 
     Returns:
       The state at t_end and the trajectory of the N visited states.
@@ -263,5 +266,5 @@ def rollout(
         prediction = denoiser(state.x, t)
         return step(prediction, state, t, t_next), Trajectory(t, state.x, *prediction)
 
-    final, trajectory = jax.lax.scan(body, state, (times, next_times))
+    final, trajectory = jax.lax.scan(body, state, (times, next_times), unroll=unroll)
     return (jax.lax.stop_gradient(final) if stop_gradient else final), trajectory

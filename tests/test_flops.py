@@ -15,7 +15,7 @@ B, N, K, WIDTH = 32, 3, 2, 256
 def unrolled(monkeypatch):
     """Cost analysis counts a loop's body once: run `lax.scan` as a Python loop."""
 
-    def scan(body, carry, xs):
+    def scan(body, carry, xs, unroll=False):
         outs = []
         for i in range(len(jax.tree.leaves(xs)[0])):
             carry, out = body(carry, jax.tree.map(lambda a, i=i: a[i], xs))

@@ -91,7 +91,7 @@ def test_resume_reads_each_batch_by_its_step_and_none_twice(tmp_path):
 
 def test_finished_loop_returns_its_state_without_a_step(tmp_path, uninterrupted):
     run(tmp_path)
-    state, seconds = run(tmp_path, batches=killed_at(0), step_fn=None)
+    state, seconds = run(tmp_path, batches=killed_at(0), step_fn=lambda *_: None)
     assert_same_bits(state, uninterrupted[0])
     assert seconds > 0
 

@@ -27,7 +27,7 @@ def report(mesh, constrain):
     step = partition.jit_train_step(partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.9), mesh)
     whole = partition.replicated(mesh)
     state = jax.device_put(init_state({"student": jax.tree.map(jnp.copy, teacher)}, tx, jax.random.key(0)), whole)
-    data, fixed = partition.put_batch(batch(64), mesh), jax.device_put(teacher, whole)
+    data, fixed = partition.put_batch(batch(512), mesh), jax.device_put(teacher, whole)
     cost = step.lower(state, data, fixed).compile().cost_analysis()["flops"]
     losses = []
     for _ in range(5):

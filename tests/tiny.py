@@ -13,9 +13,7 @@ def get_config() -> ConfigDict:
     config.teacher.warmup = 5
     config.teacher.steps = 5
     config.teacher.guidance = 1.25
-    config.teacher.health_every = 20
     config.student.iterations = 12
-    config.student.health_every = 6
     config.student.warmup = 2
     config.student.batch_size = 12
     config.student.steps = (1, 2, 3)
