@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
             "backward": True,  # False: forward distillation on data
             "whole_trajectory": True,  # False: one random state an example
             "noise_correction": True,
+            "unroll": False,  # True: one copy of the network a step in the program; faster for convolutions on CPU
             "srl": True,  # False: the teacher starts from the student's own state
             "noise": "trajectory",  # SRL's noise: trajectory | initial | fresh
             "shift": "table",  # SRL's gamma: none | power | linear | table, with its arguments in config.shifts

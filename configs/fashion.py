@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.student.learning_rate = 3e-4
 
     config.method.guidance = 1.0
+    config.method.unroll = True
 
     config.eval.samples = 2000
     config.eval.batch_size = 500

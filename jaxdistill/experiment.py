@@ -187,6 +187,7 @@ def build(config: ConfigDict) -> Experiment:
         correct_noise=method.noise_correction,
         adversary=adversary,
         constrain=constrain,
+        unroll=method.unroll,
     )
     student_tx = optax.multi_transform(
         {"student": make_optimizer(config.student), "discriminator": optax.adam(config.adversarial.learning_rate, b1=0.5)},

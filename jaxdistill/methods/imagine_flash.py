@@ -184,6 +184,7 @@ def imagine_flash(
     solver: Step | None = None,
     adversary: Adversary | None = None,
     constrain: Constrain = unconstrained,
+    unroll: bool = False,
 ) -> LossFn:
     """E w(t) ‖stopgrad(x̂0^Φ) - x̂0^Θ‖² over the states of the student's trajectory (Imagine Flash, eqs. 4-7).
 
@@ -205,6 +206,7 @@ def imagine_flash(
       solver: the student's solver; DDIM by default.
       adversary: the adversarial term, or None.
       constrain: sharding constraint put on every random batch.
+      unroll: as of `rollout`.
 
     Returns:
       loss(params, teacher_params, batch, key) -> (loss, metrics). params {"student": ..., "discriminator": ...},
@@ -235,11 +237,11 @@ def imagine_flash(
             denoiser = guidance(reconstruction.guidance_scale)(denoiser)
         k = reconstruction.steps
         grid = t[None] * (jnp.arange(k, 0, -1, dtype=t.dtype) / k)[:, None]
-        return rollout(teacher_step, denoiser, start(x), grid)[0].x
+        return rollout(teacher_step, denoiser, start(x), grid, unroll=unroll)[0].x
 
     def whole(params: Any, cond: Any, x_T: Array, grid: TimeGrid) -> Trajectory:
         denoiser = student_denoiser(params, cond, x_T)
-        trajectory = rollout(student_step, denoiser, start(x_T), grid, stop_gradient=True)[1]
+        trajectory = rollout(student_step, denoiser, start(x_T), grid, stop_gradient=True, unroll=unroll)[1]
         return trajectory._replace(t=jnp.broadcast_to(trajectory.t[:, None], trajectory.x.shape[:2]))
 
     def one_step(params: Any, cond: Any, x_T: Array, grid: TimeGrid, key: Array) -> Trajectory:
@@ -248,7 +250,7 @@ def imagine_flash(
         states = x_T[None]
         if len(grid) > 1:
             denoiser = student_denoiser(jax.lax.stop_gradient(params), cond, x_T)
-            last, visited = rollout(student_step, denoiser, start(x_T), grid[:-1], t_end=float(grid[-1]))
+            last, visited = rollout(student_step, denoiser, start(x_T), grid[:-1], t_end=float(grid[-1]), unroll=unroll)
             states = jax.lax.stop_gradient(jnp.concatenate([visited.x, last.x[None]]))
         x = jnp.take_along_axis(states, expand(index, x_T)[None], axis=0)[0]
         t = jnp.asarray(grid)[index]
