@@ -36,7 +36,7 @@ def trailing_grid(steps: int, T: float, *, discrete: bool = False) -> TimeGrid:
     With `discrete`, times are rounded to integers as diffusers' "trailing" does
     (its timestep is our time - 1; Lin et al. 2023, table 2). Raises ValueError for steps < 1.
     """
-    _check_steps(steps)
+    _check_steps(steps, T, discrete)
     grid = np.arange(steps, 0, -1) * (T / steps)
     return np.asarray(np.round(grid) if discrete else grid, np.float32)
 
@@ -48,7 +48,7 @@ def leading_grid(steps: int, T: float, *, discrete: bool = False, offset: float 
     (1 for Stable Diffusion). Does not start at T: fit for a teacher's sampler, refused for a student.
     Raises ValueError for steps < 1 or a time outside (0, T].
     """
-    _check_steps(steps)
+    _check_steps(steps, T, discrete)
     width = T // steps if discrete else T / steps
     grid = np.arange(steps - 1, -1, -1) * width + offset + (1.0 if discrete else 0.0)
     if not (grid > 0).all() or not (grid <= T).all():
@@ -61,7 +61,7 @@ def linspace_grid(steps: int, T: float, *, discrete: bool = False, end: float | 
 
     `end` defaults to 1 when discrete and T/1000 else. Raises ValueError for steps < 1.
     """
-    _check_steps(steps)
+    _check_steps(steps, T, discrete)
     end = (1.0 if discrete else T / 1000.0) if end is None else end
     # diffusers builds the increasing sequence and reverses it: a single step is then its lower end.
     # It rounds its own timesteps (our times - 1), and rounding halves to even does not commute with the shift.
@@ -69,9 +69,11 @@ def linspace_grid(steps: int, T: float, *, discrete: bool = False, end: float | 
     return np.asarray(np.round(grid) + 1 if discrete else grid, np.float32)
 
 
-def _check_steps(steps: int) -> None:
+def _check_steps(steps: int, T: float, discrete: bool) -> None:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if discrete and steps > T:
+        raise ValueError(f"steps must be at most {T:g}, the times of a discrete schedule, got {steps}")
 
 
 def check_grid(grid: TimeGrid, T: float) -> TimeGrid:
@@ -84,13 +86,16 @@ def check_grid(grid: TimeGrid, T: float) -> TimeGrid:
     shown = [round(float(t), 6) for t in grid.ravel()]
     if grid.ndim != 1 or grid.size < 1:
         raise ValueError(f"a time grid needs at least one time, got {shown}")
+    if not np.isfinite(grid).all():
+        raise ValueError(f"a time grid must be finite, got {shown}")
     if not np.isclose(grid[0], T, rtol=1e-6):
         raise ValueError(f"a time grid must start at T = {T:g}, got {shown}")
     if (np.diff(grid) >= 0).any():
         raise ValueError(f"a time grid must decrease strictly, got {shown}")
     if grid[-1] <= 0:
         raise ValueError(f"a time grid ends above 0 (the step to 0 is implied), got {shown}")
-    return grid
+    # Exactly T: noise correction asks for t >= T.
+    return np.concatenate([np.float32([T]), grid[1:]])
 
 
 # ----------------------------------------------------------------------------------------- transforms
@@ -118,7 +123,7 @@ def guidance(scale: float | Array) -> Transform:
         def guided(x: Array, t: Array) -> Prediction:
             t2 = jnp.concatenate([t, t]) if jnp.ndim(t) else t
             both = denoiser(jnp.concatenate([x, x]), t2)
-            return jax.tree.map(lambda p: p[x.shape[0] :] + scale * (p[: x.shape[0]] - p[x.shape[0] :]), both)
+            return jax.tree.map(lambda p: p[x.shape[0] :] + expand(scale, x) * (p[: x.shape[0]] - p[x.shape[0] :]), both)
 
         return guided
 
@@ -211,7 +216,7 @@ def dpm_solver_pp_2m(schedule: NoiseSchedule) -> Step:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         eps = jnp.where(usable, (state.x - alpha * data) / sigma, prediction.eps)
         out = first_order(Prediction(data, eps), state, t, t_next)
-        return out._replace(previous_x0=prediction.x0, previous_log_snr=lam)
+        return out._replace(previous_x0=prediction.x0.astype(state.x.dtype), previous_log_snr=lam)
 
     return step
 

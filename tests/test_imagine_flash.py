@@ -7,7 +7,7 @@ from small import COSINE, NESTED, SHAPE, batch, ddim_step, flash, make, make_adv
 from jaxdistill import sampling
 from jaxdistill.methods import imagine_flash as flash_module
 from jaxdistill.methods.imagine_flash import Reconstruction, fresh_noise, initial_noise, trajectory_noise
-from jaxdistill.prediction import v_prediction
+from jaxdistill.prediction import Prediction, v_prediction
 
 KEY = jax.random.key(5)
 
@@ -217,3 +217,25 @@ def test_one_compile_serves_all_steps():
         losses.append(float(metrics["loss"]))
     assert len(traces) == 1
     assert len(set(losses)) == 4
+
+
+def test_what_a_grid_may_not_hold():
+    with pytest.raises(ValueError, match="must be finite"):
+        sampling.check_grid(np.asarray([1.0, np.nan]), 1.0)
+    assert sampling.check_grid(np.asarray([999.9995, 500.0]), 1000.0)[0] == 1000.0
+    with pytest.raises(ValueError, match="at most 1000"):
+        sampling.trailing_grid(2001, 1000.0, discrete=True)
+
+
+def test_a_multistep_rollout_keeps_the_states_type():
+    state = sampling.start(jnp.ones((2, 2), jnp.bfloat16))
+    denoiser = lambda x, t: Prediction(jnp.ones((2, 2)), jnp.ones((2, 2)))  # noqa: E731
+    final, _ = sampling.rollout(sampling.dpm_solver_pp_2m(COSINE), denoiser, state, sampling.trailing_grid(3, 1.0))
+    assert final.x.dtype == jnp.bfloat16
+
+
+def test_guidance_takes_a_scale_for_each_example():
+    x, scale = jnp.ones((3, 2, 3)), jnp.asarray([1.0, 2.0, 3.0])
+    denoiser = lambda x, t: Prediction(jnp.arange(6.0).reshape(6, 1, 1) * jnp.ones_like(x), x)  # noqa: E731
+    got = sampling.guidance(scale)(denoiser)(x, jnp.asarray(0.5)).x0
+    np.testing.assert_allclose(got[:, 0, 0], [0.0, -2.0, -4.0])
