@@ -3,6 +3,8 @@
     python -m jaxdistill.main --config=configs/fashion.py --config.data.folder=FOLDER --workdir=runs/fashion
 
 FOLDER holds the four idx files (plain or .gz), e.g. /usr/share/datasets/fashion-mnist of Debian's dataset-fashion-mnist.
+Not measured to its end yet; a student step takes about half a second on 2 CPU cores.
+
 50,000 images train, 10,000 validate, 10,000 test.
 """
 

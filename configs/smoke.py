@@ -1,6 +1,8 @@
 """The digits job with everything made small: it shows that all parts work, not how good they are. Used by CI.
 
 python -m jaxdistill.main --config=configs/smoke.py --workdir=runs/smoke
+
+Under a minute on 2 CPU cores; the images are not meant to be good (FD about 4 for the teacher, 7 at 3 steps).
 """
 
 from ml_collections import ConfigDict

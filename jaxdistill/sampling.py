@@ -95,7 +95,7 @@ def check_grid(grid: TimeGrid, T: float) -> TimeGrid:
     if grid[-1] <= 0:
         raise ValueError(f"a time grid ends above 0 (the step to 0 is implied), got {shown}")
     # Exactly T: noise correction asks for t >= T.
-    return np.concatenate([np.float32([T]), grid[1:]])
+    return np.concatenate([np.asarray([T], np.float32), grid[1:]])
 
 
 # ----------------------------------------------------------------------------------------- transforms
@@ -123,7 +123,7 @@ def guidance(scale: float | Array) -> Transform:
         def guided(x: Array, t: Array) -> Prediction:
             t2 = jnp.concatenate([t, t]) if jnp.ndim(t) else t
             both = denoiser(jnp.concatenate([x, x]), t2)
-            return jax.tree.map(lambda p: p[x.shape[0] :] + expand(scale, x) * (p[: x.shape[0]] - p[x.shape[0] :]), both)
+            return jax.tree.map(lambda p: p[x.shape[0] :] + expand(jnp.asarray(scale), x) * (p[: x.shape[0]] - p[x.shape[0] :]), both)
 
         return guided
 

@@ -132,7 +132,7 @@ def test_command_answers_a_broken_run_in_one_line_that_names_phase_step_and_mend
     errors = [line for line in found.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1 and "Traceback" not in found.stderr, found.stderr
     assert "student step " in errors[0] and "config.student.learning_rate" in errors[0]
-    params, card = checkpoint.load_export(tmp_path / "teacher")
+    _, card = checkpoint.load_export(tmp_path / "teacher")
     assert card["role"] == "teacher" and loop.read_curve(tmp_path / "curves" / "teacher.jsonl")[-1]["step"] == 40
     assert not (tmp_path / "student").exists()
 
