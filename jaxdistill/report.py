@@ -132,7 +132,7 @@ PANELS = {
 }
 
 
-def curves_picture(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+def curves_picture(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Loss and quality of each phase against its step: one row a phase, one panel a kind of number."""
     figure, axes = plt.subplots(
         len(curves), len(PANELS), figsize=(4.2 * len(PANELS), 4.2 * len(curves)), squeeze=False, layout="constrained"

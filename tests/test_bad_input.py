@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
     [
         ({"student.times": (1.0, 0.2, 0.5)}, "must decrease strictly, got"),
         ({"student.times": (0.9, 0.5, 0.2)}, "must start at T = 1, got"),
-        ({"student.grid": "leading"}, "must start at T"),
+        ({"student.grid": "leading"}, "leading_grid("),
         ({"prediction": "eps"}, "cannot start from zero terminal SNR"),
         ({"prediction": "epsilon"}, "prediction = 'epsilon' is not known; choose one of 'eps', 'v'"),
         ({"schedule.name": "cos"}, "schedule.name = 'cos' is not known"),
