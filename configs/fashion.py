@@ -19,14 +19,14 @@ def get_config() -> ConfigDict:
     config.data.name = "fashion"
     config.model = ConfigDict({"name": "unet", "channels": (32, 64), "blocks": 1, "patch": 2, "time_scale": 1000.0})
 
-    config.teacher.iterations = 2000
+    config.teacher.iterations = 5000
     config.teacher.batch_size = 64
     config.teacher.learning_rate = 1e-3
     config.teacher.guidance = 1.0
 
-    config.student.iterations = 500
+    config.student.iterations = 1000
     config.student.batch_size = 32
-    config.student.learning_rate = 3e-4
+    config.student.learning_rate = 5e-4
 
     config.method.guidance = 1.0
     config.method.unroll = True
@@ -38,9 +38,9 @@ def get_config() -> ConfigDict:
     config.eval.channels = (16, 32)
     config.eval.extractor_steps = 1500
 
-    config.teacher.health_every = 500
-    config.student.health_every = 100
+    config.teacher.health_every = 1000
+    config.student.health_every = 200
     config.log.health_samples = 160
     config.log.teacher_steps = 20
-    config.log.checkpoint_every = 200
+    config.log.checkpoint_every = 250
     return config

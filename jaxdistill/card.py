@@ -3,6 +3,7 @@
 Configs use the same blocks, so this is the one place where a name becomes a function.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -55,7 +56,15 @@ def build_schedule(block: Mapping[str, Any]) -> schedule.NoiseSchedule:
 def build_model(block: Mapping[str, Any]) -> nn.Module:
     """{"name", ...the module's attributes} -> Linen module. Raises ValueError for an unknown name."""
     attributes = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in block.items() if k != "name"}
-    return choose(MODELS, block["name"], "model.name")(**attributes)
+    module: Any = choose(MODELS, block["name"], "model.name")
+    known = [f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
+    strangers = [k for k in attributes if k not in known]
+    if strangers:
+        raise ValueError(f"model {block['name']!r} has no setting {', '.join(strangers)}; it has {', '.join(known)}")
+    for key, value in attributes.items():
+        if not all(v > 0 for v in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"model.{key} must be above 0, got {value}")
+    return module(**attributes)
 
 
 def init_params(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> Any:

@@ -132,7 +132,9 @@ def make_cards(config: ConfigDict, dataset: data.Dataset) -> tuple[dict[str, Any
 
 def build(config: ConfigDict) -> Experiment:
     """Check the whole config and make its functions. Raises ValueError with one clear line for what cannot be."""
+    check_numbers(config)
     dataset = make_dataset(config.data)
+    check_counts(config, dataset)
     mesh = partition.data_mesh()
     teacher_card, student_card = make_cards(config, dataset)
     teacher_sampler, student_sampler = card.build_sampler(teacher_card), card.build_sampler(student_card)
@@ -141,7 +143,6 @@ def build(config: ConfigDict) -> Experiment:
     check_pair(schedule, parameterization)
     image_shape = dataset.train.images.shape[1:]
     card.check_model(model, image_shape)
-    check_numbers(config)
     for phase in ("teacher", "student"):
         partition.check_batch(config[phase].batch_size, mesh, f"config.{phase}.batch_size")
     teacher_sampler.grid(config.teacher.steps)
@@ -213,6 +214,12 @@ def build(config: ConfigDict) -> Experiment:
 
 def check_numbers(config: ConfigDict) -> None:
     """Raise ValueError for numbers that no constructor checks."""
+    for name, value in flatten(config.to_dict()).items():
+        if isinstance(value, float) and not np.isfinite(value):
+            raise ValueError(f"config.{name} must be a finite number, got {value}")
+    for name in ("seed", "eval.seed"):
+        if not 0 <= flatten(config.to_dict())[name] < 2**31:
+            raise ValueError(f"config.{name} must be in 0..{2**31 - 1}, got {flatten(config.to_dict())[name]}")
     positive = (
         "teacher.iterations",
         "teacher.steps",
@@ -226,6 +233,8 @@ def check_numbers(config: ConfigDict) -> None:
         "log.checkpoint_every",
         "log.health_samples",
         "log.teacher_steps",
+        "adversarial.width",
+        "adversarial.pool",
     )
     for name in positive:
         block, key = name.split(".")
@@ -242,8 +251,12 @@ def check_numbers(config: ConfigDict) -> None:
         raise ValueError(f"config.student.steps must hold step counts of at least 1, got {tuple(config.student.steps)}")
     if not 0 <= config.teacher.drop_cond <= 1:
         raise ValueError(f"config.teacher.drop_cond must be in [0, 1], got {config.teacher.drop_cond}")
-    if config.method.guidance != 1.0 and config.teacher.drop_cond == 0:
-        raise ValueError(f"config.method.guidance = {config.method.guidance:g} needs a teacher trained with config.teacher.drop_cond > 0")
+    scales = [("method.guidance", config.method.guidance), ("teacher.guidance", config.teacher.guidance)]
+    for name, scale in [*scales, *(("eval.guidances", g) for g in config.eval.guidances)]:
+        if scale < 0:
+            raise ValueError(f"config.{name} must be at least 0 (1 = none), got {scale:g}")
+        if scale != 1.0 and config.teacher.drop_cond == 0:
+            raise ValueError(f"config.{name} = {scale:g} needs a teacher trained with config.teacher.drop_cond > 0")
     if config.adversarial.weight < 0:
         raise ValueError(f"config.adversarial.weight must be at least 0 (0 switches the term off), got {config.adversarial.weight:g}")
     if not 0 <= config.adversarial.low < config.adversarial.high <= 1:
@@ -251,6 +264,10 @@ def check_numbers(config: ConfigDict) -> None:
             "config.adversarial needs 0 <= low < high <= 1 (shares of T), "
             f"got low={config.adversarial.low:g}, high={config.adversarial.high:g}"
         )
+    if not config.eval.models:
+        raise ValueError("config.eval.models must name what to score: 'teacher', 'student' or both, got ()")
+    for phase, extra in (("teacher", ()), ("student", ("nested",))):
+        card.choose(dict.fromkeys((*extra, *card.GRIDS)), config[phase].grid, f"{phase}.grid")
     for name in config.eval.models:
         card.choose({"teacher": 0, "student": 0}, name, "eval.models")
     features = config.eval.features
@@ -261,6 +278,27 @@ def check_numbers(config: ConfigDict) -> None:
                 f"config.{name} = {config[block][key]} is too few for a Frechet distance of {features} features; "
                 f"at least {features + 1} are needed"
             )
+
+
+def check_counts(config: ConfigDict, dataset: data.Dataset) -> None:
+    """Raise ValueError where the metrics cannot be computed from so few images."""
+    count, features = len(dataset.test.labels), config.eval.features
+    if features >= count // 2:
+        raise ValueError(
+            f"config.eval.features = {features} is too many for halves of the {count} test images; at most {count // 2 - 1} can be used"
+        )
+    if config.eval.samples < count:
+        raise ValueError(
+            f"config.eval.samples = {config.eval.samples} is too few: precision and recall compare sets as large as the {count} test images"
+        )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def check_student_step(experiment: Experiment) -> None:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 import jaxdistill
 from jaxdistill import card, checkpoint, data, evaluate, loop, partition, report
-from jaxdistill.experiment import Experiment, build, student_of
+from jaxdistill.experiment import Experiment, build, flatten, student_of
 from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.prediction import LossFn
 from jaxdistill.train import TrainState, init_state, train_step
@@ -67,14 +67,6 @@ def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
                 "choose another workdir or repeat that run's flags"
             )
     checkpoint.write_json(path, wanted)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 class Run:
@@ -181,6 +173,11 @@ class Run:
     def given_teacher(self, folder: Path) -> Any:
         """The parameters of another run's teacher, if it is what the config describes. Raises UserError."""
         params, found = checkpoint.load_export(folder)
+        if found.get("role") not in ("teacher", "student"):
+            raise UserError(f"config.teacher.path={folder} holds a {found.get('role')}; give the teacher/ folder of a run")
+        if list(self.experiment.image_shape) != list(found["data"]["image_shape"]):
+            shapes = f"{found['data']['image_shape']}, the data's are {list(self.experiment.image_shape)}"
+            raise UserError(f"config.teacher.path={folder} draws images of shape {shapes}; give a teacher of this data")
         for key in ("model", "schedule", "prediction"):
             if json.loads(json.dumps(self.teacher_card[key])) != found[key]:
                 raise UserError(
@@ -408,16 +405,17 @@ class StudentHealth:
             f"health  teacher: FD {evaluator.quick_fd(self.teacher):.3f} on validation ({count} images, {config.teacher.steps} steps), "
             f"saturation {evaluate.saturation(self.teacher):.3f}"
         )
+        images, numbers = self.measure(teacher_params, 0)  # the student starts as the teacher
+        self.previous = {n: numbers[f"diversity_{n}"] for n in images}
 
     def __call__(self, params: Any, step: int) -> dict[str, float]:
         """Print the line, warn of a collapse, save a picture, and return the numbers."""
-        numbers: dict[str, float] = {}
-        images = self.run.student_images(params, self.noise, self.labels, self.programs)
-        for n, student in images.items():
-            health = evaluate.health(student, self.teacher, self.labels) | {"fd": self.evaluator.quick_fd(student)}
-            say(f"health  student {step}, {n} step{'s' * (n > 1)}: " + ", ".join(f"{k} {v:.3f}" for k, v in health.items()))
-            numbers |= {f"{k}_{n}": v for k, v in health.items()}
-        low = {n: numbers[f"diversity_{n}"] for n in images if numbers[f"diversity_{n}"] < 0.8}
+        images, numbers = self.measure(params, step)
+        diversity = {n: numbers[f"diversity_{n}"] for n in images}
+        last = step >= self.run.config.student.iterations
+        # Few steps of the teacher are blurred, and so is the student at its start: while it recovers it is no collapse.
+        low = {n: v for n, v in diversity.items() if v < 0.8 and (last or v < self.previous.get(n, 1.0) + 0.02)}
+        self.previous = diversity
         if low:
             where = ", ".join(f"{n} step{'s' * (n > 1)} ({v:.2f})" for n, v in low.items())
             say(
@@ -428,6 +426,16 @@ class StudentHealth:
         rows = np.stack([self.teacher[:columns], *(i[:columns] for i in images.values())])
         report.save_grid(self.run.workdir / "samples" / f"student_{step:07d}.png", rows.reshape(-1, *rows.shape[2:]), columns=columns)
         return numbers
+
+    def measure(self, params: Any, step: int) -> tuple[dict[int, np.ndarray], dict[str, float]]:
+        """The images of each step count, and their numbers, printed."""
+        numbers: dict[str, float] = {}
+        images = self.run.student_images(params, self.noise, self.labels, self.programs)
+        for n, student in images.items():
+            health = evaluate.health(student, self.teacher, self.labels) | {"fd": self.evaluator.quick_fd(student)}
+            say(f"health  student {step}, {n} step{'s' * (n > 1)}: " + ", ".join(f"{k} {v:.3f}" for k, v in health.items()))
+            numbers |= {f"{k}_{n}": v for k, v in health.items()}
+        return images, numbers
 
 
 def say(line: str) -> None:

@@ -122,12 +122,19 @@ def as_denoiser(
 
 
 def check_pair(schedule: NoiseSchedule, parameterization: Parameterization) -> None:
-    """Refuse an eps network on a schedule with zero terminal SNR.
+    """Refuse a network output that the schedule cannot turn into x̂0.
 
-    x̂0 = (x - σ ε̂)/α divides by α_T = 0, so a sampler that starts at T gets inf.
+    eps: x̂0 = (x - σ ε̂)/α divides by α_T = 0 at zero terminal SNR. v gives x0 back only where α² + σ² = 1,
+    flow only where α + σ = 1.
+
     Raises:
-      ValueError: parameterization is `eps_prediction` and α(T) = 0.
+      ValueError: `eps_prediction` with α(T) = 0, `v_prediction` where α² + σ² ≠ 1, `flow_prediction` where α + σ ≠ 1.
     """
+    alpha, sigma = float(schedule.alpha(0.5 * schedule.T)), float(schedule.sigma(0.5 * schedule.T))
+    if parameterization is v_prediction and abs(alpha**2 + sigma**2 - 1) > 1e-3:
+        raise ValueError("prediction 'v' needs a schedule with alpha^2 + sigma^2 = 1, such as 'cosine'; with this one use 'flow' or 'x0'")
+    if parameterization is flow_prediction and abs(alpha + sigma - 1) > 1e-3:
+        raise ValueError("prediction 'flow' needs the schedule with alpha + sigma = 1, 'flow'; with this one use 'v' or 'x0'")
     if parameterization is eps_prediction and float(schedule.alpha(schedule.T)) < 1e-6:
         raise ValueError(
             "prediction 'eps' cannot start from zero terminal SNR (alpha_T = 0): x0 = (x - sigma eps)/alpha "

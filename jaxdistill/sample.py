@@ -77,6 +77,8 @@ def generate(
     for name, value in (("steps", steps), ("num", num), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"--seed must be in 0..{2**31 - 1}, got {seed}")
     if not np.isfinite(guidance) or guidance < 0:
         raise ValueError(f"--guidance must be a number of at least 0 (1 = none), got {guidance}")
     classes = list(range(len(names))) if labels is None else labels

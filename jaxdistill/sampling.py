@@ -41,14 +41,16 @@ def trailing_grid(steps: int, T: float, *, discrete: bool = False) -> TimeGrid:
     return np.asarray(np.round(grid) if discrete else grid, np.float32)
 
 
-def leading_grid(steps: int, T: float, *, discrete: bool = False, offset: float = 0.0) -> TimeGrid:
+def leading_grid(steps: int, T: float, *, discrete: bool = False, offset: float | None = None) -> TimeGrid:
     """I T/N + offset (+ 1 when discrete), i = N-1..0: [N] times that never reach T.
 
     With `discrete`, T/N is floored as diffusers' "leading" does; `offset` is its `steps_offset`
-    (1 for Stable Diffusion). Does not start at T: fit for a teacher's sampler, refused for a student.
+    (1 for Stable Diffusion, 0 by default). A continuous grid's default offset is T/1000. Does not start at T:
+    fit for a teacher's sampler, refused for a student.
     Raises ValueError for steps < 1 or a time outside (0, T].
     """
     _check_steps(steps, T, discrete)
+    offset = (0.0 if discrete else T / 1000.0) if offset is None else offset
     width = T // steps if discrete else T / steps
     grid = np.arange(steps - 1, -1, -1) * width + offset + (1.0 if discrete else 0.0)
     if not (grid > 0).all() or not (grid <= T).all():
@@ -59,10 +61,12 @@ def leading_grid(steps: int, T: float, *, discrete: bool = False, offset: float 
 def linspace_grid(steps: int, T: float, *, discrete: bool = False, end: float | None = None) -> TimeGrid:
     """[N] times evenly spaced from T to `end`, both included ("linspace" in diffusers, where end is 1, our time 1).
 
-    `end` defaults to 1 when discrete and T/1000 else. Raises ValueError for steps < 1.
+    `end` defaults to 1 when discrete and T/1000 else. Raises ValueError for steps < 1 or an end outside (0, T].
     """
     _check_steps(steps, T, discrete)
     end = (1.0 if discrete else T / 1000.0) if end is None else end
+    if not 0 < end <= T:
+        raise ValueError(f"linspace_grid ends at a time in (0, {T:g}], got end={end:g}; the step to 0 is implied")
     # diffusers builds the increasing sequence and reverses it: a single step is then its lower end.
     # It rounds its own timesteps (our times - 1), and rounding halves to even does not commute with the shift.
     grid = np.linspace(end - discrete, T - discrete, steps)[::-1]
@@ -202,11 +206,14 @@ def dpm_solver_pp_2m(schedule: NoiseSchedule) -> Step:
     """DPM-Solver++(2M): x_s = (σ_s/σ_t) x - α_s (e^{-h} - 1) D, h = λ_s - λ_t (Lu et al. 2022, alg. 2). Second order.
 
     D = x̂0 + (x̂0 - x̂0_prev) h / (2 h_prev); the first step, the step from zero SNR and the step to t = 0 are of
-    first order (h is infinite there, and the limit is the DDIM step). t scalar: one time for the whole batch.
+    first order (h is infinite there, and the limit is the DDIM step).
+    Raises ValueError for times of each example: t is one time for the whole batch.
     """
     first_order = ddim(schedule)
 
     def step(prediction: Prediction, state: SamplerState, t: Array, t_next: Array) -> SamplerState:
+        if jnp.ndim(t) or jnp.ndim(t_next):
+            raise ValueError(f"dpm_solver_pp_2m takes one time for the whole batch, got times of shape {jnp.shape(t)}; use ddim")
         lam, lam_next = log_snr(schedule, t), log_snr(schedule, t_next)
         h, h_previous = lam_next - lam, lam - state.previous_log_snr
         usable = ~state.first & jnp.isfinite(h) & jnp.isfinite(h_previous)

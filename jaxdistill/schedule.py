@@ -126,7 +126,10 @@ def ddpm(betas: np.ndarray) -> NoiseSchedule:
     alpha_sq, sigma_sq = alpha_bar.astype(np.float32), (1.0 - alpha_bar).astype(np.float32)
 
     def read(table: np.ndarray, t: Time) -> Array:
-        return jnp.sqrt(jnp.interp(_identity(t), jnp.arange(n + 1, dtype=jnp.float32), jnp.asarray(table)))
+        # Not jnp.interp, which reads T as the end of the last interval and loses a small last value to rounding.
+        t, values = jnp.clip(_identity(t), 0.0, n), jnp.asarray(table)
+        i = jnp.floor(t).astype(jnp.int32)
+        return jnp.sqrt(values[i] + (t - i) * (values[jnp.minimum(i + 1, n)] - values[i]))
 
     return NoiseSchedule(
         alpha=lambda t: read(alpha_sq, t),

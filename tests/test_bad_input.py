@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from jaxdistill import ablate, experiment, main, sample
+from jaxdistill import ablate, experiment, sample
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
     [
         ({"student.times": (1.0, 0.2, 0.5)}, "must decrease strictly, got"),
         ({"student.times": (0.9, 0.5, 0.2)}, "must start at T = 1, got"),
-        ({"student.grid": "leading"}, "leading_grid("),
+        ({"student.grid": "leading"}, "must start at T = 1, got"),
         ({"prediction": "eps"}, "cannot start from zero terminal SNR"),
         ({"prediction": "epsilon"}, "prediction = 'epsilon' is not known; choose one of 'eps', 'v'"),
         ({"schedule.name": "cos"}, "schedule.name = 'cos' is not known"),
@@ -79,13 +79,6 @@ def test_the_command_answers_a_mistake_in_one_line(flags, message, tmp_path):
     run = command("main", *(flag.format(dir=tmp_path) for flag in flags))
     lines = [line for line in run.stderr.splitlines() if not line.startswith(("W", "I", "E0"))]
     assert run.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], run.stderr
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_teacher(tmp_path):
-    config = ablate.changed(tiny.get_config(), {"student.learning_rate": 1e30})
-    with pytest.raises(main.loop.NonFiniteError, match=r"student step \d+: .*nan.*lower config.student.learning_rate"):
-        main.run(config, tmp_path)
-    assert (tmp_path / "teacher/card.json").exists() and not (tmp_path / "student").exists()
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,18 @@ def test_denoiser_refuses_an_output_of_another_shape(shape):
 def test_eps_with_zero_terminal_snr_is_refused(schedule):
     with pytest.raises(ValueError, match="zero terminal SNR"):
         check_pair(schedule, eps_prediction)
-    for parameterization in (v_prediction, x0_prediction, flow_prediction):
-        check_pair(schedule, parameterization)
+    check_pair(schedule, x0_prediction)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "fits", "does_not"),
+    [(cosine(), v_prediction, flow_prediction), (SD, v_prediction, flow_prediction), (flow(), flow_prediction, v_prediction)],
+    ids=["cosine", "sd", "flow"],
+)
+def test_output_that_the_schedule_cannot_turn_into_x0_is_refused(schedule, fits, does_not):
+    check_pair(schedule, fits)
+    with pytest.raises(ValueError, match="needs"):
+        check_pair(schedule, does_not)
 
 
 def test_eps_with_some_signal_at_the_end_is_accepted():

@@ -161,6 +161,23 @@ def test_linspace_grid_includes_both_ends(steps, T):
     np.testing.assert_array_equal(check_grid(grid, T), grid)
 
 
+def test_leading_grid_of_continuous_time_ends_above_0_by_default():
+    np.testing.assert_allclose(leading_grid(4, 1.0), [0.751, 0.501, 0.251, 0.001], rtol=1e-6)
+
+
+@pytest.mark.parametrize("end", [0.0, -0.1, 1.5])
+def test_linspace_grid_refuses_an_end_outside_the_schedule(end):
+    with pytest.raises(ValueError, match="linspace_grid"):
+        linspace_grid(4, 1.0, end=end)
+
+
+def test_dpm_solver_refuses_times_of_each_example():
+    schedule = cosine()
+    grid = np.float32([[1.0, 1.0], [0.5, 0.4]])
+    with pytest.raises(ValueError, match="one time for the whole batch"):
+        rollout(dpm_solver_pp_2m(schedule), lambda x, t: Prediction(x, x), start(jnp.zeros((2, 3))), grid)
+
+
 @pytest.mark.parametrize("make", [trailing_grid, leading_grid, linspace_grid])
 @pytest.mark.parametrize("discrete", [False, True])
 @pytest.mark.parametrize("steps", [0, -1])

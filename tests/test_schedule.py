@@ -130,6 +130,12 @@ def test_rescaling_maps_alpha_affinely_and_keeps_its_first_value(name):
     assert ((BETAS[name] > 0) & (BETAS[name] <= 1)).all()
 
 
+@pytest.mark.parametrize("betas", [cosine_betas(), linear_betas(), scaled_linear_betas()], ids=["cosine", "linear", "scaled_linear"])
+def test_discrete_alpha_is_exact_at_every_integer_time_the_last_included(betas):
+    exact = np.concatenate([[1.0], np.cumprod(1.0 - betas)]) ** 0.5
+    np.testing.assert_allclose(ddpm(betas).alpha(jnp.arange(len(betas) + 1.0)), exact, rtol=2e-7)
+
+
 def test_cosine_betas_are_capped():
     assert cosine_betas(100).max() == 0.999
     assert cosine_betas(100, max_beta=0.5).max() == 0.5

@@ -1,0 +1,363 @@
+"""The contract of a finished run in detail: results, cards, exports, health; sampling; and that every flag has an effect."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from shell import TINY, assert_same_bits, folder_bytes, run_command, tiny_config
+
+from jaxdistill import card, checkpoint, evaluate, experiment, loop, main, sample
+
+ROW_KEYS = {"model", "steps", "guidance", "fd", "accuracy", "precision", "recall", "diversity", "images_per_second"}
+
+
+@pytest.fixture(scope="module")
+def folder(finished):
+    return Path(finished[0])
+
+
+@pytest.fixture(scope="module")
+def results(finished):
+    return json.loads(json.dumps(finished[1]))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny_config()
+
+
+def without_rates(rows):
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+class NoScores(evaluate.Evaluator):
+    """For what needs an evaluator and none of its numbers."""
+
+    def __init__(self):
+        pass
+
+    def quick_fd(self, images):
+        return 0.0
+
+
+# ------------------------------------------------------------------------------------ what a run leaves
+
+
+def test_rows_cover_reference_extra_guidances_and_each_step_count(results):
+    found = [(row["model"], row["steps"], row["guidance"]) for row in results["rows"]]
+    teacher = [("teacher", 5, 1.25), ("teacher", 5, 1.0), *(("teacher", n, 1.25) for n in (1, 2, 3))]
+    assert found == teacher + [("student", n, 1.0) for n in (1, 2, 3)]
+
+
+def test_rows_hold_every_promised_number_in_its_range(results):
+    for row in results["rows"]:
+        assert set(row) >= ROW_KEYS
+        assert np.isfinite([v for k, v in row.items() if k != "model"]).all(), row
+        assert row["fd"] > 0 and row["images_per_second"] > 0 and row["diversity"] > 0
+        assert all(0 <= row[k] <= 1 for k in ("accuracy", "precision", "recall"))
+
+
+def test_ratio_is_fd_over_the_references(results):
+    first = results["rows"][0]
+    assert results["reference"] == {k: first[k] for k in results["reference"]} and first["ratio"] == 1.0
+    for row in results["rows"]:
+        assert row["ratio"] == pytest.approx(row["fd"] / first["fd"], abs=1e-3)
+
+
+def test_results_and_protocol_say_what_the_numbers_depend_on(results, folder, config):
+    assert results["config"] == json.loads(config.to_json()) and results["seed"] == config.seed
+    assert results["versions"]["jax"] == jax.__version__ and {"jaxdistill", "python", "numpy", "machine"} <= set(results["versions"])
+    assert all(v >= 0 for v in results["seconds"].values())
+    protocol = results["protocol"]
+    assert protocol["samples"] == config.eval.samples and protocol["sampling_seed"] == config.eval.seed
+    assert protocol["reference_count"] == 360 and protocol["pixel_range"] == [0.0, 1.0]
+    assert protocol["extractor_sha256"] == json.loads((folder / "extractor" / "card.json").read_text())["hash"]
+
+
+def test_results_md_is_the_same_table_with_its_protocol(results, folder):
+    text = (folder / "results.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    head, rows = lines[0], lines[2:]
+    for cells, row in zip(rows, results["rows"], strict=True):
+        shown = dict(zip(head, cells, strict=True))
+        assert (shown["model"], shown["steps"], float(shown["guidance"])) == (row["model"], str(row["steps"]), row["guidance"])
+        for key in ("fd", "accuracy", "precision", "recall", "diversity"):
+            title = next(h for h in head if h.lower().startswith(key))
+            assert float(shown[title]) == pytest.approx(row[key], abs=6e-4)
+    assert results["protocol"]["extractor_sha256"] in text and f"{results['floor_fd']:.3f}" in text
+
+
+def test_pictures_show_something(folder):
+    for name in ("results.png", "curves.png", *(p.relative_to(folder) for p in (folder / "samples").iterdir())):
+        with Image.open(folder / name) as picture:
+            assert picture.format == "PNG" and min(picture.size) > 50
+            assert np.asarray(picture.convert("L")).std() > 5, name
+
+
+def test_health_and_losses_are_in_the_curves(folder):
+    student = loop.read_curve(folder / "curves" / "student.jsonl")
+    losses, health = [r for r in student if "loss" in r], [r for r in student if "health/diversity_1" in r]
+    assert [r["step"] for r in losses] == [4, 8, 12] and [r["step"] for r in health] == [12]
+    assert {"reconstruction", "generator", "discriminator", "grad_norm"} <= set(losses[0])
+    assert {f"health/{k}_{n}" for k in ("diversity", "contrast", "saturation", "distance", "fd") for n in (1, 2, 3)} <= set(health[0])
+    assert [r["step"] for r in loop.read_curve(folder / "curves" / "teacher.jsonl") if "health/fd" in r] == [12, 24, 36, 40]
+
+
+def test_last_two_checkpoints_and_tensorboard_logs_of_both_phases_are_kept(folder):
+    for phase, steps in (("teacher", {36, 40}), ("student", {8, 12})):
+        assert {int(p.name) for p in (folder / "checkpoints" / phase).iterdir() if p.name.isdigit()} == steps
+        events = list((folder / "tensorboard" / phase).glob("events.out.tfevents.*"))
+        assert events and all(p.stat().st_size > 500 for p in events)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_card_says_how_to_run_the_parameters(folder, config, role):
+    _, found = checkpoint.load_export(folder / role)
+    assert found["role"] == role and found["format"] and found["prediction"] == config.prediction
+    assert found["model"] == {**config.model.to_dict(), "num_classes": 10}
+    assert found["schedule"] == config.schedule.to_dict()
+    wanted = {
+        "teacher": {"grid": "trailing", "steps": 5, "guidance": 1.25, "noise_correction": False},
+        "student": {"grid": "nested", "times": [1.0, 0.5, 0.2], "steps": 3, "guidance": 1.0, "noise_correction": True},
+    }[role]
+    assert {k: found["sampler"][k] for k in wanted} == wanted
+    assert found["data"]["image_shape"] == [8, 8, 1] and found["data"]["range"] == [-1.0, 1.0]
+
+
+def test_exports_are_the_averaged_parameters_of_the_last_checkpoint(folder, config):
+    built = experiment.build(config)
+    teacher = checkpoint.load_export(folder / "teacher")[0]
+    state = jax.eval_shape(
+        lambda: main.init_state(built.student_params(teacher), built.student_tx, jax.random.key(0), ema_of=experiment.student_of)
+    )
+    restored, _ = checkpoint.Checkpoints(folder / "checkpoints" / "student").restore(state)
+    exported = checkpoint.load_export(folder / "student")[0]
+    assert int(restored.step) == 12 and restored.params["discriminator"]
+    assert_same_bits(exported, restored.ema_params)
+    with pytest.raises(AssertionError):  # the average, not the last step's own
+        assert_same_bits(exported, restored.params["student"])
+    with pytest.raises(AssertionError):  # and no copy of the teacher
+        assert_same_bits(exported, teacher)
+
+
+# ------------------------------------------------------------------------------------- starting it again
+
+
+@pytest.mark.slow
+def test_second_start_of_the_real_command_makes_lost_results_again_and_leaves_everything_else(folder, results, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "run"))
+    lost = ("results.json", "results.md", "results.png", "curves.png", "sampler.stablehlo")
+    for name in lost:
+        (copy / name).unlink()
+    kept = {name: folder_bytes(copy / name) for name in ("student", "teacher", "extractor", "checkpoints", "curves")}
+    stamps = {p: p.stat().st_mtime_ns for p in (copy / "student").rglob("*")}
+    found = run_command("jaxdistill.main", f"--config={TINY}", f"--workdir={copy}")
+    assert found.returncode == 0, found.stderr
+    assert "| student | 3 |" in found.stdout
+    again = json.loads((copy / "results.json").read_text())
+    assert without_rates(again["rows"]) == without_rates(results["rows"])
+    assert again["seconds"]["teacher"] == results["seconds"]["teacher"]
+    assert all((copy / name).stat().st_size > 0 for name in lost)
+    assert {name: folder_bytes(copy / name) for name in kept} == kept
+    assert {p: p.stat().st_mtime_ns for p in (copy / "student").rglob("*")} == stamps
+
+
+# ----------------------------------------------------------------------------------- each flag does something
+
+EPS = {"prediction": "eps", "schedule.name": "linear", "model.time_scale": 1.0}
+FLAGS = {
+    "default": {},
+    "forward": {"method.backward": False},
+    "no SRL": {"method.srl": False},
+    "fresh noise": {"method.noise": "fresh"},
+    "initial noise": {"method.noise": "initial"},
+    "one step": {"method.whole_trajectory": False},
+    "forward, one step": {"method.backward": False, "method.whole_trajectory": False},
+    "no adversary": {"adversarial.weight": 0.0},
+    "stronger adversary": {"adversarial.weight": 0.5},
+    "adversary at low noise": {"adversarial.high": 0.5},
+    "non-saturating": {"adversarial.loss": "non_saturating"},
+    "wider heads": {"adversarial.width": 24},
+    "no noise correction": {"method.noise_correction": False},
+    "no shift": {"method.shift": "none"},
+    "linear shift": {"method.shift": "linear"},
+    "another linear shift": {"method.shift": "linear", "shifts.linear.high": 0.8},
+    "power shift": {"method.shift": "power"},
+    "another power shift": {"method.shift": "power", "shifts.power.strength": 0.2},
+    "another table": {"shifts.table.values": (0.1, 0.2, 0.3)},
+    "weighted": {"method.weight_power": 1.0},
+    "no guidance": {"method.guidance": 1.0},
+    "more guidance": {"method.guidance": 3.0},
+    "two teacher steps": {"method.teacher_steps": 2},
+    "trailing grid": {"student.grid": "trailing"},
+    "other times": {"student.times": (1.0, 0.6, 0.3)},
+    "fewer steps": {"student.steps": (1, 2)},
+    "other schedule": {"schedule.snr_scale": 2.0},
+    "x0 prediction": {"prediction": "x0"},
+    "eps": EPS,
+    "eps, no noise correction": {**EPS, "method.noise_correction": False},
+}
+
+
+def test_each_flag_changes_the_program_of_the_students_loss():
+    """Traced, not compiled: a flag that is read nowhere leaves the program as it was."""
+    programs = {}
+    for name, changes in FLAGS.items():
+        built = experiment.build(tiny_config(**changes))
+        batch = {"x0": built.dataset.train.images[:12], "cond": built.dataset.train.labels[:12]}
+
+        def loss(batch, key, built=built):
+            teacher = card.init_params(built.model, built.image_shape, 0)
+            return built.student_loss(built.student_params(teacher), teacher, batch, key)
+
+        closed = jax.make_jaxpr(loss)(batch, jax.random.key(0))
+        constants = b"".join(np.asarray(c).tobytes() for c in closed.consts if not jax.dtypes.issubdtype(c.dtype, jax.dtypes.prng_key))
+        programs[name] = f"{closed.jaxpr}{constants!r}"
+    for name, program in programs.items():
+        same = [other for other in programs if other != name and programs[other] == program]
+        assert not same, f"{name} is the same as {same}"
+
+
+def test_reals_from_the_teacher_are_its_own_images_in_the_unit_range(folder, tmp_path):
+    config = tiny_config(**{"adversarial.reals": "teacher", "adversarial.pool": 30, "eval.batch_size": 20})
+    split = main.Run(experiment.build(config), tmp_path, loop.StopSignal()).teacher_reals(checkpoint.load_export(folder / "teacher")[0])
+    assert split.images.shape[1:] == (8, 8, 1) and len(split.images) == len(split.labels) >= 30
+    assert split.images.min() >= 0 and split.images.max() <= 1 and split.images.std() > 0.1
+    assert np.array_equal(split.labels, np.arange(len(split.labels)) % 10)
+    assert len(np.unique(split.images.reshape(len(split.images), -1), axis=0)) == len(split.images)
+    images, labels = drawn(tmp_path, folder / "teacher", "--num=12", f"--seed={config.seed + 200}")
+    assert np.abs(split.images[:12] - images).max() < 1e-5 and np.array_equal(split.labels[:12], labels)
+
+
+def test_students_discriminator_sees_the_chosen_reals(folder, tmp_path, monkeypatch):
+    teacher, seen = checkpoint.load_export(folder / "teacher")[0], []
+
+    class Enough(Exception):
+        pass
+
+    def batches(split, size, seed):
+        seen.append(split)
+        raise Enough
+
+    monkeypatch.setattr(main.data, "Batches", batches)
+    monkeypatch.setattr(main, "StudentHealth", lambda *_: None)
+    for reals in ("data", "teacher"):
+        changes = {"adversarial.reals": reals, "adversarial.pool": 20, "eval.batch_size": 20}
+        workdir = tmp_path / reals
+        workdir.mkdir()
+        with pytest.raises(Enough):
+            main.Run(experiment.build(tiny_config(**changes)), workdir, loop.StopSignal()).student(teacher, NoScores())
+    train = experiment.build(tiny_config()).dataset.train
+    assert np.array_equal(seen[0].images, train.images) and len(seen[1].images) == 20
+    assert not np.isin(seen[1].images, train.images).all()
+
+
+def test_warning_comes_only_for_step_counts_whose_diversity_falls(folder, tmp_path, capsys):
+    job = main.Run(experiment.build(tiny_config()), tmp_path, loop.StopSignal())
+    teacher = checkpoint.load_export(folder / "teacher")[0]
+
+    health = main.StudentHealth(job, teacher, NoScores())
+    images = job.student_images(teacher, health.noise, health.labels, {})
+    health.teacher = images[3]  # against its own images, the sampler of three steps is as it should be
+    numbers = health(teacher, 7)
+    assert numbers["diversity_3"] == pytest.approx(1.0, rel=1e-5) and numbers["diversity_1"] < 0.8
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert len(warned) == 1 and "student 7" in warned[0] and "1 step (" in warned[0] and "3 steps" not in warned[0]
+    assert "0.8" in warned[0] and "config." in warned[0]
+    health.teacher = images[1]
+    health(teacher, 8)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_teacher_of_another_run_is_taken_over(folder, tmp_path):
+    job = main.Run(experiment.build(tiny_config(**{"teacher.path": str(folder / "teacher")})), tmp_path, loop.StopSignal())
+    assert_same_bits(job.teacher(NoScores()), checkpoint.load_export(folder / "teacher")[0])
+    assert_same_bits(checkpoint.load_export(tmp_path / "teacher")[0], checkpoint.load_export(folder / "teacher")[0])
+
+
+# -------------------------------------------------------------------------------------------- sampling
+
+
+def drawn(tmp_path, model, *arguments):
+    """(images, labels) of jaxdistill.sample's npz."""
+    out = tmp_path / "drawn.npz"
+    sample.main([f"--model={model}", *arguments, f"--out={out}"])
+    found = np.load(out)
+    assert set(found.files) == {"images", "labels"}
+    return found["images"], found["labels"]
+
+
+@pytest.fixture
+def draw(folder, tmp_path):
+    return lambda *arguments, role="student": drawn(tmp_path, folder / role, *arguments)
+
+
+def test_teachers_npz_holds_unit_images_and_labels_that_go_round_the_classes(draw):
+    images, labels = draw("--num=25", role="teacher")
+    assert images.shape == (25, 8, 8, 1) and images.dtype == np.float32
+    assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.05
+    assert np.issubdtype(labels.dtype, np.integer) and np.array_equal(labels, np.arange(25) % 10)
+
+
+def test_labels_change_the_images(draw):
+    images, labels = draw("--num=5", "--labels=3,7")
+    others, other_labels = draw("--num=5", "--labels=7,3")
+    assert labels.tolist() == [3, 7, 3, 7, 3] and other_labels.tolist() == [7, 3, 7, 3, 7]
+    assert np.abs(images - others).reshape(5, -1).max(1).min() > 1e-4
+
+
+def test_same_seed_gives_the_same_bits_and_another_seed_other_images(draw):
+    first, again, other = (draw("--num=6", f"--seed={seed}")[0] for seed in (1, 1, 2))
+    assert first.tobytes() == again.tobytes()
+    assert np.abs(first - other).reshape(6, -1).max(1).min() > 0.1
+
+
+def test_fewer_images_are_the_beginning_of_more_and_batch_size_does_not_matter(draw):
+    many, labels = draw("--num=9", "--seed=4")
+    assert len(np.unique(many.reshape(9, -1), axis=0)) == 9
+    for arguments in (["--num=5"], ["--num=9", "--batch_size=1"], ["--num=9", "--batch_size=4"]):
+        few, few_labels = draw(*arguments, "--seed=4")
+        assert np.abs(few - many[: len(few)]).max() < 1e-6 and np.array_equal(few_labels, labels[: len(few)])
+
+
+def test_steps_default_to_the_cards_and_change_the_images(draw):
+    default = draw("--num=4")[0]
+    by_steps = {n: draw("--num=4", f"--steps={n}")[0] for n in (1, 2, 3)}
+    assert default.tobytes() == by_steps[3].tobytes()
+    assert np.abs(by_steps[1] - by_steps[2]).max() > 1e-3 and np.abs(by_steps[2] - by_steps[3]).max() > 1e-3
+
+
+def test_guidance_defaults_to_the_cards_and_changes_the_images(draw):
+    plain, one, guided = draw("--num=4")[0], draw("--num=4", "--guidance=1.0")[0], draw("--num=4", "--guidance=1.5")[0]
+    assert plain.tobytes() == one.tobytes()
+    assert np.abs(plain - guided).max() > 1e-3 and np.isfinite(guided).all()
+    teacher = {scale: draw("--num=4", *flag, role="teacher")[0] for scale, flag in {None: [], 1.25: ["--guidance=1.25"]}.items()}
+    assert teacher[None].tobytes() == teacher[1.25].tobytes()
+
+
+def test_noise_correction_flag_is_obeyed_where_it_matters(tmp_path):
+    built = experiment.build(tiny_config(**EPS))
+    params = card.init_params(built.model, built.image_shape, 0)
+    params = jax.tree.map(lambda p: p + 0.01 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    checkpoint.export(tmp_path / "student", params, built.student_sampler.card)
+    default, on, off = (
+        drawn(tmp_path, tmp_path / "student", "--num=4", "--steps=2", *flag)[0]
+        for flag in ([], ["--noise_correction=true"], ["--noise_correction=false"])
+    )
+    assert default.tobytes() == on.tobytes() and np.abs(on - off).max() > 1e-3
+
+
+@pytest.mark.parametrize("num", [1, 12])
+def test_png_is_a_grid_of_all_images(folder, tmp_path, num, capsys):
+    out = tmp_path / "grid.png"
+    sample.main([f"--model={folder / 'student'}", f"--num={num}", f"--out={out}"])
+    side = int(np.ceil(np.sqrt(num)))
+    with Image.open(out) as picture:
+        assert picture.format == "PNG" and np.asarray(picture).std() > 5
+        assert 64 * side <= picture.width < 68 * side and 64 * -(-num // side) <= picture.height < 68 * side
+    assert f"{num} images" in capsys.readouterr().out
