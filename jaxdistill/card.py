@@ -15,11 +15,12 @@ from jaxtyping import Array
 
 from jaxdistill import prediction, sampling, schedule
 from jaxdistill.models.mlp import ResidualMLP
+from jaxdistill.models.text_unet import TextUNet
 from jaxdistill.models.unet import SmallUNet
 
 FORMAT = "jaxdistill-export/1"
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": ResidualMLP, "unet": SmallUNet}
+MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": ResidualMLP, "unet": SmallUNet, "text_unet": TextUNet}
 PREDICTIONS = {
     "eps": (prediction.eps_prediction, prediction.eps_target),
     "v": (prediction.v_prediction, prediction.v_target),

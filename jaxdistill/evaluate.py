@@ -112,12 +112,14 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 def precision_recall(real: np.ndarray, fake: np.ndarray, *, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall of features (Kynkäänniemi et al. 2019), k nearest neighbours.
 
-    Fakes beyond len(real) are used in blocks of that size, and the two numbers are means over the blocks: the
-    measures compare sets of one size, and the blocks' mean has less noise than one block.
+    The measures compare sets of one size: fakes beyond len(real) are used in blocks of that size, and the two numbers
+    are means over the blocks, which has less noise than one block; of more reals than fakes the first are used.
+    Raises ValueError for sets of k images or fewer.
     """
-    n = len(real)
-    if len(fake) < n:
-        raise ValueError(f"precision and recall need at least as many generated images as reals ({n}), got {len(fake)}")
+    n = min(len(real), len(fake))
+    if n <= k:
+        raise ValueError(f"precision and recall with k = {k} need more than {k} images, got {len(real)} real and {len(fake)} generated")
+    real = real[:n]
     real_radius = _kth_neighbour(real, k)
     precisions, recalls = [], []
     for i in range(len(fake) // n):

@@ -117,10 +117,16 @@ def test_more_fakes_than_reals_are_scored_in_blocks_of_the_reals_size():
     assert precision_recall(real, np.concatenate([real, real + 1000.0, real[:99]])) == (0.5, 0.5)
 
 
-def test_too_few_fakes_are_refused_with_both_numbers():
+def test_more_reals_than_fakes_are_cut_to_one_size():
     real = cloud(MODES, 25, 0)
-    with pytest.raises(ValueError, match=r"\(100\), got 99"):
-        precision_recall(real, real[:99])
+    assert precision_recall(np.concatenate([real, real + 1000.0]), real) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_precision_and_recall_of_too_few_images_are_refused(count):
+    real = cloud(MODES, 25, 0)
+    with pytest.raises(ValueError, match=f"need more than 3 images, got 100 real and {count} generated"):
+        precision_recall(real, real[:count])
 
 
 # --------------------------------------------------------------------------------------- pixel statistics

@@ -5,7 +5,22 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "jaxdistill"
 CORE = ("schedule", "prediction", "sampling", "adversarial", "methods", "train")
-SHELL = ("data", "evaluate", "checkpoint", "card", "report", "loop", "experiment", "main", "sample", "ablate")
+SHELL = (
+    "interop",
+    "data",
+    "scenes",
+    "evaluate",
+    "recognise",
+    "checkpoint",
+    "card",
+    "report",
+    "loop",
+    "experiment",
+    "main",
+    "sample",
+    "ablate",
+    "benchmark",
+)
 ALONE = ("models", "partition")
 SHELL_LIBRARIES = {
     "absl",
@@ -20,6 +35,10 @@ SHELL_LIBRARIES = {
     "logging",
     "argparse",
     "json",
+    "grain",
+    "tensorflow_datasets",
+    "safetensors",
+    "tokenizers",
 }
 
 

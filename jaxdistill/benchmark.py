@@ -1,0 +1,699 @@
+"""`python -m jaxdistill.benchmark --config=configs/benchmark.py --workdir=DIR`: few-step methods on one teacher, one table.
+
+Text to image on scenes. Every method gets the same budget in network calls and the same batch; a killed benchmark goes on where it
+stopped, and finished students are not trained again.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from ml_collections import ConfigDict
+
+from jaxdistill import adversarial, card, checkpoint, loop, main, partition, report, sampling, scenes
+from jaxdistill.data import DataError, fashion_mnist
+from jaxdistill.evaluate import class_spread
+from jaxdistill.experiment import GAN_LOSSES, NOISE_SOURCES, SHIFTS, make_optimizer
+from jaxdistill.interop import sentence_encoder
+from jaxdistill.methods import imagine_flash as flash
+from jaxdistill.methods.adversarial_distillation import add
+from jaxdistill.methods.consistency import consistency_distillation, consistency_function
+from jaxdistill.methods.denoising import denoising
+from jaxdistill.methods.direct import direct
+from jaxdistill.methods.distribution_matching import dmd2
+from jaxdistill.methods.step_distillation import step_distillation
+from jaxdistill.models.discriminator import FeatureHeads
+from jaxdistill.prediction import LossFn, as_denoiser
+from jaxdistill.recognise import SceneEvaluator, SceneRecogniser, train_recogniser, unit
+from jaxdistill.train import TrainState, init_state, train_step
+
+SHAPE = (scenes.SIDE, scenes.SIDE, 3)
+
+Embed = Callable[[Sequence[str]], Any]
+"""Captions -> the conditioning of a batch."""
+
+
+class SceneBatches:
+    """An endless shuffled stream of {"x0" float32 [b, h, w, c] in [-1, 1], "cond"}; batch i depends on (seed, i) alone."""
+
+    def __init__(self, source: Any, embeddings: Embed, batch_size: int, seed: int) -> None:
+        self._embeddings = embeddings
+        self._batches = grain.MapDataset.source(source).shuffle(seed=seed).repeat().batch(batch_size, batch_fn=list)
+
+    def __call__(self, i: int) -> dict[str, Any]:
+        """Batch i."""
+        items = self._batches[i]
+        images = np.stack([item["image"] for item in items])
+        return {"x0": images.astype(np.float32) / 127.5 - 1.0, "cond": self._embeddings([caption_of(item) for item in items])}
+
+
+class PairBatches:
+    """An endless shuffled stream of {"noise", "target" [b, h, w, c], "x0", "cond"} from stored pairs."""
+
+    def __init__(self, targets: np.ndarray, captions: Sequence[str], embeddings: Embed, size: int, seed: int) -> None:
+        self._targets, self._captions, self._embeddings, self._size, self._seed = targets, captions, embeddings, size, seed
+
+    def __call__(self, i: int) -> dict[str, Any]:
+        """Batch i."""
+        per_epoch = max(1, len(self._targets) // self._size)
+        order = np.random.default_rng((self._seed, i // per_epoch)).permutation(len(self._targets))
+        rows = np.resize(order[(i % per_epoch) * self._size :], self._size)
+        noise = np.asarray(pair_noise(self._seed, rows))
+        targets = self._targets[rows]
+        return {"noise": noise, "target": targets, "x0": targets, "cond": self._embeddings([self._captions[int(r)] for r in rows])}
+
+
+def pair_noise(seed: int, rows: np.ndarray) -> jax.Array:
+    """The noise of the stored pairs `rows`: [n, h, w, c], each a function of (seed, row)."""
+    key = jax.random.key(seed + 300)
+    return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), SHAPE))(jnp.asarray(rows))
+
+
+def caption_of(item: Mapping[str, Any]) -> str:
+    """The caption of a data source's item."""
+    return item["caption"].decode()
+
+
+class Stage(NamedTuple):
+    """One training of a student. `serves` are the step counts that its result is evaluated at.
+
+    `teacher` is "teacher" or "previous": what is passed as teacher_params. `data` is "scenes" or "pairs".
+    """
+
+    name: str
+    loss: LossFn
+    serves: Sequence[int]
+    tx: optax.GradientTransformation
+    share: float
+    groups: Sequence[str] = ("student",)
+    teacher: str = "teacher"
+    data: str = "scenes"
+
+
+class Method(NamedTuple):
+    """Stages in order, each starting from the result of the one before, and how the student is sampled."""
+
+    stages: Sequence[Stage]
+    solver: str  # ddim | renoise | consistency
+    grid: Callable[[int], np.ndarray]
+    correct_noise: bool = False
+    pairs_share: float = 0.0
+
+
+class Benchmark:
+    """One teacher and its students in one workdir."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, stop: loop.StopSignal) -> None:
+        self.config, self.workdir, self.stop = config, workdir, stop
+        self.mesh = partition.data_mesh()
+        self.constrain = partition.constrain_batch(self.mesh)
+        self.sources = scenes.open_scenes(config.data.source, workdir / "scenes", scale=config.data.scale)
+        self.captions = {split: [caption_of(item) for item in source] for split, source in self.sources.items()}
+        encoder = sentence_encoder.load(config.text.folder)
+        everything = [c for captions in self.captions.values() for c in captions]
+        self.embeddings = sentence_encoder.cached_embeddings(encoder, everything, workdir / "text", length=config.text.length)
+        self.model = card.build_model(config.model.to_dict())
+        self.null_cond: Any = self.model.null_cond
+        self.schedule = card.build_schedule(config.schedule)
+        self.parameterization, self.target = card.PREDICTIONS[config.prediction]
+        self.network = flash.Model(self.model.apply, self.schedule, self.parameterization)
+        self.heads = FeatureHeads(config.adversarial.width)
+        self.programs: dict[tuple[float, str, bool], Any] = {}
+        (workdir / "samples").mkdir(exist_ok=True)
+
+    # -- scores
+
+    def labels(self, split: str, count: int) -> np.ndarray:
+        """Labels int [count, 5] of the split's first captions."""
+        return np.stack([self.sources[split][i]["labels"] for i in range(min(count, len(self.sources[split])))])
+
+    def images(self, split: str, count: int) -> np.ndarray:
+        """uint8 [count, h, w, 3], the split's first."""
+        return np.stack([self.sources[split][i]["image"] for i in range(min(count, len(self.sources[split])))])
+
+    def recogniser(self) -> SceneRecogniser:
+        """Trained at the first start, then read from the workdir."""
+        block, folder = self.config.recogniser, self.workdir / "recogniser"
+        size: dict[str, Any] = {"channels": tuple(block.channels), "features": block.features}
+        images = self.images("train", len(self.sources["train"]))
+        if (folder / "card.json").exists():
+            return SceneRecogniser(checkpoint.load_export(folder)[0], unit(images[:5000]), **size)
+        print("recogniser: training", flush=True)
+        made = train_recogniser(
+            images,
+            self.labels("train", len(images)),
+            steps=block.steps,
+            batch_size=block.batch_size,
+            learning_rate=block.learning_rate,
+            **size,
+        )
+        checkpoint.export(
+            folder, made.params, {"format": card.FORMAT, "role": "recogniser", "hash": made.hash, "recogniser": block.to_dict()}
+        )
+        return made
+
+    def evaluator(self, recogniser: SceneRecogniser, split: str) -> SceneEvaluator:
+        """Scores against a split of real scenes; unseen compositions are test scenes'."""
+        ev = self.config.eval
+        garments = fashion_mnist(self.config.data.source)
+        part = garments.validation if split == "validation" else garments.test
+        sprites = scenes.make_sprites(part.images, part.labels)
+        rng = np.random.default_rng(1)
+        parsed = [scenes.parse(c) for c in self.captions[split][: ev.diversity_captions]]
+        real = np.stack([scenes.render(scene, sprites, rng) for scene in parsed for _ in range(ev.repeats)])
+        return SceneEvaluator(
+            recogniser,
+            unit(self.images(split, len(self.sources[split]))),
+            self.labels(split, len(self.sources[split])),
+            self.labels("unseen", len(self.sources["unseen"])),
+            repeats=ev.repeats,
+            spread=class_spread(unit(real), np.arange(len(real)) // ev.repeats),
+        )
+
+    def score(self, evaluator: SceneEvaluator, split: str, count: int, program: Any, params: Any, grid: np.ndarray) -> dict[str, Any]:
+        """Sample with the split's captions and score."""
+        ev = self.config.eval
+        params = jax.device_put(params)
+        draw = partial(self.draw, program, params, grid)
+        draw(self.captions[split][:1], ev.seed)  # compiles
+        began = time.perf_counter()
+        images = draw(self.captions[split][:count], ev.seed)
+        rate = len(images) / (time.perf_counter() - began)
+        unseen = draw(self.captions["unseen"][: min(count, ev.unseen)], ev.seed + 1)
+        repeated = draw([c for c in self.captions[split][: ev.diversity_captions] for _ in range(ev.repeats)], ev.seed + 2)
+        scores = evaluator(images, unseen, repeated)._asdict()
+        return {k: None if np.isnan(v) else round(v, 5) for k, v in scores.items()} | {"images_per_second": round(rate, 1)}
+
+    # -- sampling
+
+    def draw(self, program: Any, params: Any, grid: np.ndarray, captions: Sequence[str], seed: int) -> np.ndarray:
+        """Images [n, h, w, c] in [0, 1] of the captions, in blocks of config.eval.batch_size; image i has noise (seed, i)."""
+        block, out = self.config.eval.batch_size, []
+        for i in range(0, len(captions), block):
+            rows = list(captions[i : i + block])
+            cond = self.embeddings(rows + [rows[-1]] * (block - len(rows)))
+            out.append(np.asarray(program(params, card.draw_noise(seed, i, block, SHAPE), cond, jnp.asarray(grid)))[: len(rows)])
+        return np.concatenate(out)
+
+    def sample_fn(self, *, guidance: float = 1.0, solver: str = "ddim", correct_noise: bool = False) -> Any:
+        """(params, noise [b, h, w, c], cond, grid [n]) -> images [b, h, w, c] in [0, 1], jitted once for all that ask."""
+        key = (guidance, solver, correct_noise)
+        if key in self.programs:
+            return self.programs[key]
+
+        def sample(params: Any, noise: Any, cond: Any, grid: Any) -> Any:
+            conds = cond if guidance == 1.0 else jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, self.null_cond(cond))
+            denoiser = as_denoiser(self.model.apply, params, conds, schedule=self.schedule, parameterization=self.parameterization)
+            transforms = [] if guidance == 1.0 else [sampling.guidance(guidance)]
+            transforms += [consistency_function(self.schedule.T)] if solver == "consistency" else []
+            transforms += [sampling.noise_correction(noise, self.schedule.T)] if correct_noise else []
+            # Fresh noise for solvers that draw any: fixed by the batch's own start, so that a batch is reproducible.
+            bits = jax.lax.bitcast_convert_type(noise.ravel()[0], jnp.uint32)
+            step = sampling.ddim(self.schedule) if solver == "ddim" else sampling.renoise(self.schedule, jax.random.key(bits))
+            return card.to_unit(sampling.rollout(step, sampling.chain(*transforms)(denoiser), sampling.start(noise), grid)[0].x)
+
+        self.programs[key] = jax.jit(sample)
+        return self.programs[key]
+
+    # -- teacher
+
+    def teacher_card(self) -> dict[str, Any]:
+        """What the teacher's export says of itself."""
+        config = self.config
+        sampler = {"solver": config.teacher.solver, "grid": config.teacher.grid, "steps": config.teacher.steps}
+        return {
+            "format": card.FORMAT,
+            "role": "teacher",
+            "model": config.model.to_dict(),
+            "schedule": config.schedule.to_dict(),
+            "prediction": config.prediction,
+            "data": {"name": "scenes", "image_shape": list(SHAPE), "range": [-1.0, 1.0]},
+            "sampler": {**sampler, "guidance": config.teacher.guidance, "noise_correction": False},
+        }
+
+    def init_params(self, seed: int) -> Any:
+        """Fresh parameters."""
+        cond = self.embeddings(self.captions["train"][:1])
+        return jax.jit(self.model.init)(jax.random.key(seed), jnp.zeros((1, *SHAPE)), jnp.zeros((1,)), cond)
+
+    def teacher_grid(self, steps: int) -> np.ndarray:
+        """The teacher's grid."""
+        return card.build_grid(self.config.teacher, steps, self.schedule.T)
+
+    def teacher(self, evaluator: SceneEvaluator) -> Any:
+        """The teacher's parameters, from its export or trained."""
+        folder, config = self.workdir / "teacher", self.config.teacher
+        if (folder / "card.json").exists():
+            return checkpoint.load_export(folder)[0]
+        loss = denoising(
+            self.model.apply,
+            schedule=self.schedule,
+            target=self.target,
+            null_cond=self.null_cond,
+            drop_cond=config.drop_cond,
+            constrain=self.constrain,
+        )
+        tx = make_optimizer(config)
+        health = self.health(
+            "teacher", evaluator, self.sample_fn(guidance=config.guidance), [self.teacher_grid(self.config.log.teacher_steps)]
+        )
+        state = init_state(self.init_params(0), tx, jax.random.key(0))
+        batches = SceneBatches(self.sources["train"], self.embeddings, config.batch_size, 0)
+        state = self.train("teacher", state, loss, tx, config.ema_decay, batches, None, config.iterations, config.health_every, health)
+        checkpoint.export(folder, state.ema_params, self.teacher_card())
+        return jax.tree.map(np.asarray, state.ema_params)
+
+    def health(self, name: str, evaluator: SceneEvaluator, program: Any, grids: Sequence[np.ndarray]) -> loop.HealthFn:
+        """FD and all-right on validation captions, and a picture, for each grid."""
+        count = self.config.log.health_samples
+        captions = self.captions["validation"][:count]
+
+        def report_health(params: Any, step: int) -> dict[str, float]:
+            numbers: dict[str, float] = {}
+            pictures = []
+            for grid in grids:
+                images = self.draw(program, params, grid, captions, 100)
+                found = evaluator.quick(images)
+                numbers |= {f"{k}_{len(grid)}": v for k, v in found.items()}
+                pictures.append(images[:20])
+            text = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
+            main.say(f"health  {name} {step}: {text} on validation ({count} images)")
+            report.save_grid(self.workdir / "samples" / f"{name.replace('/', '-')}_{step:07d}.png", np.concatenate(pictures), columns=20)
+            return numbers
+
+        return report_health
+
+    def train(
+        self,
+        name: str,
+        state: TrainState,
+        loss: LossFn,
+        tx: optax.GradientTransformation,
+        ema_decay: float,
+        batches: Callable[[int], Any],
+        teacher_params: Any,
+        steps: int,
+        health_every: int,
+        health: loop.HealthFn,
+        ema_of: Callable[[Any], Any] | None = None,
+    ) -> TrainState:
+        """The loop of `jaxdistill.loop` on the mesh."""
+        options: dict[str, Any] = {} if ema_of is None else {"ema_of": ema_of}
+        step = partition.jit_train_step(partial(train_step, loss_fn=loss, tx=tx, ema_decay=ema_decay, **options), self.mesh)
+        trained, seconds = loop.train_loop(
+            name,
+            jax.device_put(state, partition.replicated(self.mesh)),
+            step,
+            lambda i: partition.put_batch(batches(i), self.mesh),
+            jax.device_put(teacher_params, partition.replicated(self.mesh)),
+            steps=steps,
+            workdir=self.workdir,
+            log_every=self.config.log.every,
+            health_every=health_every,
+            checkpoint_every=self.config.log.checkpoint_every,
+            health=health,
+            stop=self.stop,
+            advice="lower the learning rate",
+        )
+        path = self.workdir / "seconds.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        checkpoint.write_json(path, {**known, name: round(seconds, 1)})
+        return trained
+
+    # -- methods
+
+    def optimizer(self, block: ConfigDict, iterations: int, **others: optax.GradientTransformation) -> optax.GradientTransformation:
+        """The student's AdamW with warm-up and cosine decay, beside other groups' optimizers."""
+        warmup = min(50, iterations // 10)
+        rate = optax.warmup_cosine_decay_schedule(0.0, block.learning_rate, warmup, max(iterations, warmup + 1), block.learning_rate / 50)
+        student = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
+        groups = {"student": student, **others}
+        return optax.multi_transform(groups, {name: name for name in groups})
+
+    def adversary(self, weight: float) -> Any:
+        """The adversarial term that the methods share."""
+        block = self.config.adversarial
+        return adversarial.adversary(
+            partial(self.model.apply, features=True),
+            self.heads.apply,
+            schedule=self.schedule,
+            weight=weight,
+            noise_time=adversarial.uniform_time(block.low * self.schedule.T, block.high * self.schedule.T),
+            loss=card.choose(GAN_LOSSES, block.loss, "adversarial.loss"),
+            constrain=self.constrain,
+        )
+
+    def trailing(self, steps: int) -> np.ndarray:
+        """The trailing grid."""
+        return sampling.trailing_grid(steps, self.schedule.T)
+
+    def nested(self, steps: int) -> np.ndarray:
+        """The first `steps` of config.student.times."""
+        return card.build_grid({"grid": "nested", "times": self.config.student.times}, steps, self.schedule.T)
+
+    def make(self, name: str) -> Callable[[int], Method]:
+        """Iterations of a stage with share 1 -> Method. Raises ValueError for an unknown name."""
+        return partial(card.choose(METHODS, name, "methods"), self, self.config.method_settings.get(name, ConfigDict()))
+
+    # -- students
+
+    def calls_per_step(self, stage: Stage, batch: Any, teacher: Any, params: Any) -> float:
+        """The cost of one iteration in network calls on its batch: FLOPs of loss and gradient over those of one forward call.
+
+        Loops are unrolled in the methods' losses, so that the compiler's count holds them whole.
+        """
+
+        def flops(function: Callable[..., Any], *inputs: Any) -> float:
+            analysis: Any = jax.jit(function).lower(*inputs).cost_analysis()
+            return float(analysis["flops"])
+
+        forward = flops(self.model.apply, params["student"], batch["x0"], jnp.ones((len(batch["x0"]),)), batch["cond"])
+        step = flops(lambda p, t, b: jax.value_and_grad(stage.loss, has_aux=True)(p, t, b, jax.random.key(0))[1], params, teacher, batch)
+        return step / forward
+
+    def group_params(self, groups: Sequence[str], student: Any, teacher: Any, seed: int) -> dict[str, Any]:
+        """Start of each group: the student where it stands, a target or a fake score as the teacher, fresh heads."""
+        params: dict[str, Any] = {}
+        for group in groups:
+            if group == "discriminator":
+                cond = self.embeddings(self.captions["train"][:1])
+                states = self.model.apply(teacher, jnp.zeros((1, *SHAPE)), jnp.zeros((1,)), cond, features=True)
+                params[group] = self.heads.init(jax.random.key(seed + 2), states, None)
+            else:
+                params[group] = jax.tree.map(jnp.array, teacher if group == "fake" else student)
+        return params
+
+    def pairs(self, teacher: Any, count: int) -> tuple[np.ndarray, list[str]]:
+        """Teacher images in [-1, 1] from noises and train captions, made once: the direct method's data."""
+        path = self.workdir / f"pairs-{count}.npy"
+        captions = [self.captions["train"][i % len(self.captions["train"])] for i in range(count)]
+        if not path.exists():
+            program = self.sample_fn(guidance=self.config.teacher.guidance)
+            grid, size, out = jnp.asarray(self.teacher_grid(self.config.teacher.steps)), 64, []
+            for i in loop.tqdm(range(0, count, size), desc="pairs", mininterval=10):
+                rows = np.arange(i, i + size)
+                cond = self.embeddings([captions[r % count] for r in rows])
+                out.append(np.asarray(program(teacher, pair_noise(0, rows), cond, grid)))
+            temporary = path.with_suffix(".tmp.npy")
+            np.save(temporary, np.concatenate(out)[:count] * 2.0 - 1.0)
+            temporary.replace(path)
+        return np.load(path), captions
+
+    def student(self, name: str, seed: int, teacher: Any, evaluator: SceneEvaluator) -> dict[int, Any]:
+        """{step count: parameters} of one method, trained or from the exports."""
+        config, method = self.config, self.make(name)(1)
+        current, result = teacher, dict[int, Any]()
+        pairs: Any = None
+        size = config.student.batch_size
+        if method.pairs_share:
+            per_image = config.teacher.steps * (1 if config.teacher.guidance == 1.0 else 2)
+            pairs = self.pairs(teacher, int(method.pairs_share * config.student.budget * size / per_image))
+        for i, stage in enumerate(method.stages):
+            label = f"{name}-{seed}" + (f"-{stage.name}" if stage.name else "")
+            folder = self.workdir / "students" / label
+            previous = teacher if stage.teacher == "teacher" else current
+            if (folder / "card.json").exists():
+                current = checkpoint.load_export(folder)[0]
+            else:
+                batches: Callable[[int], Any]
+                if stage.data == "pairs":
+                    targets, captions = pairs
+                    batches = PairBatches(targets, captions, self.embeddings, size, 0)
+                else:
+                    batches = SceneBatches(self.sources["train"], self.embeddings, size, seed + 1)
+                params = self.group_params(stage.groups, current, teacher, seed)
+                cost = self.calls_per_step(stage, batches(0), previous, params)
+                iterations = max(1, int(stage.share * (1 - method.pairs_share) * config.student.budget / cost))
+                stage = self.make(name)(iterations).stages[i]
+                main.say(f"{label}: {cost:.1f} network calls an iteration, {iterations} iterations")
+                state = init_state(params, stage.tx, jax.random.key(seed + 1), ema_of=student_of)
+                program = self.sample_fn(solver=method.solver, correct_noise=method.correct_noise)
+                health = self.health(label, evaluator, program, [method.grid(n) for n in stage.serves])
+                every = max(1, iterations // 4)
+                state = self.train(
+                    label, state, stage.loss, stage.tx, config.student.ema_decay, batches, previous, iterations, every, health, student_of
+                )
+                about = {"role": "student", "method": name, "seed": seed, "calls_an_iteration": round(cost, 2), "iterations": iterations}
+                checkpoint.export(folder, state.ema_params, {**self.teacher_card(), **about})
+                current = jax.tree.map(np.asarray, state.ema_params)
+            result |= {n: current for n in stage.serves}
+        return dict(sorted(result.items()))
+
+    # -- the whole
+
+    def run(self) -> dict[str, Any]:
+        """Teacher, students, scores, files."""
+        config = self.config
+        recogniser = self.recogniser()
+        validation = self.evaluator(recogniser, "validation")
+        teacher = self.teacher(validation)
+        split = config.eval.split
+        evaluator = self.evaluator(recogniser, split)
+        path = self.workdir / "rows.json"
+        protocol = {
+            "split": split,
+            "recogniser_sha256": recogniser.hash,
+            "samples": config.eval.samples,
+            "sampling_seed": config.eval.seed,
+            "pixel_range": [0.0, 1.0],
+        }
+        stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"protocol": protocol, "rows": []}
+        if stored["protocol"] != protocol:
+            raise main.UserError(f"{path} holds rows of another protocol ({stored['protocol']}); remove it or use another workdir")
+        rows: list[Any] = stored["rows"]
+
+        def add_row(key: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> None:
+            if not any(all(row[k] == v for k, v in key.items()) for row in rows):
+                rows.append({**key, **make()})
+                main.say("  " + ", ".join(f"{k} {v}" for k, v in rows[-1].items()))
+                checkpoint.write_json(path, {"protocol": protocol, "rows": rows})
+
+        steps = tuple(config.student.steps)
+        for count in (config.teacher.steps, *steps):
+            program = self.sample_fn(guidance=config.teacher.guidance)
+            key = {"method": "teacher", "seed": 0, "steps": count, "guidance": config.teacher.guidance}
+            add_row(
+                key,
+                partial(self.score, evaluator, split, config.eval.samples, program, teacher, self.teacher_grid(count)),
+            )
+        for seed in config.seeds:
+            for name in config.methods:
+                method = self.make(name)(1)
+                students = self.student(name, seed, teacher, validation)
+                program = self.sample_fn(solver=method.solver, correct_noise=method.correct_noise)
+                for count, params in students.items():
+                    key = {"method": name, "seed": seed, "steps": count, "guidance": 1.0}
+                    add_row(key, partial(self.score, evaluator, split, config.eval.samples, program, params, method.grid(count)))
+        seconds = self.workdir / "seconds.json"
+        results = {
+            "rows": rows,
+            "reference": next(r for r in rows if r["method"] == "teacher" and r["steps"] == config.teacher.steps),
+            "ceiling": {k: round(v, 4) for k, v in evaluator.ceiling().items()},
+            "floor_fd": round(evaluator.floor_fd(), 5),
+            "protocol": protocol,
+            "seconds": json.loads(seconds.read_text()) if seconds.exists() else {},
+            "config": json.loads(config.to_json()),
+            "versions": main.versions(),
+        }
+        checkpoint.write_json(self.workdir / "results.json", results)
+        (self.workdir / "results.md").write_text(table(results))
+        return results
+
+
+def student_of(params: Mapping[str, Any]) -> Any:
+    """The part that is averaged and exported."""
+    return params["student"]
+
+
+# ------------------------------------------------------------------------------------------- the methods
+
+
+def imagine_flash_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
+    """Imagine Flash, with every part a setting."""
+    steps = tuple(bench.config.student.steps)
+    adversary = bench.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None
+    shift = card.choose(SHIFTS, block.shift, "shift")(bench.schedule.T, **block.shift_settings.to_dict())
+    noise = card.choose(NOISE_SOURCES, block.noise, "noise") if block.srl else None
+    loss = flash.imagine_flash(
+        bench.network,
+        bench.network,
+        grids=[bench.nested(n) for n in steps],
+        null_cond=bench.null_cond,
+        reconstruction=flash.Reconstruction(shift=shift, noise_source=noise, steps=block.teacher_steps, guidance_scale=block.guidance),
+        backward=block.backward,
+        whole_trajectory=block.whole_trajectory,
+        correct_noise=block.noise_correction,
+        adversary=adversary,
+        constrain=bench.constrain,
+        unroll=True,
+    )
+    groups = ("student", "discriminator") if adversary else ("student",)
+    others = {"discriminator": optax.adam(bench.config.adversarial.learning_rate, b1=0.5)} if adversary else {}
+    stage = Stage("", loss, steps, bench.optimizer(block, iterations, **others), 1.0, groups)
+    return Method([stage], "ddim", bench.nested, block.noise_correction)
+
+
+def direct_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
+    """Direct distillation; half of the budget makes the pairs."""
+    steps = tuple(bench.config.student.steps)
+    loss = direct(bench.network, grids=[bench.nested(n) for n in steps], constrain=bench.constrain, unroll=True)
+    stage = Stage("", loss, steps, bench.optimizer(block, iterations), 1.0, data="pairs")
+    return Method([stage], "ddim", bench.nested, True, block.pairs_share)
+
+
+def step_distillation_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
+    """Halving from `block.first` steps down to 1; a step count that is no power of two is served by the next larger student."""
+    wanted = tuple(bench.config.student.steps)
+    counts = [block.first]
+    while counts[-1] > 1:
+        counts.append(counts[-1] // 2)
+    stages = []
+    for i, count in enumerate(counts):
+        loss = step_distillation(
+            bench.network,
+            bench.network,
+            steps=count,
+            null_cond=bench.null_cond,
+            guidance_scale=block.guidance if i == 0 else 1.0,
+            constrain=bench.constrain,
+            unroll=True,
+        )
+        serves = [n for n in wanted if count // 2 < n <= count]
+        stages.append(
+            Stage(
+                f"{count}", loss, serves, bench.optimizer(block, iterations), 1 / len(counts), teacher="teacher" if i == 0 else "previous"
+            )
+        )
+    return Method(stages, "ddim", bench.trailing)
+
+
+def consistency_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
+    """LCM."""
+    loss = consistency_distillation(
+        bench.network,
+        bench.network,
+        null_cond=bench.null_cond,
+        guidance_scale=block.guidance,
+        intervals=block.intervals,
+        huber=block.huber,
+        target_decay=block.target_decay,
+        constrain=bench.constrain,
+    )
+    tx = bench.optimizer(block, iterations, target=optax.sgd(1 - block.target_decay))
+    return Method([Stage("", loss, tuple(bench.config.student.steps), tx, 1.0, ("student", "target"))], "consistency", bench.trailing)
+
+
+def add_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
+    """ADD."""
+    loss = add(
+        bench.network,
+        bench.network,
+        grid=bench.trailing(max(bench.config.student.steps)),
+        adversary=bench.adversary(block.adversarial_weight),
+        null_cond=bench.null_cond,
+        guidance_scale=block.guidance,
+        distillation_weight=block.distillation_weight,
+        constrain=bench.constrain,
+    )
+    tx = bench.optimizer(block, iterations, discriminator=optax.adam(bench.config.adversarial.learning_rate, b1=0.5))
+    return Method([Stage("", loss, tuple(bench.config.student.steps), tx, 1.0, ("student", "discriminator"))], "renoise", bench.trailing)
+
+
+def dmd2_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
+    """DMD2."""
+    loss = dmd2(
+        bench.network,
+        bench.network,
+        grid=bench.trailing(max(bench.config.student.steps)),
+        null_cond=bench.null_cond,
+        guidance_scale=block.guidance,
+        adversary=bench.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None,
+        constrain=bench.constrain,
+    )
+    others = {"fake": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(block.fake_learning_rate))}
+    if block.adversarial_weight > 0:
+        others["discriminator"] = optax.adam(bench.config.adversarial.learning_rate, b1=0.5)
+    tx = bench.optimizer(block, iterations, **others)
+    return Method([Stage("", loss, tuple(bench.config.student.steps), tx, 1.0, ("student", *others))], "renoise", bench.trailing)
+
+
+METHODS: dict[str, Callable[[Benchmark, ConfigDict, int], Method]] = {
+    "imagine_flash": imagine_flash_method,
+    "direct": direct_method,
+    "step_distillation": step_distillation_method,
+    "lcm": consistency_method,
+    "add": add_method,
+    "dmd2": dmd2_method,
+}
+
+SHOWN = ("fd", "precision", "recall", "colour", "garment", "relation", "all_right", "unseen_all_right", "diversity")
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """results.md: mean ± standard deviation over seeds."""
+    reference, groups = results["reference"], dict[tuple[str, int], list[Mapping[str, Any]]]()
+    for row in results["rows"]:
+        groups.setdefault((row["method"], row["steps"]), []).append(row)
+    lines = ["| method | steps | seeds | FD / teacher's | " + " | ".join(SHOWN) + " |", "|" + "---|" * (4 + len(SHOWN))]
+    for (method, steps), rows in groups.items():
+
+        def shown(values: Sequence[float], digits: int = 3) -> str:
+            spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+            return f"{np.mean(values):.{digits}f}{spread}"
+
+        cells = [shown([r[k] for r in rows]) for k in SHOWN]
+        ratio = shown([r["fd"] / reference["fd"] for r in rows], 2)
+        lines.append(f"| {method} | {steps} | {len(rows)} | {ratio} | " + " | ".join(cells) + " |")
+    ceiling = ", ".join(f"{k} {v:.3f}" for k, v in results["ceiling"].items())
+    protocol = results["protocol"]
+    return (
+        f"# Few-step methods on scenes, {protocol['split']} split\n\n" + "\n".join(lines) + "\n\n"
+        f"{protocol['samples']:,} samples a row; two halves of the real scenes are {results['floor_fd']:.3f} apart. "
+        f"Real scenes score {ceiling}. Recogniser {protocol['recogniser_sha256']}; {results['versions']['machine']}.\n"
+    )
+
+
+def check(config: ConfigDict) -> None:
+    """Raise ValueError for what can be known before any work."""
+    for name in config.methods:
+        card.choose(METHODS, name, "config.methods")
+    if config.eval.samples <= config.recogniser.features:
+        raise ValueError(
+            f"config.eval.samples = {config.eval.samples} is too few for a Frechet distance of {config.recogniser.features} features; "
+            f"at least {config.recogniser.features + 1} are needed"
+        )
+    if not config.student.steps or min(config.student.steps) < 1:
+        raise ValueError(f"config.student.steps must hold step counts of at least 1, got {tuple(config.student.steps)}")
+    card.choose({"validation": 0, "test": 0}, config.eval.split, "config.eval.split")
+
+
+def cli() -> None:
+    """Parse the flags and run."""
+    main.parse_flags()
+    logging.set_verbosity(logging.ERROR)
+    config = main.given_config()
+    workdir = Path(main.WORKDIR.value)
+    try:
+        check(config)
+        main.prepare_workdir(workdir, config)
+        with loop.StopSignal().installed() as stop:
+            results = Benchmark(config, workdir, stop).run()
+    except loop.Stopped as stopped:
+        print(stopped)
+        return
+    except (main.UserError, loop.NonFiniteError, DataError, ValueError) as error:
+        main.fail(str(error))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    cli()

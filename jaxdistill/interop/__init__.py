@@ -1,0 +1,1 @@
+"""Formats of other projects, in and out."""

@@ -1,0 +1,307 @@
+"""The competing methods on data with a known answer: x_0 ~ N(0, s²) in each element, whose exact denoiser and flow are linear."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small import make, make_adversary
+
+from jaxdistill import schedule as schedules
+from jaxdistill.methods.adversarial_distillation import add
+from jaxdistill.methods.consistency import consistency_distillation, consistency_function
+from jaxdistill.methods.direct import direct
+from jaxdistill.methods.distribution_matching import dmd2, matching_gradient
+from jaxdistill.methods.imagine_flash import Model
+from jaxdistill.methods.step_distillation import step_distillation
+from jaxdistill.prediction import Prediction, v_prediction, x0_prediction
+from jaxdistill.sampling import renoise, rollout, start, trailing_grid
+from jaxdistill.train import init_state, train_step
+
+COSINE = schedules.cosine()
+S = 0.7
+KEY = jax.random.key(3)
+GRIDS = [np.asarray((1.0, 0.6, 0.3)[:n], np.float32) for n in (1, 2, 3)]
+
+
+def expand(value):
+    return value[:, None]
+
+
+def exact(params, x, t, cond):
+    """E[x_0 | x_t] = α s² x / (α² s² + σ²)."""
+    a, sigma = expand(COSINE.alpha(t)), expand(COSINE.sigma(t))
+    return a * S**2 * x / (a**2 * S**2 + sigma**2)
+
+
+def flow_end(x, t):
+    """Where the probability flow of x_t ends: x s / √(α² s² + σ²)."""
+    a, sigma = (level if jnp.ndim(t) == 0 else expand(level) for level in (COSINE.alpha(t), COSINE.sigma(t)))
+    return x * S / jnp.sqrt(a**2 * S**2 + sigma**2)
+
+
+TEACHER = Model(exact, COSINE, x0_prediction)
+
+
+def gaussian_batch(size=64):
+    return {"x0": S * jax.random.normal(jax.random.key(1), (size, 8)), "cond": jnp.zeros(size, jnp.int32)}
+
+
+def null(cond):
+    return jnp.full_like(cond, 1)
+
+
+def network(apply):
+    return Model(apply, COSINE, x0_prediction)
+
+
+# ------------------------------------------------------------------------------------------------ direct
+
+
+def test_direct_is_zero_for_a_student_that_draws_the_targets():
+    noise = jax.random.normal(jax.random.key(2), (16, 8))
+    batch = {"noise": noise, "target": 0.4 * noise, "x0": noise, "cond": jnp.zeros(16, jnp.int32)}
+    # On the way x_t = (0.4 α + σ) x_T, so this student knows x_T at every state.
+    right = network(lambda p, x, t, c: p * x / expand(0.4 * COSINE.alpha(t) + COSINE.sigma(t)))
+    loss = direct(right, grids=GRIDS)
+    assert float(loss({"student": jnp.float32(0.4)}, None, batch, KEY)[0]) < 1e-12
+    value, gradient = jax.value_and_grad(lambda p: loss({"student": p}, None, batch, KEY)[0])(jnp.float32(0.5))
+    assert value > 1e-3 and gradient > 0
+
+
+def test_direct_trains_each_state_without_a_gradient_through_the_way_there():
+    noise = jax.random.normal(jax.random.key(2), (16, 8))
+    batch = {"noise": noise, "target": 0.4 * noise, "x0": noise, "cond": jnp.zeros(16, jnp.int32)}
+    student = network(lambda p, x, t, c: p * x)
+    loss, p = direct(student, grids=GRIDS), jnp.float32(0.5)
+
+    def by_hand(q):
+        x, total = noise, 0.0
+        for i, t in enumerate(jnp.asarray(GRIDS[-1])):
+            total += jnp.mean((q * jax.lax.stop_gradient(x) - batch["target"]) ** 2)
+            a, sigma = COSINE.alpha(t), COSINE.sigma(t)
+            eps = noise if i == 0 else (x - a * p * x) / sigma
+            if i < 2:
+                s = jnp.asarray(GRIDS[-1])[i + 1]
+                x = COSINE.alpha(s) * p * x + COSINE.sigma(s) * eps
+        return total / 3
+
+    np.testing.assert_allclose(jax.grad(lambda q: loss({"student": q}, None, batch, KEY)[0])(p), jax.grad(by_hand)(p), rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- step distillation
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_step_distillation_is_zero_for_the_student_that_takes_two_steps_in_one(steps):
+    def ddim_factor(t, s):
+        a = COSINE.alpha(t) * S**2 / (COSINE.alpha(t) ** 2 * S**2 + COSINE.sigma(t) ** 2)
+        return COSINE.alpha(s) * a + COSINE.sigma(s) * (1 - COSINE.alpha(t) * a) / COSINE.sigma(t)
+
+    def two_in_one(scale, x, t, cond):
+        s = jnp.maximum(t - 1 / steps, 0.0)
+        middle = t - 0.5 / steps
+        x_s = ddim_factor(t, middle) * ddim_factor(middle, s)
+        ratio = COSINE.sigma(s) / COSINE.sigma(t)
+        return expand(scale * (x_s - ratio) / (COSINE.alpha(s) - ratio * COSINE.alpha(t))) * x
+
+    loss = step_distillation(network(two_in_one), TEACHER, steps=steps, null_cond=null)
+    values = [float(loss({"student": jnp.float32(scale)}, None, gaussian_batch(), KEY)[0]) for scale in (1.0, 0.9, 1.1)]
+    assert values[0] < 1e-6 < 1e-4 < min(values[1:])
+
+
+def test_step_distillation_guides_its_first_teacher():
+    def conditional(params, x, t, cond):
+        return expand(jnp.where(cond == 0, 0.5, 0.2)) * x
+
+    def student(scale, x, t, cond):
+        return scale * x
+
+    # One step, one substep: x̃ is the teacher's own guided x̂0 = (0.2 + 2 (0.5 - 0.2)) x.
+    loss = step_distillation(network(student), network(conditional), steps=1, substeps=1, null_cond=null, guidance_scale=2.0)
+    assert float(loss({"student": jnp.float32(0.8)}, None, gaussian_batch(), KEY)[0]) < 1e-10
+    assert float(loss({"student": jnp.float32(0.5)}, None, gaussian_batch(), KEY)[0]) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 1, "substeps": 0}])
+def test_step_distillation_refuses_no_steps(options):
+    with pytest.raises(ValueError, match="at least one step"):
+        step_distillation(TEACHER, TEACHER, null_cond=null, **options)
+
+
+# ------------------------------------------------------------------------------------------- consistency
+
+
+def test_consistency_function_is_the_identity_at_0_and_the_network_elsewhere():
+    x = jnp.ones((2, 8))
+    f = consistency_function(1.0)(lambda x, t: Prediction(0.3 * x, x))
+    np.testing.assert_allclose(f(x, jnp.zeros(2)).x0, x)
+    np.testing.assert_allclose(f(x, jnp.full(2, 0.5)).x0, 0.3 * x, rtol=1e-5)
+
+
+def test_consistency_loss_vanishes_for_the_end_of_the_teachers_flow_as_intervals_shrink():
+    student = network(lambda scale, x, t, cond: scale * flow_end(x, t))
+    losses = {}
+    for intervals in (10, 40, 160):
+        loss = consistency_distillation(student, TEACHER, null_cond=null, guidance_scale=1.0, intervals=intervals, huber=0.0)
+        params = {"student": jnp.float32(1.0), "target": jnp.float32(1.0)}
+        losses[intervals] = float(loss(params, None, gaussian_batch(512), KEY)[0])
+    # A DDIM step is off by O(1/n²).
+    assert losses[10] / losses[40] > 8 and losses[40] / losses[160] > 8
+    wrong = network(lambda scale, x, t, cond: scale * exact(None, x, t, cond))
+    loss = consistency_distillation(wrong, TEACHER, null_cond=null, guidance_scale=1.0, intervals=160, huber=0.0)
+    assert float(loss(params, None, gaussian_batch(512), KEY)[0]) > 20 * losses[160]
+
+
+def test_consistency_target_is_the_moving_average_of_the_student():
+    student = network(lambda p, x, t, cond: p * x)
+    loss = consistency_distillation(student, TEACHER, null_cond=null, guidance_scale=1.0, target_decay=0.9)
+    groups = {"student": optax.sgd(0.1), "target": optax.sgd(1 - 0.9)}
+    tx = optax.multi_transform(groups, {"student": "student", "target": "target"})
+    state = init_state({"student": jnp.float32(0.2), "target": jnp.float32(0.8)}, tx, KEY)
+    for _ in range(3):
+        before = state.params
+        state, metrics = train_step(state, gaussian_batch(), None, loss_fn=loss, tx=tx, ema_decay=0.9)
+        np.testing.assert_allclose(state.params["target"], 0.9 * before["target"] + 0.1 * before["student"], rtol=1e-6)
+        np.testing.assert_allclose(metrics["loss"], metrics["consistency"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"intervals": 1}, {"huber": -1.0}, {"target_decay": 1.0}])
+def test_consistency_refuses_settings_out_of_range(options):
+    with pytest.raises(ValueError, match="needs intervals >= 2"):
+        consistency_distillation(TEACHER, TEACHER, null_cond=null, guidance_scale=1.0, **options)
+
+
+# --------------------------------------------------------------------------------- distribution matching
+
+
+def moved(m):
+    """The exact denoiser of N(m, s²)."""
+
+    def apply(params, x, t, cond):
+        mean = m if params is None else params
+        a, sigma = expand(COSINE.alpha(t)), expand(COSINE.sigma(t))
+        return mean + a * S**2 * (x - a * mean) / (a**2 * S**2 + sigma**2)
+
+    return apply
+
+
+def dmd2_gradient(student_mean, fake_mean, **options):
+    def apply(params, x, t, cond):
+        # One network serves as generator (a mean and a spread) and, told by its parameters, as the fake score.
+        generated = params["mean"] + S * x
+        return jnp.where(params["score"] > 0, moved(0.0)(params["mean"], x, t, cond), generated)
+
+    student = network(apply)
+    loss = dmd2(student, network(moved(0.0)), grid=trailing_grid(1, 1.0), null_cond=null, guidance_scale=1.0, **options)
+    params = {
+        "student": {"mean": jnp.float32(student_mean), "score": jnp.float32(0)},
+        "fake": {"mean": jnp.float32(fake_mean), "score": jnp.float32(1)},
+    }
+    return jax.grad(lambda p: loss(p, None, gaussian_batch(512), KEY)[0])(params)
+
+
+def test_dmd2_pulls_the_students_mean_to_the_teachers():
+    assert float(dmd2_gradient(0.5, 0.5)["student"]["mean"]) > 0.05
+    assert float(dmd2_gradient(-0.5, -0.5)["student"]["mean"]) < -0.05
+
+
+def test_dmd2_leaves_a_student_alone_whose_fake_score_is_the_teachers():
+    assert abs(float(dmd2_gradient(0.0, 0.0)["student"]["mean"])) < 1e-6
+
+
+def test_dmd2s_fake_score_follows_the_student_and_nothing_else():
+    for student, fake in ((0.5, 0.0), (-0.5, 0.0)):
+        assert np.sign(float(dmd2_gradient(student, fake)["fake"]["mean"])) == np.sign(fake - student)
+    assert abs(float(dmd2_gradient(0.5, 0.5)["fake"]["mean"])) < 0.05
+
+
+def test_matching_gradient_is_scaled_by_the_students_error():
+    x0, real, fake = jnp.full((2, 4), 3.0), jnp.full((2, 4), 1.0), jnp.full((2, 4), 2.0)
+    np.testing.assert_allclose(matching_gradient(x0, real, fake), 0.5)
+
+
+def test_dmd2s_backward_simulation_visits_the_students_own_states():
+    seen = []
+
+    def apply(params, x, t, cond):
+        if isinstance(params, dict):
+            seen.append(x)
+        return 0.0 * x + (params["level"] if isinstance(params, dict) else 0.0)
+
+    grid = np.float32([1.0, 0.5])
+    loss = dmd2(network(apply), network(apply), grid=grid, null_cond=null, guidance_scale=1.0)
+    params = {"student": {"level": jnp.float32(5.0)}, "fake": {"level": jnp.float32(0.0)}}
+    loss(params, None, gaussian_batch(4000), KEY)
+    # The second call of the student is on states at random times: x_T, or 5 α + σ ε.
+    states = np.asarray(seen[1])
+    late = states[np.abs(states.mean(1)) > 1.7]
+    assert 0.4 < len(late) / len(states) < 0.6
+    np.testing.assert_allclose(late.mean(), 5 * COSINE.alpha(0.5), rtol=0.02)
+    np.testing.assert_allclose(late.std(), COSINE.sigma(0.5), rtol=0.02)
+
+
+def test_dmd2_refuses_a_bad_range():
+    with pytest.raises(ValueError, match="0 <= low < high <= 1"):
+        dmd2(TEACHER, TEACHER, grid=trailing_grid(1, 1.0), null_cond=null, guidance_scale=1.0, low=0.9, high=0.1)
+
+
+# --------------------------------------------------------------------------------------------------- add
+
+
+def test_add_is_its_two_terms_each_pulling_on_its_own_player():
+    model, teacher = make()
+    adversary, heads = make_adversary(model, weight=0.3)
+    network = Model(model.apply, COSINE, v_prediction)
+    _, student = make(seed=4)
+    batch = {"x0": jax.random.normal(jax.random.key(9), (6, 4, 4, 1)), "cond": jnp.arange(6) % 10}
+    params = {"student": student, "discriminator": heads}
+    grid = trailing_grid(4, 1.0)
+
+    def run(distillation_weight):
+        loss = add(network, network, grid=grid, adversary=adversary, null_cond=model.null_cond, distillation_weight=distillation_weight)
+        return jax.value_and_grad(lambda p, t: loss(p, t, batch, KEY), argnums=(0, 1), has_aux=True)(params, teacher)
+
+    ((with_term, metrics), (gradient, to_teacher)), ((without, _), (adversarial_only, _)) = run(2.5), run(0.0)
+    np.testing.assert_allclose(with_term - without, 2.5 * metrics["distillation"], rtol=1e-4)
+    assert metrics["distillation"] > 0
+    assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(to_teacher))
+    for a, b in zip(jax.tree.leaves(gradient["discriminator"]), jax.tree.leaves(adversarial_only["discriminator"]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(adversarial_only["student"])) > 0
+
+
+def test_adds_distillation_is_the_alpha_weighted_error_to_the_teachers_guess():
+    student = network(lambda p, x, t, cond: 0.0 * x + p)
+    guess = network(lambda p, x, t, cond: 0.0 * x + 0.25)
+
+    def silent(head_params, teacher_params, fake, fake_cond, real, real_cond, key):
+        from jaxdistill.adversarial import AdversarialTerms
+
+        return AdversarialTerms(jnp.zeros(()), jnp.zeros(()), {})
+
+    loss = add(student, guess, grid=trailing_grid(1, 1.0), adversary=silent, null_cond=null, distillation_weight=1.0)
+    value, _ = loss({"student": jnp.float32(1.25), "discriminator": {}}, None, gaussian_batch(4096), KEY)
+    # E α_t over t uniform in [0.02, 1] for α = cos(π t / 2), times (1.25 - 0.25)².
+    np.testing.assert_allclose(value, 2 / np.pi * (1 - np.sin(np.pi * 0.01)) / 0.98, rtol=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ renoise
+
+
+def test_renoising_sampler_draws_the_exact_marginals_from_an_exact_consistency_function():
+    x_T = jax.random.normal(jax.random.key(5), (20_000, 4))
+    denoiser = lambda x, t: Prediction(flow_end(x, t), x)  # noqa: E731
+    state, trajectory = rollout(renoise(COSINE, KEY), denoiser, start(x_T), trailing_grid(4, 1.0))
+    for t, x in zip(trajectory.t, trajectory.x, strict=True):
+        np.testing.assert_allclose(x.std(), np.sqrt(COSINE.alpha(t) ** 2 * S**2 + COSINE.sigma(t) ** 2), rtol=0.02)
+    np.testing.assert_allclose(state.x.std(), S, rtol=0.02)
+    # Fresh each step: what is left of x_T in the result is small.
+    assert abs(np.corrcoef(np.asarray(state.x).ravel(), np.asarray(x_T).ravel())[0, 1]) < 0.5
+    again, _ = rollout(renoise(COSINE, KEY), denoiser, start(x_T), trailing_grid(4, 1.0))
+    np.testing.assert_array_equal(state.x, again.x)
+
+
+def test_renoise_refuses_times_of_each_example():
+    with pytest.raises(ValueError, match="one time for the whole batch"):
+        rollout(renoise(COSINE, KEY), lambda x, t: Prediction(x, x), start(jnp.zeros((2, 3))), np.float32([[1.0, 1.0], [0.5, 0.4]]))
