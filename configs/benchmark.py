@@ -42,7 +42,7 @@ def get_config(size: str = "") -> ConfigDict:
             "health_every": 1000,
         }
     )
-    config.recogniser = ConfigDict({"channels": (32, 64, 128), "features": 64, "steps": 3000, "batch_size": 128, "learning_rate": 2e-3})
+    config.recogniser = ConfigDict({"channels": (16, 32, 64), "features": 64, "steps": 2000, "batch_size": 128, "learning_rate": 2e-3})
     config.methods = ("imagine_flash", "direct", "step_distillation", "lcm", "add", "dmd2")
     config.student = ConfigDict(
         {
@@ -94,7 +94,7 @@ def get_config(size: str = "") -> ConfigDict:
     if size == "smoke":
         config.seeds = (0,)
         config.data.scale = 0.01
-        config.model.channels = (8, 16)
+        config.model.channels = (8,)
         config.model.patch = 4
         config.teacher.iterations = 30
         config.teacher.steps = 4

@@ -1,12 +1,18 @@
 """Runs before the package is imported: shapes of annotated arguments are checked in every test."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from hypothesis import settings
-from jaxtyping import install_import_hook
+# Runs and their restarts compile the same programs in many processes: one cache for all, new each time.
+_cache = tempfile.TemporaryDirectory(prefix="jax-cache-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+from hypothesis import settings  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("jaxdistill", "beartype.beartype")
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=25)

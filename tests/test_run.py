@@ -264,13 +264,22 @@ def test_warning_comes_only_for_step_counts_whose_diversity_falls(folder, tmp_pa
     health = main.StudentHealth(job, teacher, NoScores())
     images = job.student_images(teacher, health.noise, health.labels, {})
     health.teacher = images[3]  # against its own images, the sampler of three steps is as it should be
+    health.previous = {}
     numbers = health(teacher, 7)
     assert numbers["diversity_3"] == pytest.approx(1.0, rel=1e-5) and numbers["diversity_1"] < 0.8
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     assert len(warned) == 1 and "student 7" in warned[0] and "1 step (" in warned[0] and "3 steps" not in warned[0]
     assert "0.8" in warned[0] and "config." in warned[0]
-    health.teacher = images[1]
+    # No collapse while it recovers, until the end shows that it did not.
+    health.previous = {1: numbers["diversity_1"] - 0.1, 2: 1.0, 3: 1.0}
     health(teacher, 8)
+    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING") and "1 step (" in line]
+    health.previous = {1: numbers["diversity_1"] - 0.1, 2: 1.0, 3: 1.0}
+    health(teacher, job.config.student.iterations)
+    assert "1 step (" in capsys.readouterr().out
+    health.teacher = images[1]
+    health.previous = {}
+    health(teacher, 9)
     assert "WARNING" not in capsys.readouterr().out
 
 
