@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from idx import write_fashion
-from shell import assert_one_error_line, run_command
+from shell import run_command
 
 from jaxdistill import benchmark, main
 
@@ -70,7 +70,11 @@ def test_second_start_repeats_nothing_and_other_settings_are_refused(smoke):
     found = run_command("jaxdistill.benchmark", *flags, timeout=300)
     assert found.returncode == 0 and {p: p.stat().st_mtime_ns for p in (workdir / "students").rglob("*")} == before
     assert (workdir / "rows.json").read_bytes() == rows
-    assert_one_error_line(run_command("jaxdistill.benchmark", *flags, "--config.eval.samples=40"), "another config", "eval.samples")
+    found = run_command("jaxdistill.benchmark", *flags, "--config.eval.samples=40")
+    # Libraries may warn at import (Grain does with an older jaxlib); of ours there is one line.
+    errors = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
+    assert found.returncode == 2 and len(errors) == 1 and "Traceback" not in found.stderr
+    assert "another config" in errors[0] and "eval.samples" in errors[0]
 
 
 @pytest.mark.parametrize(
