@@ -26,7 +26,6 @@ def get_config(size: str = "") -> ConfigDict:
 
     config.teacher = ConfigDict(
         {
-            "path": "",
             "iterations": 7000,
             "batch_size": 64,
             "learning_rate": 1e-3,
@@ -35,7 +34,6 @@ def get_config(size: str = "") -> ConfigDict:
             "adam_b2": 0.99,
             "ema_decay": 0.999,
             "drop_cond": 0.1,
-            "solver": "ddim",
             "grid": "trailing",
             "steps": 50,
             "guidance": 2.0,  # of the reference sampler

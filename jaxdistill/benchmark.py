@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from jaxdistill import adversarial, card, checkpoint, loop, main, partition, report, sampling, scenes
 from jaxdistill.data import DataError, fashion_mnist
 from jaxdistill.evaluate import class_spread
-from jaxdistill.experiment import GAN_LOSSES, NOISE_SOURCES, SHIFTS, make_optimizer
+from jaxdistill.experiment import GAN_LOSSES, NOISE_SOURCES, SHIFTS, make_optimizer, student_of
 from jaxdistill.interop import sentence_encoder
 from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.methods.adversarial_distillation import add
@@ -32,8 +32,8 @@ from jaxdistill.methods.direct import direct
 from jaxdistill.methods.distribution_matching import dmd2
 from jaxdistill.methods.step_distillation import step_distillation
 from jaxdistill.models.discriminator import FeatureHeads
-from jaxdistill.prediction import LossFn, as_denoiser
-from jaxdistill.recognise import SceneEvaluator, SceneRecogniser, train_recogniser, unit
+from jaxdistill.prediction import LossFn
+from jaxdistill.recognise import SCALE_IMAGES, SceneEvaluator, SceneRecogniser, train_recogniser, unit
 from jaxdistill.train import TrainState, init_state, train_step
 
 SHAPE = (scenes.SIDE, scenes.SIDE, 3)
@@ -74,8 +74,7 @@ class PairBatches:
 
 def pair_noise(seed: int, rows: np.ndarray) -> jax.Array:
     """The noise of the stored pairs `rows`: [n, h, w, c], each a function of (seed, row)."""
-    key = jax.random.key(seed + 300)
-    return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), SHAPE))(jnp.asarray(rows))
+    return card.noise_of(seed + 300, jnp.asarray(rows), SHAPE)
 
 
 def caption_of(item: Mapping[str, Any]) -> str:
@@ -144,9 +143,9 @@ class Benchmark:
         """Trained at the first start, then read from the workdir."""
         block, folder = self.config.recogniser, self.workdir / "recogniser"
         size: dict[str, Any] = {"channels": tuple(block.channels), "features": block.features}
-        images = self.images("train", len(self.sources["train"]))
         if (folder / "card.json").exists():
-            return SceneRecogniser(checkpoint.load_export(folder)[0], unit(images[:5000]), **size)
+            return SceneRecogniser(checkpoint.load_export(folder)[0], unit(self.images("train", SCALE_IMAGES)), **size)
+        images = self.images("train", len(self.sources["train"]))
         print("recogniser: training", flush=True)
         made = train_recogniser(
             images,
@@ -211,10 +210,16 @@ class Benchmark:
             return self.programs[key]
 
         def sample(params: Any, noise: Any, cond: Any, grid: Any) -> Any:
-            conds = cond if guidance == 1.0 else jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, self.null_cond(cond))
-            denoiser = as_denoiser(self.model.apply, params, conds, schedule=self.schedule, parameterization=self.parameterization)
-            transforms = [] if guidance == 1.0 else [sampling.guidance(guidance)]
-            transforms += [consistency_function(self.schedule.T)] if solver == "consistency" else []
+            denoiser = sampling.guided_denoiser(
+                self.model.apply,
+                params,
+                cond,
+                schedule=self.schedule,
+                parameterization=self.parameterization,
+                null_cond=self.null_cond,
+                scale=guidance,
+            )
+            transforms = [consistency_function(self.schedule.T)] if solver == "consistency" else []
             transforms += [sampling.noise_correction(noise, self.schedule.T)] if correct_noise else []
             # Fresh noise for solvers that draw any: fixed by the batch's own start, so that a batch is reproducible.
             bits = jax.lax.bitcast_convert_type(noise.ravel()[0], jnp.uint32)
@@ -229,7 +234,7 @@ class Benchmark:
     def teacher_card(self) -> dict[str, Any]:
         """What the teacher's export says of itself."""
         config = self.config
-        sampler = {"solver": config.teacher.solver, "grid": config.teacher.grid, "steps": config.teacher.steps}
+        sampler = {"solver": "ddim", "grid": config.teacher.grid, "steps": config.teacher.steps}
         return {
             "format": card.FORMAT,
             "role": "teacher",
@@ -351,6 +356,10 @@ class Benchmark:
             loss=card.choose(GAN_LOSSES, block.loss, "adversarial.loss"),
             constrain=self.constrain,
         )
+
+    def discriminator_optimizer(self) -> optax.GradientTransformation:
+        """Of the heads, in every method that has them."""
+        return optax.adam(self.config.adversarial.learning_rate, b1=0.5)
 
     def trailing(self, steps: int) -> np.ndarray:
         """The trailing grid."""
@@ -509,11 +518,6 @@ class Benchmark:
         return results
 
 
-def student_of(params: Mapping[str, Any]) -> Any:
-    """The part that is averaged and exported."""
-    return params["student"]
-
-
 # ------------------------------------------------------------------------------------------- the methods
 
 
@@ -537,7 +541,7 @@ def imagine_flash_method(bench: Benchmark, block: ConfigDict, iterations: int) -
         unroll=True,
     )
     groups = ("student", "discriminator") if adversary else ("student",)
-    others = {"discriminator": optax.adam(bench.config.adversarial.learning_rate, b1=0.5)} if adversary else {}
+    others = {"discriminator": bench.discriminator_optimizer()} if adversary else {}
     stage = Stage("", loss, steps, bench.optimizer(block, iterations, **others), 1.0, groups)
     return Method([stage], "ddim", bench.nested, block.noise_correction)
 
@@ -604,7 +608,7 @@ def add_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
         distillation_weight=block.distillation_weight,
         constrain=bench.constrain,
     )
-    tx = bench.optimizer(block, iterations, discriminator=optax.adam(bench.config.adversarial.learning_rate, b1=0.5))
+    tx = bench.optimizer(block, iterations, discriminator=bench.discriminator_optimizer())
     return Method([Stage("", loss, tuple(bench.config.student.steps), tx, 1.0, ("student", "discriminator"))], "renoise", bench.trailing)
 
 
@@ -621,7 +625,7 @@ def dmd2_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
     )
     others = {"fake": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(block.fake_learning_rate))}
     if block.adversarial_weight > 0:
-        others["discriminator"] = optax.adam(bench.config.adversarial.learning_rate, b1=0.5)
+        others["discriminator"] = bench.discriminator_optimizer()
     tx = bench.optimizer(block, iterations, **others)
     return Method([Stage("", loss, tuple(bench.config.student.steps), tx, 1.0, ("student", *others))], "renoise", bench.trailing)
 

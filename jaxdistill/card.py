@@ -112,14 +112,16 @@ class Sampler(NamedTuple):
 
     def denoiser(self, params: Any, noise: Array, cond: Array, guidance: float, correct_noise: bool) -> prediction.Denoiser:
         """The network with the card's transforms and the given ones, for one batch."""
-        conds = cond if guidance == 1.0 else jnp.concatenate([cond, self.model.null_cond(cond)])
-        denoiser = prediction.as_denoiser(
-            self.model.apply, params, conds, schedule=self.schedule, parameterization=PREDICTIONS[self.card["prediction"]][0]
+        denoiser = sampling.guided_denoiser(
+            self.model.apply,
+            params,
+            cond,
+            schedule=self.schedule,
+            parameterization=PREDICTIONS[self.card["prediction"]][0],
+            null_cond=self.model.null_cond,
+            scale=guidance,
         )
-        transforms = [] if guidance == 1.0 else [sampling.guidance(guidance)]
-        if correct_noise:
-            transforms.append(sampling.noise_correction(noise, self.schedule.T))
-        return sampling.chain(*transforms)(denoiser)
+        return sampling.noise_correction(noise, self.schedule.T)(denoiser) if correct_noise else denoiser
 
     def sample(self, params: Any, noise: Array, cond: Array, grid: Any, *, guidance: float, correct_noise: bool) -> Array:
         """Noise [b, h, w, c] standard normal, cond [b], grid [n] -> images [b, h, w, c] in [0, 1]."""
@@ -154,5 +156,10 @@ def to_unit(x: Array) -> Array:
 
 def draw_noise(seed: int, start: int, count: int, image_shape: tuple[int, ...]) -> Array:
     """Standard normal [count, h, w, c]; image i depends on (seed, start + i) alone, not on the batch it is drawn in."""
+    return noise_of(seed, start + jnp.arange(count), image_shape)
+
+
+def noise_of(seed: int, rows: Array, image_shape: tuple[int, ...]) -> Array:
+    """Standard normal [n, h, w, c] of the image numbers `rows` int [n], each a function of (seed, number)."""
     key = jax.random.key(seed)
-    return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), image_shape))(start + jnp.arange(count))
+    return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), image_shape))(rows)

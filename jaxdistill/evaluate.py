@@ -46,10 +46,13 @@ def make_extractor(params: Any, train_images: np.ndarray, *, num_classes: int, c
             outs.append([np.asarray(o)[: len(block)] for o in apply(params, padded)])
         return np.concatenate([o[0] for o in outs]), np.concatenate([o[1] for o in outs])
 
-    leaves = jax.tree.leaves(params)
-    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()[:12]
     scale = np.sqrt(run(train_images)[1].var(axis=0, dtype=np.float64).mean())
-    return Extractor(lambda x: run(x)[1] / scale, lambda x: run(x)[0].argmax(-1), digest, params)
+    return Extractor(lambda x: run(x)[1] / scale, lambda x: run(x)[0].argmax(-1), weights_hash(params), params)
+
+
+def weights_hash(params: Any) -> str:
+    """First 12 hex digits of the SHA-256 of all weights, to name a feature space."""
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))).hexdigest()[:12]
 
 
 def train_extractor(

@@ -214,12 +214,13 @@ def build(config: ConfigDict) -> Experiment:
 
 def check_numbers(config: ConfigDict) -> None:
     """Raise ValueError for numbers that no constructor checks."""
-    for name, value in flatten(config.to_dict()).items():
+    flat = flatten(config.to_dict())
+    for name, value in flat.items():
         if isinstance(value, float) and not np.isfinite(value):
             raise ValueError(f"config.{name} must be a finite number, got {value}")
     for name in ("seed", "eval.seed"):
-        if not 0 <= flatten(config.to_dict())[name] < 2**31:
-            raise ValueError(f"config.{name} must be in 0..{2**31 - 1}, got {flatten(config.to_dict())[name]}")
+        if not 0 <= flat[name] < 2**31:
+            raise ValueError(f"config.{name} must be in 0..{2**31 - 1}, got {flat[name]}")
     positive = (
         "teacher.iterations",
         "teacher.steps",

@@ -4,7 +4,6 @@ One network has a head for each of a scene's labels; its hidden layer is the fea
 here, frozen, and named by a hash: numbers of different hashes must not be compared.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,10 +14,13 @@ import numpy as np
 import optax
 
 from jaxdistill import scenes
-from jaxdistill.evaluate import class_spread, frechet_distance, precision_recall
+from jaxdistill.evaluate import class_spread, frechet_distance, precision_recall, weights_hash
 from jaxdistill.models.recogniser import Recogniser
 
 CLASSES = (len(scenes.AXES), len(scenes.COLOURS), len(scenes.GARMENTS), len(scenes.COLOURS), len(scenes.GARMENTS))
+
+SCALE_IMAGES = 5000
+"""Train scenes that fix the scale of the features."""
 
 
 class SceneRecogniser:
@@ -27,8 +29,7 @@ class SceneRecogniser:
     def __init__(self, params: Any, train_images: np.ndarray, *, channels: Sequence[int], features: int) -> None:
         self.params = params
         self._apply = jax.jit(Recogniser(CLASSES, tuple(channels), features).apply)
-        leaves = jax.tree.leaves(params)
-        self.hash = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()[:12]
+        self.hash = weights_hash(params)
         self._scale = 1.0
         # One constant, so that the features' mean variance over train scenes is 1.
         self._scale = float(np.sqrt(self(train_images)[1].var(axis=0, dtype=np.float64).mean()))
@@ -83,7 +84,7 @@ def train_recogniser(
     for i in range(steps):
         rows = rng.integers(0, len(images), batch_size)
         state = update(state, images[rows], labels[rows], jnp.asarray(i))
-    return SceneRecogniser(state[0], unit(images[:5000]), channels=channels, features=features)
+    return SceneRecogniser(state[0], unit(images[:SCALE_IMAGES]), channels=channels, features=features)
 
 
 def unit(images: np.ndarray) -> np.ndarray:

@@ -1,14 +1,14 @@
 """Time grids, solver steps, denoiser transforms, and the rollout that a sampler and a training step share."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdistill.prediction import Batch, Denoiser, Prediction, expand
+from jaxdistill.prediction import ApplyFn, Batch, Denoiser, Parameterization, Prediction, as_denoiser, expand
 from jaxdistill.schedule import NoiseSchedule, Time, log_snr
 
 TimeGrid = np.ndarray
@@ -132,6 +132,33 @@ def guidance(scale: float | Array) -> Transform:
         return guided
 
     return transform
+
+
+def guided_denoiser(
+    apply: ApplyFn,
+    params: Any,
+    cond: Any,
+    *,
+    schedule: NoiseSchedule,
+    parameterization: Parameterization,
+    null_cond: Callable[[Any], Any],
+    scale: float,
+) -> Denoiser:
+    """`as_denoiser` under `guidance`; at scale 1 the plain denoiser, at half the cost.
+
+    Args:
+      apply: the network.
+      params: its parameters.
+      cond: conditioning of the batch, a batch-leading pytree.
+      schedule: the forward process.
+      parameterization: what the output means.
+      null_cond: cond -> the null conditioning of the same structure.
+      scale: of the guidance.
+    """
+    if scale == 1.0:
+        return as_denoiser(apply, params, cond, schedule=schedule, parameterization=parameterization)
+    both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null_cond(cond))
+    return guidance(scale)(as_denoiser(apply, params, both, schedule=schedule, parameterization=parameterization))
 
 
 def noise_correction(noise: Batch, T: float) -> Transform:

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from jaxdistill.adversarial import Adversary
 from jaxdistill.methods.imagine_flash import Model
 from jaxdistill.prediction import LossFn, as_denoiser, diffuse, expand
-from jaxdistill.sampling import Constrain, TimeGrid, check_grid, guidance, unconstrained
+from jaxdistill.sampling import Constrain, TimeGrid, check_grid, guided_denoiser, unconstrained
 
 
 def add(
@@ -57,10 +57,15 @@ def add(
         fixed = jax.lax.stop_gradient(x0)
         t = T * constrain(jax.random.uniform(keys[2], data.shape[:1], minval=0.02, maxval=1.0))
         x_t = diffuse(teacher.schedule, fixed, constrain(jax.random.normal(keys[3], data.shape, data.dtype)), t)
-        conds = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null_cond(cond)) if guidance_scale != 1.0 else cond
-        denoiser = as_denoiser(teacher.apply, teacher_params, conds, schedule=teacher.schedule, parameterization=teacher.parameterization)
-        if guidance_scale != 1.0:
-            denoiser = guidance(guidance_scale)(denoiser)
+        denoiser = guided_denoiser(
+            teacher.apply,
+            teacher_params,
+            cond,
+            schedule=teacher.schedule,
+            parameterization=teacher.parameterization,
+            null_cond=null_cond,
+            scale=guidance_scale,
+        )
         target = jax.lax.stop_gradient(denoiser(x_t, t).x0)
         distillation = jnp.mean(expand(teacher.schedule.alpha(t), data) * (x0 - target) ** 2)
         terms = adversary(params["discriminator"], teacher_params, x0, cond, data, cond, keys[4])

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from jaxdistill.methods.imagine_flash import Model
 from jaxdistill.prediction import Denoiser, LossFn, Prediction, as_denoiser, diffuse, expand
-from jaxdistill.sampling import Constrain, ddim, guidance, start, unconstrained
+from jaxdistill.sampling import Constrain, ddim, guided_denoiser, start, unconstrained
 
 
 def consistency_function(T: float, *, sigma_data: float = 0.5, scale: float = 10.0) -> Callable[[Denoiser], Denoiser]:
@@ -87,10 +87,15 @@ def consistency_distillation(
         t = T * constrain(jax.random.randint(key_t, x0.shape[:1], 1, intervals + 1)) / intervals
         s = jnp.maximum(t - T / intervals, 0.0)
         x_t = diffuse(schedule, x0, eps, t)
-        conds = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null_cond(cond)) if guidance_scale != 1.0 else cond
-        denoiser = as_denoiser(teacher.apply, teacher_params, conds, schedule=teacher.schedule, parameterization=teacher.parameterization)
-        if guidance_scale != 1.0:
-            denoiser = guidance(guidance_scale)(denoiser)
+        denoiser = guided_denoiser(
+            teacher.apply,
+            teacher_params,
+            cond,
+            schedule=teacher.schedule,
+            parameterization=teacher.parameterization,
+            null_cond=null_cond,
+            scale=guidance_scale,
+        )
         x_s = ddim(teacher.schedule)(denoiser(x_t, t), start(x_t), t, s).x
         # At s = 0 the function is the identity by its boundary condition, whatever the network says.
         target = jax.lax.stop_gradient(f(params["target"], cond, x_s, s))

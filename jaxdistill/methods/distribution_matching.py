@@ -10,7 +10,7 @@ from jaxtyping import Array
 from jaxdistill.adversarial import Adversary
 from jaxdistill.methods.imagine_flash import Model
 from jaxdistill.prediction import Denoiser, LossFn, as_denoiser, diffuse, expand
-from jaxdistill.sampling import Constrain, TimeGrid, check_grid, guidance, unconstrained
+from jaxdistill.sampling import Constrain, TimeGrid, check_grid, guided_denoiser, unconstrained
 
 
 def matching_gradient(x0: Array, real: Array, fake: Array) -> Array:
@@ -67,9 +67,15 @@ def dmd2(
         return as_denoiser(student.apply, params, cond, schedule=schedule, parameterization=student.parameterization)
 
     def real_score(teacher_params: Any, cond: Any) -> Denoiser:
-        conds = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null_cond(cond)) if guidance_scale != 1.0 else cond
-        denoiser = as_denoiser(teacher.apply, teacher_params, conds, schedule=schedule, parameterization=teacher.parameterization)
-        return guidance(guidance_scale)(denoiser) if guidance_scale != 1.0 else denoiser
+        return guided_denoiser(
+            teacher.apply,
+            teacher_params,
+            cond,
+            schedule=schedule,
+            parameterization=teacher.parameterization,
+            null_cond=null_cond,
+            scale=guidance_scale,
+        )
 
     def simulated(params: Any, cond: Any, x_T: Array, key: Array) -> Sequence[Array]:
         """The states of the student's sampler at the grid's times."""

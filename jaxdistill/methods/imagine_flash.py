@@ -20,7 +20,7 @@ from jaxdistill.sampling import (
     Trajectory,
     check_grid,
     ddim,
-    guidance,
+    guided_denoiser,
     noise_correction,
     rollout,
     start,
@@ -223,7 +223,6 @@ def imagine_flash(
         check_shift(reconstruction.shift, grid, T)
     student_step = ddim(student.schedule) if solver is None else solver
     teacher_step = ddim(teacher.schedule)
-    guided = reconstruction.guidance_scale != 1.0
 
     def student_denoiser(params: Any, cond: Any, noise: Array) -> Denoiser:
         denoiser = as_denoiser(student.apply, params, cond, schedule=student.schedule, parameterization=student.parameterization)
@@ -231,10 +230,15 @@ def imagine_flash(
 
     def teacher_x0(teacher_params: Any, x: Array, t: Array, cond: Any) -> Array:
         """x̂0(f_Φ^k(x), ε̂_Φ, t/k): k teacher steps over t, t(k-1)/k, ..., t/k. x [m, ...], t [m]."""
-        conds = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null_cond(cond)) if guided else cond
-        denoiser = as_denoiser(teacher.apply, teacher_params, conds, schedule=teacher.schedule, parameterization=teacher.parameterization)
-        if guided:
-            denoiser = guidance(reconstruction.guidance_scale)(denoiser)
+        denoiser = guided_denoiser(
+            teacher.apply,
+            teacher_params,
+            cond,
+            schedule=teacher.schedule,
+            parameterization=teacher.parameterization,
+            null_cond=null_cond,
+            scale=reconstruction.guidance_scale,
+        )
         k = reconstruction.steps
         grid = t[None] * (jnp.arange(k, 0, -1, dtype=t.dtype) / k)[:, None]
         return rollout(teacher_step, denoiser, start(x), grid, unroll=unroll)[0].x

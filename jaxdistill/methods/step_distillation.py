@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from jaxdistill.methods.imagine_flash import Model
 from jaxdistill.prediction import LossFn, as_denoiser, diffuse, expand
-from jaxdistill.sampling import Constrain, ddim, guidance, rollout, start, unconstrained
+from jaxdistill.sampling import Constrain, ddim, guided_denoiser, rollout, start, unconstrained
 
 
 def step_distillation(
@@ -59,12 +59,15 @@ def step_distillation(
         t = T * (1.0 - constrain(jax.random.randint(key_t, x0.shape[:1], 0, steps)) / steps)
         s = jnp.maximum(t - T / steps, 0.0)
         x_t = diffuse(schedule, x0, eps, t)
-        conds = cond
-        if guidance_scale != 1.0:
-            conds = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null_cond(cond))
-        denoiser = as_denoiser(teacher.apply, teacher_params, conds, schedule=teacher.schedule, parameterization=teacher.parameterization)
-        if guidance_scale != 1.0:
-            denoiser = guidance(guidance_scale)(denoiser)
+        denoiser = guided_denoiser(
+            teacher.apply,
+            teacher_params,
+            cond,
+            schedule=teacher.schedule,
+            parameterization=teacher.parameterization,
+            null_cond=null_cond,
+            scale=guidance_scale,
+        )
         grid = t[None] - (T / steps) * (jnp.arange(substeps) / substeps)[:, None]
         x_s = rollout(teacher_step, denoiser, start(x_t), grid, t_end=s, unroll=unroll)[0].x
         alpha_t, sigma_t = expand(schedule.alpha(t), x0), expand(schedule.sigma(t), x0)

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxdistill.models.mlp import fourier_features
-from jaxdistill.models.unet import Attention, ResBlock
+from jaxdistill.models.unet import Attention, ResBlock, u_net
 
 
 class CrossAttention(nn.Module):
@@ -56,12 +56,6 @@ class TextUNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Any, features: bool = False) -> Array | Sequence[Array]:
         """X [b, h, w, c], t [b], cond {"tokens", "mask"} -> output of x's shape; or with `features` the states going down."""
-        b, height, width, image_channels = x.shape
-        p, unit = self.patch, self.patch * 2 ** (len(self.channels) - 1)
-        if height % unit or width % unit:
-            raise ValueError(
-                f"TextUNet(patch={p}, {len(self.channels)} levels) needs sides that are multiples of {unit}, got {height}x{width}"
-            )
         mask = cond["mask"]
         tokens = nn.Dense(self.text_width)(nn.LayerNorm()(cond["tokens"]))
         pooled = jnp.sum(tokens * mask[..., None], axis=1) / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
@@ -76,27 +70,4 @@ class TextUNet(nn.Module):
                 h = Attention()(h)
             return CrossAttention()(h, tokens, mask)
 
-        h = x.reshape(b, height // p, p, width // p, p, image_channels).transpose(0, 1, 3, 2, 4, 5)
-        h = nn.Conv(self.channels[0], (3, 3))(h.reshape(b, height // p, width // p, -1))
-        skips, states = [h], []
-        for level, channels in enumerate(self.channels):
-            if level:
-                h = nn.Conv(channels, (3, 3), strides=(2, 2))(h)
-                skips.append(h)
-            for _ in range(self.blocks):
-                h = block(h, channels, level)
-                skips.append(h)
-            states.append(h)
-        h = block(h, self.channels[-1], lowest)
-        if features:
-            return [*states, h]
-        for level, channels in reversed(list(enumerate(self.channels))):
-            for _ in range(self.blocks + 1):
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), channels, level)
-            if level:
-                h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
-                h = nn.Conv(self.channels[level - 1], (3, 3))(h)
-        h = nn.silu(nn.GroupNorm(max(1, h.shape[-1] // 16))(h))
-        out = nn.Conv(p * p * image_channels, (3, 3), kernel_init=nn.initializers.zeros)(h)
-        out = out.reshape(b, height // p, width // p, p, p, image_channels).transpose(0, 1, 3, 2, 4, 5)
-        return out.reshape(x.shape)
+        return u_net(x, channels=self.channels, blocks=self.blocks, patch=self.patch, down=block, up=block, features=features)

@@ -1,6 +1,6 @@
 """A small convolutional U-Net for images of a few dozen pixels a side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,46 @@ class Attention(nn.Module):
         return x + nn.Dense(c, kernel_init=nn.initializers.zeros)(out).reshape(x.shape)
 
 
+Block = Callable[[Array, int, int], Array]
+"""(states [b, h, w, c], channels, level) -> states [b, h, w, channels]."""
+
+
+def u_net(x: Array, *, channels: Sequence[int], blocks: int, patch: int, down: Block, up: Block, features: bool) -> Array | Sequence[Array]:
+    """The frame of a U-Net on patches, for use inside a compact module: x [b, h, w, c] -> x's shape, or the states going down.
+
+    `down` is the block on the way down, `up` the one in the middle and on the way up. Raises ValueError where the
+    sides are no multiples of patch * 2^(levels - 1).
+    """
+    b, height, width, image_channels = x.shape
+    p, unit = patch, patch * 2 ** (len(channels) - 1)
+    if height % unit or width % unit:
+        raise ValueError(f"a U-Net of patch={p} and {len(channels)} levels needs sides that are multiples of {unit}, got {height}x{width}")
+    h = x.reshape(b, height // p, p, width // p, p, image_channels).transpose(0, 1, 3, 2, 4, 5)
+    h = nn.Conv(channels[0], (3, 3))(h.reshape(b, height // p, width // p, -1))
+    skips, states = [h], []
+    for level, width_here in enumerate(channels):
+        if level:
+            h = nn.Conv(width_here, (3, 3), strides=(2, 2))(h)
+            skips.append(h)
+        for _ in range(blocks):
+            h = down(h, width_here, level)
+            skips.append(h)
+        states.append(h)
+    h = up(h, channels[-1], len(channels) - 1)
+    if features:
+        return [*states, h]
+    for level, width_here in reversed(list(enumerate(channels))):
+        for _ in range(blocks + 1):
+            h = up(jnp.concatenate([h, skips.pop()], axis=-1), width_here, level)
+        if level:
+            h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+            h = nn.Conv(channels[level - 1], (3, 3))(h)
+    h = nn.silu(nn.GroupNorm(max(1, h.shape[-1] // 16))(h))
+    out = nn.Conv(p * p * image_channels, (3, 3), kernel_init=nn.initializers.zeros)(h)
+    out = out.reshape(b, height // p, width // p, p, p, image_channels).transpose(0, 1, 3, 2, 4, 5)
+    return out.reshape(x.shape)
+
+
 class SmallUNet(nn.Module):
     """Patches of `patch` pixels to channels, then a U-Net with attention at its lowest level.
 
@@ -68,36 +108,13 @@ class SmallUNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Array, features: bool = False) -> Array | Sequence[Array]:
         """X [b, h, w, c], t [b], cond int [b] -> output of x's shape; or with `features` the states going down."""
-        b, height, width, image_channels = x.shape
-        p, unit = self.patch, self.patch * 2 ** (len(self.channels) - 1)
-        if height % unit or width % unit:
-            raise ValueError(
-                f"SmallUNet(patch={p}, {len(self.channels)} levels) needs sides that are multiples of {unit}, got {height}x{width}"
-            )
         c = Conditioning(4 * self.channels[0], self.num_classes, self.time_scale)(t, cond)
-        h = x.reshape(b, height // p, p, width // p, p, image_channels).transpose(0, 1, 3, 2, 4, 5)
-        h = nn.Conv(self.channels[0], (3, 3))(h.reshape(b, height // p, width // p, -1))
-        skips, states = [h], []
-        for level, channels in enumerate(self.channels):
-            if level:
-                h = nn.Conv(channels, (3, 3), strides=(2, 2))(h)
-                skips.append(h)
-            for _ in range(self.blocks):
-                h = ResBlock(channels)(h, c)
-                if level == len(self.channels) - 1:
-                    h = Attention()(h)
-                skips.append(h)
-            states.append(h)
-        h = ResBlock(self.channels[-1])(h, c)
-        if features:
-            return [*states, h]
-        for level, channels in reversed(list(enumerate(self.channels))):
-            for _ in range(self.blocks + 1):
-                h = ResBlock(channels)(jnp.concatenate([h, skips.pop()], axis=-1), c)
-            if level:
-                h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
-                h = nn.Conv(self.channels[level - 1], (3, 3))(h)
-        h = nn.silu(nn.GroupNorm(max(1, h.shape[-1] // 16))(h))
-        out = nn.Conv(p * p * image_channels, (3, 3), kernel_init=nn.initializers.zeros)(h)
-        out = out.reshape(b, height // p, width // p, p, p, image_channels).transpose(0, 1, 3, 2, 4, 5)
-        return out.reshape(x.shape)
+
+        def up(h: Array, channels: int, level: int) -> Array:
+            return ResBlock(channels)(h, c)
+
+        def down(h: Array, channels: int, level: int) -> Array:
+            h = up(h, channels, level)
+            return Attention()(h) if level == len(self.channels) - 1 else h
+
+        return u_net(x, channels=self.channels, blocks=self.blocks, patch=self.patch, down=down, up=up, features=features)
