@@ -3,17 +3,27 @@
     python -m jaxdistill.benchmark --config=configs/benchmark.py --config.data.source=FOLDER --workdir=runs/benchmark
 
 FOLDER holds Fashion-MNIST's four idx files. `configs/benchmark.py:smoke` is the same in three minutes, on little data.
+With `--config.base=runs/benchmark`, on that benchmark's teacher: `configs/benchmark.py:ablation` takes Imagine Flash apart, and
+`configs/benchmark.py:leakage` trains it forward and backward at times of more and less signal.
 """
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
+SIZES = ("", "smoke", "ablation", "leakage")
+
 
 def get_config(size: str = "") -> ConfigDict:
-    """The config; `size` is "" or "smoke"."""
-    if size not in ("", "smoke"):
-        raise ValueError(f"configs/benchmark.py:{size} is not known; use configs/benchmark.py or configs/benchmark.py:smoke")
+    """The config; `size` is one of SIZES."""
+    if size not in SIZES:
+        known = ", ".join("configs/benchmark.py" + (f":{name}" if name else "") for name in SIZES)
+        raise ValueError(f"configs/benchmark.py:{size} is not known; use one of {known}")
     config = ConfigDict()
     config.seeds = (0, 1, 2)  # of the students; the teacher is trained once, with seed 0
+    config.base = ""  # workdir of another benchmark, to use its scenes, embeddings, recogniser and teacher
 
     config.data = ConfigDict({"source": "", "scale": 1.0})  # folder of the idx files; factor on the number of scenes
     config.text = ConfigDict({"folder": "", "length": 32})  # folder of a MiniLM ("": the installed package's); tokens a caption
@@ -40,8 +50,8 @@ def get_config(size: str = "") -> ConfigDict:
             "health_every": 1000,
         }
     )
-    config.recogniser = ConfigDict({"channels": (16, 32, 64), "features": 64, "steps": 2000, "batch_size": 128, "learning_rate": 2e-3})
-    config.methods = ("imagine_flash", "direct", "step_distillation", "lcm", "add", "dmd2")
+    config.recogniser = ConfigDict({"channels": (16, 32, 64), "features": 64, "steps": 3000, "batch_size": 128, "learning_rate": 2e-3})
+    config.methods = ("imagine_flash", "direct", "step_distillation", "lcm", "add", "lightning", "dmd2", "tdm")
     config.student = ConfigDict(
         {
             "budget": 12_000,  # network calls on a batch that each method may spend, backward counts two
@@ -73,12 +83,23 @@ def get_config(size: str = "") -> ConfigDict:
             "step_distillation": {"learning_rate": 3e-4, "guidance": guidance, "first": 16},
             "lcm": {"learning_rate": 3e-4, "guidance": guidance, "intervals": 50, "huber": 0.001, "target_decay": 0.95},
             "add": {"learning_rate": 3e-4, "guidance": guidance, "distillation_weight": 2.5, "adversarial_weight": 0.05},
+            "lightning": {
+                "learning_rate": 3e-4,
+                "guidance": guidance,
+                "first": 16,
+                "substeps": 4,
+                "first_share": 0.25,
+                "counts": (4, 2, 1),
+                "regression": 0.0,
+            },
             "dmd2": {"learning_rate": 1e-4, "fake_learning_rate": 5e-4, "guidance": guidance, "adversarial_weight": 0.003},
+            "tdm": {"learning_rate": 1e-4, "fake_learning_rate": 5e-4, "guidance": guidance},
         }
     )
     config.eval = ConfigDict(
         {
             "split": "test",  # test | validation; tune on validation only
+            "guidances": (),  # of more teacher rows
             "samples": 2000,
             "unseen": 1000,
             "diversity_captions": 100,
@@ -89,6 +110,39 @@ def get_config(size: str = "") -> ConfigDict:
     )
     config.log = ConfigDict({"every": 50, "checkpoint_every": 250, "health_samples": 250, "teacher_steps": 20})
 
+    if size == "ablation":
+        variants(
+            config,
+            {
+                "full": {},
+                "forward": {"backward": False},
+                "no_srl": {"srl": False},
+                "no_noise_correction": {"noise_correction": False},
+                "no_discriminator": {"adversarial_weight": 0.0},
+                "one_state": {"whole_trajectory": False},
+                "noise_initial": {"noise": "initial"},
+                "noise_fresh": {"noise": "fresh"},
+                "shift_none": {"shift": "none", "shift_settings": {}},
+                "shift_power": {"shift": "power", "shift_settings": {}},
+                "k_1": {"teacher_steps": 1},
+                "k_4": {"teacher_steps": 4},
+                "guidance_less": {"guidance": 1.0 + 0.5 * (guidance - 1.0)},
+                "guidance_more": {"guidance": 1.0 + 1.5 * (guidance - 1.0)},
+            },
+        )
+    if size == "leakage":
+        # The paper's argument alone: a plain target from the state itself, no discriminator.
+        plain = {"srl": False, "adversarial_weight": 0.0}
+        config.student.steps = (3,)
+        config.student.budget //= 2
+        variants(
+            config,
+            {
+                f"{way}_snr_{scale:g}": {**plain, "backward": way == "backward", "times": at_snr(scale)}
+                for scale in (0.25, 0.5, 1.0, 2.0, 4.0)
+                for way in ("forward", "backward")
+            },
+        )
     if size == "smoke":
         config.seeds = (0,)
         config.data.scale = 0.01
@@ -100,6 +154,25 @@ def get_config(size: str = "") -> ConfigDict:
         config.recogniser.update({"channels": (8, 8, 16), "features": 8, "steps": 30})
         config.student.update({"budget": 200, "batch_size": 8, "steps": (1, 2)})
         config.method_settings.step_distillation.first = 2
+        config.method_settings.lightning.update({"first": 2, "substeps": 2, "counts": (1,)})
         config.eval.update({"samples": 50, "unseen": 50, "diversity_captions": 10, "repeats": 4, "batch_size": 50})
         config.log.update({"health_samples": 50, "teacher_steps": 4})
     return config
+
+
+def variants(config: ConfigDict, changes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make `changes` of Imagine Flash's settings the methods of the config."""
+    full = config.method_settings.imagine_flash.to_dict()
+    for name, change in changes.items():
+        config.method_settings[name] = ConfigDict({"method": "imagine_flash", **full, **change})
+    config.methods = tuple(changes)
+
+
+def at_snr(scale: float, steps: int = 3) -> tuple[float, ...]:
+    """Times of the cosine schedule that have α/σ `scale` times that of the trailing grid's times.
+
+    The networks know the noise by their time, so a schedule of shifted log-SNR is this one at other times: the teacher stays exact, and
+    α = 0 at the first time.
+    """
+    even = [1.0 - i / steps for i in range(1, steps)]
+    return (1.0, *(2 / math.pi * math.atan(math.tan(math.pi / 2 * t) / scale) for t in even))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import jax
@@ -19,24 +19,23 @@ import optax
 from absl import logging
 from ml_collections import ConfigDict
 
-from jaxdistill import adversarial, card, checkpoint, loop, main, partition, report, sampling, scenes
+from jaxdistill import card, checkpoint, loop, main, partition, report, sampling, scenes
+from jaxdistill.contenders import METHODS, Method, Setting, Stage
 from jaxdistill.data import DataError, fashion_mnist
 from jaxdistill.evaluate import class_spread
-from jaxdistill.experiment import GAN_LOSSES, NOISE_SOURCES, SHIFTS, make_optimizer, student_of
+from jaxdistill.experiment import make_optimizer, student_of
 from jaxdistill.interop import sentence_encoder
-from jaxdistill.methods import imagine_flash as flash
-from jaxdistill.methods.adversarial_distillation import add
-from jaxdistill.methods.consistency import consistency_distillation, consistency_function
+from jaxdistill.methods.consistency import consistency_function
 from jaxdistill.methods.denoising import denoising
-from jaxdistill.methods.direct import direct
-from jaxdistill.methods.distribution_matching import dmd2
-from jaxdistill.methods.step_distillation import step_distillation
-from jaxdistill.models.discriminator import FeatureHeads
-from jaxdistill.prediction import LossFn
+from jaxdistill.methods.progressive_adversarial import pair_states
+from jaxdistill.prediction import Denoiser, LossFn
 from jaxdistill.recognise import SCALE_IMAGES, SceneEvaluator, SceneRecogniser, train_recogniser, unit
 from jaxdistill.train import TrainState, init_state, train_step
 
 SHAPE = (scenes.SIDE, scenes.SIDE, 3)
+
+PICTURED = 8
+"""Captions in the picture grid."""
 
 Embed = Callable[[Sequence[str]], Any]
 """Captions -> the conditioning of a batch."""
@@ -82,50 +81,24 @@ def caption_of(item: Mapping[str, Any]) -> str:
     return item["caption"].decode()
 
 
-class Stage(NamedTuple):
-    """One training of a student. `serves` are the step counts that its result is evaluated at.
-
-    `teacher` is "teacher" or "previous": what is passed as teacher_params. `data` is "scenes" or "pairs".
-    """
-
-    name: str
-    loss: LossFn
-    serves: Sequence[int]
-    tx: optax.GradientTransformation
-    share: float
-    groups: Sequence[str] = ("student",)
-    teacher: str = "teacher"
-    data: str = "scenes"
-
-
-class Method(NamedTuple):
-    """Stages in order, each starting from the result of the one before, and how the student is sampled."""
-
-    stages: Sequence[Stage]
-    solver: str  # ddim | renoise | consistency
-    grid: Callable[[int], np.ndarray]
-    correct_noise: bool = False
-    pairs_share: float = 0.0
-
-
 class Benchmark:
-    """One teacher and its students in one workdir."""
+    """One teacher and its students in one workdir; data, recogniser and teacher may come from `config.base`, another's workdir."""
 
     def __init__(self, config: ConfigDict, workdir: Path, stop: loop.StopSignal) -> None:
         self.config, self.workdir, self.stop = config, workdir, stop
+        self.base = Path(config.base) if config.base else workdir
         self.mesh = partition.data_mesh()
         self.constrain = partition.constrain_batch(self.mesh)
-        self.sources = scenes.open_scenes(config.data.source, workdir / "scenes", scale=config.data.scale)
+        self.sources = scenes.open_scenes(config.data.source, self.base / "scenes", scale=config.data.scale)
         self.captions = {split: [caption_of(item) for item in source] for split, source in self.sources.items()}
         encoder = sentence_encoder.load(config.text.folder)
         everything = [c for captions in self.captions.values() for c in captions]
-        self.embeddings = sentence_encoder.cached_embeddings(encoder, everything, workdir / "text", length=config.text.length)
+        self.embeddings = sentence_encoder.cached_embeddings(encoder, everything, self.base / "text", length=config.text.length)
         self.model = card.build_model(config.model.to_dict())
         self.null_cond: Any = self.model.null_cond
         self.schedule = card.build_schedule(config.schedule)
         self.parameterization, self.target = card.PREDICTIONS[config.prediction]
-        self.network = flash.Model(self.model.apply, self.schedule, self.parameterization)
-        self.heads = FeatureHeads(config.adversarial.width)
+        self.setting = Setting(config, self.model, self.schedule, self.parameterization, self.constrain)
         self.programs: dict[tuple[float, str, bool], Any] = {}
         (workdir / "samples").mkdir(exist_ok=True)
 
@@ -141,15 +114,18 @@ class Benchmark:
 
     def recogniser(self) -> SceneRecogniser:
         """Trained at the first start, then read from the workdir."""
-        block, folder = self.config.recogniser, self.workdir / "recogniser"
+        block, folder = self.config.recogniser, self.base / "recogniser"
         size: dict[str, Any] = {"channels": tuple(block.channels), "features": block.features}
         if (folder / "card.json").exists():
             return SceneRecogniser(checkpoint.load_export(folder)[0], unit(self.images("train", SCALE_IMAGES)), **size)
-        images = self.images("train", len(self.sources["train"]))
         print("recogniser: training", flush=True)
+        # On every composition: one that never saw a pair would call its garment by its colour.
+        garments = fashion_mnist(self.config.data.source).train
+        images, labels = scenes.every_composition(scenes.make_sprites(garments.images, garments.labels), len(self.sources["train"]), 0)
         made = train_recogniser(
             images,
-            self.labels("train", len(images)),
+            labels,
+            unit(self.images("train", SCALE_IMAGES)),
             steps=block.steps,
             batch_size=block.batch_size,
             learning_rate=block.learning_rate,
@@ -178,15 +154,19 @@ class Benchmark:
             spread=class_spread(unit(real), np.arange(len(real)) // ev.repeats),
         )
 
-    def score(self, evaluator: SceneEvaluator, split: str, count: int, program: Any, params: Any, grid: np.ndarray) -> dict[str, Any]:
-        """Sample with the split's captions and score."""
+    def score(self, evaluator: SceneEvaluator, key: Mapping[str, Any], program: Any, params: Any, grid: np.ndarray) -> dict[str, Any]:
+        """Sample with the split's captions, score, and keep the first images."""
         ev = self.config.eval
+        split, count = ev.split, ev.samples
         params = jax.device_put(params)
         draw = partial(self.draw, program, params, grid)
         draw(self.captions[split][:1], ev.seed)  # compiles
         began = time.perf_counter()
         images = draw(self.captions[split][:count], ev.seed)
         rate = len(images) / (time.perf_counter() - began)
+        path = self.picture_path(key)
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, (images[:PICTURED] * 255.0 + 0.5).astype(np.uint8))
         unseen = draw(self.captions["unseen"][: min(count, ev.unseen)], ev.seed + 1)
         repeated = draw([c for c in self.captions[split][: ev.diversity_captions] for _ in range(ev.repeats)], ev.seed + 2)
         scores = evaluator(images, unseen, repeated)._asdict()
@@ -203,6 +183,18 @@ class Benchmark:
             out.append(np.asarray(program(params, card.draw_noise(seed, i, block, SHAPE), cond, jnp.asarray(grid)))[: len(rows)])
         return np.concatenate(out)
 
+    def denoiser(self, params: Any, cond: Any, guidance: float = 1.0) -> Denoiser:
+        """The network of these parameters for one batch, guided above 1."""
+        return sampling.guided_denoiser(
+            self.model.apply,
+            params,
+            cond,
+            schedule=self.schedule,
+            parameterization=self.parameterization,
+            null_cond=self.null_cond,
+            scale=guidance,
+        )
+
     def sample_fn(self, *, guidance: float = 1.0, solver: str = "ddim", correct_noise: bool = False) -> Any:
         """(params, noise [b, h, w, c], cond, grid [n]) -> images [b, h, w, c] in [0, 1], jitted once for all that ask."""
         key = (guidance, solver, correct_noise)
@@ -210,15 +202,7 @@ class Benchmark:
             return self.programs[key]
 
         def sample(params: Any, noise: Any, cond: Any, grid: Any) -> Any:
-            denoiser = sampling.guided_denoiser(
-                self.model.apply,
-                params,
-                cond,
-                schedule=self.schedule,
-                parameterization=self.parameterization,
-                null_cond=self.null_cond,
-                scale=guidance,
-            )
+            denoiser = self.denoiser(params, cond, guidance)
             transforms = [consistency_function(self.schedule.T)] if solver == "consistency" else []
             transforms += [sampling.noise_correction(noise, self.schedule.T)] if correct_noise else []
             # Fresh noise for solvers that draw any: fixed by the batch's own start, so that a batch is reproducible.
@@ -256,7 +240,7 @@ class Benchmark:
 
     def teacher(self, evaluator: SceneEvaluator) -> Any:
         """The teacher's parameters, from its export or trained."""
-        folder, config = self.workdir / "teacher", self.config.teacher
+        folder, config = self.base / "teacher", self.config.teacher
         if (folder / "card.json").exists():
             return checkpoint.load_export(folder)[0]
         loss = denoising(
@@ -336,42 +320,9 @@ class Benchmark:
 
     # -- methods
 
-    def optimizer(self, block: ConfigDict, iterations: int, **others: optax.GradientTransformation) -> optax.GradientTransformation:
-        """The student's AdamW with warm-up and cosine decay, beside other groups' optimizers."""
-        warmup = min(50, iterations // 10)
-        rate = optax.warmup_cosine_decay_schedule(0.0, block.learning_rate, warmup, max(iterations, warmup + 1), block.learning_rate / 50)
-        student = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
-        groups = {"student": student, **others}
-        return optax.multi_transform(groups, {name: name for name in groups})
-
-    def adversary(self, weight: float) -> Any:
-        """The adversarial term that the methods share."""
-        block = self.config.adversarial
-        return adversarial.adversary(
-            partial(self.model.apply, features=True),
-            self.heads.apply,
-            schedule=self.schedule,
-            weight=weight,
-            noise_time=adversarial.uniform_time(block.low * self.schedule.T, block.high * self.schedule.T),
-            loss=card.choose(GAN_LOSSES, block.loss, "adversarial.loss"),
-            constrain=self.constrain,
-        )
-
-    def discriminator_optimizer(self) -> optax.GradientTransformation:
-        """Of the heads, in every method that has them."""
-        return optax.adam(self.config.adversarial.learning_rate, b1=0.5)
-
-    def trailing(self, steps: int) -> np.ndarray:
-        """The trailing grid."""
-        return sampling.trailing_grid(steps, self.schedule.T)
-
-    def nested(self, steps: int) -> np.ndarray:
-        """The first `steps` of config.student.times."""
-        return card.build_grid({"grid": "nested", "times": self.config.student.times}, steps, self.schedule.T)
-
     def make(self, name: str) -> Callable[[int], Method]:
         """Iterations of a stage with share 1 -> Method. Raises ValueError for an unknown name."""
-        return partial(card.choose(METHODS, name, "methods"), self, self.config.method_settings.get(name, ConfigDict()))
+        return partial(choose_method(self.config, name), self.setting, self.config.method_settings[name])
 
     # -- students
 
@@ -389,21 +340,22 @@ class Benchmark:
         step = flops(lambda p, t, b: jax.value_and_grad(stage.loss, has_aux=True)(p, t, b, jax.random.key(0))[1], params, teacher, batch)
         return step / forward
 
-    def group_params(self, groups: Sequence[str], student: Any, teacher: Any, seed: int) -> dict[str, Any]:
+    def group_params(self, stage: Stage, student: Any, teacher: Any, seed: int) -> dict[str, Any]:
         """Start of each group: the student where it stands, a target or a fake score as the teacher, fresh heads."""
         params: dict[str, Any] = {}
-        for group in groups:
+        for group in stage.groups:
             if group == "discriminator":
                 cond = self.embeddings(self.captions["train"][:1])
                 states = self.model.apply(teacher, jnp.zeros((1, *SHAPE)), jnp.zeros((1,)), cond, features=True)
-                params[group] = self.heads.init(jax.random.key(seed + 2), states, None)
+                states = pair_states(states, states) if stage.pair_states else states
+                params[group] = self.setting.heads.init(jax.random.key(seed + 2), states, None)
             else:
                 params[group] = jax.tree.map(jnp.array, teacher if group == "fake" else student)
         return params
 
     def pairs(self, teacher: Any, count: int) -> tuple[np.ndarray, list[str]]:
         """Teacher images in [-1, 1] from noises and train captions, made once: the direct method's data."""
-        path = self.workdir / f"pairs-{count}.npy"
+        path = self.base / f"pairs-{count}.npy"
         captions = [self.captions["train"][i % len(self.captions["train"])] for i in range(count)]
         if not path.exists():
             program = self.sample_fn(guidance=self.config.teacher.guidance)
@@ -429,7 +381,7 @@ class Benchmark:
         for i, stage in enumerate(method.stages):
             label = f"{name}-{seed}" + (f"-{stage.name}" if stage.name else "")
             folder = self.workdir / "students" / label
-            previous = teacher if stage.teacher == "teacher" else current
+            previous = {"teacher": teacher, "previous": current, "both": {"original": teacher, "previous": current}}[stage.teacher]
             if (folder / "card.json").exists():
                 current = checkpoint.load_export(folder)[0]
             else:
@@ -439,14 +391,14 @@ class Benchmark:
                     batches = PairBatches(targets, captions, self.embeddings, size, 0)
                 else:
                     batches = SceneBatches(self.sources["train"], self.embeddings, size, seed + 1)
-                params = self.group_params(stage.groups, current, teacher, seed)
+                params = self.group_params(stage, current, teacher, seed)
                 cost = self.calls_per_step(stage, batches(0), previous, params)
                 iterations = max(1, int(stage.share * (1 - method.pairs_share) * config.student.budget / cost))
                 stage = self.make(name)(iterations).stages[i]
                 main.say(f"{label}: {cost:.1f} network calls an iteration, {iterations} iterations")
                 state = init_state(params, stage.tx, jax.random.key(seed + 1), ema_of=student_of)
                 program = self.sample_fn(solver=method.solver, correct_noise=method.correct_noise)
-                health = self.health(label, evaluator, program, [method.grid(n) for n in stage.serves])
+                health = self.health(label, evaluator, program, [method.grid(n) for n in stage.serves or (max(config.student.steps),)])
                 every = max(1, iterations // 4)
                 state = self.train(
                     label, state, stage.loss, stage.tx, config.student.ema_decay, batches, previous, iterations, every, health, student_of
@@ -487,13 +439,11 @@ class Benchmark:
                 checkpoint.write_json(path, {"protocol": protocol, "rows": rows})
 
         steps = tuple(config.student.steps)
-        for count in (config.teacher.steps, *steps):
-            program = self.sample_fn(guidance=config.teacher.guidance)
-            key = {"method": "teacher", "seed": 0, "steps": count, "guidance": config.teacher.guidance}
-            add_row(
-                key,
-                partial(self.score, evaluator, split, config.eval.samples, program, teacher, self.teacher_grid(count)),
-            )
+        guidances = dict.fromkeys((config.teacher.guidance, *config.eval.guidances))
+        for guidance, count in [(g, config.teacher.steps) for g in guidances] + [(config.teacher.guidance, n) for n in steps]:
+            program = self.sample_fn(guidance=guidance)
+            key = {"method": "teacher", "seed": 0, "steps": count, "guidance": guidance}
+            add_row(key, partial(self.score, evaluator, key, program, teacher, self.teacher_grid(count)))
         for seed in config.seeds:
             for name in config.methods:
                 method = self.make(name)(1)
@@ -501,7 +451,7 @@ class Benchmark:
                 program = self.sample_fn(solver=method.solver, correct_noise=method.correct_noise)
                 for count, params in students.items():
                     key = {"method": name, "seed": seed, "steps": count, "guidance": 1.0}
-                    add_row(key, partial(self.score, evaluator, split, config.eval.samples, program, params, method.grid(count)))
+                    add_row(key, partial(self.score, evaluator, key, program, params, method.grid(count)))
         seconds = self.workdir / "seconds.json"
         results = {
             "rows": rows,
@@ -515,129 +465,24 @@ class Benchmark:
         }
         checkpoint.write_json(self.workdir / "results.json", results)
         (self.workdir / "results.md").write_text(table(results))
+        report.methods_picture(self.workdir / "results.png", results, self.captions[split][:PICTURED], self.pictured(rows))
         return results
 
+    def picture_path(self, key: Mapping[str, Any]) -> Path:
+        """Where the first images of a row are kept."""
+        return self.workdir / "pictures" / f"{key['method']}-{key['seed']}-{key['steps']}-{key['guidance']:g}.npy"
 
-# ------------------------------------------------------------------------------------------- the methods
+    def pictured(self, rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], np.ndarray]:
+        """{(method, steps): its first images [c, h, w, ch]}: the reference, and each method's first seed at 3 steps (or the most below)."""
+        config, shown = self.config, dict[tuple[str, int], np.ndarray]()
+        wanted = [("teacher", config.teacher.steps, 0)]
+        count = max((n for n in config.student.steps if n <= 3), default=min(config.student.steps))
+        wanted += [(name, count, config.seeds[0]) for name in config.methods if config.seeds]
+        for method, steps, seed in wanted:
+            row = next(r for r in rows if (r["method"], r["steps"], r["seed"]) == (method, steps, seed))
+            shown[method, steps] = np.load(self.picture_path(row)).astype(np.float32) / 255.0
+        return shown
 
-
-def imagine_flash_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
-    """Imagine Flash, with every part a setting."""
-    steps = tuple(bench.config.student.steps)
-    adversary = bench.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None
-    shift = card.choose(SHIFTS, block.shift, "shift")(bench.schedule.T, **block.shift_settings.to_dict())
-    noise = card.choose(NOISE_SOURCES, block.noise, "noise") if block.srl else None
-    loss = flash.imagine_flash(
-        bench.network,
-        bench.network,
-        grids=[bench.nested(n) for n in steps],
-        null_cond=bench.null_cond,
-        reconstruction=flash.Reconstruction(shift=shift, noise_source=noise, steps=block.teacher_steps, guidance_scale=block.guidance),
-        backward=block.backward,
-        whole_trajectory=block.whole_trajectory,
-        correct_noise=block.noise_correction,
-        adversary=adversary,
-        constrain=bench.constrain,
-        unroll=True,
-    )
-    groups = ("student", "discriminator") if adversary else ("student",)
-    others = {"discriminator": bench.discriminator_optimizer()} if adversary else {}
-    stage = Stage("", loss, steps, bench.optimizer(block, iterations, **others), 1.0, groups)
-    return Method([stage], "ddim", bench.nested, block.noise_correction)
-
-
-def direct_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
-    """Direct distillation; half of the budget makes the pairs."""
-    steps = tuple(bench.config.student.steps)
-    loss = direct(bench.network, grids=[bench.nested(n) for n in steps], constrain=bench.constrain, unroll=True)
-    stage = Stage("", loss, steps, bench.optimizer(block, iterations), 1.0, data="pairs")
-    return Method([stage], "ddim", bench.nested, True, block.pairs_share)
-
-
-def step_distillation_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
-    """Halving from `block.first` steps down to 1; a step count that is no power of two is served by the next larger student."""
-    wanted = tuple(bench.config.student.steps)
-    counts = [block.first]
-    while counts[-1] > 1:
-        counts.append(counts[-1] // 2)
-    stages = []
-    for i, count in enumerate(counts):
-        loss = step_distillation(
-            bench.network,
-            bench.network,
-            steps=count,
-            null_cond=bench.null_cond,
-            guidance_scale=block.guidance if i == 0 else 1.0,
-            constrain=bench.constrain,
-            unroll=True,
-        )
-        serves = [n for n in wanted if count // 2 < n <= count]
-        stages.append(
-            Stage(
-                f"{count}", loss, serves, bench.optimizer(block, iterations), 1 / len(counts), teacher="teacher" if i == 0 else "previous"
-            )
-        )
-    return Method(stages, "ddim", bench.trailing)
-
-
-def consistency_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
-    """LCM."""
-    loss = consistency_distillation(
-        bench.network,
-        bench.network,
-        null_cond=bench.null_cond,
-        guidance_scale=block.guidance,
-        intervals=block.intervals,
-        huber=block.huber,
-        target_decay=block.target_decay,
-        constrain=bench.constrain,
-    )
-    tx = bench.optimizer(block, iterations, target=optax.sgd(1 - block.target_decay))
-    return Method([Stage("", loss, tuple(bench.config.student.steps), tx, 1.0, ("student", "target"))], "consistency", bench.trailing)
-
-
-def add_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
-    """ADD."""
-    loss = add(
-        bench.network,
-        bench.network,
-        grid=bench.trailing(max(bench.config.student.steps)),
-        adversary=bench.adversary(block.adversarial_weight),
-        null_cond=bench.null_cond,
-        guidance_scale=block.guidance,
-        distillation_weight=block.distillation_weight,
-        constrain=bench.constrain,
-    )
-    tx = bench.optimizer(block, iterations, discriminator=bench.discriminator_optimizer())
-    return Method([Stage("", loss, tuple(bench.config.student.steps), tx, 1.0, ("student", "discriminator"))], "renoise", bench.trailing)
-
-
-def dmd2_method(bench: Benchmark, block: ConfigDict, iterations: int) -> Method:
-    """DMD2."""
-    loss = dmd2(
-        bench.network,
-        bench.network,
-        grid=bench.trailing(max(bench.config.student.steps)),
-        null_cond=bench.null_cond,
-        guidance_scale=block.guidance,
-        adversary=bench.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None,
-        constrain=bench.constrain,
-    )
-    others = {"fake": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(block.fake_learning_rate))}
-    if block.adversarial_weight > 0:
-        others["discriminator"] = bench.discriminator_optimizer()
-    tx = bench.optimizer(block, iterations, **others)
-    return Method([Stage("", loss, tuple(bench.config.student.steps), tx, 1.0, ("student", *others))], "renoise", bench.trailing)
-
-
-METHODS: dict[str, Callable[[Benchmark, ConfigDict, int], Method]] = {
-    "imagine_flash": imagine_flash_method,
-    "direct": direct_method,
-    "step_distillation": step_distillation_method,
-    "lcm": consistency_method,
-    "add": add_method,
-    "dmd2": dmd2_method,
-}
 
 SHOWN = ("fd", "precision", "recall", "colour", "garment", "relation", "all_right", "unseen_all_right", "diversity")
 
@@ -666,10 +511,40 @@ def table(results: Mapping[str, Any]) -> str:
     )
 
 
+def choose_method(config: ConfigDict, name: str) -> Callable[[Setting, ConfigDict, int], Method]:
+    """The method of that name, or the one that the settings of a variant name. Raises ValueError."""
+    settings = config.method_settings
+    if name not in settings:
+        raise ValueError(f"config.methods holds {name!r}, which config.method_settings does not know; it has {', '.join(sorted(settings))}")
+    return card.choose(METHODS, settings[name].get("method", name), f"config.method_settings.{name}.method")
+
+
+SHARED = ("data.scale", "text.length", "model", "schedule", "prediction", "teacher", "recogniser")
+"""Parts of the config that a benchmark and its base must have in common. The teacher's guidance and steps are the sampler's."""
+
+
+def check_base(config: ConfigDict) -> None:
+    """Raise ValueError where config.base holds no teacher, or one of other settings."""
+    if not config.base:
+        return
+    folder = Path(config.base)
+    for part in ("config.json", "teacher/card.json", "recogniser/card.json"):
+        if not (folder / part).exists():
+            raise ValueError(f"config.base = {config.base} has no {part}; give the workdir of a benchmark that has trained its teacher")
+    there = main.flatten(json.loads((folder / "config.json").read_text()))
+    here = main.flatten(json.loads(config.to_json()))
+    samplers = ("teacher.guidance", "teacher.steps", "teacher.grid", "teacher.health_every")
+    for key in sorted(there.keys() | here.keys()):
+        shared = any(key == part or key.startswith(part + ".") for part in SHARED) and key not in samplers
+        if shared and there.get(key) != here.get(key):
+            raise ValueError(f"config.base = {config.base} was made with {key} = {there.get(key)}, here it is {here.get(key)}")
+
+
 def check(config: ConfigDict) -> None:
     """Raise ValueError for what can be known before any work."""
     for name in config.methods:
-        card.choose(METHODS, name, "config.methods")
+        choose_method(config, name)
+    check_base(config)
     if config.eval.samples <= config.recogniser.features:
         raise ValueError(
             f"config.eval.samples = {config.eval.samples} is too few for a Frechet distance of {config.recogniser.features} features; "

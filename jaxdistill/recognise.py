@@ -49,6 +49,7 @@ class SceneRecogniser:
 def train_recogniser(
     images: np.ndarray,
     labels: np.ndarray,
+    scale_images: np.ndarray,
     *,
     channels: Sequence[int],
     features: int,
@@ -57,9 +58,20 @@ def train_recogniser(
     learning_rate: float,
     noise: float = 0.1,
 ) -> SceneRecogniser:
-    """Train on real scenes uint8 [n, h, w, 3] with labels int [n, 5]; Gaussian pixel noise of up to `noise` as augmentation.
+    """Train on scenes of real garments, all compositions among them, with pixel noise as augmentation.
 
     The seed is fixed: all runs on one kind of machine share one recogniser.
+
+    Args:
+      images: uint8 [n, h, w, 3].
+      labels: int [n, 5] as of `Scene.labels`.
+      scale_images: train scenes, float32 [m, h, w, 3] in [0, 1], that fix the scale of the features.
+      channels: as of `Recogniser`.
+      features: as of `Recogniser`.
+      steps: of AdamW.
+      batch_size: of a step.
+      learning_rate: at the start of its cosine decay.
+      noise: the largest standard deviation of the Gaussian noise.
     """
     model = Recogniser(CLASSES, tuple(channels), features)
     params = model.init(jax.random.key(0), jnp.zeros((1, *images.shape[1:])))
@@ -84,7 +96,7 @@ def train_recogniser(
     for i in range(steps):
         rows = rng.integers(0, len(images), batch_size)
         state = update(state, images[rows], labels[rows], jnp.asarray(i))
-    return SceneRecogniser(state[0], unit(images[:SCALE_IMAGES]), channels=channels, features=features)
+    return SceneRecogniser(state[0], scale_images, channels=channels, features=features)
 
 
 def unit(images: np.ndarray) -> np.ndarray:

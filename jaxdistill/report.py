@@ -1,5 +1,6 @@
 """Tables and pictures of a run."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,72 @@ def fd_curve(axes: Any, results: Mapping[str, Any]) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+LINES = [f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")]
+"""Colours of the methods' curves: all but gray, which is the teacher's."""
+
+
+def methods_picture(
+    path: Path, results: Mapping[str, Any], captions: Sequence[str], pictures: Mapping[tuple[str, int], np.ndarray]
+) -> None:
+    """FD and all-right against steps, a curve a method and the teacher as a line; below, a row of images a method, a caption a column.
+
+    Args:
+      path: PNG to write.
+      results: as in a benchmark's results.json.
+      captions: of the columns.
+      pictures: {(method, steps): images [c, h, w, ch]} in row order.
+    """
+    names = list(pictures)
+    grid = image_grid(np.stack([pictures[name] for name in names]))
+    width = 12.0
+    height = width * 0.85 * grid.shape[0] / grid.shape[1]
+    figure = plt.figure(figsize=(width, height + 6.2), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[5.0, height + 1.2])
+    upper, lower = parts
+    for axes, key, title in zip(upper.subplots(1, 2), ("fd", "all_right"), ("Fréchet distance ↓", "caption all right ↑"), strict=True):
+        method_curves(axes, results, key)
+        axes.set_ylabel(title)
+    upper.legend(*upper.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    axes = lower.subplots()
+    axes.imshow(grid, interpolation="nearest", aspect="equal")
+    row, column = grid.shape[0] / len(names), grid.shape[1] / len(captions)
+    axes.set_yticks([row * (i + 0.5) for i in range(len(names))], [f"{m}, {s} step{'s' * (s > 1)}" for m, s in names])
+    wrapped = ["\n".join(textwrap.wrap(caption, 17)) for caption in captions]
+    axes.set_xticks([column * (i + 0.5) for i in range(len(captions))], wrapped, fontsize=7)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def method_curves(axes: Any, results: Mapping[str, Any], key: str) -> None:
+    """One score against steps: mean over seeds, its spread as bars, the reference and the ceiling as lines."""
+    reference = results["reference"]
+    for i, method in enumerate(dict.fromkeys(r["method"] for r in results["rows"])):
+        rows = [
+            r for r in results["rows"] if r["method"] == method and r["guidance"] == (reference["guidance"] if method == "teacher" else 1.0)
+        ]
+        counts = sorted({r["steps"] for r in rows if r["steps"] < reference["steps"]})
+        values = [[r[key] for r in rows if r["steps"] == n] for n in counts]
+        spread = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
+        style = {"ls": ":", "c": "gray"} if method == "teacher" else {"c": LINES[(i - 1) % len(LINES)]}
+        # Side by side, or the bars hide each other.
+        at = [n + 0.02 * (i - 4) for n in counts]
+        axes.errorbar(at, [np.mean(v) for v in values], yerr=spread, marker="o", ms=4, lw=1.2, capsize=2, label=method, **style)
+    axes.axhline(reference[key], ls="--", c="k", lw=1, label=f"teacher, {reference['steps']} steps")
+    if key in results["ceiling"]:
+        axes.axhline(results["ceiling"][key], ls="-.", c="gray", lw=1)
+    else:
+        axes.axhline(results["floor_fd"], ls="-.", c="gray", lw=1, label="real scenes")
+        axes.set_yscale("log")
+    axes.set_xlabel("network calls an image")
+    ticks = sorted({r["steps"] for r in results["rows"] if r["steps"] < reference["steps"]})
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.grid(alpha=0.3, which="both")
 
 
 PANELS = {

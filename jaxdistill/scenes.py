@@ -105,9 +105,9 @@ def parse(caption: str) -> Scene:
     )
 
 
-def draw_scene(rng: np.random.Generator, *, unseen: bool) -> Scene:
-    """A random scene: with `unseen` at least one pair is held out, else none is."""
-    allowed = PAIRS if unseen else [p for p in PAIRS if p not in HELD_OUT]
+def draw_scene(rng: np.random.Generator, *, unseen: bool | None) -> Scene:
+    """A random scene: with `unseen` at least one pair is held out, with False none is, with None any may be."""
+    allowed = [p for p in PAIRS if p not in HELD_OUT] if unseen is False else PAIRS
     first, second = (allowed[rng.integers(len(allowed))] for _ in range(2))
     if unseen and not {first, second} & HELD_OUT:
         held = sorted(HELD_OUT)
@@ -125,6 +125,17 @@ def render(scene: Scene, sprites: dict[str, np.ndarray], rng: np.random.Generato
         grey = choices[rng.integers(len(choices))]
         canvas[top : top + SPRITE, left : left + SPRITE] += grey[..., None] * np.asarray(COLOURS[colour], np.float32)
     return np.round(canvas * 255).astype(np.uint8)
+
+
+def every_composition(sprites: dict[str, np.ndarray], count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scenes of any pairs, held-out ones too: images uint8 [count, 32, 32, 3], labels int32 [count, 5]. What a recogniser must know."""
+    images, labels = [], []
+    for i in range(count):
+        rng = np.random.default_rng((seed, len(SPLITS), i))
+        scene = draw_scene(rng, unseen=None)
+        images.append(render(scene, sprites, rng))
+        labels.append(scene.labels())
+    return np.stack(images), np.stack(labels)
 
 
 def make_sprites(images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from idx import write_fashion
+from PIL import Image
 from shell import run_command
 
-from jaxdistill import benchmark, main
+from jaxdistill import benchmark, card, contenders, main, report, sampling, schedule, teacher_states
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from configs import benchmark as config_file
@@ -49,6 +50,7 @@ def test_smoke_benchmark_scores_every_method_at_every_step_count(smoke):
         assert np.isfinite([row[k] for k in benchmark.SHOWN]).all() and row["images_per_second"] > 0
     assert results["floor_fd"] > 0 and set(results["ceiling"]) == {"colour", "garment", "relation", "all_right"}
     assert "| step_distillation | 2 |" in (workdir / "results.md").read_text()
+    assert Image.open(workdir / "results.png").size[0] == 1200
 
 
 @pytest.mark.slow
@@ -80,7 +82,8 @@ def test_second_start_repeats_nothing_and_other_settings_are_refused(smoke):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"methods": ("imagine_flash", "magic")}, ("methods", "'magic'", "'dmd2'")),
+        ({"methods": ("imagine_flash", "magic")}, ("methods", "'magic'", "dmd2", "tdm")),
+        ({"base": "/nowhere"}, ("config.base = /nowhere", "config.json")),
         ({"eval.samples": 5}, ("eval.samples = 5", "at least 9")),
         ({"eval.samples": 0}, ("eval.samples = 0",)),
         ({"eval.split": "train"}, ("eval.split", "'train'", "'test'")),
@@ -94,6 +97,84 @@ def test_bad_config_is_refused_before_any_work(changes, words):
         benchmark.check(config)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.slow
+def test_variants_run_on_the_teacher_of_another_benchmark(smoke, tmp_path):
+    base, flags = smoke
+    config = config_file.get_config("smoke")
+    before = {p: p.stat().st_mtime_ns for p in (base / "teacher").rglob("*")}
+    changed = [f for f in flags if "workdir" not in f and "methods" not in f]
+    run = [*changed, f"--config.base={base}", f"--workdir={tmp_path}", "--config.methods=('direct',)", "--config.seeds=(1,)"]
+    found = run_command("jaxdistill.benchmark", *run, timeout=300)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert not (tmp_path / "teacher").exists() and not (tmp_path / "recogniser").exists()
+    assert {p: p.stat().st_mtime_ns for p in (base / "teacher").rglob("*")} == before
+    rows = {name: json.loads((folder / "results.json").read_text())["reference"] for name, folder in (("base", base), ("run", tmp_path))}
+    assert {k: v for k, v in rows["run"].items() if k != "images_per_second"} == {
+        k: v for k, v in rows["base"].items() if k != "images_per_second"
+    }
+    config.base, config.teacher.iterations = str(base), 31
+    with pytest.raises(ValueError, match=r"teacher.iterations = 30, here it is 31"):
+        benchmark.check(config)
+    config.teacher.iterations, config.teacher.guidance = 30, 3.0  # the sampler's: free
+    benchmark.check(config)
+
+
+@pytest.mark.slow
+def test_teacher_is_scored_on_real_and_on_the_students_states(smoke, tmp_path):
+    workdir, _ = smoke
+    flags = [f"--benchmark={workdir}", f"--out={tmp_path}", "--samples=50", "--steps=2"]
+    found = run_command("jaxdistill.teacher_states", *flags, timeout=300)
+    assert found.returncode == 0, found.stderr[-3000:]
+    results = json.loads((tmp_path / "teacher_states.json").read_text())
+    times = {source: [r["t"] for r in results["rows"] if r["source"] == source] for source in teacher_states.SOURCES}
+    assert times["student"] == [1.0, 0.75] and times["renoised"] == times["renoised_fresh"] == [0.87, 0.77]
+    assert sorted(times["real"]) == sorted({*times["student"], *times["renoised"]})  # each has a real state to compare with
+    # At t = T every state is noise, and these two are of different draws of it.
+    at_T = [r["fd"] for r in results["rows"] if r["t"] == 1.0]
+    assert len(at_T) == 2 and np.isfinite(at_T).all()
+    assert (tmp_path / "teacher_states.png").stat().st_size > 5000
+    found = run_command("jaxdistill.teacher_states", f"--benchmark={workdir}", "--student=nobody")
+    assert found.returncode == 2 and "students/nobody/card.json" in found.stderr
+
+
+@pytest.mark.parametrize("size", ["ablation", "leakage"])
+def test_every_variant_of_the_studies_can_be_built(size):
+    config = config_file.get_config(size)
+    benchmark.check(config)
+    model = card.build_model(config.model.to_dict())
+    parameterization, _ = card.PREDICTIONS[config.prediction]
+    setting = contenders.Setting(config, model, card.build_schedule(config.schedule), parameterization, sampling.unconstrained)
+    full = config_file.get_config().method_settings.imagine_flash
+    for name in config.methods:
+        method = benchmark.choose_method(config, name)(setting, config.method_settings[name], 100)
+        assert method.grid(3)[0] == 1.0
+        changes = {k for k, v in config.method_settings[name].items() if k != "method" and v != full.get(k)}
+        assert size == "leakage" or len(changes - {"shift_settings"}) == (name != "full"), (name, changes)
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
+def test_times_of_a_scaled_snr_have_it(scale):
+    cosine = schedule.cosine()
+    times, even = config_file.at_snr(scale), sampling.trailing_grid(3, 1.0)
+    assert times[0] == 1.0
+    ratio = lambda t: cosine.alpha(t) / cosine.sigma(t)  # noqa: E731
+    for t, before in zip(times[1:], even[1:], strict=True):
+        np.testing.assert_allclose(ratio(t), scale * ratio(before), rtol=1e-5)
+
+
+def test_picture_of_methods_has_a_row_for_each(tmp_path):
+    score = {"fd": 1.0, "all_right": 0.5, "seed": 0}
+    rows = [{"method": "teacher", "steps": n, "guidance": 2.0, **score} for n in (50, 1, 2)]
+    rows += [{"method": m, "steps": n, "guidance": 1.0, **score} for m in ("imagine_flash", "lcm") for n in (1, 2)]
+    results = {"rows": rows, "reference": rows[0], "ceiling": {"all_right": 0.9}, "floor_fd": 0.2}
+    sizes = []
+    for methods in (("imagine_flash",), ("imagine_flash", "lcm")):
+        pictures = {(m, 2): np.full((3, 32, 32, 3), 0.5, np.float32) for m in methods}
+        report.methods_picture(tmp_path / "p.png", results, ["a red bag above a blue bag"] * 3, pictures)
+        sizes.append(Image.open(tmp_path / "p.png").size)
+    assert sizes[0][0] == sizes[1][0] and sizes[1][1] > sizes[0][1] + 100
 
 
 def test_unknown_size_of_the_config_is_refused():

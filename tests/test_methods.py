@@ -13,7 +13,9 @@ from jaxdistill.methods.consistency import consistency_distillation, consistency
 from jaxdistill.methods.direct import direct
 from jaxdistill.methods.distribution_matching import dmd2, matching_gradient
 from jaxdistill.methods.imagine_flash import Model
+from jaxdistill.methods.progressive_adversarial import lightning
 from jaxdistill.methods.step_distillation import step_distillation
+from jaxdistill.methods.trajectory_matching import diffuse_on, tdm
 from jaxdistill.prediction import Prediction, v_prediction, x0_prediction
 from jaxdistill.sampling import renoise, rollout, start, trailing_grid
 from jaxdistill.train import init_state, train_step
@@ -305,3 +307,148 @@ def test_renoising_sampler_draws_the_exact_marginals_from_an_exact_consistency_f
 def test_renoise_refuses_times_of_each_example():
     with pytest.raises(ValueError, match="one time for the whole batch"):
         rollout(renoise(COSINE, KEY), lambda x, t: Prediction(x, x), start(jnp.zeros((2, 3))), np.float32([[1.0, 1.0], [0.5, 0.4]]))
+
+
+# ------------------------------------------------------------------------------------------------------ tdm
+
+
+def tdm_loss(grids=(2,), **options):
+    def apply(params, x, t, cond):
+        # A generator that knows its mean (x0 = m + s x at every time), or by its parameters a score.
+        return jnp.where(params["score"] > 0, moved(0.0)(params["mean"], x, t, cond), params["mean"] + S * x)
+
+    student = network(apply)
+    grids = [trailing_grid(n, 1.0) for n in grids]
+    return tdm(student, network(moved(0.0)), grids=grids, null_cond=null, guidance_scale=1.0, **options)
+
+
+def tdm_params(student_mean, fake_mean):
+    return {
+        "student": {"mean": jnp.float32(student_mean), "score": jnp.float32(0)},
+        "fake": {"mean": jnp.float32(fake_mean), "score": jnp.float32(1)},
+    }
+
+
+def tdm_gradient(student_mean, fake_mean, grids=(2,), **options):
+    loss = tdm_loss(grids, **options)
+    return jax.grad(lambda p: loss(p, None, gaussian_batch(512), KEY)[0])(tdm_params(student_mean, fake_mean))
+
+
+@pytest.mark.parametrize("grids", [(1,), (2,), (4,), (1, 2, 4, 4)])
+def test_tdm_pulls_the_students_mean_to_the_teachers(grids):
+    assert float(tdm_gradient(0.5, 0.5, grids)["student"]["mean"]) > 0.01
+    assert float(tdm_gradient(-0.5, -0.5, grids)["student"]["mean"]) < -0.01
+
+
+def test_tdm_leaves_a_student_alone_whose_fake_score_is_the_teachers():
+    assert abs(float(tdm_gradient(0.3, 0.0)["student"]["mean"])) < 1e-6
+
+
+def test_diffusing_on_ends_in_the_marginal_of_diffusing_at_once():
+    x0, n = 0.8, 200_000
+    s, tau = jnp.full(n, 0.3), jnp.full(n, 0.7)
+    eps, more = jax.random.normal(jax.random.key(0), (2, n, 1))
+    x_s = expand(COSINE.alpha(s)) * x0 + expand(COSINE.sigma(s)) * eps
+    x_tau, b = diffuse_on(COSINE, x_s, more, s, tau)
+    np.testing.assert_allclose(x_tau.mean(), COSINE.alpha(0.7) * x0, atol=0.01)
+    np.testing.assert_allclose(x_tau.std(), COSINE.sigma(0.7), rtol=0.01)
+    assert 0 < float(b[0, 0]) < float(COSINE.sigma(0.7))
+    np.testing.assert_array_equal(diffuse_on(COSINE, x_s, more, s, s)[0], x_s)
+
+
+def test_tdms_fake_score_is_best_where_it_is_the_score_of_the_trajectorys_own_states():
+    """x_s ~ N(m, v) is Gaussian, so its x_τ has the score -(x_τ - a m) / (a² v + b²): any other slope or mean is worse."""
+    grid = trailing_grid(2, 1.0)
+    spread = 0.4
+
+    def apply(params, x, t, cond):
+        s = jnp.where(t > 0.5, 0.5, 0.0)
+        at_s, sigma_s = COSINE.alpha(s), COSINE.sigma(s)
+        at_t, sigma_t = COSINE.alpha(t), COSINE.sigma(t)
+        a = at_t / at_s
+        b2 = sigma_t**2 - (a * sigma_s) ** 2
+        # The student: x0 = spread x, so from x_T at the first state v = (α spread + σ)², the second state follows.
+        first = (COSINE.alpha(0.5) * spread + COSINE.sigma(0.5)) ** 2
+        v = jnp.where(t > 0.5, first, spread**2 * first)
+        score = -x / expand(a**2 * v + b2)
+        exact_fake = (x + expand(sigma_t**2) * params["slope"] * score) / expand(at_t)
+        return jnp.where(params["score"] > 0, exact_fake + params["mean"], spread * x)
+
+    loss = tdm(network(apply), network(moved(0.0)), grids=[grid], null_cond=null, guidance_scale=1.0)
+
+    def fake_loss(slope, mean):
+        fake = {"slope": jnp.float32(slope), "mean": jnp.float32(mean), "score": jnp.float32(1)}
+        student = {"slope": jnp.float32(1), "mean": jnp.float32(0), "score": jnp.float32(0)}
+        return float(loss({"student": student, "fake": fake}, None, gaussian_batch(2**14), KEY)[1]["fake"])
+
+    best = fake_loss(1.0, 0.0)
+    assert best < min(fake_loss(0.9, 0.0), fake_loss(1.1, 0.0), fake_loss(1.0, 0.1), fake_loss(1.0, -0.1))
+
+
+def test_tdm_never_looks_at_data():
+    loss, params = tdm_loss(), tdm_params(0.5, 0.1)
+    batch = gaussian_batch()
+    other = {**batch, "x0": batch["x0"] + 7.0}
+    assert float(loss(params, None, batch, KEY)[0]) == float(loss(params, None, other, KEY)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"low": 0.0}, "0 < low"), ({"high": 1.0}, "high < 1"), ({"grids": (1, 2, 3)}, "multiple of the 3")]
+)
+def test_tdm_refuses_what_it_cannot_train(options, words):
+    with pytest.raises(ValueError, match=words):
+        tdm_gradient(0.1, 0.1, **options)
+
+
+# ------------------------------------------------------------------------------------------------ lightning
+
+
+def lightning_parts(keep_flow, student=0.3, head=0.0, **options):
+    """A student x0 = p x, its teacher x0 = 0.5 x, features that are the input itself, one linear head."""
+    seen = []
+
+    def features(params, x, t, cond):
+        seen.append(x)
+        return [params * x]
+
+    def heads(params, states, cond):
+        return params * jnp.mean(states[0], axis=-1, keepdims=True)
+
+    network_p = network(lambda p, x, t, cond: p * x)
+    loss = lightning(network_p, network_p, steps=2, features=features, heads=heads, keep_flow=keep_flow, **options)
+    params = {"student": jnp.float32(student), "discriminator": jnp.float32(head)}
+    teachers = {"previous": jnp.float32(0.5), "original": jnp.float32(1.0)}
+    return loss, params, teachers, seen
+
+
+def test_lightning_starts_at_the_coin_toss_and_gives_each_player_its_own_term():
+    loss, params, teachers, _ = lightning_parts(keep_flow=True, student=0.3, head=0.2)
+    gradient = jax.grad(lambda p, q: loss(p, q, gaussian_batch(), KEY)[0], argnums=(0, 1))(params, teachers)
+    assert float(jnp.abs(gradient[0]["student"])) > 0 and float(jnp.abs(gradient[0]["discriminator"])) > 0
+    assert all(float(leaf) == 0 for leaf in jax.tree.leaves(gradient[1]))
+    loss, params, teachers, _ = lightning_parts(keep_flow=True, head=0.0)
+    np.testing.assert_allclose(loss(params, teachers, gaussian_batch(), KEY)[0], 3 * np.log(2), rtol=1e-5)
+
+
+def test_lightnings_discriminator_sees_the_jump_only_where_the_flow_is_kept():
+    for keep_flow, calls in ((True, 3), (False, 2)):
+        loss, params, teachers, seen = lightning_parts(keep_flow)
+        loss(params, teachers, gaussian_batch(), KEY)
+        assert len(seen) == calls
+    # Real and fake get the same noise: a student that jumps as its teacher does cannot be told from it.
+    loss, params, teachers, seen = lightning_parts(False, student=0.5, substeps=1)
+    assert float(loss(params, teachers, gaussian_batch(), KEY)[1]["distance"]) < 1e-12
+    np.testing.assert_allclose(seen[0], seen[1], atol=1e-6)
+
+
+def test_lightnings_regression_is_the_squared_distance_of_the_jumps_ends():
+    (plain, params, teachers, _), (with_term, *_) = lightning_parts(True), lightning_parts(True, regression=2.0)
+    value, metrics = plain(params, teachers, gaussian_batch(), KEY)
+    assert metrics["distance"] > 1e-3
+    np.testing.assert_allclose(with_term(params, teachers, gaussian_batch(), KEY)[0] - value, 2 * metrics["distance"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"substeps": 0}, {"spread": 1.5}, {"regression": -1.0}])
+def test_lightning_refuses_settings_out_of_range(options):
+    with pytest.raises(ValueError, match="lightning needs at least one step"):
+        lightning_parts(True, **options)

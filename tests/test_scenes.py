@@ -48,6 +48,16 @@ def test_drawn_scenes_hold_a_held_out_pair_exactly_if_asked_for(unseen):
     assert not unseen or min(first, second) > 200  # either place may hold it
 
 
+def test_scenes_for_the_recogniser_hold_every_pair_at_both_places():
+    images, labels = scenes.every_composition(blocks(), 4000, seed=0)
+    assert images.shape == (4000, 32, 32, 3) and images.dtype == np.uint8 and labels.shape == (4000, 5)
+    for colour, garment in ((1, 2), (3, 4)):
+        assert len(set(zip(labels[:, colour].tolist(), labels[:, garment].tolist(), strict=True))) == len(PAIRS)
+    again = scenes.every_composition(blocks(), 10, seed=0)
+    np.testing.assert_array_equal(again[0], images[:10])
+    assert (scenes.every_composition(blocks(), 10, seed=1)[1] != labels[:10]).any()
+
+
 def blocks():
     """Sprites that are plain bright squares."""
     return {garment: np.ones((1, scenes.SPRITE, scenes.SPRITE), np.float32) for garment in GARMENTS}

@@ -13,7 +13,7 @@ from jaxdistill.models.unet import Attention, ResBlock, u_net
 
 
 class CrossAttention(nn.Module):
-    """Positions of x [b, h, w, c] attend to tokens, around a skip."""
+    """Positions of x [b, h, w, c] attend to tokens, around a skip. A query knows its place: what a caption asks for differs by it."""
 
     heads: int = 4
 
@@ -22,14 +22,31 @@ class CrossAttention(nn.Module):
         """States x [b, h, w, c], tokens [b, l, d], mask bool [b, l] -> x's shape."""
         b, h, w, c = x.shape
         split = (self.heads, c // self.heads)
-        q = nn.Dense(c, use_bias=False)(nn.GroupNorm(max(1, c // 16))(x).reshape(b, h * w, c)).reshape(b, h * w, *split)
+        places = self.param("places", nn.initializers.normal(0.5), (h * w, c))
+        q = nn.Dense(c, use_bias=False)(nn.GroupNorm(max(1, c // 16))(x).reshape(b, h * w, c) + places).reshape(b, h * w, *split)
         k, v = (nn.Dense(c, use_bias=False)(tokens).reshape(b, -1, *split) for _ in range(2))
         out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :]).reshape(b, h * w, c)
         return x + nn.Dense(c, kernel_init=nn.initializers.zeros)(out).reshape(x.shape)
 
 
+class AttentionPool(nn.Module):
+    """Learned queries read the tokens. Their mean would lose which garment has which place."""
+
+    queries: int = 8
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, tokens: Array, mask: Array) -> Array:
+        """Tokens [b, l, d], mask bool [b, l] -> [b, queries * d]."""
+        b, _, d = tokens.shape
+        q = self.param("queries", nn.initializers.normal(1.0), (self.queries, d)).reshape(self.queries, self.heads, -1)
+        k, v = (nn.Dense(d, use_bias=False)(tokens).reshape(b, -1, self.heads, d // self.heads) for _ in range(2))
+        q = jnp.broadcast_to(q, (b, *q.shape))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :]).reshape(b, -1)
+
+
 class TextUNet(nn.Module):
-    """`SmallUNet` conditioned on token embeddings: their mean beside the time, and cross-attention after each block.
+    """`SmallUNet` conditioned on token embeddings: pooled beside the time, and by cross-attention after each block.
 
     The null conditioning is a caption without content: zero embeddings, one position visible.
 
@@ -58,7 +75,7 @@ class TextUNet(nn.Module):
         """X [b, h, w, c], t [b], cond {"tokens", "mask"} -> output of x's shape; or with `features` the states going down."""
         mask = cond["mask"]
         tokens = nn.Dense(self.text_width)(nn.LayerNorm()(cond["tokens"]))
-        pooled = jnp.sum(tokens * mask[..., None], axis=1) / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+        pooled = AttentionPool()(tokens, mask)
         dim = 4 * self.channels[0]
         c = nn.Dense(dim)(fourier_features(t * self.time_scale, 128)) + nn.Dense(dim)(pooled)
         c = nn.silu(nn.Dense(dim)(nn.silu(c)))

@@ -1,0 +1,281 @@
+"""The few-step methods as the benchmark trains them: which loss, in which stages, with which optimizers and sampler."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from jaxdistill import adversarial, card, sampling
+from jaxdistill.experiment import GAN_LOSSES, NOISE_SOURCES, SHIFTS
+from jaxdistill.methods import imagine_flash as flash
+from jaxdistill.methods.adversarial_distillation import add
+from jaxdistill.methods.consistency import consistency_distillation
+from jaxdistill.methods.direct import direct
+from jaxdistill.methods.distribution_matching import dmd2
+from jaxdistill.methods.progressive_adversarial import lightning
+from jaxdistill.methods.step_distillation import step_distillation
+from jaxdistill.methods.trajectory_matching import tdm
+from jaxdistill.models.discriminator import FeatureHeads
+from jaxdistill.prediction import LossFn
+from jaxdistill.schedule import NoiseSchedule
+
+
+class Stage(NamedTuple):
+    """One training of a student. `serves` are the step counts that its result is evaluated at.
+
+    `teacher` is "teacher", "previous" or "both" (a dict "original", "previous"): what is passed as teacher_params. `data` is "scenes"
+    or "pairs". With `pair_states` the discriminator sees the states of two inputs.
+    """
+
+    name: str
+    loss: LossFn
+    serves: Sequence[int]
+    tx: optax.GradientTransformation
+    share: float
+    groups: Sequence[str] = ("student",)
+    teacher: str = "teacher"
+    data: str = "scenes"
+    pair_states: bool = False
+
+
+class Method(NamedTuple):
+    """Stages in order, each starting from the result of the one before, and how the student is sampled."""
+
+    stages: Sequence[Stage]
+    solver: str  # ddim | renoise | consistency
+    grid: Callable[[int], np.ndarray]
+    correct_noise: bool = False
+    pairs_share: float = 0.0
+
+
+class Setting:
+    """What the contenders share: the networks, the grids, the adversarial term and the optimizers of one benchmark."""
+
+    def __init__(
+        self, config: ConfigDict, model: nn.Module, schedule: NoiseSchedule, parameterization: Any, constrain: sampling.Constrain
+    ) -> None:
+        self.config, self.model, self.schedule, self.constrain = config, model, schedule, constrain
+        built: Any = model
+        self.network = flash.Model(built.apply, schedule, parameterization)
+        self.null_cond: Any = built.null_cond
+        self.features = partial(built.apply, features=True)
+        self.heads = FeatureHeads(config.adversarial.width)
+        self.steps = tuple(config.student.steps)
+
+    def optimizer(self, block: ConfigDict, iterations: int, **others: optax.GradientTransformation) -> optax.GradientTransformation:
+        """The student's AdamW with warm-up and cosine decay, beside other groups' optimizers."""
+        warmup = min(50, iterations // 10)
+        rate = optax.warmup_cosine_decay_schedule(0.0, block.learning_rate, warmup, max(iterations, warmup + 1), block.learning_rate / 50)
+        student = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
+        groups = {"student": student, **others}
+        return optax.multi_transform(groups, {name: name for name in groups})
+
+    def adversary(self, weight: float) -> Any:
+        """The adversarial term that the methods share."""
+        block = self.config.adversarial
+        return adversarial.adversary(
+            self.features,
+            self.heads.apply,
+            schedule=self.schedule,
+            weight=weight,
+            noise_time=adversarial.uniform_time(block.low * self.schedule.T, block.high * self.schedule.T),
+            loss=card.choose(GAN_LOSSES, block.loss, "adversarial.loss"),
+            constrain=self.constrain,
+        )
+
+    def discriminator_optimizer(self) -> optax.GradientTransformation:
+        """Of the heads, in every method that has them."""
+        return optax.adam(self.config.adversarial.learning_rate, b1=0.5)
+
+    def trailing(self, steps: int) -> np.ndarray:
+        """The trailing grid."""
+        return sampling.trailing_grid(steps, self.schedule.T)
+
+    def nested(self, block: ConfigDict) -> Callable[[int], np.ndarray]:
+        """Steps -> the first so many of the method's `times` (default: config.student.times)."""
+        times = block.get("times", self.config.student.times)
+        return lambda steps: card.build_grid({"grid": "nested", "times": times}, steps, self.schedule.T)
+
+
+def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
+    """Imagine Flash, with every part a setting."""
+    steps, grid = setting.steps, setting.nested(block)
+    adversary = setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None
+    shift = card.choose(SHIFTS, block.shift, "shift")(setting.schedule.T, **block.shift_settings.to_dict())
+    noise = card.choose(NOISE_SOURCES, block.noise, "noise") if block.srl else None
+    loss = flash.imagine_flash(
+        setting.network,
+        setting.network,
+        grids=[grid(n) for n in steps],
+        null_cond=setting.null_cond,
+        reconstruction=flash.Reconstruction(shift=shift, noise_source=noise, steps=block.teacher_steps, guidance_scale=block.guidance),
+        backward=block.backward,
+        whole_trajectory=block.whole_trajectory,
+        correct_noise=block.noise_correction,
+        adversary=adversary,
+        constrain=setting.constrain,
+        unroll=True,
+    )
+    groups = ("student", "discriminator") if adversary else ("student",)
+    others = {"discriminator": setting.discriminator_optimizer()} if adversary else {}
+    stage = Stage("", loss, steps, setting.optimizer(block, iterations, **others), 1.0, groups)
+    return Method([stage], "ddim", grid, block.noise_correction)
+
+
+def direct_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
+    """Direct distillation; half of the budget makes the pairs."""
+    steps, grid = setting.steps, setting.nested(block)
+    loss = direct(setting.network, grids=[grid(n) for n in steps], constrain=setting.constrain, unroll=True)
+    stage = Stage("", loss, steps, setting.optimizer(block, iterations), 1.0, data="pairs")
+    return Method([stage], "ddim", grid, True, block.pairs_share)
+
+
+def step_distillation_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
+    """Halving from `block.first` steps down to 1; a step count that is no power of two is served by the next larger student."""
+    wanted = setting.steps
+    counts = [block.first]
+    while counts[-1] > 1:
+        counts.append(counts[-1] // 2)
+    stages = []
+    for i, count in enumerate(counts):
+        loss = step_distillation(
+            setting.network,
+            setting.network,
+            steps=count,
+            null_cond=setting.null_cond,
+            guidance_scale=block.guidance if i == 0 else 1.0,
+            constrain=setting.constrain,
+            unroll=True,
+        )
+        serves = [n for n in wanted if count // 2 < n <= count]
+        stages.append(
+            Stage(
+                f"{count}", loss, serves, setting.optimizer(block, iterations), 1 / len(counts), teacher="teacher" if i == 0 else "previous"
+            )
+        )
+    return Method(stages, "ddim", setting.trailing)
+
+
+def consistency_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
+    """LCM."""
+    loss = consistency_distillation(
+        setting.network,
+        setting.network,
+        null_cond=setting.null_cond,
+        guidance_scale=block.guidance,
+        intervals=block.intervals,
+        huber=block.huber,
+        target_decay=block.target_decay,
+        constrain=setting.constrain,
+    )
+    tx = setting.optimizer(block, iterations, target=optax.sgd(1 - block.target_decay))
+    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "target"))], "consistency", setting.trailing)
+
+
+def add_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
+    """ADD."""
+    loss = add(
+        setting.network,
+        setting.network,
+        grid=setting.trailing(max(setting.steps)),
+        adversary=setting.adversary(block.adversarial_weight),
+        null_cond=setting.null_cond,
+        guidance_scale=block.guidance,
+        distillation_weight=block.distillation_weight,
+        constrain=setting.constrain,
+    )
+    tx = setting.optimizer(block, iterations, discriminator=setting.discriminator_optimizer())
+    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "discriminator"))], "renoise", setting.trailing)
+
+
+def dmd2_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
+    """DMD2."""
+    loss = dmd2(
+        setting.network,
+        setting.network,
+        grid=setting.trailing(max(setting.steps)),
+        null_cond=setting.null_cond,
+        guidance_scale=block.guidance,
+        adversary=setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None,
+        constrain=setting.constrain,
+    )
+    others = {"fake": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(block.fake_learning_rate))}
+    if block.adversarial_weight > 0:
+        others["discriminator"] = setting.discriminator_optimizer()
+    tx = setting.optimizer(block, iterations, **others)
+    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", *others))], "renoise", setting.trailing)
+
+
+def lightning_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
+    """SDXL-Lightning: squared error with guidance down to `block.first` steps, then adversarial stages of `block.counts` steps.
+
+    Each adversarial stage has a half that keeps the flow and a relaxed one.
+    """
+    wanted = setting.steps
+    first = step_distillation(
+        setting.network,
+        setting.network,
+        steps=block.first,
+        null_cond=setting.null_cond,
+        guidance_scale=block.guidance,
+        substeps=block.substeps,
+        constrain=setting.constrain,
+        unroll=True,
+    )
+    counts, rest = tuple(block.counts), 1 - block.first_share
+    stages = [Stage(f"{block.first}", first, (), setting.optimizer(block, iterations), block.first_share)]
+    for i, count in enumerate(counts):
+        larger = block.first if i == 0 else counts[i - 1]
+        smaller = counts[i + 1] if i + 1 < len(counts) else 0
+        served = [n for n in wanted if smaller < n and (n <= count or i == 0)]
+        for keep_flow in (True, False):
+            loss = lightning(
+                setting.network,
+                setting.network,
+                steps=count,
+                features=setting.features,
+                heads=setting.heads.apply,
+                substeps=larger // count,
+                keep_flow=keep_flow,
+                regression=block.regression,
+                constrain=setting.constrain,
+                unroll=True,
+            )
+            tx = setting.optimizer(block, iterations, discriminator=setting.discriminator_optimizer())
+            share = rest / (2 * len(counts))
+            name = f"{count}-{'flow' if keep_flow else 'relaxed'}"
+            serves = () if keep_flow else served
+            stages.append(Stage(name, loss, serves, tx, share, ("student", "discriminator"), "both", pair_states=keep_flow))
+    return Method(stages, "ddim", setting.trailing)
+
+
+def tdm_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
+    """TDM."""
+    loss = tdm(
+        setting.network,
+        setting.network,
+        grids=[setting.trailing(n) for n in setting.steps],
+        null_cond=setting.null_cond,
+        guidance_scale=block.guidance,
+        constrain=setting.constrain,
+        unroll=True,
+    )
+    fake = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(block.fake_learning_rate))
+    tx = setting.optimizer(block, iterations, fake=fake)
+    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "fake"))], "ddim", setting.trailing)
+
+
+METHODS: dict[str, Callable[[Setting, ConfigDict, int], Method]] = {
+    "imagine_flash": imagine_flash_method,
+    "direct": direct_method,
+    "step_distillation": step_distillation_method,
+    "lcm": consistency_method,
+    "add": add_method,
+    "lightning": lightning_method,
+    "dmd2": dmd2_method,
+    "tdm": tdm_method,
+}

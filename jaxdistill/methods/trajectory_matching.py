@@ -1,0 +1,129 @@
+"""TDM (Luo et al. 2025, arXiv 2503.06674): match the student's trajectory to the teacher's, in distribution, interval by interval."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxdistill.methods.distribution_matching import matching_gradient
+from jaxdistill.methods.imagine_flash import Model
+from jaxdistill.prediction import Denoiser, LossFn, as_denoiser, expand
+from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, guided_denoiser, rollout, start, unconstrained
+from jaxdistill.schedule import NoiseSchedule
+
+
+def diffuse_on(schedule: NoiseSchedule, x_s: Array, eps: Array, s: Array, tau: Array) -> tuple[Array, Array]:
+    """From x_s on to τ >= s: (x_τ = (α_τ/α_s) x_s + b ε, b), b² = σ_τ² - (α_τ/α_s)² σ_s² of shape [b, 1, ...].
+
+    α_s must not be 0.
+    """
+    a = expand(schedule.alpha(tau) / schedule.alpha(s), x_s)
+    b = jnp.sqrt(jnp.maximum(expand(schedule.sigma(tau), x_s) ** 2 - (a * expand(schedule.sigma(s), x_s)) ** 2, 0.0))
+    return a * x_s + b * eps, b
+
+
+def tdm(
+    student: Model,
+    teacher: Model,
+    *,
+    grids: Sequence[TimeGrid],
+    null_cond: Callable[[Any], Any],
+    guidance_scale: float,
+    low: float = 0.02,
+    high: float = 0.98,
+    fake_weight: float = 1.0,
+    constrain: Constrain = unconstrained,
+    unroll: bool = False,
+) -> LossFn:
+    """½‖x_s - stopgrad(x_s - g)‖² over the intervals t -> s of the student's own DDIM trajectory, and the fake score's loss.
+
+    x_s is where the student's step from t ends. It is diffused on to a random τ of (s, t), and g of `matching_gradient`
+    compares there the real score with the fake one, which is trained on the same x_τ: the x_τ of the whole trajectory
+    have the teacher's distribution when the fake score has nowhere a quarrel with it. No data is used. The paper tells the
+    network how many steps the trajectory has; here the networks have no such input, and one student learns all grids.
+
+    The fake score of q(x_τ | x_s), in x0 form D, is learned by (b/σ_τ²)² ‖D - D*‖², D* = (x_τ - ε σ_τ²/b)/α_τ: the
+    denoising loss at s = 0, of bounded variance as τ -> s.
+
+    Args:
+      student: the generator.
+      teacher: the real score; also the architecture of the fake one.
+      grids: one for each number of steps; the batch is divided among them.
+      null_cond: cond -> null conditioning.
+      guidance_scale: of the real score.
+      low: lowest time of the scores, share of T.
+      high: highest.
+      fake_weight: of the fake score's loss.
+      constrain: sharding constraint of random batches.
+      unroll: as of `rollout`.
+
+    Returns:
+      loss(params, teacher_params, batch, key), params {"student", "fake"}, batch {"x0" (its shape alone), "cond"}.
+
+    Raises:
+      ValueError: a bad grid, not 0 < low < high < 1, or a batch that does not divide among the grids.
+    """
+    T, schedule = student.schedule.T, student.schedule
+    kept = [check_grid(grid, T) for grid in grids]
+    if not 0 < low < high < 1:
+        raise ValueError(f"tdm needs 0 < low < high < 1, got {low:g} and {high:g}")
+    step = ddim(schedule)
+
+    def network(params: Any, cond: Any) -> Denoiser:
+        return as_denoiser(student.apply, params, cond, schedule=schedule, parameterization=student.parameterization)
+
+    def ends(params: Any, cond: Any, x_T: Array, grid: TimeGrid) -> tuple[Array, Array, Array, Array]:
+        """Of every interval of one trajectory, in one batch: x_s and x̂0 with gradient, t and s."""
+        visited = rollout(step, network(params, cond), start(x_T), grid, stop_gradient=True, unroll=unroll)[1]
+        n, b = visited.x.shape[:2]
+        t, s = (jnp.repeat(jnp.asarray(times, jnp.float32), b) for times in (grid, np.append(grid[1:], 0.0)))
+        x0, eps = (a.reshape(n * b, *x_T.shape[1:]) for a in (visited.x0, visited.eps))
+        return expand(schedule.alpha(s), x0) * x0 + expand(schedule.sigma(s), x0) * eps, x0, t, s
+
+    def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        n = batch["x0"].shape[0]
+        if n % len(kept):
+            raise ValueError(f"batch size {n} must be a multiple of the {len(kept)} grids that share it")
+        keys = jax.random.split(key, 5)
+        noise = constrain(jax.random.normal(keys[0], batch["x0"].shape, batch["x0"].dtype))
+        parts, conds = [], []
+        for i, grid in enumerate(kept):
+            cond = jax.tree.map(lambda a, i=i: a[i :: len(kept)], batch["cond"])
+            parts.append(ends(params["student"], cond, noise[i :: len(kept)], grid))
+            copies = len(grid)
+            conds.append(jax.tree.map(lambda a, copies=copies: jnp.concatenate([a] * copies), cond))
+        x_s, x0, t, s = (jnp.concatenate(column) for column in zip(*parts, strict=True))
+        cond = jax.tree.map(lambda *c: jnp.concatenate(c), *conds)
+        fixed = jax.lax.stop_gradient(x_s)
+
+        def diffused(key_u: Array, key_eps: Array) -> tuple[Array, Array, Array, Array]:
+            tau = jnp.clip(s + (t - s) * constrain(jax.random.uniform(key_u, t.shape)), low * T, high * T)
+            eps = constrain(jax.random.normal(key_eps, fixed.shape, fixed.dtype))
+            x_tau, b = diffuse_on(schedule, fixed, eps, s, tau)
+            return x_tau, tau, b, eps
+
+        x_tau, tau, _, _ = diffused(keys[1], keys[2])
+        real = guided_denoiser(
+            teacher.apply,
+            teacher_params,
+            cond,
+            schedule=schedule,
+            parameterization=teacher.parameterization,
+            null_cond=null_cond,
+            scale=guidance_scale,
+        )(x_tau, tau).x0
+        fake = network(jax.lax.stop_gradient(params["fake"]), cond)(x_tau, tau).x0
+        gradient = jax.lax.stop_gradient(matching_gradient(x0, real, fake))
+        matching = 0.5 * jnp.mean((x_s - (fixed - gradient)) ** 2)
+
+        x_tau, tau, b, eps = diffused(keys[3], keys[4])
+        scale = b / expand(schedule.sigma(tau), fixed) ** 2
+        denoised = network(params["fake"], cond)(x_tau, tau).x0
+        fake_loss = jnp.mean((scale * denoised - (scale * x_tau - eps) / expand(schedule.alpha(tau), fixed)) ** 2)
+        metrics = {"matching": matching, "fake": fake_loss, "gradient": jnp.sqrt(jnp.mean(gradient**2))}
+        return matching + fake_weight * fake_loss, metrics
+
+    return loss
