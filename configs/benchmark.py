@@ -131,14 +131,14 @@ def get_config(size: str = "") -> ConfigDict:
             },
         )
     if size == "leakage":
-        # The paper's argument alone: a plain target from the state itself, no discriminator.
+        # The paper's argument alone: a plain target from the state itself, no discriminator. Names give the SNR ratio in percent (of α/σ).
         plain = {"srl": False, "adversarial_weight": 0.0}
         config.student.steps = (3,)
         config.student.budget //= 2
         variants(
             config,
             {
-                f"{way}_snr_{scale:g}": {**plain, "backward": way == "backward", "times": at_snr(scale)}
+                f"{way}_snr_{100 * scale:g}": {**plain, "backward": way == "backward", "times": at_snr(scale)}
                 for scale in (0.25, 0.5, 1.0, 2.0, 4.0)
                 for way in ("forward", "backward")
             },

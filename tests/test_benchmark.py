@@ -145,7 +145,7 @@ def test_every_variant_of_the_studies_can_be_built(size):
     benchmark.check(config)
     model = card.build_model(config.model.to_dict())
     parameterization, _ = card.PREDICTIONS[config.prediction]
-    setting = contenders.Setting(config, model, card.build_schedule(config.schedule), parameterization, sampling.unconstrained)
+    setting = contenders.Setting(config, model, card.build_schedule(config.schedule.to_dict()), parameterization, sampling.unconstrained)
     full = config_file.get_config().method_settings.imagine_flash
     for name in config.methods:
         method = benchmark.choose_method(config, name)(setting, config.method_settings[name], 100)
@@ -159,7 +159,7 @@ def test_times_of_a_scaled_snr_have_it(scale):
     cosine = schedule.cosine()
     times, even = config_file.at_snr(scale), sampling.trailing_grid(3, 1.0)
     assert times[0] == 1.0
-    ratio = lambda t: cosine.alpha(t) / cosine.sigma(t)  # noqa: E731
+    ratio = lambda t: float(cosine.alpha(float(t)) / cosine.sigma(float(t)))  # noqa: E731
     for t, before in zip(times[1:], even[1:], strict=True):
         np.testing.assert_allclose(ratio(t), scale * ratio(before), rtol=1e-5)
 

@@ -12,6 +12,15 @@ from jaxdistill.models.mlp import fourier_features
 from jaxdistill.models.unet import Attention, ResBlock, u_net
 
 
+def places(h: int, w: int) -> Array:
+    """Where a position is: [h, w, 6] of x, y, sin πx, cos πx, sin πy, cos πy, with x and y from -1 to 1.
+
+    Smooth on purpose: a table of free vectors would have to learn "left" anew at every position.
+    """
+    y, x = jnp.meshgrid(jnp.linspace(-1.0, 1.0, h), jnp.linspace(-1.0, 1.0, w), indexing="ij")
+    return jnp.stack([x, y, *(f(jnp.pi * a) for a in (x, y) for f in (jnp.sin, jnp.cos))], axis=-1)
+
+
 class CrossAttention(nn.Module):
     """Positions of x [b, h, w, c] attend to tokens, around a skip. A query knows its place: what a caption asks for differs by it."""
 
@@ -22,11 +31,11 @@ class CrossAttention(nn.Module):
         """States x [b, h, w, c], tokens [b, l, d], mask bool [b, l] -> x's shape."""
         b, h, w, c = x.shape
         split = (self.heads, c // self.heads)
-        places = self.param("places", nn.initializers.normal(0.5), (h * w, c))
-        q = nn.Dense(c, use_bias=False)(nn.GroupNorm(max(1, c // 16))(x).reshape(b, h * w, c) + places).reshape(b, h * w, *split)
+        where = nn.Dense(c, kernel_init=nn.initializers.normal(0.7))(places(h, w))
+        q = nn.Dense(c, use_bias=False)(nn.GroupNorm(max(1, c // 16))(x) + where).reshape(b, h * w, *split)
         k, v = (nn.Dense(c, use_bias=False)(tokens).reshape(b, -1, *split) for _ in range(2))
         out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :]).reshape(b, h * w, c)
-        return x + nn.Dense(c, kernel_init=nn.initializers.zeros)(out).reshape(x.shape)
+        return x + nn.Dense(c, kernel_init=nn.initializers.variance_scaling(0.1, "fan_in", "normal"))(out).reshape(x.shape)
 
 
 class AttentionPool(nn.Module):
@@ -47,6 +56,9 @@ class AttentionPool(nn.Module):
 
 class TextUNet(nn.Module):
     """`SmallUNet` conditioned on token embeddings: pooled beside the time, and by cross-attention after each block.
+
+    Every block is told the places of its positions. Zero padding alone tells them too late: without, a teacher draws what a caption
+    names but not where.
 
     The null conditioning is a caption without content: zero embeddings, one position visible.
 
@@ -82,6 +94,7 @@ class TextUNet(nn.Module):
         lowest = len(self.channels) - 1
 
         def block(h: Array, channels: int, level: int) -> Array:
+            h = h + nn.Dense(h.shape[-1], use_bias=False)(places(*h.shape[1:3]))
             h = ResBlock(channels)(h, c)
             if level == lowest:
                 h = Attention()(h)
