@@ -19,7 +19,9 @@ SHELL = (
     "main",
     "sample",
     "ablate",
+    "contenders",
     "benchmark",
+    "teacher_states",
 )
 ALONE = ("models", "partition")
 SHELL_LIBRARIES = {
