@@ -59,6 +59,27 @@ def uniform_time(low: float, high: float) -> Callable[[Array, int], Array]:
     return lambda key, n: jax.random.uniform(key, (n,), minval=low, maxval=high)
 
 
+def players(
+    heads: HeadsFn, head_params: Any, on_fake: Sequence[Array], on_real: Sequence[Array], fake_cond: Any, real_cond: Any, loss: GanLoss
+) -> AdversarialTerms:
+    """Both losses of hidden states, the generator's with weight 1.
+
+    The generator's reads the states through heads without gradient, the discriminator's through states without gradient.
+    `on_real` must carry no gradient.
+    """
+    generator = loss.generator(heads(jax.lax.stop_gradient(head_params), on_fake, fake_cond))
+    fake_logits = heads(head_params, jax.lax.stop_gradient(on_fake), fake_cond)
+    real_logits = heads(head_params, on_real, real_cond)
+    discriminator = loss.discriminator(real_logits, fake_logits)
+    metrics = {
+        "generator": generator,
+        "discriminator": discriminator,
+        "logit_real": jnp.mean(real_logits),
+        "logit_fake": jnp.mean(fake_logits),
+    }
+    return AdversarialTerms(generator, discriminator, metrics)
+
+
 def adversary(
     features: FeatureFn,
     heads: HeadsFn,
@@ -103,16 +124,7 @@ def adversary(
         key_fake, key_real = jax.random.split(key)
         on_fake = noised_features(fake, fake_cond, key_fake)
         on_real = jax.lax.stop_gradient(noised_features(real, real_cond, key_real))
-        generator = loss.generator(heads(jax.lax.stop_gradient(head_params), on_fake, fake_cond))
-        fake_logits = heads(head_params, jax.lax.stop_gradient(on_fake), fake_cond)
-        real_logits = heads(head_params, on_real, real_cond)
-        discriminator = loss.discriminator(real_logits, fake_logits)
-        metrics = {
-            "generator": generator,
-            "discriminator": discriminator,
-            "logit_real": jnp.mean(real_logits),
-            "logit_fake": jnp.mean(fake_logits),
-        }
-        return AdversarialTerms(weight * generator, discriminator, metrics)
+        found = players(heads, head_params, on_fake, on_real, fake_cond, real_cond, loss)
+        return found._replace(generator=weight * found.generator)
 
     return terms

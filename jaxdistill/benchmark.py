@@ -185,15 +185,7 @@ class Benchmark:
 
     def denoiser(self, params: Any, cond: Any, guidance: float = 1.0) -> Denoiser:
         """The network of these parameters for one batch, guided above 1."""
-        return sampling.guided_denoiser(
-            self.model.apply,
-            params,
-            cond,
-            schedule=self.schedule,
-            parameterization=self.parameterization,
-            null_cond=self.null_cond,
-            scale=guidance,
-        )
+        return self.setting.network.guided(params, cond, self.null_cond, guidance)
 
     def sample_fn(self, *, guidance: float = 1.0, solver: str = "ddim", correct_noise: bool = False) -> Any:
         """(params, noise [b, h, w, c], cond, grid [n]) -> images [b, h, w, c] in [0, 1], jitted once for all that ask."""
@@ -355,7 +347,9 @@ class Benchmark:
 
     def pairs(self, teacher: Any, count: int) -> tuple[np.ndarray, list[str]]:
         """Teacher images in [-1, 1] from noises and train captions, made once: the direct method's data."""
-        path = self.base / f"pairs-{count}.npy"
+        # Named by the sampler: variants on one base may have others.
+        block = self.config.teacher
+        path = self.base / f"pairs-{count}-{block.grid}-{block.steps}-{block.guidance:g}.npy"
         captions = [self.captions["train"][i % len(self.captions["train"])] for i in range(count)]
         if not path.exists():
             program = self.sample_fn(guidance=self.config.teacher.guidance)
@@ -520,7 +514,10 @@ def choose_method(config: ConfigDict, name: str) -> Callable[[Setting, ConfigDic
 
 
 SHARED = ("data.scale", "text.length", "model", "schedule", "prediction", "teacher", "recogniser")
-"""Parts of the config that a benchmark and its base must have in common. The teacher's guidance and steps are the sampler's."""
+"""Parts of the config that a benchmark and its base must have in common."""
+
+FREE = ("teacher.guidance", "teacher.steps", "teacher.grid", "teacher.health_every")
+"""Keys of these parts that may differ: how the teacher is sampled and watched, not what it is."""
 
 
 def check_base(config: ConfigDict) -> None:
@@ -533,9 +530,8 @@ def check_base(config: ConfigDict) -> None:
             raise ValueError(f"config.base = {config.base} has no {part}; give the workdir of a benchmark that has trained its teacher")
     there = main.flatten(json.loads((folder / "config.json").read_text()))
     here = main.flatten(json.loads(config.to_json()))
-    samplers = ("teacher.guidance", "teacher.steps", "teacher.grid", "teacher.health_every")
     for key in sorted(there.keys() | here.keys()):
-        shared = any(key == part or key.startswith(part + ".") for part in SHARED) and key not in samplers
+        shared = any(key == part or key.startswith(part + ".") for part in SHARED) and key not in FREE
         if shared and there.get(key) != here.get(key):
             raise ValueError(f"config.base = {config.base} was made with {key} = {there.get(key)}, here it is {here.get(key)}")
 

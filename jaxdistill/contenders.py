@@ -10,7 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from jaxdistill import adversarial, card, sampling
-from jaxdistill.experiment import GAN_LOSSES, NOISE_SOURCES, SHIFTS
+from jaxdistill.experiment import GAN_LOSSES, NOISE_SOURCES, SHIFTS, make_optimizer
 from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.methods.adversarial_distillation import add
 from jaxdistill.methods.consistency import consistency_distillation
@@ -68,10 +68,8 @@ class Setting:
 
     def optimizer(self, block: ConfigDict, iterations: int, **others: optax.GradientTransformation) -> optax.GradientTransformation:
         """The student's AdamW with warm-up and cosine decay, beside other groups' optimizers."""
-        warmup = min(50, iterations // 10)
-        rate = optax.warmup_cosine_decay_schedule(0.0, block.learning_rate, warmup, max(iterations, warmup + 1), block.learning_rate / 50)
-        student = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
-        groups = {"student": student, **others}
+        schedule = {"iterations": iterations, "learning_rate": block.learning_rate, "warmup": min(50, iterations // 10)}
+        groups = {"student": make_optimizer({**schedule, "weight_decay": 0.0, "adam_b2": 0.999}), **others}
         return optax.multi_transform(groups, {name: name for name in groups})
 
     def adversary(self, weight: float) -> Any:
@@ -90,6 +88,10 @@ class Setting:
     def discriminator_optimizer(self) -> optax.GradientTransformation:
         """Of the heads, in every method that has them."""
         return optax.adam(self.config.adversarial.learning_rate, b1=0.5)
+
+    def fake_optimizer(self, block: ConfigDict) -> optax.GradientTransformation:
+        """Of the fake score, in the methods that match distributions."""
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(block.fake_learning_rate))
 
     def trailing(self, steps: int) -> np.ndarray:
         """The trailing grid."""
@@ -203,7 +205,7 @@ def dmd2_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
         adversary=setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None,
         constrain=setting.constrain,
     )
-    others = {"fake": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(block.fake_learning_rate))}
+    others = {"fake": setting.fake_optimizer(block)}
     if block.adversarial_weight > 0:
         others["discriminator"] = setting.discriminator_optimizer()
     tx = setting.optimizer(block, iterations, **others)
@@ -264,8 +266,7 @@ def tdm_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
         constrain=setting.constrain,
         unroll=True,
     )
-    fake = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(block.fake_learning_rate))
-    tx = setting.optimizer(block, iterations, fake=fake)
+    tx = setting.optimizer(block, iterations, fake=setting.fake_optimizer(block))
     return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "fake"))], "ddim", setting.trailing)
 
 

@@ -74,7 +74,7 @@ def make_dataset(block: ConfigDict) -> data.Dataset:
     return card.choose(makers, block["name"], "data.name")()
 
 
-def make_optimizer(block: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(block: ConfigDict | Mapping[str, Any]) -> optax.GradientTransformation:
     """AdamW, clipped, warmed up, cosine to a fiftieth: {"iterations", "learning_rate", "warmup", "weight_decay", ...}."""
     rate = optax.warmup_cosine_decay_schedule(
         0.0, block["learning_rate"], block["warmup"], max(block["iterations"], block["warmup"] + 1), block["learning_rate"] / 50

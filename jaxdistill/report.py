@@ -75,13 +75,7 @@ def results_picture(path: Path, results: Mapping[str, Any], pictures: Mapping[tu
     upper, lower = parts
     top = upper.subplots()
     left, right = lower.subplots(1, 2)
-    top.imshow(grid, interpolation="nearest", aspect="equal")
-    row = grid.shape[0] / len(names)
-    top.set_yticks([row * (i + 0.5) for i in range(len(names))], [f"{m}, {s} step{'s' * (s > 1)}" for m, s in names])
-    top.set_xticks([])
-    top.tick_params(length=0)
-    for side in top.spines.values():
-        side.set_visible(False)
+    show_rows(top, grid, names)
     top.set_title("one noise a column", fontsize=10)
     fd_curve(left, results)
     shown = ("fd", "accuracy", "precision", "recall", "diversity")
@@ -94,6 +88,17 @@ def results_picture(path: Path, results: Mapping[str, Any], pictures: Mapping[tu
     table.scale(0.8, 1.4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def show_rows(axes: Any, grid: np.ndarray, names: Sequence[tuple[str, int]]) -> None:
+    """A picture of `image_grid` with its rows labelled by (model, steps)."""
+    axes.imshow(grid, interpolation="nearest", aspect="equal")
+    row = grid.shape[0] / len(names)
+    axes.set_yticks([row * (i + 0.5) for i in range(len(names))], [f"{m}, {s} step{'s' * (s > 1)}" for m, s in names])
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
 
 
 def fd_curve(axes: Any, results: Mapping[str, Any]) -> None:
@@ -152,15 +157,12 @@ def methods_picture(
         axes.set_ylabel(title)
     upper.legend(*upper.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     axes = lower.subplots()
-    axes.imshow(grid, interpolation="nearest", aspect="equal")
-    row, column = grid.shape[0] / len(names), grid.shape[1] / len(captions)
-    axes.set_yticks([row * (i + 0.5) for i in range(len(names))], [f"{m}, {s} step{'s' * (s > 1)}" for m, s in names])
+    show_rows(axes, grid, names)
+    column = grid.shape[1] / len(captions)
     wrapped = ["\n".join(textwrap.wrap(caption, 17)) for caption in captions]
     axes.set_xticks([column * (i + 0.5) for i in range(len(captions))], wrapped, fontsize=7)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

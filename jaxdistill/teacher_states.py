@@ -19,7 +19,8 @@ from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
 from jaxdistill import card, checkpoint, loop, main, sampling
-from jaxdistill.benchmark import SHAPE, Benchmark, check
+from jaxdistill.benchmark import SHAPE, Benchmark, check, choose_method
+from jaxdistill.contenders import imagine_flash_method
 from jaxdistill.data import DataError
 from jaxdistill.experiment import SHIFTS
 from jaxdistill.methods.imagine_flash import Trajectory
@@ -119,8 +120,15 @@ def cli() -> None:
                 raise main.UserError(f"--benchmark={folder} has no {part}; run the benchmark first, or name another --student")
         config = ConfigDict(json.loads((folder / "config.json").read_text()))
         check(config)
+        method = json.loads((folder / f"students/{STUDENT.value}/card.json").read_text())["method"]
+        if choose_method(config, method) is not imagine_flash_method:
+            raise main.UserError(
+                f"--student={STUDENT.value} is of method {method!r}, which has no shift; name one of imagine_flash or its variants"
+            )
         with loop.StopSignal().installed() as stop:
-            rows = measure(Benchmark(config, folder, stop), STUDENT.value, SAMPLES.value, STEPS.value)
+            bench = Benchmark(config, folder, stop)
+            count = min(SAMPLES.value, len(bench.captions[config.eval.split]))
+            rows = measure(bench, STUDENT.value, count, STEPS.value)
     except loop.Stopped as stopped:
         print(stopped)
         return
@@ -128,7 +136,7 @@ def cli() -> None:
         main.fail(str(error))
     out = Path(OUT.value or folder)
     out.mkdir(parents=True, exist_ok=True)
-    about = {"student": STUDENT.value, "samples": SAMPLES.value, "steps": STEPS.value, "split": config.eval.split}
+    about = {"student": STUDENT.value, "samples": count, "steps": STEPS.value, "split": config.eval.split}
     checkpoint.write_json(out / "teacher_states.json", {**about, "rows": rows, "versions": main.versions()})
     lines = ["| states | t | FD | all right |", "|---|---|---|---|"]
     lines += [f"| {r['source'].replace('_', ' ')} | {r['t']:.3f} | {r['fd']:.3f} | {r['all_right']:.3f} |" for r in rows]

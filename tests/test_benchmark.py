@@ -137,6 +137,8 @@ def test_teacher_is_scored_on_real_and_on_the_students_states(smoke, tmp_path):
     assert (tmp_path / "teacher_states.png").stat().st_size > 5000
     found = run_command("jaxdistill.teacher_states", f"--benchmark={workdir}", "--student=nobody")
     assert found.returncode == 2 and "students/nobody/card.json" in found.stderr
+    found = run_command("jaxdistill.teacher_states", f"--benchmark={workdir}", "--student=step_distillation-0-2")
+    assert found.returncode == 2 and "'step_distillation', which has no shift" in found.stderr and "Traceback" not in found.stderr
 
 
 @pytest.mark.parametrize("size", ["ablation", "leakage"])

@@ -412,6 +412,7 @@ def lightning_parts(keep_flow, student=0.3, head=0.0, **options):
         return [params * x]
 
     def heads(params, states, cond):
+        assert states[0].shape[-1] == (16 if keep_flow else 8)
         return params * jnp.mean(states[0], axis=-1, keepdims=True)
 
     network_p = network(lambda p, x, t, cond: p * x)

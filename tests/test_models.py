@@ -65,6 +65,8 @@ def test_places_tell_every_position_from_its_mirror_images():
     assert found.shape == (4, 6, 6) and float(jnp.abs(found).max()) <= 1.0
     for mirrored in (found[::-1], found[:, ::-1]):
         assert float(jnp.abs(mirrored - found).max(axis=-1).min()) > 0.1
+    # x and y alike: exchanging the axes exchanges their features.
+    np.testing.assert_allclose(places(6, 4).transpose(1, 0, 2)[..., [1, 0, 4, 5, 2, 3]], found, atol=1e-6)
 
 
 def test_cross_attention_asks_differently_at_different_places(text_unet):

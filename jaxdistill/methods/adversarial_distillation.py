@@ -9,8 +9,8 @@ from jaxtyping import Array
 
 from jaxdistill.adversarial import Adversary
 from jaxdistill.methods.imagine_flash import Model
-from jaxdistill.prediction import LossFn, as_denoiser, diffuse, expand
-from jaxdistill.sampling import Constrain, TimeGrid, check_grid, guided_denoiser, unconstrained
+from jaxdistill.prediction import LossFn, diffuse, expand
+from jaxdistill.sampling import Constrain, TimeGrid, check_grid, unconstrained
 
 
 def add(
@@ -52,20 +52,12 @@ def add(
         keys = jax.random.split(key, 5)
         s = jnp.asarray(times)[constrain(jax.random.randint(keys[0], data.shape[:1], 0, len(times)))]
         x_s = diffuse(schedule, data, constrain(jax.random.normal(keys[1], data.shape, data.dtype)), s)
-        network = as_denoiser(student.apply, params["student"], cond, schedule=schedule, parameterization=student.parameterization)
+        network = student.denoiser(params["student"], cond)
         x0 = network(x_s, s).x0
         fixed = jax.lax.stop_gradient(x0)
         t = T * constrain(jax.random.uniform(keys[2], data.shape[:1], minval=0.02, maxval=1.0))
         x_t = diffuse(teacher.schedule, fixed, constrain(jax.random.normal(keys[3], data.shape, data.dtype)), t)
-        denoiser = guided_denoiser(
-            teacher.apply,
-            teacher_params,
-            cond,
-            schedule=teacher.schedule,
-            parameterization=teacher.parameterization,
-            null_cond=null_cond,
-            scale=guidance_scale,
-        )
+        denoiser = teacher.guided(teacher_params, cond, null_cond, guidance_scale)
         target = jax.lax.stop_gradient(denoiser(x_t, t).x0)
         distillation = jnp.mean(expand(teacher.schedule.alpha(t), data) * (x0 - target) ** 2)
         terms = adversary(params["discriminator"], teacher_params, x0, cond, data, cond, keys[4])

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdistill.methods.imagine_flash import Model
-from jaxdistill.prediction import Denoiser, LossFn, Prediction, as_denoiser, diffuse, expand
-from jaxdistill.sampling import Constrain, ddim, guided_denoiser, start, unconstrained
+from jaxdistill.prediction import Denoiser, LossFn, Prediction, diffuse, expand
+from jaxdistill.sampling import Constrain, ddim, start, unconstrained
 
 
 def consistency_function(T: float, *, sigma_data: float = 0.5, scale: float = 10.0) -> Callable[[Denoiser], Denoiser]:
@@ -77,7 +77,7 @@ def consistency_distillation(
     function = consistency_function(T)
 
     def f(params: Any, cond: Any, x: Array, t: Array) -> Array:
-        denoiser = as_denoiser(student.apply, params, cond, schedule=schedule, parameterization=student.parameterization)
+        denoiser = student.denoiser(params, cond)
         return function(denoiser)(x, t).x0
 
     def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
@@ -87,15 +87,7 @@ def consistency_distillation(
         t = T * constrain(jax.random.randint(key_t, x0.shape[:1], 1, intervals + 1)) / intervals
         s = jnp.maximum(t - T / intervals, 0.0)
         x_t = diffuse(schedule, x0, eps, t)
-        denoiser = guided_denoiser(
-            teacher.apply,
-            teacher_params,
-            cond,
-            schedule=teacher.schedule,
-            parameterization=teacher.parameterization,
-            null_cond=null_cond,
-            scale=guidance_scale,
-        )
+        denoiser = teacher.guided(teacher_params, cond, null_cond, guidance_scale)
         x_s = ddim(teacher.schedule)(denoiser(x_t, t), start(x_t), t, s).x
         # At s = 0 the function is the identity by its boundary condition, whatever the network says.
         target = jax.lax.stop_gradient(f(params["target"], cond, x_s, s))

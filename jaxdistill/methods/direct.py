@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdistill.methods.imagine_flash import Model, unique_grids
-from jaxdistill.prediction import LossFn, as_denoiser
+from jaxdistill.prediction import LossFn
 from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, noise_correction, rollout, start, unconstrained
 
 
@@ -44,9 +44,7 @@ def direct(
 
     def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         noise = constrain(batch["noise"])
-        denoiser = as_denoiser(
-            student.apply, params["student"], batch["cond"], schedule=student.schedule, parameterization=student.parameterization
-        )
+        denoiser = student.denoiser(params["student"], batch["cond"])
         if correct_noise:
             denoiser = noise_correction(noise, T)(denoiser)
         metrics: dict[str, Array] = {}

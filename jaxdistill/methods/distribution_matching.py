@@ -9,8 +9,8 @@ from jaxtyping import Array
 
 from jaxdistill.adversarial import Adversary
 from jaxdistill.methods.imagine_flash import Model
-from jaxdistill.prediction import Denoiser, LossFn, as_denoiser, diffuse, expand
-from jaxdistill.sampling import Constrain, TimeGrid, check_grid, guided_denoiser, unconstrained
+from jaxdistill.prediction import LossFn, diffuse, expand
+from jaxdistill.sampling import Constrain, TimeGrid, check_grid, unconstrained
 
 
 def matching_gradient(x0: Array, real: Array, fake: Array) -> Array:
@@ -63,23 +63,9 @@ def dmd2(
     if not 0 <= low < high <= 1:
         raise ValueError(f"dmd2 needs 0 <= low < high <= 1, got {low:g} and {high:g}")
 
-    def network(params: Any, cond: Any) -> Denoiser:
-        return as_denoiser(student.apply, params, cond, schedule=schedule, parameterization=student.parameterization)
-
-    def real_score(teacher_params: Any, cond: Any) -> Denoiser:
-        return guided_denoiser(
-            teacher.apply,
-            teacher_params,
-            cond,
-            schedule=schedule,
-            parameterization=teacher.parameterization,
-            null_cond=null_cond,
-            scale=guidance_scale,
-        )
-
     def simulated(params: Any, cond: Any, x_T: Array, key: Array) -> Sequence[Array]:
         """The states of the student's sampler at the grid's times."""
-        states, denoiser = [x_T], network(jax.lax.stop_gradient(params), cond)
+        states, denoiser = [x_T], student.denoiser(jax.lax.stop_gradient(params), cond)
         for i in range(len(times) - 1):
             x0 = denoiser(states[-1], jnp.asarray(times[i])).x0
             noise = constrain(jax.random.normal(jax.random.fold_in(key, i), x_T.shape, x_T.dtype))
@@ -97,20 +83,20 @@ def dmd2(
             x_t = jnp.take_along_axis(states, expand(index, noise)[None], axis=0)[0]
         else:
             x_t = diffuse(schedule, batch["x0"], noise, t)
-        x0 = network(params["student"], cond)(x_t, t).x0
+        x0 = student.denoiser(params["student"], cond)(x_t, t).x0
         fixed = jax.lax.stop_gradient(x0)
 
         tau = T * (low + (high - low) * constrain(jax.random.uniform(keys[3], shape[:1])))
         x_tau = diffuse(schedule, fixed, constrain(jax.random.normal(keys[4], shape)), tau)
-        real = real_score(teacher_params, cond)(x_tau, tau).x0
-        fake = network(jax.lax.stop_gradient(params["fake"]), cond)(x_tau, tau).x0
+        real = teacher.guided(teacher_params, cond, null_cond, guidance_scale)(x_tau, tau).x0
+        fake = student.denoiser(jax.lax.stop_gradient(params["fake"]), cond)(x_tau, tau).x0
         gradient = jax.lax.stop_gradient(matching_gradient(fixed, real, fake))
         matching = 0.5 * jnp.mean((x0 - (fixed - gradient)) ** 2)
 
         u = (jnp.arange(shape[0]) + jax.random.uniform(keys[5], shape[:1])) / shape[0]
         eps = constrain(jax.random.normal(keys[6], shape))
         tau = constrain(T * (low + (high - low) * u))
-        denoised = network(params["fake"], cond)(diffuse(schedule, fixed, eps, tau), tau)
+        denoised = student.denoiser(params["fake"], cond)(diffuse(schedule, fixed, eps, tau), tau)
         # In the v-like balance ‖x0 error‖² / σ²: the plain x0 loss forgets the low noise levels.
         scale = expand(schedule.sigma(tau), x0) ** 2
         fake_loss = jnp.mean((denoised.x0 - fixed) ** 2 / scale)

@@ -126,6 +126,22 @@ class Model(NamedTuple):
     schedule: NoiseSchedule
     parameterization: Parameterization
 
+    def denoiser(self, params: Any, cond: Any) -> Denoiser:
+        """`as_denoiser` of these parameters for one batch."""
+        return as_denoiser(self.apply, params, cond, schedule=self.schedule, parameterization=self.parameterization)
+
+    def guided(self, params: Any, cond: Any, null_cond: Callable[[Any], Any], scale: float) -> Denoiser:
+        """`guided_denoiser` of these parameters for one batch."""
+        return guided_denoiser(
+            self.apply,
+            params,
+            cond,
+            schedule=self.schedule,
+            parameterization=self.parameterization,
+            null_cond=null_cond,
+            scale=scale,
+        )
+
 
 class Reconstruction(NamedTuple):
     """What the teacher corrects and how: the shifted reconstruction loss, or the plain one.
@@ -225,20 +241,12 @@ def imagine_flash(
     teacher_step = ddim(teacher.schedule)
 
     def student_denoiser(params: Any, cond: Any, noise: Array) -> Denoiser:
-        denoiser = as_denoiser(student.apply, params, cond, schedule=student.schedule, parameterization=student.parameterization)
+        denoiser = student.denoiser(params, cond)
         return noise_correction(noise, T)(denoiser) if correct_noise else denoiser
 
     def teacher_x0(teacher_params: Any, x: Array, t: Array, cond: Any) -> Array:
         """x̂0(f_Φ^k(x), ε̂_Φ, t/k): k teacher steps over t, t(k-1)/k, ..., t/k. x [m, ...], t [m]."""
-        denoiser = guided_denoiser(
-            teacher.apply,
-            teacher_params,
-            cond,
-            schedule=teacher.schedule,
-            parameterization=teacher.parameterization,
-            null_cond=null_cond,
-            scale=reconstruction.guidance_scale,
-        )
+        denoiser = teacher.guided(teacher_params, cond, null_cond, reconstruction.guidance_scale)
         k = reconstruction.steps
         grid = t[None] * (jnp.arange(k, 0, -1, dtype=t.dtype) / k)[:, None]
         return rollout(teacher_step, denoiser, start(x), grid, unroll=unroll)[0].x

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxdistill.adversarial import FeatureFn, GanLoss, HeadsFn, non_saturating
+from jaxdistill.adversarial import FeatureFn, GanLoss, HeadsFn, non_saturating, players
 from jaxdistill.methods.imagine_flash import Model
 from jaxdistill.methods.trajectory_matching import diffuse_on
-from jaxdistill.prediction import LossFn, as_denoiser, diffuse
+from jaxdistill.prediction import LossFn, diffuse
 from jaxdistill.sampling import Constrain, ddim, rollout, start, unconstrained
 
 
@@ -78,7 +78,7 @@ def lightning(
         x_t = diffuse(schedule, x0, constrain(jax.random.normal(keys[1], x0.shape, x0.dtype)), t)
 
         def jump(model: Model, weights: Any, n: int) -> Array:
-            denoiser = as_denoiser(model.apply, weights, cond, schedule=model.schedule, parameterization=model.parameterization)
+            denoiser = model.denoiser(weights, cond)
             grid = t[None] - (T / steps) * (jnp.arange(n) / n)[:, None]
             return rollout(step, denoiser, start(x_t), grid, t_end=s, unroll=unroll)[0].x
 
@@ -99,18 +99,8 @@ def lightning(
             return after if before is None else pair_states(after, before)
 
         on_fake, on_real = seen(x_s), seen(target)
-        generator = gan.generator(heads(jax.lax.stop_gradient(params["discriminator"]), on_fake, cond))
-        fake = heads(params["discriminator"], jax.lax.stop_gradient(on_fake), cond)
-        real = heads(params["discriminator"], on_real, cond)
-        discriminator = gan.discriminator(real, fake)
+        terms = players(heads, params["discriminator"], on_fake, on_real, cond, cond, gan)
         distance = jnp.mean((x_s - target) ** 2)
-        metrics = {
-            "generator": generator,
-            "discriminator": discriminator,
-            "logit_real": jnp.mean(real),
-            "logit_fake": jnp.mean(fake),
-            "distance": distance,
-        }
-        return generator + discriminator + regression * distance, metrics
+        return terms.generator + terms.discriminator + regression * distance, terms.metrics | {"distance": distance}
 
     return loss

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdistill.methods.imagine_flash import Model
-from jaxdistill.prediction import LossFn, as_denoiser, diffuse, expand
-from jaxdistill.sampling import Constrain, ddim, guided_denoiser, rollout, start, unconstrained
+from jaxdistill.prediction import LossFn, diffuse, expand
+from jaxdistill.sampling import Constrain, ddim, rollout, start, unconstrained
 
 
 def step_distillation(
@@ -59,22 +59,14 @@ def step_distillation(
         t = T * (1.0 - constrain(jax.random.randint(key_t, x0.shape[:1], 0, steps)) / steps)
         s = jnp.maximum(t - T / steps, 0.0)
         x_t = diffuse(schedule, x0, eps, t)
-        denoiser = guided_denoiser(
-            teacher.apply,
-            teacher_params,
-            cond,
-            schedule=teacher.schedule,
-            parameterization=teacher.parameterization,
-            null_cond=null_cond,
-            scale=guidance_scale,
-        )
+        denoiser = teacher.guided(teacher_params, cond, null_cond, guidance_scale)
         grid = t[None] - (T / steps) * (jnp.arange(substeps) / substeps)[:, None]
         x_s = rollout(teacher_step, denoiser, start(x_t), grid, t_end=s, unroll=unroll)[0].x
         alpha_t, sigma_t = expand(schedule.alpha(t), x0), expand(schedule.sigma(t), x0)
         alpha_s, sigma_s = expand(schedule.alpha(s), x0), expand(schedule.sigma(s), x0)
         ratio = sigma_s / sigma_t
         target = jax.lax.stop_gradient((x_s - ratio * x_t) / (alpha_s - ratio * alpha_t))
-        network = as_denoiser(student.apply, params["student"], cond, schedule=schedule, parameterization=student.parameterization)
+        network = student.denoiser(params["student"], cond)
         weight = jnp.maximum(1.0, (alpha_t / sigma_t) ** 2)
         errors = jnp.mean(weight * (target - network(x_t, t).x0) ** 2, axis=tuple(range(1, x0.ndim)))
         value = jnp.mean(errors)

@@ -10,8 +10,8 @@ from jaxtyping import Array
 
 from jaxdistill.methods.distribution_matching import matching_gradient
 from jaxdistill.methods.imagine_flash import Model
-from jaxdistill.prediction import Denoiser, LossFn, as_denoiser, expand
-from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, guided_denoiser, rollout, start, unconstrained
+from jaxdistill.prediction import LossFn, expand
+from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, rollout, start, unconstrained
 from jaxdistill.schedule import NoiseSchedule
 
 
@@ -72,12 +72,9 @@ def tdm(
         raise ValueError(f"tdm needs 0 < low < high < 1, got {low:g} and {high:g}")
     step = ddim(schedule)
 
-    def network(params: Any, cond: Any) -> Denoiser:
-        return as_denoiser(student.apply, params, cond, schedule=schedule, parameterization=student.parameterization)
-
     def ends(params: Any, cond: Any, x_T: Array, grid: TimeGrid) -> tuple[Array, Array, Array, Array]:
         """Of every interval of one trajectory, in one batch: x_s and x̂0 with gradient, t and s."""
-        visited = rollout(step, network(params, cond), start(x_T), grid, stop_gradient=True, unroll=unroll)[1]
+        visited = rollout(step, student.denoiser(params, cond), start(x_T), grid, stop_gradient=True, unroll=unroll)[1]
         n, b = visited.x.shape[:2]
         t, s = (jnp.repeat(jnp.asarray(times, jnp.float32), b) for times in (grid, np.append(grid[1:], 0.0)))
         x0, eps = (a.reshape(n * b, *x_T.shape[1:]) for a in (visited.x0, visited.eps))
@@ -106,22 +103,14 @@ def tdm(
             return x_tau, tau, b, eps
 
         x_tau, tau, _, _ = diffused(keys[1], keys[2])
-        real = guided_denoiser(
-            teacher.apply,
-            teacher_params,
-            cond,
-            schedule=schedule,
-            parameterization=teacher.parameterization,
-            null_cond=null_cond,
-            scale=guidance_scale,
-        )(x_tau, tau).x0
-        fake = network(jax.lax.stop_gradient(params["fake"]), cond)(x_tau, tau).x0
+        real = teacher.guided(teacher_params, cond, null_cond, guidance_scale)(x_tau, tau).x0
+        fake = student.denoiser(jax.lax.stop_gradient(params["fake"]), cond)(x_tau, tau).x0
         gradient = jax.lax.stop_gradient(matching_gradient(x0, real, fake))
         matching = 0.5 * jnp.mean((x_s - (fixed - gradient)) ** 2)
 
         x_tau, tau, b, eps = diffused(keys[3], keys[4])
         scale = b / expand(schedule.sigma(tau), fixed) ** 2
-        denoised = network(params["fake"], cond)(x_tau, tau).x0
+        denoised = student.denoiser(params["fake"], cond)(x_tau, tau).x0
         fake_loss = jnp.mean((scale * denoised - (scale * x_tau - eps) / expand(schedule.alpha(tau), fixed)) ** 2)
         metrics = {"matching": matching, "fake": fake_loss, "gradient": jnp.sqrt(jnp.mean(gradient**2))}
         return matching + fake_weight * fake_loss, metrics
