@@ -44,6 +44,7 @@ def get_config(size: str = "") -> ConfigDict:
             "adam_b2": 0.99,
             "ema_decay": 0.999,
             "drop_cond": 0.1,
+            "time_skew": 2.0,  # more of the batch near T: where a caption's garments go is decided there
             "grid": "trailing",
             "steps": 50,
             "guidance": 2.0,  # of the reference sampler

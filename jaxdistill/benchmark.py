@@ -241,6 +241,7 @@ class Benchmark:
             target=self.target,
             null_cond=self.null_cond,
             drop_cond=config.drop_cond,
+            time_skew=config.time_skew,
             constrain=self.constrain,
         )
         tx = make_optimizer(config)

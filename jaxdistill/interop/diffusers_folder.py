@@ -1,0 +1,416 @@
+"""A pipeline folder as diffusers writes it, read without torch: configs to modules, safetensors to parameters, and back."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxdistill.interop import torch_weights
+from jaxdistill.interop.torch_weights import WeightFiles
+from jaxdistill.models.autoencoder_kl import AutoencoderKL
+from jaxdistill.models.clip import ACTIVATIONS, CLIPText
+from jaxdistill.models.unet_condition import STACK, UNetCondition
+
+PIPELINES = {"StableDiffusionPipeline": False, "StableDiffusionXLPipeline": True}
+"""Known pipeline classes, and whether they are XL."""
+
+
+class FolderError(ValueError):
+    """A pipeline folder that cannot be used, in one line."""
+
+
+class Part(NamedTuple):
+    """A component: its module, its checked config and its weight files."""
+
+    module: nn.Module
+    config: Mapping[str, Any]
+    folder: Path
+    stem: str
+
+    def files(self, variant: str = "") -> list[Path]:
+        """The safetensors files of the weights. Raises FolderError where there are none."""
+        return weight_files(self.folder, self.stem, variant)
+
+
+class Folder(NamedTuple):
+    """A checked pipeline folder. Nothing large has been read."""
+
+    path: Path
+    index: Mapping[str, Any]
+    xl: bool
+    unet: Part
+    vae: Part
+    text_encoders: tuple[Part, ...]
+    tokenizers: tuple[Path, ...]
+    scheduler: Mapping[str, Any]
+    zero_empty_prompt: bool
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises FolderError naming the file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FolderError(f"{path} is missing; give a pipeline folder as diffusers' save_pretrained writes it") from None
+    except (ValueError, OSError) as error:
+        raise FolderError(f"{path} is damaged ({error}); copy it anew") from None
+    if not isinstance(found, dict):
+        raise FolderError(f"{path} holds no JSON object; copy it anew")
+    return found
+
+
+def weight_files(folder: Path, stem: str, variant: str = "") -> list[Path]:
+    """The safetensors of a component: one file or shards, of the wanted variant ("fp16") or else of any.
+
+    Raises FolderError where there are only .bin weights, nothing, or a shard is missing.
+    """
+    variants = (
+        [variant]
+        if variant
+        else ["", *sorted({m[1] for p in folder.glob(f"{stem}.*") if (m := re.match(rf"{stem}\.([a-z0-9_]+)\.safetensors", p.name))})]
+    )
+    for name in variants:
+        infix = f".{name}" if name else ""
+        whole = folder / f"{stem}{infix}.safetensors"
+        if whole.is_file():
+            return [whole]
+        for index in (folder / f"{stem}.safetensors.index{infix}.json", folder / f"{stem}{infix}.safetensors.index.json"):
+            if index.is_file():
+                shards = sorted({folder / file for file in read_json(index).get("weight_map", {}).values()})
+                for shard in shards:
+                    if not shard.is_file():
+                        raise FolderError(f"{shard} is missing, {index.name} names it; copy the folder anew")
+                return shards
+    found = sorted(p.name for p in folder.glob("*.bin")) or sorted(p.name for p in folder.glob("*.msgpack"))
+    if found:
+        raise FolderError(
+            f"{folder} holds {found[0]} only; safetensors are read (pickles can run code): save the pipeline with safe_serialization=True"
+        )
+    raise FolderError(f"{folder / stem}{'.' + variant if variant else ''}.safetensors is missing; copy the folder anew")
+
+
+# ---------------------------------------------------------------------------------------------- configs
+
+
+def _check(config: Mapping[str, Any], where: Path, known: Sequence[str], fixed: Mapping[str, Sequence[Any]]) -> None:
+    """Raise FolderError for a field with a value that the modules do not implement, or a set field that nobody knows."""
+    for name, allowed in fixed.items():
+        if name in config and config[name] not in allowed:
+            shown = " or ".join(repr(value) for value in allowed)
+            raise FolderError(f"{where}: {name} = {config[name]!r} is not supported, only {shown}")
+    for name, value in config.items():
+        if not name.startswith("_") and name not in known and name not in fixed and value not in (None, False):
+            raise FolderError(f"{where}: the setting {name} = {value!r} is not known; this version cannot honour it")
+
+
+def _each(value: Any, count: int, name: str, where: Path) -> tuple[Any, ...]:
+    """A number for every level, or a list of one for each."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * count
+    if len(values) != count:
+        raise FolderError(f"{where}: {name} = {value!r} must be one value or {count}, one for each block")
+    return values
+
+
+def unet_module(config: Mapping[str, Any], where: Path, **options: Any) -> UNetCondition:
+    """The network of a UNet2DConditionModel's config. `options`: attention, remat, scan, dtype. Raises FolderError."""
+    known = (
+        "sample_size", "in_channels", "out_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "up_block_types",
+        "block_out_channels", "layers_per_block", "norm_num_groups", "norm_eps", "cross_attention_dim", "transformer_layers_per_block",
+        "attention_head_dim", "num_attention_heads", "use_linear_projection", "addition_time_embed_dim", "upcast_attention", "dropout",
+        "projection_class_embeddings_input_dim", "addition_embed_type_num_heads", "reverse_transformer_layers_per_block",
+    )  # fmt: skip
+    fixed: dict[str, tuple[Any, ...]] = {
+        "center_input_sample": (False,), "mid_block_type": ("UNetMidBlock2DCrossAttn",), "only_cross_attention": (False,),
+        "downsample_padding": (1,), "mid_block_scale_factor": (1,), "act_fn": ("silu", "swish"), "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,), "dual_cross_attention": (False,), "class_embed_type": (None,),
+        "addition_embed_type": (None, "text_time"), "num_class_embeds": (None,), "resnet_time_scale_shift": ("default",),
+        "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1.0,), "time_embedding_type": ("positional",),
+        "time_embedding_dim": (None,), "time_embedding_act_fn": (None,), "timestep_post_act": (None,), "time_cond_proj_dim": (None,),
+        "conv_in_kernel": (3,), "conv_out_kernel": (3,), "attention_type": ("default",), "class_embeddings_concat": (False,),
+        "mid_block_only_cross_attention": (None, False), "cross_attention_norm": (None,),
+    }  # fmt: skip
+    _check(config, where, known, fixed)
+    channels = tuple(config["block_out_channels"])
+    count = len(channels)
+    down = _blocks(config, "down_block_types", {"CrossAttnDownBlock2D": True, "DownBlock2D": False}, count, where)
+    up = _blocks(config, "up_block_types", {"CrossAttnUpBlock2D": True, "UpBlock2D": False}, count, where)
+    # The field is named for a head's width, but holds their number.
+    heads = _each(config.get("num_attention_heads") or config.get("attention_head_dim", 8), count, "attention_head_dim", where)
+    depth = _each(config.get("transformer_layers_per_block", 1), count, "transformer_layers_per_block", where)
+    up_depth = config.get("reverse_transformer_layers_per_block") or depth[::-1]
+    return UNetCondition(
+        in_channels=config.get("in_channels", 4),
+        out_channels=config.get("out_channels", 4),
+        channels=channels,
+        layers=_each(config.get("layers_per_block", 2), count, "layers_per_block", where),
+        heads=heads,
+        depth=tuple(d if attends else 0 for d, attends in zip(depth, down, strict=True)),
+        depth_up=tuple(d if attends else 0 for d, attends in zip(up_depth, up, strict=True))[::-1],
+        mid_depth=depth[-1],
+        linear_projection=bool(config.get("use_linear_projection", False)),
+        groups=config.get("norm_num_groups", 32),
+        eps=float(config.get("norm_eps", 1e-5)),
+        flip_sin_to_cos=bool(config.get("flip_sin_to_cos", True)),
+        freq_shift=float(config.get("freq_shift", 0)),
+        addition_time_width=config["addition_time_embed_dim"] if config.get("addition_embed_type") == "text_time" else 0,
+        **options,
+    )
+
+
+def _blocks(config: Mapping[str, Any], name: str, known: Mapping[str, bool], count: int, where: Path) -> tuple[bool, ...]:
+    found = tuple(config[name])
+    if len(found) != count:
+        raise FolderError(f"{where}: {name} names {len(found)} blocks, block_out_channels {count}")
+    for block in found:
+        if block not in known:
+            raise FolderError(f"{where}: the block {block!r} is not known; known are {', '.join(known)}")
+    return tuple(known[block] for block in found)
+
+
+def vae_module(config: Mapping[str, Any], where: Path, **options: Any) -> AutoencoderKL:
+    """The autoencoder of an AutoencoderKL's config. `options`: attention, dtype. Raises FolderError."""
+    known = (
+        "in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "sample_size",
+        "scaling_factor", "shift_factor", "force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention",
+        "down_block_types", "up_block_types",
+    )  # fmt: skip
+    _check(config, where, known, {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)})
+    channels = tuple(config["block_out_channels"])
+    _blocks(config, "down_block_types", {"DownEncoderBlock2D": True}, len(channels), where)
+    _blocks(config, "up_block_types", {"UpDecoderBlock2D": True}, len(channels), where)
+    return AutoencoderKL(
+        in_channels=config.get("in_channels", 3),
+        out_channels=config.get("out_channels", 3),
+        latent_channels=config.get("latent_channels", 4),
+        channels=channels,
+        layers=config.get("layers_per_block", 1),
+        groups=config.get("norm_num_groups", 32),
+        scaling_factor=float(config.get("scaling_factor") or 0.18215),
+        shift_factor=float(config.get("shift_factor") or 0.0),
+        use_quant_conv=bool(config.get("use_quant_conv", True)),
+        use_post_quant_conv=bool(config.get("use_post_quant_conv", True)),
+        mid_attention=bool(config.get("mid_block_add_attention", True)),
+        **options,
+    )
+
+
+def text_module(config: Mapping[str, Any], where: Path, *, projection: bool, dtype: Any = jnp.float32) -> CLIPText:
+    """The encoder of a CLIPTextConfig. Raises FolderError."""
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation not in ACTIVATIONS:
+        raise FolderError(f"{where}: hidden_act = {activation!r} is not supported, only {' or '.join(map(repr, ACTIVATIONS))}")
+    if config.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
+        raise FolderError(f"{where}: model_type = {config['model_type']!r} is not supported, only 'clip_text_model'")
+    return CLIPText(
+        vocab_size=config.get("vocab_size", 49408),
+        hidden_size=config.get("hidden_size", 512),
+        intermediate=config.get("intermediate_size", 2048),
+        layers=config.get("num_hidden_layers", 12),
+        heads=config.get("num_attention_heads", 8),
+        positions=config.get("max_position_embeddings", 77),
+        activation=activation,
+        eps=float(config.get("layer_norm_eps", 1e-5)),
+        projection=config.get("projection_dim", 512) if projection else 0,
+        end_token=config.get("eos_token_id", 49407),
+        dtype=dtype,
+    )
+
+
+CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+
+
+def open_folder(path: str | Path, *, attention: str = "plain", remat: str = "none", scan: bool = False, dtype: Any = jnp.float32) -> Folder:
+    """Check a pipeline folder and describe its components. Reads configs only.
+
+    Args:
+      path: holds model_index.json.
+      attention, remat, scan, dtype: of the networks, as in `UNetCondition`.
+
+    Raises:
+      FolderError: no pipeline folder, an unknown pipeline, component or setting, missing files; one line that names it.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise FolderError(f"{root} is no folder; give a pipeline folder as diffusers' save_pretrained writes it")
+    if not (root / "model_index.json").is_file():
+        raise FolderError(f"{root} is no pipeline folder: it has no model_index.json")
+    index = read_json(root / "model_index.json")
+    name = index.get("_class_name")
+    if name not in PIPELINES:
+        raise FolderError(f"{root / 'model_index.json'}: the pipeline {name!r} is not known; known are {', '.join(PIPELINES)}")
+    xl = PIPELINES[name]
+    needed = ["unet", "vae", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if xl else ())]
+    for component in needed:
+        entry = index.get(component)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if found not in CLASSES[component]:
+            allowed = " or ".join(CLASSES[component])
+            raise FolderError(f"{root / 'model_index.json'}: {component} is of class {found!r}; only {allowed} is supported")
+    options = {"attention": attention, "dtype": dtype}
+
+    def part(component: str, stem: str, make: Any, **more: Any) -> Part:
+        where = root / component / "config.json"
+        config = read_json(where)
+        try:
+            return Part(make(config, where, **more), config, where.parent, stem)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, FolderError):
+                raise
+            raise FolderError(f"{where} is damaged: {type(error).__name__} {error}; copy it anew") from None
+
+    encoders = [part("text_encoder", "model", text_module, projection=False, dtype=dtype)]
+    if xl:
+        encoders.append(part("text_encoder_2", "model", text_module, projection=True, dtype=dtype))
+    tokenizers = [root / component for component in needed if component.startswith("tokenizer")]
+    for tokenizer in tokenizers:
+        if not (tokenizer / "tokenizer.json").is_file() and not all((tokenizer / f).is_file() for f in ("vocab.json", "merges.txt")):
+            raise FolderError(f"{tokenizer} has neither tokenizer.json nor vocab.json and merges.txt; copy the folder anew")
+    return Folder(
+        path=root,
+        index=index,
+        xl=xl,
+        unet=part("unet", "diffusion_pytorch_model", unet_module, remat=remat, scan=scan, **options),
+        vae=part("vae", "diffusion_pytorch_model", vae_module, **options),
+        text_encoders=tuple(encoders),
+        tokenizers=tuple(tokenizers),
+        scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
+        zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)) if xl else False,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+
+def example_inputs(part: Part) -> tuple[Any, ...]:
+    """The smallest inputs that a part's module can be initialised with."""
+    config, module = part.config, part.module
+    if isinstance(module, UNetCondition):
+        side = 2 ** (len(module.channels) - 1)
+        cond = {"context": jnp.zeros((1, 2, _context_width(config)))}
+        if module.addition_time_width:
+            pooled = config["projection_class_embeddings_input_dim"] - 6 * module.addition_time_width
+            cond |= {"pooled": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
+        return jnp.zeros((1, side, side, module.in_channels)), jnp.zeros((1,)), cond
+    if isinstance(module, AutoencoderKL):
+        return (jnp.zeros((1, module.factor * 2, module.factor * 2, module.in_channels)),)
+    return (jnp.zeros((1, 2), jnp.int32),)
+
+
+def _context_width(config: Mapping[str, Any]) -> int:
+    width = config["cross_attention_dim"]
+    return width[0] if isinstance(width, list) else width
+
+
+def abstract_params(part: Part) -> Any:
+    """The shapes of a part's parameters; nothing is computed."""
+    inputs = example_inputs(part)
+    return jax.eval_shape(lambda: part.module.init(jax.random.key(0), *inputs))
+
+
+def load_params(part: Part, *, dtype: Any = np.float32, shardings: Any = None, variant: str = "") -> Any:
+    """The parameters of a part, straight to `dtype` and `shardings`. Raises FolderError or WeightsError."""
+    files = WeightFiles(part.files(variant), rename=_renamer(part.module))
+    return torch_weights.load(
+        files,
+        abstract_params(part),
+        where=str(part.folder),
+        stacked=STACK if getattr(part.module, "scan", False) else "",
+        dtype=dtype,
+        ignore=_ignored(part.module),
+        shardings=shardings,
+    )
+
+
+def _renamer(module: nn.Module) -> Any:
+    """Older names of a checkpoint to those of today."""
+    if isinstance(module, CLIPText):
+        return lambda name: name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
+    if isinstance(module, AutoencoderKL):
+        old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+        pattern = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
+        return lambda name: pattern.sub(lambda m: f"{m[1]}.{old[m[2]]}.", name)
+    return lambda name: name
+
+
+def _ignored(module: nn.Module) -> Any:
+    """Tensors of a checkpoint that are no parameters."""
+    if not isinstance(module, CLIPText):
+        return lambda name: False
+    # A buffer of older transformers; and a projection that a plain CLIPTextModel does not use.
+    return lambda name: name.endswith("position_ids") or (name.startswith("text_projection.") and not module.projection)
+
+
+def save_student(
+    source: Folder,
+    target: str | Path,
+    params: Any,
+    *,
+    scheduler: Mapping[str, Any],
+    scheduler_code: tuple[str, str] | None = None,
+    dtype: Any = None,
+) -> None:
+    """Write a pipeline folder that is `source` with another UNet and scheduler. Appears whole or not at all.
+
+    Args:
+      source: the teacher's folder; its other components are copied file by file.
+      target: the folder to write.
+      params: of the UNet.
+      scheduler: its config.
+      scheduler_code: (module name, source) of a scheduler class that is not diffusers' own; loads with trust_remote_code=True.
+      dtype: of the UNet's weights; that of the parameters if None.
+
+    Raises:
+      FolderError: the target exists and holds something else than a pipeline.
+    """
+    target = Path(target).absolute()
+    if target.exists() and any(target.iterdir()) and not (target / "model_index.json").is_file():
+        raise FolderError(f"{target} exists and holds no pipeline; choose another folder")
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(
+        source.path,
+        temporary,
+        ignore=lambda folder, names: [
+            n for n in names if (Path(folder) == source.path and n in ("unet", "scheduler", "model_index.json")) or n == ".git"
+        ],
+    )
+    (temporary / "unet").mkdir()
+    stacked = STACK if getattr(source.unet.module, "scan", False) else ""
+    torch_weights.save(temporary / "unet", source.unet.stem, torch_weights.torch_tensors(params, stacked=stacked, dtype=dtype))
+    _write_json(temporary / "unet" / "config.json", source.unet.config)
+    (temporary / "scheduler").mkdir()
+    _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+    index = dict(source.index)
+    if scheduler_code is None:
+        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    else:
+        (temporary / "scheduler" / f"{scheduler_code[0]}.py").write_text(scheduler_code[1])
+        index["scheduler"] = [scheduler_code[0], scheduler["_class_name"]]
+    _write_json(temporary / "model_index.json", index)
+    older = target.with_name(target.name + ".old")
+    shutil.rmtree(older, ignore_errors=True)
+    if target.exists():
+        target.rename(older)
+    temporary.rename(target)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(dict(value), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,186 @@
+"""Torch's weights and ours: a Linen parameter's path is its torch name, only the leaf's name and the axes differ."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+SHARD_BYTES = 10 * 2**30
+"""Files larger than this are written in shards, as diffusers does."""
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used, in one line."""
+
+
+def torch_name(path: Sequence[str]) -> str:
+    """("down_blocks.0", "conv1", "kernel") -> "down_blocks.0.conv1.weight"."""
+    return ".".join((*path[:-1], LEAVES.get(path[-1], path[-1])))
+
+
+def to_torch(path: Sequence[str], value: np.ndarray) -> np.ndarray:
+    """Our axes to torch's: HWIO -> OIHW, [in, out] -> [out, in]."""
+    if path[-1] != "kernel":
+        return value
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+
+
+def from_torch(path: Sequence[str], value: np.ndarray) -> np.ndarray:
+    """Torch's axes to ours."""
+    if path[-1] != "kernel":
+        return value
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def torch_shape(path: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of torch's tensor for our parameter."""
+    if path[-1] != "kernel":
+        return tuple(shape)
+    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else tuple(reversed(shape))
+
+
+class WeightFiles:
+    """The tensors of one or several safetensors files by name. Nothing is read before it is asked for.
+
+    A file is mapped only while a tensor is copied out of it: pages of an open map count as memory of the process.
+    """
+
+    def __init__(self, files: Sequence[Path], *, rename: Callable[[str], str] = lambda name: name) -> None:
+        self.where: dict[str, tuple[Path, str]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    self.where[rename(name)] = (path, name)
+                    self.shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """A copy of one tensor."""
+        path, theirs = self.where[name]
+        with _opened(path) as file:
+            try:
+                return file.get_tensor(theirs)
+            except SafetensorError as error:
+                raise WeightsError(f"{path}: tensor {theirs} cannot be read ({error}); copy the file anew") from None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        handle = safe_open(str(path), "numpy")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read as safetensors ({error}); it may be truncated: copy the file anew") from None
+    with handle as file:
+        yield file
+
+
+def load(
+    files: WeightFiles,
+    abstract: Any,
+    *,
+    where: str,
+    stacked: str = "",
+    dtype: Any = np.float32,
+    ignore: Callable[[str], bool] = lambda name: False,
+    shardings: Any = None,
+) -> Any:
+    """The parameters of a module from torch tensors: each tensor is used exactly once.
+
+    Tensors are read one at a time, turned, cast and put on the device, so that the host never holds more than the largest beside
+    what is already placed.
+
+    Args:
+      files: the tensors.
+      abstract: the module's parameters as ShapeDtypeStructs: {"params": ...}.
+      where: what the weights are, for messages.
+      stacked: a path segment below which parameters carry a leading axis of `<segment>.0`, `<segment>.1`, ...
+      dtype: of the parameters.
+      ignore: names of tensors that are known not to be parameters.
+      shardings: a tree like `abstract` of shardings; the default device if None.
+
+    Raises:
+      WeightsError: listing the names that are missing, left over or of another shape.
+    """
+    wanted = flatten_dict(abstract["params"])
+    plan = {path: _sources(path, leaf.shape, stacked) for path, leaf in wanted.items()}
+    sources = {name: shape for pairs in plan.values() for name, shape in pairs}
+    missing = sorted(sources.keys() - files.shapes.keys())
+    left_over = sorted(name for name in files.shapes.keys() - sources.keys() if not ignore(name))
+    shapes = [
+        f"{name} is {list(files.shapes[name])}, the config wants {list(shape)}"
+        for name, shape in sorted(sources.items())
+        if name in files.shapes and files.shapes[name] != shape
+    ]
+    problems = [
+        f"{text}: {_some(names)}" for text, names in (("missing", missing), ("left over", left_over), ("of another shape", shapes)) if names
+    ]
+    if problems:
+        raise WeightsError(f"{where} does not fit its config; tensors {'; '.join(problems)}")
+    places = flatten_dict(shardings["params"]) if shardings is not None else dict.fromkeys(plan)
+    loaded = {}
+    for path, pairs in plan.items():
+        tensors = (from_torch(path, files.read(name)) for name, _ in pairs)
+        value = np.stack([*tensors]) if _is_stacked(path, stacked) else next(tensors)
+        loaded[path] = jax.device_put(np.ascontiguousarray(value, dtype), places[path])
+    return {"params": unflatten_dict(loaded)}
+
+
+def _is_stacked(path: Sequence[str], stacked: str) -> bool:
+    return bool(stacked) and stacked in path
+
+
+def _sources(path: Sequence[str], shape: Sequence[int], stacked: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Torch names and shapes of one parameter."""
+    if not _is_stacked(path, stacked):
+        return [(torch_name(path), torch_shape(path, shape))]
+    return [(torch_name([f"{s}.{i}" if s == stacked else s for s in path]), torch_shape(path, shape[1:])) for i in range(shape[0])]
+
+
+def _some(names: Sequence[str], count: int = 8) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def torch_tensors(params: Any, *, stacked: str = "", dtype: Any = None) -> dict[str, np.ndarray]:
+    """{"params": ...} -> torch's names and layouts, as contiguous host arrays (of `dtype`, if given)."""
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in flatten_dict(params["params"]).items():
+        value = np.asarray(leaf)
+        parts = list(value) if _is_stacked(path, stacked) else [value]
+        for (name, _), part in zip(_sources(path, value.shape, stacked), parts, strict=True):
+            tensors[name] = np.ascontiguousarray(to_torch(path, part), dtype or part.dtype)
+    return tensors
+
+
+def save(folder: Path, stem: str, tensors: Mapping[str, np.ndarray], *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `folder/stem.safetensors`, or shards with the index file that diffusers and transformers read."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    names = (
+        [f"{stem}.safetensors"]
+        if len(shards) == 1
+        else [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    for name, shard in zip(names, shards, strict=True):
+        temporary = folder / f"{name}.tmp"
+        save_file(shard, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / name)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,220 @@
+"""Layers of latent diffusion networks: bf16 compute over f32 parameters, low-rank updates, attention by a chosen kernel.
+
+Modules are named as diffusers names its own ("down_blocks.0", "to_out.0"), so that a parameter's path is its name in a checkpoint.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array
+
+LORA = "lora"
+"""The collection of low-rank updates: at a layer's path, {"down", "up"}, whose product is added to its kernel."""
+
+Dtype = Any
+
+
+class Linear(nn.Module):
+    """y = x W + b, plus (x down) up where the `lora` collection holds an update of this layer. Computes in `dtype`."""
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """X [..., d] -> [..., features]."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable(LORA, "down"):
+            down, up = (self.get_variable(LORA, name).astype(self.dtype) for name in ("down", "up"))
+            y = y + (x @ down) @ up
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y
+
+
+class Conv(nn.Module):
+    """A square convolution of NHWC states with symmetric padding (or `padding` pairs), plus a low-rank update like `Linear`'s."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    padding: int | tuple[tuple[int, int], tuple[int, int]] | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """X [b, h, w, c] -> [b, h', w', features]. Padding None keeps the size at stride 1."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.size, self.size, x.shape[-1], self.features))
+        around = self.size // 2 if self.padding is None else self.padding
+        pads = ((around, around), (around, around)) if isinstance(around, int) else around
+        x = x.astype(self.dtype)
+
+        def convolve(x: Array, kernel: Array, stride: int, pads: Any) -> Array:
+            return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+        y = convolve(x, kernel.astype(self.dtype), self.stride, pads)
+        if self.has_variable(LORA, "down"):
+            down, up = (self.get_variable(LORA, name).astype(self.dtype) for name in ("down", "up"))
+            y = y + convolve(convolve(x, down, self.stride, pads), up, 1, ((0, 0), (0, 0)))
+        return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation in float32, whatever comes in."""
+
+    groups: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """X [b, h, w, c] -> its shape and dtype."""
+        b, c = x.shape[0], x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        # Channels first sum over positions, then over the few of a group: both reductions run over contiguous memory.
+        flat = x.astype(jnp.float32).reshape(b, -1, c)
+        mean = flat.mean(axis=1).reshape(b, self.groups, -1).mean(axis=-1)
+        centre = jnp.repeat(mean, c // self.groups, axis=-1)[:, None]
+        variance = jnp.square(flat - centre).mean(axis=1).reshape(b, self.groups, -1).mean(axis=-1)
+        factor = jnp.repeat(jax.lax.rsqrt(variance + self.eps), c // self.groups, axis=-1)[:, None] * scale
+        return ((flat - centre) * factor + bias).reshape(x.shape).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation in float32, whatever comes in."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """X [..., c] -> its shape and dtype."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        centred = y - y.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        return (centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------- attention
+
+AttentionFn = Callable[[Array, Array, Array], Array]
+"""(q [b, l, h, d], k [b, m, h, d], v [b, m, h, d]) -> [b, l, h, d]: softmax(q kᵀ/√d) v."""
+
+
+def plain_attention(q: Array, k: Array, v: Array) -> Array:
+    """XLA's own: all scores at once."""
+    return jax.nn.dot_product_attention(q, k, v)
+
+
+def chunked_attention(q: Array, k: Array, v: Array, *, chunk: int = 1024) -> Array:
+    """Queries in chunks, one after the other, so that only `chunk` rows of scores exist at a time."""
+    b, length, h, d = q.shape
+    if length <= chunk or length % chunk:
+        return plain_attention(q, k, v)
+    parts = jnp.moveaxis(q.reshape(b, length // chunk, chunk, h, d), 1, 0)
+    return jnp.moveaxis(jax.lax.map(lambda part: plain_attention(part, k, v), parts), 0, 1).reshape(b, length, h, d)
+
+
+def flash_attention(q: Array, k: Array, v: Array) -> Array:
+    """The TPU flash kernel, where its tiling fits (lengths multiples of 128); XLA's own elsewhere."""
+    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention as kernel
+
+    if q.shape[1] % 128 or k.shape[1] % 128:
+        return plain_attention(q, k, v)
+    heads_first = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+    return jnp.swapaxes(kernel(*heads_first, sm_scale=q.shape[-1] ** -0.5), 1, 2)
+
+
+ATTENTION: dict[str, AttentionFn] = {"plain": plain_attention, "chunked": chunked_attention, "flash": flash_attention}
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x to itself or to a context, with diffusers' names: to_q, to_k, to_v, to_out.0.
+
+    Attributes:
+      heads: number of heads, which divide the channels.
+      qkv_bias: whether the three projections have a bias.
+      kernel: a key of ATTENTION.
+      dtype: of the computation.
+    """
+
+    heads: int
+    qkv_bias: bool = False
+    kernel: str = "plain"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array | None = None) -> Array:
+        """X [b, l, c] and context [b, m, d] (x itself by default) -> [b, l, c]."""
+        b, length, c = x.shape
+        source = x if context is None else context
+        linear = functools.partial(Linear, c, self.qkv_bias, self.dtype)
+        q = linear(name="to_q")(x).reshape(b, length, self.heads, -1)
+        k, v = (linear(name=name)(source).reshape(b, source.shape[1], self.heads, -1) for name in ("to_k", "to_v"))
+        out = ATTENTION[self.kernel](q, k, v).reshape(b, length, c)
+        return Linear(c, True, self.dtype, name="to_out.0")(out)
+
+
+# ---------------------------------------------------------------------------------------- convolutional
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, silu, convolution, twice, with the time embedding added between, around a skip (diffusers' ResnetBlock2D)."""
+
+    channels: int
+    groups: int
+    eps: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, time: Array | None = None) -> Array:
+        """X [b, h, w, c] and time [b, e] -> [b, h, w, channels]."""
+        h = nn.silu(GroupNorm(self.groups, self.eps, name="norm1")(x))
+        h = Conv(self.channels, dtype=self.dtype, name="conv1")(h)
+        if time is not None:
+            h = h + Linear(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))[:, None, None, :]
+        h = nn.silu(GroupNorm(self.groups, self.eps, name="norm2")(h))
+        h = Conv(self.channels, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.channels:
+            x = Conv(self.channels, 1, dtype=self.dtype, name="conv_shortcut")(x)
+        return x.astype(self.dtype) + h
+
+
+def nearest(x: Array, size: tuple[int, int]) -> Array:
+    """Nearest-neighbour resize of [b, h, w, c] to `size`, with torch's rounding: source index ⌊i h/h'⌋."""
+    b, h, w, c = x.shape
+    if size == (2 * h, 2 * w):
+        return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, (h, w), strict=True))
+    return x[:, rows][:, :, columns]
+
+
+def sinusoidal(t: Array, dim: int, *, flip: bool, shift: float) -> Array:
+    """Sines and cosines of t [n] at dim/2 frequencies 10000^(-i/(dim/2 - shift)): float32 [n, dim]; cosines first with `flip`."""
+    half = dim // 2
+    frequencies = np.exp(-np.log(10_000.0) * np.arange(half) / (half - shift)).astype(np.float32)
+    angle = t.astype(jnp.float32)[:, None] * frequencies
+    parts: Sequence[Array] = (jnp.cos(angle), jnp.sin(angle)) if flip else (jnp.sin(angle), jnp.cos(angle))
+    return jnp.concatenate(parts, axis=-1)
+
+
+class Embedding(nn.Module):
+    """linear_1, silu, linear_2: diffusers' TimestepEmbedding."""
+
+    width: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """X [b, d] -> [b, width]."""
+        h = nn.silu(Linear(self.width, dtype=self.dtype, name="linear_1")(x))
+        return Linear(self.width, dtype=self.dtype, name="linear_2")(h)
