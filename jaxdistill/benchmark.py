@@ -23,7 +23,7 @@ from jaxdistill import card, checkpoint, loop, main, partition, report, sampling
 from jaxdistill.contenders import METHODS, Method, Setting, Stage
 from jaxdistill.data import DataError, fashion_mnist
 from jaxdistill.evaluate import class_spread
-from jaxdistill.experiment import make_optimizer, student_of
+from jaxdistill.experiment import flatten, make_optimizer, student_of
 from jaxdistill.interop import sentence_encoder
 from jaxdistill.methods.consistency import consistency_function
 from jaxdistill.methods.denoising import denoising
@@ -529,8 +529,8 @@ def check_base(config: ConfigDict) -> None:
     for part in ("config.json", "teacher/card.json", "recogniser/card.json"):
         if not (folder / part).exists():
             raise ValueError(f"config.base = {config.base} has no {part}; give the workdir of a benchmark that has trained its teacher")
-    there = main.flatten(json.loads((folder / "config.json").read_text()))
-    here = main.flatten(json.loads(config.to_json()))
+    there = flatten(json.loads((folder / "config.json").read_text()))
+    here = flatten(json.loads(config.to_json()))
     for key in sorted(there.keys() | here.keys()):
         shared = any(key == part or key.startswith(part + ".") for part in SHARED) and key not in FREE
         if shared and there.get(key) != here.get(key):

@@ -17,7 +17,8 @@ from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.methods.denoising import denoising
 from jaxdistill.models.discriminator import FeatureHeads
 from jaxdistill.prediction import LossFn, check_pair
-from jaxdistill.sampling import check_grid
+from jaxdistill.sampling import Constrain, check_grid
+from jaxdistill.schedule import NoiseSchedule
 
 NOISE_SOURCES = {"trajectory": flash.trajectory_noise, "initial": flash.initial_noise, "fresh": flash.fresh_noise}
 SHIFTS = {"none": lambda T: flash.no_shift, "power": flash.power_shift, "linear": flash.linear_shift, "table": flash.table_shift}
@@ -80,6 +81,45 @@ def make_optimizer(block: ConfigDict | Mapping[str, Any]) -> optax.GradientTrans
         0.0, block["learning_rate"], block["warmup"], max(block["iterations"], block["warmup"] + 1), block["learning_rate"] / 50
     )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=block["adam_b2"], weight_decay=block["weight_decay"]))
+
+
+def make_student_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Of {"student", "discriminator"}: each player its own."""
+    return optax.multi_transform(
+        {"student": make_optimizer(config.student), "discriminator": optax.adam(config.adversarial.learning_rate, b1=0.5)},
+        {"student": "student", "discriminator": "discriminator"},
+    )
+
+
+def make_reconstruction(config: ConfigDict, T: float) -> flash.Reconstruction:
+    """The method and shifts blocks -> what the teacher corrects. Raises ValueError."""
+    method = config.method
+    shift_block = config.shifts[method.shift].to_dict() if method.shift in config.shifts else {}
+    return flash.Reconstruction(
+        shift=card.choose(SHIFTS, method.shift, "method.shift")(T, **shift_block),
+        noise_source=card.choose(NOISE_SOURCES, method.noise, "method.noise") if method.srl else None,
+        steps=method.teacher_steps,
+        guidance_scale=method.guidance,
+    )
+
+
+def make_adversary(
+    block: ConfigDict, features: adversarial.FeatureFn, heads: nn.Module, schedule: NoiseSchedule, constrain: Constrain
+) -> adversarial.Adversary | None:
+    """The adversarial block -> the term, or None where its weight is 0. Raises ValueError."""
+    gan_loss = card.choose(GAN_LOSSES, block.loss, "adversarial.loss")
+    card.choose({"data": 0, "teacher": 0}, block.reals, "adversarial.reals")
+    if not block.weight > 0:
+        return None
+    return adversarial.adversary(
+        features,
+        heads.apply,
+        schedule=schedule,
+        weight=block.weight,
+        noise_time=adversarial.uniform_time(block.low * schedule.T, block.high * schedule.T),
+        loss=gan_loss,
+        constrain=constrain,
+    )
 
 
 def student_of(params: Mapping[str, Any]) -> Any:
@@ -150,31 +190,13 @@ def build(config: ConfigDict) -> Experiment:
 
     constrain = partition.constrain_batch(mesh)
     null_cond: Any = model.null_cond
+    reconstruction = make_reconstruction(config, schedule.T)
     teacher_loss = denoising(
         model.apply, schedule=schedule, target=target, null_cond=null_cond, drop_cond=config.teacher.drop_cond, constrain=constrain
     )
     method = config.method
-    shift_block = config.shifts[method.shift].to_dict() if method.shift in config.shifts else {}
-    reconstruction = flash.Reconstruction(
-        shift=card.choose(SHIFTS, method.shift, "method.shift")(schedule.T, **shift_block),
-        noise_source=card.choose(NOISE_SOURCES, method.noise, "method.noise") if method.srl else None,
-        steps=method.teacher_steps,
-        guidance_scale=method.guidance,
-    )
     heads = FeatureHeads(config.adversarial.width)
-    gan_loss = card.choose(GAN_LOSSES, config.adversarial.loss, "adversarial.loss")
-    card.choose({"data": 0, "teacher": 0}, config.adversarial.reals, "adversarial.reals")
-    adversary = None
-    if config.adversarial.weight > 0:
-        adversary = adversarial.adversary(
-            partial(model.apply, features=True),
-            heads.apply,
-            schedule=schedule,
-            weight=config.adversarial.weight,
-            noise_time=adversarial.uniform_time(config.adversarial.low * schedule.T, config.adversarial.high * schedule.T),
-            loss=gan_loss,
-            constrain=constrain,
-        )
+    adversary = make_adversary(config.adversarial, partial(model.apply, features=True), heads, schedule, constrain)
     network = flash.Model(model.apply, schedule, parameterization)
     student_loss = flash.imagine_flash(
         network,
@@ -190,10 +212,7 @@ def build(config: ConfigDict) -> Experiment:
         constrain=constrain,
         unroll=method.unroll,
     )
-    student_tx = optax.multi_transform(
-        {"student": make_optimizer(config.student), "discriminator": optax.adam(config.adversarial.learning_rate, b1=0.5)},
-        {"student": "student", "discriminator": "discriminator"},
-    )
+    student_tx = make_student_optimizer(config)
     experiment = Experiment(
         config,
         dataset,
@@ -219,7 +238,7 @@ def check_numbers(config: ConfigDict) -> None:
         if isinstance(value, float) and not np.isfinite(value):
             raise ValueError(f"config.{name} must be a finite number, got {value}")
     for name in ("seed", "eval.seed"):
-        if not 0 <= flat[name] < 2**31:
+        if name in flat and not 0 <= flat[name] < 2**31:
             raise ValueError(f"config.{name} must be in 0..{2**31 - 1}, got {flat[name]}")
     positive = (
         "teacher.iterations",
@@ -238,25 +257,24 @@ def check_numbers(config: ConfigDict) -> None:
         "adversarial.pool",
     )
     for name in positive:
-        block, key = name.split(".")
-        if config[block][key] < 1:
-            raise ValueError(f"config.{name} must be at least 1, got {config[block][key]}")
+        if name in flat and flat[name] < 1:
+            raise ValueError(f"config.{name} must be at least 1, got {flat[name]}")
     for name in ("teacher.learning_rate", "student.learning_rate", "adversarial.learning_rate"):
-        block, key = name.split(".")
-        if not config[block][key] > 0:
-            raise ValueError(f"config.{name} must be above 0, got {config[block][key]}")
-    for phase in ("teacher", "student"):
-        if not 0 <= config[phase].ema_decay < 1:
-            raise ValueError(f"config.{phase}.ema_decay must be in [0, 1), got {config[phase].ema_decay}")
+        if name in flat and not flat[name] > 0:
+            raise ValueError(f"config.{name} must be above 0, got {flat[name]}")
+    for name in ("teacher.ema_decay", "student.ema_decay"):
+        if name in flat and not 0 <= flat[name] < 1:
+            raise ValueError(f"config.{name} must be in [0, 1), got {flat[name]}")
     if not config.student.steps or min(config.student.steps) < 1:
         raise ValueError(f"config.student.steps must hold step counts of at least 1, got {tuple(config.student.steps)}")
-    if not 0 <= config.teacher.drop_cond <= 1:
-        raise ValueError(f"config.teacher.drop_cond must be in [0, 1], got {config.teacher.drop_cond}")
+    drop_cond = flat.get("teacher.drop_cond", 1.0)  # a given teacher is taken to know the null conditioning
+    if not 0 <= drop_cond <= 1:
+        raise ValueError(f"config.teacher.drop_cond must be in [0, 1], got {drop_cond}")
     scales = [("method.guidance", config.method.guidance), ("teacher.guidance", config.teacher.guidance)]
-    for name, scale in [*scales, *(("eval.guidances", g) for g in config.eval.guidances)]:
+    for name, scale in [*scales, *(("eval.guidances", g) for g in flat.get("eval.guidances", ()))]:
         if scale < 0:
             raise ValueError(f"config.{name} must be at least 0 (1 = none), got {scale:g}")
-        if scale != 1.0 and config.teacher.drop_cond == 0:
+        if scale != 1.0 and drop_cond == 0:
             raise ValueError(f"config.{name} = {scale:g} needs a teacher trained with config.teacher.drop_cond > 0")
     if config.adversarial.weight < 0:
         raise ValueError(f"config.adversarial.weight must be at least 0 (0 switches the term off), got {config.adversarial.weight:g}")
@@ -265,6 +283,8 @@ def check_numbers(config: ConfigDict) -> None:
             "config.adversarial needs 0 <= low < high <= 1 (shares of T), "
             f"got low={config.adversarial.low:g}, high={config.adversarial.high:g}"
         )
+    if "eval" not in config:
+        return
     if not config.eval.models:
         raise ValueError("config.eval.models must name what to score: 'teacher', 'student' or both, got ()")
     for phase, extra in (("teacher", ()), ("student", ("nested",))):

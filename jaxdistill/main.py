@@ -3,10 +3,8 @@
 The shell: names of the config become functions here, and files are written here.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,51 +20,18 @@ import optax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-import jaxdistill
 from jaxdistill import card, checkpoint, data, evaluate, loop, partition, report
-from jaxdistill.experiment import Experiment, build, flatten, student_of
+from jaxdistill.experiment import Experiment, build, student_of
 from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.prediction import LossFn
 from jaxdistill.train import TrainState, init_state, train_step
+from jaxdistill.workdir import UserError, prepare_workdir, say, versions
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.key=value sets any key.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, exports and results; a second start in it resumes.")
 
 
-class UserError(Exception):
-    """What the user can mend, in one line."""
-
-
 # ------------------------------------------------------------------------------------------------ run
-
-
-def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Make the folder, check that it can be written, and that it belongs to this config. Raises UserError."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".write-test-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder") from None
-    path, wanted = workdir / "config.json", json.loads(config.to_json())
-    if path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path} is damaged; choose another workdir") from None
-        differences = [
-            f"{k} = {flat_found.get(k)} there, {flat_wanted.get(k)} here"
-            for flat_found, flat_wanted in [(flatten(found), flatten(wanted))]
-            for k in sorted(flat_found.keys() | flat_wanted.keys())
-            if flat_found.get(k) != flat_wanted.get(k)
-        ]
-        if differences:
-            raise UserError(
-                f"--workdir={workdir} holds a run of another config ({'; '.join(differences[:5])}); "
-                "choose another workdir or repeat that run's flags"
-            )
-    checkpoint.write_json(path, wanted)
 
 
 class Run:
@@ -438,23 +403,6 @@ class StudentHealth:
         return images, numbers
 
 
-def say(line: str) -> None:
-    """Print beside a progress bar."""
-    if sys.stderr.isatty():
-        loop.tqdm.write(line, file=sys.stdout)
-    else:
-        print(line)
-    sys.stdout.flush()
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on, and the machine."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.device_count()} {jax.default_backend()} device(s)"
-    return {"jaxdistill": jaxdistill.__version__, "python": platform.python_version(), **found, "machine": machine}
-
-
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """The whole job; returns what results.json holds. Raises UserError, NonFiniteError or Stopped."""
     workdir = Path(workdir)
@@ -488,6 +436,9 @@ def main(argv: list[str]) -> None:
         fail(f"unexpected argument {argv[1]!r}; flags look like --config=configs/digits.py --workdir=DIR --config.key=value")
     logging.set_verbosity(logging.ERROR)
     config = given_config()
+    if config.get("task") == "text_to_image":
+        run_text(config)
+        return
     try:
         results = run(config, WORKDIR.value)
     except loop.Stopped as stopped:
@@ -497,6 +448,22 @@ def main(argv: list[str]) -> None:
         fail(str(error))
     print(f"\n{report.markdown_table(results['rows'])}")
     print(f"{Path(WORKDIR.value) / 'results.png'} shows the images, results.md keeps this table")
+
+
+def run_text(config: ConfigDict) -> None:
+    """A config that distils a diffusers folder."""
+    from jaxdistill import distil  # its libraries are not needed by the other configs
+
+    try:
+        distil.run(config, WORKDIR.value)
+    except loop.Stopped as stopped:
+        print(stopped)
+        return
+    except (UserError, loop.NonFiniteError) as error:
+        fail(str(error))
+    folder = Path(WORKDIR.value)
+    print((folder / "results.md").read_text())
+    print(f"{folder / 'diffusers'} is the student as a pipeline folder, {folder / 'student'} its Orbax export")
 
 
 def read_results(path: Path) -> dict[str, Any]:

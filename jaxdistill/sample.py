@@ -1,9 +1,14 @@
-"""`python -m jaxdistill.sample --model=DIR/student --steps=3 --num=64 --out=grid.png`: images from an export."""
+"""`python -m jaxdistill.sample --model=FOLDER --out=grid.png`: images from an export or a pipeline folder.
+
+With `--prompt` from a diffusers folder or a text-to-image student, with `--labels` from a class-conditional export.
+"""
 
 import argparse
+import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +44,26 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """The flags."""
     p = Parser(prog="python -m jaxdistill.sample", description=__doc__)
-    p.add_argument("--model", required=True, help="teacher/ or student/ folder of a run")
-    p.add_argument("--steps", type=int, help="network calls an image; default: the card's")
-    p.add_argument("--num", type=int, default=64, help="number of images")
+    p.add_argument("--model", required=True, help="teacher/ or student/ folder of a run, or a pipeline folder of diffusers")
+    p.add_argument("--steps", type=int, help="steps of the sampler; default: the model's")
+    p.add_argument("--num", type=int, help="number of images; default: 64, and one with a prompt")
     p.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone")
     p.add_argument("--labels", type=labels_list, help="classes, taken in turn; default: all")
-    p.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the card's")
-    p.add_argument("--noise_correction", type=boolean, help="true or false; default: the card's")
-    p.add_argument("--batch_size", type=int, default=500, help="images sampled at once")
-    p.add_argument("--out", required=True, help=".png for a grid, .npz for images float32 [n, h, w, c] in [0, 1] and labels")
+    p.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the model's")
+    p.add_argument("--noise_correction", type=boolean, help="true or false; default: the model's")
+    p.add_argument("--batch_size", type=int, help="images sampled at once; default: 500, and 4 with a prompt")
+    p.add_argument("--out", required=True, help=".png for a grid, .npz for images float32 [n, h, w, c] in [0, 1] and labels or prompts")
+    text = p.add_argument_group("text to image")
+    text.add_argument("--prompt", help="what to draw")
+    text.add_argument("--negative_prompt", help="what guidance leads away from; default: the pipeline's own")
+    text.add_argument("--height", type=int, help="pixels; default: the checkpoint's")
+    text.add_argument("--width", type=int, help="pixels; default: the checkpoint's")
+    text.add_argument("--grid", choices=("trailing", "leading", "linspace"), help="spacing of the times; default: the folder's")
+    text.add_argument("--solver", choices=("ddim", "dpm_solver_pp_2m"), help="default: the folder's scheduler")
+    text.add_argument("--latents", help=".npy of starts, float32 [num, c, h, w], standard normal, instead of the seed's")
+    text.add_argument("--tile", type=int, default=0, help="decode larger images in tiles of so many latents a side; 0: never")
+    text.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks' computation")
+    text.add_argument("--attention", choices=("plain", "chunked", "flash"), default="plain", help="flash is a TPU kernel")
     return p
 
 
@@ -96,6 +112,68 @@ def generate(
     return np.concatenate(images)[:num], conds
 
 
+TEXT_FLAGS = ("prompt", "negative_prompt", "height", "width", "grid", "solver", "latents")
+
+
+def speaks_text(folder: Path) -> bool:
+    """Whether a folder is a pipeline or an export that names one."""
+    if (folder / "model_index.json").is_file():
+        return True
+    try:
+        return "components" in json.loads((folder / "card.json").read_text())
+    except (OSError, ValueError):
+        return False  # said better by who reads it
+
+
+def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
+    """Images and their prompts. Raises ValueError."""
+    from jaxdistill import pipeline  # the tokenizers' library takes seconds to import
+
+    if args.prompt is None:
+        raise ValueError(f'{args.model} draws from text: give --prompt="a photo of a cat"')
+    if args.labels is not None:
+        raise ValueError(f"--labels: {args.model} draws from text and has no classes; give --prompt")
+    num = 1 if args.num is None else args.num
+    batch_size = 4 if args.batch_size is None else args.batch_size
+    for name, value in (("num", num), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed must be in 0..{2**31 - 1}, got {args.seed}")
+    if args.tile < 0:
+        raise ValueError(f"--tile must be at least 0 (0: never), got {args.tile}")
+    latents = None
+    if args.latents is not None:
+        try:
+            latents = np.load(args.latents, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--latents={args.latents} cannot be read as .npy ({error})") from None
+        if args.num is None and latents.ndim == 4:
+            num = len(latents)
+    pipe = pipeline.load(
+        args.model,
+        attention=args.attention,
+        dtype=jnp.dtype(args.dtype),
+        grid=args.grid,
+        solver=args.solver,
+        noise_correction=args.noise_correction,
+        tile=args.tile,
+    )
+    prompts = [args.prompt] * num
+    images = pipe(
+        prompts,
+        negative_prompt=args.negative_prompt,
+        steps=args.steps,
+        guidance=args.guidance,
+        height=args.height,
+        width=args.width,
+        seed=args.seed,
+        batch_size=batch_size,
+        latents=latents,
+    )
+    return images, prompts
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, sample, write."""
     args = parser().parse_args(argv)
@@ -105,20 +183,30 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--out={out} must end in .png or .npz")
         if not out.parent.is_dir():
             raise ValueError(f"--out={out}: the folder {out.parent} does not exist")
-        images, labels = generate(
-            args.model,
-            num=args.num,
-            steps=args.steps,
-            seed=args.seed,
-            labels=args.labels,
-            guidance=args.guidance,
-            noise_correction=args.noise_correction,
-            batch_size=args.batch_size,
-        )
+        if speaks_text(Path(args.model)):
+            images, prompts = text_images(args)
+            extra: dict[str, Any] = {"prompts": np.asarray(prompts)}
+        else:
+            given = [f"--{name}" for name in TEXT_FLAGS if getattr(args, name) is not None]
+            if given and (Path(args.model) / "card.json").is_file():
+                raise ValueError(f"{given[0]}: {args.model} draws classes, not text; give --labels, or a pipeline folder as --model")
+            if given:
+                raise ValueError(f"{args.model} is no pipeline folder: it has no model_index.json")
+            images, labels = generate(
+                args.model,
+                num=64 if args.num is None else args.num,
+                steps=args.steps,
+                seed=args.seed,
+                labels=args.labels,
+                guidance=args.guidance,
+                noise_correction=args.noise_correction,
+                batch_size=500 if args.batch_size is None else args.batch_size,
+            )
+            extra = {"labels": labels}
         if out.suffix == ".png":
             report.save_grid(out, images, scale=max(1, 64 // images.shape[1]))
         else:
-            np.savez_compressed(out, images=images, labels=labels)
+            np.savez_compressed(out, images=images, **extra)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

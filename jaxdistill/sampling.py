@@ -181,15 +181,18 @@ def noise_correction(noise: Batch, T: float) -> Transform:
     return transform
 
 
-def clip(schedule: NoiseSchedule, low: float = -1.0, high: float = 1.0) -> Transform:
+def clip(schedule: NoiseSchedule, low: float = -1.0, high: float = 1.0, *, keep_eps: bool = False) -> Transform:
     """Clip x̂0 to [low, high] and recompute ε̂ = (x - α x̂0)/σ so that the pair still meets at x.
 
-    diffusers' `clip_sample` with `use_clipped_model_output`. t must be above 0.
+    diffusers' `clip_sample` with `use_clipped_model_output`; with `keep_eps` without: ε̂ stays the network's. t must be above 0.
     """
 
     def transform(denoiser: Denoiser) -> Denoiser:
         def clipped(x: Array, t: Array) -> Prediction:
-            x0 = jnp.clip(denoiser(x, t).x0, low, high)
+            prediction = denoiser(x, t)
+            x0 = jnp.clip(prediction.x0, low, high)
+            if keep_eps:
+                return prediction._replace(x0=x0)
             return Prediction(x0, (x - expand(schedule.alpha(t), x) * x0) / expand(schedule.sigma(t), x))
 
         return clipped
@@ -209,8 +212,8 @@ class SamplerState(NamedTuple):
     first: Array
 
 
-Step = Callable[[Prediction, SamplerState, Array, Array], SamplerState]
-"""(prediction at t, state, t, t_next) -> state at t_next; t and t_next scalar or [b]."""
+Step = Callable[[Prediction, Any, Array, Array], Any]
+"""(prediction at t, state, t, t_next) -> state at t_next, a `SamplerState` or the solver's own; t and t_next scalar or [b]."""
 
 
 def start(x: Batch) -> SamplerState:
@@ -255,6 +258,52 @@ def dpm_solver_pp_2m(schedule: NoiseSchedule) -> Step:
     return step
 
 
+class PLMSState(NamedTuple):
+    """What `plms` carries: x at the current time, the last four ε̂ (newest first), the start x, and the call's number."""
+
+    x: Array
+    history: Array
+    first_x: Array
+    number: Array
+
+
+def plms_start(x: Batch) -> PLMSState:
+    """The state of `plms` before its first step."""
+    return PLMSState(x, jnp.zeros((4, *x.shape), x.dtype), x, jnp.zeros((), jnp.int32))
+
+
+def plms(schedule: NoiseSchedule) -> Step:
+    """The DDIM step with ε̂ extrapolated from the last four calls (Liu et al. 2022, "PNDM", eq. 12): Adams-Bashforth, fourth order.
+
+    The first interval is taken twice: with ε̂ of its start, then from its start again with the mean of both ends' (diffusers' PNDM
+    without Runge-Kutta steps). So the grid holds its second time twice, and a run of N steps makes N + 1 calls; the t_next of the
+    second call is where its interval began. Starts from `plms_start`. t scalar.
+    """
+    rows = (
+        [1, 0, 0, 0],
+        [1 / 2, 1 / 2, 0, 0],
+        [3 / 2, -1 / 2, 0, 0],
+        [23 / 12, -16 / 12, 5 / 12, 0],
+        [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+    )
+    coefficients = np.asarray(rows, np.float32)
+
+    def step(prediction: Prediction, state: PLMSState, t: Array, t_next: Array) -> PLMSState:
+        second = state.number == 1
+        pushed = jnp.concatenate([prediction.eps[None], state.history[:3]])
+        row = jnp.asarray(coefficients)[jnp.minimum(state.number, 4)]
+        eps = jnp.tensordot(row, pushed, axes=1)
+        x = jnp.where(second, state.first_x, state.x)
+        start_t, end_t = jnp.where(second, t_next, t), jnp.where(second, t, t_next)
+        x0 = (x - schedule.sigma(start_t) * eps) / schedule.alpha(start_t)
+        moved = schedule.alpha(end_t) * x0 + schedule.sigma(end_t) * eps
+        # The mean of the second call is no evaluation of the network: what is kept for the next ones is the first ε̂.
+        history = jnp.where(second, state.history, pushed)
+        return PLMSState(moved.astype(x.dtype), history, state.first_x, state.number + 1)
+
+    return step
+
+
 def renoise(schedule: NoiseSchedule, key: Array) -> Step:
     """x_s = α_s x̂0 + σ_s ε with ε drawn afresh (multistep consistency sampling; Song et al. 2023, alg. 1).
 
@@ -287,13 +336,14 @@ class Trajectory(NamedTuple):
 def rollout(
     step: Step,
     denoiser: Denoiser,
-    state: SamplerState,
+    state: Any,
     grid: Array | TimeGrid,
     *,
     t_end: float | Array = 0.0,
+    next_times: Array | TimeGrid | None = None,
     stop_gradient: bool = False,
     unroll: bool = False,
-) -> tuple[SamplerState, Trajectory]:
+) -> tuple[Any, Trajectory]:
     """Run the solver from grid[0] to t_end by `lax.scan`: one network call for each time of the grid.
 
     With `stop_gradient` the carried state is cut, so each x̂0 of the trajectory depends on the
@@ -302,9 +352,11 @@ def rollout(
     Args:
       step: the solver.
       denoiser: (x, t) -> Prediction.
-      state: `start(x)` with x at the time grid[0].
+      state: `start(x)` with x at the time grid[0] (or the solver's own start).
       grid: decreasing times [N], or [N, b] for times of each example.
       t_end: where the last step ends; 0 gives clean samples.
+      next_times: where each step ends, of grid's shape, for samplers whose steps do not meet the grid; by default the next
+        time of the grid, and t_end after the last.
       stop_gradient: cut the gradient of the carried state.
       unroll: compile one copy of the body a step. Longer to compile; XLA's CPU backend runs convolutions
         inside a loop on one thread and without its fast kernels.
@@ -313,14 +365,17 @@ def rollout(
       The state at t_end and the trajectory of the N visited states.
     """
     times = jnp.asarray(grid, jnp.float32)
-    next_times = jnp.concatenate([times[1:], jnp.broadcast_to(jnp.asarray(t_end, jnp.float32), times[:1].shape)])
+    if next_times is None:
+        ends = jnp.concatenate([times[1:], jnp.broadcast_to(jnp.asarray(t_end, jnp.float32), times[:1].shape)])
+    else:
+        ends = jnp.asarray(next_times, jnp.float32)
 
-    def body(state: SamplerState, pair: tuple[Array, Array]) -> tuple[SamplerState, Trajectory]:
+    def body(state: Any, pair: tuple[Array, Array]) -> tuple[Any, Trajectory]:
         t, t_next = pair
         if stop_gradient:
             state = jax.lax.stop_gradient(state)
         prediction = denoiser(state.x, t)
         return step(prediction, state, t, t_next), Trajectory(t, state.x, *prediction)
 
-    final, trajectory = jax.lax.scan(body, state, (times, next_times), unroll=unroll)
+    final, trajectory = jax.lax.scan(body, state, (times, ends), unroll=unroll)
     return (jax.lax.stop_gradient(final) if stop_gradient else final), trajectory

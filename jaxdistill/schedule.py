@@ -9,6 +9,7 @@ takes a scalar or a batch of times and may be jitted.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -103,6 +104,27 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     bar = root**2
     return 1.0 - np.concatenate([bar[:1], bar[1:] / bar[:-1]])
+
+
+def linear_ratio(schedule: NoiseSchedule) -> NoiseSchedule:
+    """The discrete schedule with σ/α, not α², linear between its integer times: how k-diffusion's samplers read it.
+
+    The same at integers. Variance preserving; α_T must be above 0.
+    """
+
+    def ratio(t: Time) -> Array:
+        t = jnp.clip(_identity(t), 0.0, schedule.T)
+        low = jnp.floor(t)
+        high = jnp.minimum(low + 1.0, schedule.T)
+        ratios = [schedule.sigma(at) / schedule.alpha(at) for at in (low, high)]
+        return ratios[0] + (t - low) * (ratios[1] - ratios[0])
+
+    return NoiseSchedule(
+        alpha=lambda t: jax.lax.rsqrt(1.0 + ratio(t) ** 2),
+        sigma=lambda t: ratio(t) * jax.lax.rsqrt(1.0 + ratio(t) ** 2),
+        T=schedule.T,
+        network_time=schedule.network_time,
+    )
 
 
 def ddpm(betas: np.ndarray) -> NoiseSchedule:

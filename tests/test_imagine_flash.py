@@ -239,3 +239,54 @@ def test_guidance_takes_a_scale_for_each_example():
     denoiser = lambda x, t: Prediction(jnp.arange(6.0).reshape(6, 1, 1) * jnp.ones_like(x), x)  # noqa: E731
     got = sampling.guidance(scale)(denoiser)(x, jnp.asarray(0.5)).x0
     np.testing.assert_allclose(got[:, 0, 0], [0.0, -2.0, -4.0])
+
+
+def test_grids_that_share_a_batch_walk_in_one_loop():
+    """Each row visits its own grid's times in turn from fresh noise; the loss is the mean of the same states taken one by one."""
+    grids = [np.asarray(g, np.float32) for g in ((1.0, 0.7, 0.2), (1.0, 0.5))]
+    slots = flash_module.slots_of(grids, 6)
+    np.testing.assert_array_equal(slots.t[:, :2].T, np.float32([[1.0, 0.7, 0.2], [1.0, 0.5, 1.0]]))
+    np.testing.assert_array_equal(slots.t_next[:, :2].T, np.float32([[0.7, 0.2, 0.0], [0.5, 0.0, 0.5]]))
+    np.testing.assert_array_equal(slots.restart[:, :2].T, [[True, False, False], [True, False, True]])
+    np.testing.assert_array_equal(slots.t[:, 2:4], slots.t[:, :2])
+
+    model, params = make()
+    teacher = make(seed=5)[1]
+    key, data = jax.random.key(0), batch(6)
+    reconstruction = Reconstruction(steps=1, noise_source=flash_module.trajectory_noise, shift=lambda t: 0.8 * t)
+    loss_fn = flash(model, grids=grids, reconstruction=reconstruction)
+    value, metrics = loss_fn({"student": params}, teacher, data, key)
+    noise = jax.random.normal(jax.random.split(key, 4)[0], (3, 6, *data["x0"].shape[1:]))
+    errors = {}
+    for row in range(6):
+        cond, x = data["cond"][row : row + 1], None
+        x_T = None
+        for s in range(3):
+            t, t_next = float(slots.t[s, row]), float(slots.t_next[s, row])
+            x_T = noise[s, row : row + 1] if slots.restart[s, row] else x_T
+            x = x_T if slots.restart[s, row] else x
+            x0, eps = predict(model, params, x, t, cond)
+            eps = x_T if t == 1.0 else eps
+            chi = ddim_step(x0, eps, 0.8 * t)
+            errors[s, row] = float(jnp.mean((predict(model, teacher, chi, 0.8 * t, cond)[0] - x0) ** 2))
+            x = ddim_step(x0, eps, t_next)
+    np.testing.assert_allclose(value, np.mean(list(errors.values())), rtol=1e-4)
+    np.testing.assert_allclose(metrics["reconstruction/2_2"], np.mean([errors[1, r] for r in (1, 3, 5)]), rtol=1e-4)
+
+
+def test_the_adversary_may_judge_one_state_of_each_row():
+    model, params = make()
+    adversary, heads = make_adversary(model)
+    seen = []
+
+    def spy(head_params, teacher_params, fake, *rest):
+        seen.append(fake.shape[0])
+        return adversary(head_params, teacher_params, fake, *rest)
+
+    for states in ("all", "one"):
+        loss_fn = flash(model, adversary=spy, adversary_states=states)
+        value, _ = loss_fn({"student": params, "discriminator": heads}, params, batch(6), jax.random.key(0))
+        assert np.isfinite(value)
+    assert seen == [18, 6]
+    with pytest.raises(ValueError, match="adversary_states must be 'all' or 'one'"):
+        flash(model, adversary_states="some")

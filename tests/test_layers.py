@@ -16,8 +16,14 @@ SHELL = (
     "report",
     "loop",
     "experiment",
+    "workdir",
+    "pipeline",
+    "record_cache",
+    "distil",
+    "image_metrics",
     "main",
     "sample",
+    "compare",
     "ablate",
     "contenders",
     "benchmark",
@@ -41,6 +47,8 @@ SHELL_LIBRARIES = {
     "tensorflow_datasets",
     "safetensors",
     "tokenizers",
+    "transformers",
+    "array_record",
 }
 
 

@@ -40,10 +40,10 @@ class Part(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """A checked pipeline folder. Nothing large has been read."""
+    """A checked pipeline folder. Nothing large has been read. `components` is model_index.json."""
 
     path: Path
-    index: Mapping[str, Any]
+    components: Mapping[str, Any]
     xl: bool
     unet: Part
     vae: Part
@@ -74,11 +74,9 @@ def weight_files(folder: Path, stem: str, variant: str = "") -> list[Path]:
 
     Raises FolderError where there are only .bin weights, nothing, or a shard is missing.
     """
-    variants = (
-        [variant]
-        if variant
-        else ["", *sorted({m[1] for p in folder.glob(f"{stem}.*") if (m := re.match(rf"{stem}\.([a-z0-9_]+)\.safetensors", p.name))})]
-    )
+    pattern = re.compile(rf"{stem}\.([a-z0-9_]+)\.safetensors")
+    others = sorted({match[1] for path in folder.glob(f"{stem}.*") if (match := pattern.fullmatch(path.name))})
+    variants = [variant] if variant else ["", *others]
     for name in variants:
         infix = f".{name}" if name else ""
         whole = folder / f"{stem}{infix}.safetensors"
@@ -241,7 +239,10 @@ def open_folder(path: str | Path, *, attention: str = "plain", remat: str = "non
 
     Args:
       path: holds model_index.json.
-      attention, remat, scan, dtype: of the networks, as in `UNetCondition`.
+      attention: of the networks, as in `UNetCondition`.
+      remat: of the UNet, as in `UNetCondition`.
+      scan: of the UNet, as in `UNetCondition`.
+      dtype: of the computation of all networks.
 
     Raises:
       FolderError: no pipeline folder, an unknown pipeline, component or setting, missing files; one line that names it.
@@ -284,7 +285,7 @@ def open_folder(path: str | Path, *, attention: str = "plain", remat: str = "non
             raise FolderError(f"{tokenizer} has neither tokenizer.json nor vocab.json and merges.txt; copy the folder anew")
     return Folder(
         path=root,
-        index=index,
+        components=index,
         xl=xl,
         unet=part("unet", "diffusion_pytorch_model", unet_module, remat=remat, scan=scan, **options),
         vae=part("vae", "diffusion_pytorch_model", vae_module, **options),
@@ -365,6 +366,7 @@ def save_student(
     scheduler: Mapping[str, Any],
     scheduler_code: tuple[str, str] | None = None,
     dtype: Any = None,
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a pipeline folder that is `source` with another UNet and scheduler. Appears whole or not at all.
 
@@ -375,6 +377,7 @@ def save_student(
       scheduler: its config.
       scheduler_code: (module name, source) of a scheduler class that is not diffusers' own; loads with trust_remote_code=True.
       dtype: of the UNet's weights; that of the parameters if None.
+      extra: {file name: JSON object} to put beside model_index.json.
 
     Raises:
       FolderError: the target exists and holds something else than a pipeline.
@@ -384,26 +387,26 @@ def save_student(
         raise FolderError(f"{target} exists and holds no pipeline; choose another folder")
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(
-        source.path,
-        temporary,
-        ignore=lambda folder, names: [
-            n for n in names if (Path(folder) == source.path and n in ("unet", "scheduler", "model_index.json")) or n == ".git"
-        ],
-    )
+
+    def skip(folder: str, names: list[str]) -> list[str]:
+        return [n for n in names if Path(folder) == source.path and n in ("unet", "scheduler", "model_index.json", ".git")]
+
+    shutil.copytree(source.path, temporary, ignore=skip)
     (temporary / "unet").mkdir()
     stacked = STACK if getattr(source.unet.module, "scan", False) else ""
     torch_weights.save(temporary / "unet", source.unet.stem, torch_weights.torch_tensors(params, stacked=stacked, dtype=dtype))
     _write_json(temporary / "unet" / "config.json", source.unet.config)
     (temporary / "scheduler").mkdir()
     _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
-    index = dict(source.index)
+    index = dict(source.components)
     if scheduler_code is None:
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     else:
         (temporary / "scheduler" / f"{scheduler_code[0]}.py").write_text(scheduler_code[1])
         index["scheduler"] = [scheduler_code[0], scheduler["_class_name"]]
     _write_json(temporary / "model_index.json", index)
+    for name, value in (extra or {}).items():
+        _write_json(temporary / name, value)
     older = target.with_name(target.name + ".old")
     shutil.rmtree(older, ignore_errors=True)
     if target.exists():

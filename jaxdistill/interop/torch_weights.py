@@ -145,6 +145,13 @@ def _sources(path: Sequence[str], shape: Sequence[int], stacked: str) -> list[tu
     return [(torch_name([f"{s}.{i}" if s == stacked else s for s in path]), torch_shape(path, shape[1:])) for i in range(shape[0])]
 
 
+def stacked_names(path: Sequence[str], value: np.ndarray, stacked: str) -> list[tuple[str, np.ndarray]]:
+    """[(torch name, value)] of a layer's value; one for each block where the layer is stacked."""
+    if not _is_stacked(path, stacked):
+        return [(".".join(path), value)]
+    return [(".".join(f"{s}.{i}" if s == stacked else s for s in path), part) for i, part in enumerate(value)]
+
+
 def _some(names: Sequence[str], count: int = 8) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 

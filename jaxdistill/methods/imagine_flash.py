@@ -186,6 +186,27 @@ def unique_grids(grids: Sequence[TimeGrid]) -> list[TimeGrid]:
     return kept
 
 
+class Slots(NamedTuple):
+    """How a batch of rows walks several grids in one loop: row r has grid r mod G, and starts anew when it has come to its end.
+
+    t, t_next [S, b]: where slot s of a row stands and ends, S the length of the longest grid; restart bool [S, b].
+    """
+
+    t: np.ndarray
+    t_next: np.ndarray
+    restart: np.ndarray
+
+
+def slots_of(grids: Sequence[TimeGrid], batch_size: int) -> Slots:
+    """The slots of `batch_size` rows. No slot is idle: a one-step row draws a new noise in each."""
+    count = max(len(grid) for grid in grids)
+    at = [np.arange(count) % len(grid) for grid in grids]
+    t = [np.asarray(grid, np.float32)[i] for grid, i in zip(grids, at, strict=True)]
+    t_next = [np.append(grid, 0.0).astype(np.float32)[i + 1] for grid, i in zip(grids, at, strict=True)]
+    columns = np.arange(batch_size) % len(grids)
+    return Slots(*(np.stack(rows, axis=1)[:, columns] for rows in (t, t_next, [i == 0 for i in at])))
+
+
 def imagine_flash(
     student: Model,
     teacher: Model,
@@ -199,6 +220,7 @@ def imagine_flash(
     correct_noise: bool = True,
     solver: Step | None = None,
     adversary: Adversary | None = None,
+    adversary_states: str = "all",
     constrain: Constrain = unconstrained,
     unroll: bool = False,
 ) -> LossFn:
@@ -211,7 +233,8 @@ def imagine_flash(
       student: the network that learns; its parameters are an argument of the loss.
       teacher: the frozen network; its parameters are an argument of the loss.
       grids: one grid for each number of steps the student will serve. Prefixes of a longer grid cost
-        nothing (`unique_grids`); where several remain, the batch is divided among them.
+        nothing (`unique_grids`); where several remain, the batch is divided among them, and all walk in one loop (`slots_of`), so that
+        the program holds one copy of the network.
       null_cond: cond -> null conditioning of the same structure (used where guidance_scale != 1).
       reconstruction: γ, noise source, k and the guidance scale of the teacher.
       weight: w(t).
@@ -221,16 +244,20 @@ def imagine_flash(
       correct_noise: apply noise correction in the rollout, as the sampler will.
       solver: the student's solver; DDIM by default.
       adversary: the adversarial term, or None.
+      adversary_states: which of the student's predictions it judges: "all", or "one" state of each row, drawn at random.
       constrain: sharding constraint put on every random batch.
       unroll: as of `rollout`.
 
     Returns:
       loss(params, teacher_params, batch, key) -> (loss, metrics). params {"student": ..., "discriminator": ...},
-      batch {"cond": batch-leading pytree, "x0": [b, ...] in [-1, 1] or a shape-giving array where no data is used}.
+      batch {"cond": batch-leading pytree, "x0": [b, ...] in [-1, 1] or a shape-giving array where no data is used}; the adversary's
+      reals are x0 with cond, or "real" [r, ...] with "real_cond" where the batch holds them.
 
     Raises:
       ValueError: a bad grid or shift, k < 1, or a batch that does not divide among the grids.
     """
+    if adversary_states not in ("all", "one"):
+        raise ValueError(f"adversary_states must be 'all' or 'one', got {adversary_states!r}")
     T = student.schedule.T
     grids = unique_grids([check_grid(grid, T) for grid in grids])
     if reconstruction.steps < 1:
@@ -256,6 +283,20 @@ def imagine_flash(
         trajectory = rollout(student_step, denoiser, start(x_T), grid, stop_gradient=True, unroll=unroll)[1]
         return trajectory._replace(t=jnp.broadcast_to(trajectory.t[:, None], trajectory.x.shape[:2]))
 
+    def slotted(params: Any, cond: Any, noise: Array, slots: Slots) -> tuple[Trajectory, Array]:
+        """All grids in one loop. noise [S, b, ...] holds what a restart of slot s draws. Returns each state's own x_T as well."""
+
+        def body(carry: Any, slot: Any) -> Any:
+            state, x_T = carry
+            t, t_next, restart, fresh = slot
+            x_T = jnp.where(expand(restart, fresh), fresh, x_T)
+            state = state._replace(x=jax.lax.stop_gradient(jnp.where(expand(restart, fresh), fresh, state.x)))
+            prediction = student_denoiser(params, cond, x_T)(state.x, t)
+            return (student_step(prediction, state, t, t_next), x_T), (Trajectory(t, state.x, *prediction), x_T)
+
+        first = (start(noise[0]), noise[0])
+        return jax.lax.scan(body, first, (*map(jnp.asarray, slots), noise), unroll=unroll)[1]
+
     def one_step(params: Any, cond: Any, x_T: Array, grid: TimeGrid, key: Array) -> Trajectory:
         """A trajectory of length one: a state drawn for each example, uniformly over the grid."""
         index = constrain(jax.random.randint(key, x_T.shape[:1], 0, len(grid)))
@@ -280,57 +321,88 @@ def imagine_flash(
         prediction = student_denoiser(params, _tile(cond, n), _tile(noise, n))(x, flat)
         return Trajectory(t, *(a.reshape(n, *x0.shape) for a in (x, *prediction)))
 
-    def trajectory_of(params: Any, batch: Any, noise: Array, grid: TimeGrid, key: Array) -> Trajectory:
-        if not backward:
-            return on_data(params, batch["cond"], batch["x0"], noise, grid, key)
-        if whole_trajectory:
-            return whole(params, batch["cond"], noise, grid)
-        return one_step(params, batch["cond"], noise, grid, key)
+    def parts_of(params: Any, batch: Any, key_noise: Array, key_state: Array) -> list[tuple[Trajectory, Array, Any]]:
+        """What the student visits: (trajectory [n, b', ...], its x_T, conditioning [b']), for all grids in one part or for each grid."""
+        shape, dtype = batch["x0"].shape, batch["x0"].dtype
+        if backward and whole_trajectory and len(grids) > 1:
+            slots = slots_of(grids, shape[0])
+            noise = jax.vmap(constrain)(jax.random.normal(key_noise, (len(slots.t), *shape), dtype))
+            return [(*slotted(params, batch["cond"], noise, slots), batch["cond"])]
+        noise = constrain(jax.random.normal(key_noise, shape, dtype))
+        parts = []
+        for i, grid in enumerate(grids):
+            # Strided, not blocked: with a sharded batch each device keeps its own rows.
+            x0, x_T, cond = jax.tree.map(lambda a, i=i: a[i :: len(grids)], (batch["x0"], noise, batch["cond"]))
+            key = jax.random.fold_in(key_state, i)
+            if not backward:
+                trajectory = on_data(params, cond, x0, x_T, grid, key)
+            elif whole_trajectory:
+                trajectory = whole(params, cond, x_T, grid)
+            else:
+                trajectory = one_step(params, cond, x_T, grid, key)
+            parts.append((trajectory, x_T, cond))
+        return parts
 
-    def target_of(teacher_params: Any, trajectory: Trajectory, noise: Array, cond: Any, key: Array) -> Array:
-        n = trajectory.t.shape[0]
+    def teacher_start(trajectory: Trajectory, x_T: Array, key: Array) -> tuple[Array, Array]:
+        """Where the teacher starts: (x [n b, ...], t [n b])."""
         fixed: Trajectory = jax.lax.stop_gradient(trajectory)
         t = fixed.t.reshape(-1)
         if reconstruction.noise_source is None:
-            x, t_teacher = _flat(fixed.x), t
-        else:
-            t_teacher = reconstruction.shift(t)
-            eps = reconstruction.noise_source(key, fixed, noise)
-            x = diffuse(teacher.schedule, _flat(fixed.x0), constrain(_flat(eps)), t_teacher)
-        return teacher_x0(teacher_params, x, t_teacher, _tile(cond, n)).reshape(trajectory.x0.shape)
+            return _flat(fixed.x), t
+        eps = reconstruction.noise_source(key, fixed, x_T)
+        t_teacher = reconstruction.shift(t)
+        return diffuse(teacher.schedule, _flat(fixed.x0), constrain(_flat(eps)), t_teacher), t_teacher
 
     def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         b = batch["x0"].shape[0]
         if b % len(grids):
             raise ValueError(f"batch size {b} must be a multiple of the {len(grids)} grids that share it")
         key_noise, key_state, key_srl, key_adversary = jax.random.split(key, 4)
-        noise = constrain(jax.random.normal(key_noise, batch["x0"].shape, batch["x0"].dtype))
-        total, count = jnp.zeros(()), 0
-        x0s: list[Array] = []
-        conds: list[Any] = []
-        metrics: dict[str, Array] = {}
-        for i, grid in enumerate(grids):
-            # Strided, not blocked: with a sharded batch each device keeps its own rows.
-            part = jax.tree.map(lambda a, i=i: a[i :: len(grids)], {"noise": noise, **batch})
-            trajectory = trajectory_of(params["student"], part, part["noise"], grid, jax.random.fold_in(key_state, i))
-            target = target_of(teacher_params, trajectory, part["noise"], part["cond"], jax.random.fold_in(key_srl, i))
-            target = jax.lax.stop_gradient(target)
-            error = jnp.mean((target - trajectory.x0) ** 2, axis=tuple(range(2, target.ndim)))
-            total += jnp.sum(weight(trajectory.t) * error)
-            count += error.size
-            if whole_trajectory:
-                for n in range(len(grid)):
-                    metrics[f"reconstruction/{len(grid)}_{n + 1}"] = jnp.mean(error[n])
-            x0s.append(_flat(trajectory.x0))
-            conds.append(_tile(part["cond"], trajectory.t.shape[0]))
-        value = total / count
-        metrics["reconstruction"] = value
+        parts = parts_of(params["student"], batch, key_noise, key_state)
+        starts = [teacher_start(trajectory, x_T, jax.random.fold_in(key_srl, i)) for i, (trajectory, x_T, _) in enumerate(parts)]
+        # One call of the teacher for all that was visited: one copy of its network in the program.
+        x, t = jax.tree.map(lambda *a: jnp.concatenate(a), *starts)
+        x0 = jnp.concatenate([_flat(trajectory.x0) for trajectory, _, _ in parts])
+        cond = jax.tree.map(lambda *c: jnp.concatenate(c), *(_tile(cond, trajectory.t.shape[0]) for trajectory, _, cond in parts))
+        target = jax.lax.stop_gradient(teacher_x0(teacher_params, x, t, cond))
+        error = jnp.mean((target - x0) ** 2, axis=tuple(range(1, target.ndim)))
+        value = jnp.mean(weight(jnp.concatenate([trajectory.t.reshape(-1) for trajectory, _, _ in parts])) * error)
+        metrics = {"reconstruction": value}
+        if whole_trajectory:
+            metrics |= errors_by_step(error, parts)
         if adversary is not None:
-            fake, cond = jnp.concatenate(x0s), jax.tree.map(lambda *c: jnp.concatenate(c), *conds)
-            terms = adversary(params["discriminator"], teacher_params, fake, cond, batch["x0"], batch["cond"], key_adversary)
+            if adversary_states == "one":
+                # Every row once, at a slot of its own: the adversary's cost no longer grows with the steps.
+                x0, cond = one_state(x0, cond, parts, jax.random.fold_in(key_adversary, 1))
+            real, real_cond = batch.get("real", batch["x0"]), batch.get("real_cond", batch["cond"])
+            terms = adversary(params["discriminator"], teacher_params, x0, cond, real, real_cond, key_adversary)
             value += terms.generator + terms.discriminator
             metrics |= terms.metrics
         return value, metrics
+
+    def errors_by_step(error: Array, parts: Sequence[tuple[Trajectory, Array, Any]]) -> dict[str, Array]:
+        """{"reconstruction/N_n": mean error of the n-th state of the N-step grid}."""
+        found: dict[str, Array] = {}
+        at = 0
+        for i, grid in enumerate(grids):
+            if len(parts) == len(grids):
+                n, rows = parts[i][0].t.shape
+                errors = error[at : at + n * rows].reshape(n, rows)
+                at += n * rows
+            else:
+                errors = error.reshape(parts[0][0].t.shape)[:, i :: len(grids)]
+            found |= {f"reconstruction/{len(grid)}_{n + 1}": jnp.mean(errors[n]) for n in range(len(grid))}
+        return found
+
+    def one_state(x0: Array, cond: Any, parts: Sequence[tuple[Trajectory, Array, Any]], key: Array) -> tuple[Array, Any]:
+        """One random state of each row, from the flattened states of all parts."""
+        rows, at = [], 0
+        for i, (trajectory, _, _) in enumerate(parts):
+            n, b = trajectory.t.shape
+            rows.append(at + b * jax.random.randint(jax.random.fold_in(key, i), (b,), 0, n) + jnp.arange(b))
+            at += n * b
+        chosen = jnp.concatenate(rows)
+        return jax.tree.map(lambda a: constrain(a[chosen]), (x0, cond))
 
     return loss
 

@@ -51,8 +51,10 @@ class CLIPLayer(nn.Module):
 
 
 class TextStates(NamedTuple):
-    """last: states after the final norm [b, l, d]; penultimate: before the last layer, not normed [b, l, d]; pooled: at the end token,
-    projected where the encoder has a projection [b, p].
+    """What the encoder gives.
+
+    last: states after the final norm [b, l, d]; penultimate: before the last layer, not normed [b, l, d]; pooled: last's state at
+    the end token, projected where the encoder has a projection [b, p].
     """
 
     last: Array

@@ -65,7 +65,7 @@ class ScannedBlock(TransformerBlock):
     """A transformer block as the body of a scan."""
 
     @nn.compact
-    def __call__(self, x: Array, context: Array) -> tuple[Array, None]:  # type: ignore[override]
+    def __call__(self, x: Array, context: Array) -> tuple[Array, None]:
         """X [b, l, c], context [b, m, d] -> (x's shape, nothing to stack)."""
         return super().__call__(x, context), None
 
@@ -163,7 +163,7 @@ class UNetCondition(nn.Module):
         Returns:
           [b, h, w, out_channels] in x's dtype, or the list of states.
         """
-        embed = {"flip": self.flip_sin_to_cos, "shift": self.freq_shift}
+        embed: dict[str, Any] = {"flip": self.flip_sin_to_cos, "shift": self.freq_shift}
         width = 4 * self.channels[0]
         time = Embedding(width, self.dtype, name="time_embedding")(sinusoidal(t, self.channels[0], **embed))
         if self.addition_time_width:

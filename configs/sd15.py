@@ -1,0 +1,102 @@
+"""Stable Diffusion 1.x, 512x512, to one, two and three steps.
+
+    python -m jaxdistill.main --config=configs/sd15.py --workdir=runs/sd15 \
+        --config.teacher.folder=FOLDER --config.data.prompts=prompts.txt
+
+FOLDER is a pipeline as diffusers' `save_pretrained` writes it; no images are needed. Leaves runs/sd15/diffusers (a pipeline for
+diffusers) and runs/sd15/student (Orbax). Not run at full size yet: the iterations and rates below are a start, not a result.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The config; every key can be set as --config.key=value."""
+    config = ConfigDict()
+    config.task = "text_to_image"
+    config.seed = 0
+
+    config.teacher = ConfigDict(
+        {
+            "folder": "",  # the pipeline
+            "steps": 50,  # of the teacher's own images: in the health lines, and for the discriminator
+            "guidance": 7.5,
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "prompts": "",  # .txt (one a line), .jsonl ("prompt" or "caption"), or tfds:name:split[:key]
+            "images": "",  # folder of images with metadata.jsonl, for adversarial.reals = "data"
+            "tfds_dir": "",  # data_dir of tensorflow-datasets
+            "cache": "",  # folder of the encoded prompts; default: the workdir's
+            "height": 0,  # pixels; 0: the checkpoint's
+            "width": 0,
+        }
+    )
+    config.compute = ConfigDict(
+        {
+            "dtype": "bfloat16",  # of the networks; norms and the student's parameters stay float32
+            "teacher_dtype": "bfloat16",  # of the teacher's parameters
+            "attention": "plain",  # plain | chunked | flash (TPU)
+            "remat": "full",  # none | dots | full: what is computed again in the backward pass
+            "scan": False,  # loop over the transformer blocks of a level: compiles sooner where there are many (XL)
+        }
+    )
+    config.student = ConfigDict(
+        {
+            "iterations": 10_000,
+            "health_every": 500,
+            "batch_size": 48,
+            "learning_rate": 1e-5,
+            "warmup": 200,
+            "weight_decay": 0.0,
+            "adam_b2": 0.999,
+            "ema_decay": 0.999,
+            "steps": (1, 2, 3),
+            "lora_rank": 0,  # above 0: train low-rank updates of lora_targets only
+            "lora_targets": (
+                "to_q",
+                "to_k",
+                "to_v",
+                "to_out.0",
+                "ff.net.0.proj",
+                "ff.net.2",
+            ),  # regular expressions, ends of layer names
+        }
+    )
+    config.method = ConfigDict(
+        {
+            "backward": True,
+            "whole_trajectory": True,  # False: one random state an example
+            "noise_correction": True,
+            "srl": True,
+            "noise": "trajectory",  # trajectory | initial | fresh
+            "shift": "table",  # none | power | linear | table
+            "weight_power": 0.0,
+            "teacher_steps": 2,  # k
+            "guidance": 7.5,  # scale of the teacher that is distilled
+        }
+    )
+    config.shifts = ConfigDict(
+        {
+            "power": {"strength": 0.3, "power": 3.0},
+            "linear": {"low": 0.1, "high": 0.9},
+            "table": {"times": (0.333, 0.5, 0.667, 1.0), "values": (0.45, 0.6, 0.7, 0.85)},
+        }
+    )
+    config.adversarial = ConfigDict(
+        {
+            "weight": 0.05,  # 0 switches it off
+            "loss": "hinge",
+            "learning_rate": 1e-4,
+            "width": 256,
+            "states": "one",  # of a row's states, which the discriminator judges: one at random | all
+            "low": 0.0,
+            "high": 1.0,
+            "reals": "teacher",  # teacher: a pool of its images is drawn first; data: config.data.images
+            "pool": 2000,
+        }
+    )
+    config.export = ConfigDict({"dtype": "float16"})  # of the UNet in diffusers/
+    config.log = ConfigDict({"every": 10, "checkpoint_every": 500, "health_prompts": 4, "batch_size": 4})
+    return config

@@ -1,0 +1,460 @@
+"""Teacher and student on the same prompts and seeds: images, a score table and a picture page.
+
+    python -m jaxdistill.compare --teacher=FOLDER --student=FOLDER --prompts=FILE --out=DIR
+      --inception=inception.safetensors --reference=FOLDER --clip=FOLDER
+
+In --out: `images/<row>/00000.png`, ... in the order of the prompts; `scores.json` with the protocol of every number; `scores.md`;
+`images.jsonl` with the CLIP score of every image; and `page.png`. With --images=DIR/images they are scored again, or images of others.
+"""
+
+import gc
+import hashlib
+import json
+import shlex
+import sys
+import textwrap
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from PIL import Image
+from tqdm import tqdm
+
+from jaxdistill import image_metrics, pipeline, report
+from jaxdistill.image_metrics import CLIP, METRICS, PROTOCOLS, Inception, Reference
+from jaxdistill.interop import diffusers_folder
+from jaxdistill.sample import Parser
+
+ROW = "row.json"
+"""What drew the images of a folder."""
+TILE = 256
+"""Longer side of an image on the page."""
+COLUMNS = {
+    "fid": ("FID ↓", 1.0, "{:.2f}"),
+    "kid": ("KID × 10³ ↓", 1e3, "{:.3f}"),
+    "kid_std": ("± KID × 10³", 1e3, "{:.3f}"),
+    "precision": ("precision ↑", 1.0, "{:.3f}"),
+    "recall": ("recall ↑", 1.0, "{:.3f}"),
+    "clip": ("CLIP score ↑", 1.0, "{:.2f}"),
+    "clip_error": ("± CLIP score", 1.0, "{:.2f}"),
+}
+
+
+class CompareError(ValueError):
+    """A comparison that cannot be made, in one line."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Images of one model at one setting; image i belongs to prompt i. None is not known; drawn is what row.json says of them."""
+
+    model: str
+    steps: int | None
+    guidance: float | None
+    files: list[Path]
+    drawn: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For a label."""
+        return self.model if self.steps is None else f"{self.model}, {self.steps} step{'s' * (self.steps > 1)}"
+
+
+# --------------------------------------------------------------------------------------------- prompts
+
+
+def read_prompts(paths: Sequence[str], repeat: int = 1) -> list[dict[str, Any]]:
+    """The prompts of .txt and .jsonl files, each `repeat` times in a row. Of several files, the name is a prompt's category.
+
+    Raises PromptError for a file that cannot be used.
+    """
+    items: list[dict[str, Any]] = []
+    for path in paths:
+        category = {"category": Path(path).stem} if len(paths) > 1 else {}
+        items += [{**category, **item} for item in pipeline.read_prompts(path)]
+    return [item for item in items for _ in range(repeat)]
+
+
+def prompts_hash(items: Sequence[Mapping[str, Any]]) -> str:
+    """First 12 hex digits of the SHA-256 of all prompts."""
+    return hashlib.sha256("\n".join(item["prompt"] for item in items).encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+
+def draw(
+    pipe: Callable[..., np.ndarray], items: Sequence[Mapping[str, Any]], folder: Path, *, batch_size: int, label: str, **options: Any
+) -> list[Path]:
+    """Draw image i of prompt i into `folder`, as 8-bit PNG; never more than eight batches are in memory.
+
+    Args:
+      pipe: of `pipeline.load`.
+      items: the prompts.
+      folder: is made with the first image.
+      batch_size: images at once.
+      label: of the progress bar.
+      **options: of the pipe: steps, guidance, height, width, seed, negative_prompt.
+
+    Raises:
+      CompareError: an image is not finite.
+    """
+    files: list[Path] = []
+    chunk = 8 * batch_size
+    with tqdm(total=len(items), desc=label, unit="image", file=sys.stderr) as bar:
+        for start in range(0, len(items), chunk):
+            prompts = [item["prompt"] for item in items[start : start + chunk]]
+            for image in pipe(prompts, start=start, batch_size=batch_size, **options):
+                if not np.isfinite(image).all():
+                    raise CompareError(f"image {len(files)} of {label} is not finite; the weights are damaged or the type is too narrow")
+                folder.mkdir(parents=True, exist_ok=True)  # not before there is an image: a setting that is refused leaves no trace
+                files.append(folder / f"{len(files):05d}.png")
+                Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)).save(files[-1])
+            bar.update(len(prompts))
+    return files
+
+
+def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) -> list[Row]:
+    """The images of teacher and student at each number of steps, from the same seeds.
+
+    The student goes first: it is the faster one, and shows soonest where something is wrong.
+    """
+    plan = [("student", args.student, args.steps, args.student_guidance), ("teacher", args.teacher, [args.teacher_steps], args.guidance)]
+    plan = [entry for entry in plan if entry[1]]
+    for _, source, _, _ in plan[1:]:
+        # Read once and let go, so that a damaged folder is found before the first image and only one pipeline is in memory.
+        pipeline.load(source)
+        gc.collect()
+    rows = []
+    for model, source, counts, guidance in plan:
+        pipe = pipeline.load(source)
+        for steps in counts:
+            folder = out / "images" / f"{model}-{steps}"
+            options = {"steps": steps, "guidance": guidance, "height": args.height, "width": args.width, "seed": args.seed}
+            if args.negative_prompt is not None:
+                options["negative_prompt"] = args.negative_prompt
+            files = draw(pipe, items, folder, batch_size=args.batch_size, label=f"{model}-{steps}", **options)
+            used = getattr(pipe, "guidance", None) if guidance is None else guidance
+            said = {"model": model, "source": str(source), "prompts": prompts_hash(items), **options}
+            said |= {"guidance": used, "batch_size": args.batch_size}
+            (folder / ROW).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+            rows.append(Row(model, steps, used, files, said))
+        del pipe
+        gc.collect()
+    return sorted(rows, key=lambda row: row.model != "teacher")
+
+
+def open_rows(folder: str | Path, items: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Images that are there already: a row of each subfolder with images, or one of the folder's own. File i belongs to prompt i.
+
+    Raises:
+      MetricError: no such folder, or no image in it.
+      CompareError: their number is not that of the prompts, or they were drawn here from other prompts.
+    """
+    folder = Path(folder)
+    inside = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    rows = []
+    for part in [p for p in inside if any(f.suffix.lower() in image_metrics.ENDINGS for f in p.iterdir())] or [folder]:
+        files = image_metrics.image_files(part).files
+        if len(files) != len(items):
+            raise CompareError(f"{part} holds {len(files):,} images for {len(items):,} prompts; there must be one for each, in their order")
+        said = diffusers_folder.read_json(part / ROW) if (part / ROW).is_file() else {}
+        if said and said.get("prompts") != prompts_hash(items):
+            raise CompareError(f"{part} was drawn from other prompts; give the file that its {ROW} was made with")
+        rows.append(Row(said.get("model", part.name), said.get("steps"), said.get("guidance"), files, said or {"source": str(part)}))
+    return sorted(rows, key=lambda row: (row.model != "teacher", row.model, row.steps or 0))
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What scores a row.
+
+    metrics of METRICS, and what they need; texts are CLIP's embeddings of the prompts [n, p], cut says how many distinct prompts were
+    longer than it takes; subset_size of KID.
+    """
+
+    metrics: list[str]
+    extractor: Inception | None = None
+    reference: Reference | None = None
+    clip: CLIP | None = None
+    texts: np.ndarray | None = None
+    cut: int = 0
+    subset_size: int = 1000
+
+
+def embed(clip: CLIP, items: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, int]:
+    """CLIP's embeddings of all prompts [n, p], and how many distinct ones were cut."""
+    rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(item["prompt"] for item in items))}
+    found, cut = clip.texts(list(rows))
+    return found[[rows[item["prompt"]] for item in items]], cut
+
+
+def mean_score(scores: np.ndarray) -> dict[str, Any]:
+    """Mean of [n], and its standard error where n > 1."""
+    error = float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None
+    return {"clip": float(scores.mean()), "clip_error": error}
+
+
+def score(row: Row, items: Sequence[Mapping[str, Any]], judges: Judges) -> tuple[dict[str, Any], np.ndarray | None]:
+    """A row's scores with their protocol, and the CLIP scores of its images [n] where CLIP is there. Raises MetricError."""
+    images = image_metrics.ImageFiles(row.files[0].parent, row.files)
+    result: dict[str, Any] = {"model": row.model, "steps": row.steps, "guidance": row.guidance}
+    result["count"] = len(row.files)
+    # All distinct sizes would be a list as long as a set of photographs.
+    protocol: dict[str, Any] = {"count": len(row.files), "drawn": dict(row.drawn), "sizes": images.sizes()[:8]}
+    single = None
+    if judges.extractor is not None and judges.reference is not None and set(judges.metrics) - {"clip"}:
+        found = image_metrics.feature_scores(
+            judges.extractor.features(images), judges.reference, judges.metrics, subset_size=judges.subset_size
+        )
+        protocol |= found.pop("protocol")
+        result |= found
+    if judges.clip is not None and judges.texts is not None:
+        single = image_metrics.clip_scores(judges.clip.images(images), judges.texts)
+        result |= mean_score(single)
+        protocol["clip"] = {**judges.clip.protocol, "score": "mean of 100 max(cos, 0)", "cut_prompts": judges.cut}
+        names = [str(item.get("category", "")) for item in items]
+        if any(names):
+            parts = {name or "(none)": single[[n == name for n in names]] for name in dict.fromkeys(names)}
+            result["categories"] = {name: {**mean_score(part), "count": len(part)} for name, part in parts.items()}
+    return {**result, "protocol": protocol}, single
+
+
+# ---------------------------------------------------------------------------------------------- output
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def _cell(value: Any, form: str = "{}") -> str:
+    return "" if value is None else form.format(value)
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """scores.json as tables and a list of the protocol."""
+    rows = results["rows"]
+    shown = {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        scores = [_cell(None if row.get(key) is None else row[key] * scale, form) for key, (_, scale, form) in shown.items()]
+        return [row["model"], _cell(row["steps"]), _cell(row["guidance"], "{:g}"), f"{row['count']:,}", *scores]
+
+    text = _table(["model", "steps", "guidance", "images", *(title for title, _, _ in shown.values())], [cells(row) for row in rows])
+    if any("categories" in row for row in rows):
+        names = list(rows[0]["categories"])
+        counts = [f"{name} ({rows[0]['categories'][name]['count']:,})" for name in names]
+        body = [[row["model"], _cell(row["steps"]), *(f"{row['categories'][name]['clip']:.2f}" for name in names)] for row in rows]
+        text += "\nCLIP score of each category (number of images):\n\n" + _table(["model", "steps", *counts], body)
+    text += f"\nPrompts: {results['prompts']['count']:,} from {', '.join(results['prompts']['files'])} ({results['prompts']['hash']}).\n"
+    for title, part in rows[0]["protocol"].items():
+        if isinstance(part, dict) and title != "drawn":  # which differs from row to row
+            text += f"\n{title}: " + "; ".join(f"{name} {value}" for name, value in part.items()) + "\n"
+    return text + f"\n`{results['command']}`\n"
+
+
+def page(path: Path, rows: Sequence[Row], items: Sequence[Mapping[str, Any]], *, count: int) -> None:
+    """A picture of up to `count` prompts as columns, spread evenly over all, and the models as rows.
+
+    Args:
+      path: PNG to write.
+      rows: images of the models, of any size; the first one's proportions hold for all.
+      items: the prompts.
+      count: largest number of columns.
+    """
+    chosen = sorted({int(i) for i in np.linspace(0, len(items) - 1, min(count, len(items))).round()})
+    height, width = image_metrics.read_image(rows[0].files[chosen[0]]).shape[:2]
+    side = (max(1, width * TILE // max(height, width)), max(1, height * TILE // max(height, width)))
+
+    def tile(file: Path) -> np.ndarray:
+        image = Image.fromarray(image_metrics.read_image(file))
+        # Small images grow in blocks, so that their pixels can be seen.
+        way = Image.Resampling.NEAREST if image.width < side[0] else Image.Resampling.BICUBIC
+        return np.asarray(image.resize(side, way), np.float32) / 255
+
+    grid = report.image_grid(np.stack([np.stack([tile(row.files[i]) for i in chosen]) for row in rows]), scale=1, gap=6)
+    dpi = 128
+    figure = plt.figure(figsize=(grid.shape[1] / dpi + 2.0, grid.shape[0] / dpi + 1.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(grid, interpolation="nearest", aspect="equal")
+    down, across = grid.shape[0] / len(rows), grid.shape[1] / len(chosen)
+    axes.set_yticks([down * (i + 0.5) for i in range(len(rows))], [row.name for row in rows], parse_math=False)
+    captions = [textwrap.fill(textwrap.shorten(items[i]["prompt"], 150, placeholder=" ..."), max(8, side[0] // 9)) for i in chosen]
+    # A prompt may hold a dollar sign, which is no formula.
+    axes.set_xticks([across * (i + 0.5) for i in range(len(chosen))], captions, fontsize=7, parse_math=False)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.1)
+    plt.close(figure)
+
+
+def write(out: Path, results: Mapping[str, Any], rows: Sequence[Row], items: Sequence[Mapping[str, Any]], singles: Sequence[Any]) -> None:
+    """scores.json, scores.md and images.jsonl."""
+    (out / "scores.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "scores.md").write_text(markdown(results), encoding="utf-8")
+    with (out / "images.jsonl").open("w", encoding="utf-8") as file:
+        for row, single in zip(rows, singles, strict=True):
+            for i, (path, item) in enumerate(zip(row.files, items, strict=True)):
+                line = {"row": row.name, "file": str(path), "clip": None if single is None else float(single[i]), "prompt": dict(item)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+# --------------------------------------------------------------------------------------------- command
+
+
+def counts(text: str) -> list[int]:
+    """Comma-separated numbers of at least 1."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise ArgumentTypeError(f"{text!r} is no list of numbers of at least 1 such as 1,2,3")
+    return list(dict.fromkeys(found))
+
+
+def names(text: str) -> list[str]:
+    """Comma-separated words."""
+    return [part for part in text.split(",") if part]
+
+
+def parser() -> Parser:
+    """The flags."""
+    p = Parser(prog="python -m jaxdistill.compare", description=(__doc__ or "").splitlines()[0])
+    p.add_argument("--teacher", help="pipeline folder")
+    p.add_argument("--student", help="pipeline folder, or a student's export")
+    p.add_argument("--images", help="folder of images that are there already, instead of --teacher and --student")
+    p.add_argument("--prompts", type=names, help=".txt or .jsonl files, separated by commas; of several, the name is the category")
+    p.add_argument("--images_per_prompt", type=int, default=1, help="each of another seed")
+    p.add_argument("--steps", type=counts, default=[1, 2, 3], help="the student's, separated by commas")
+    p.add_argument("--teacher_steps", type=int, default=50)
+    p.add_argument("--guidance", type=float, help="the teacher's; default: its folder's own")
+    p.add_argument("--student_guidance", type=float, help="default: its folder's own")
+    p.add_argument("--negative_prompt", help="default: the pipeline's own")
+    p.add_argument("--height", type=int, help="pixels; default: the checkpoint's own")
+    p.add_argument("--width", type=int, help="pixels; default: the checkpoint's own")
+    p.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its prompt")
+    p.add_argument("--batch_size", type=int, default=4, help="images at once, drawn or scored")
+    p.add_argument("--inception", help="safetensors file of FID's Inception; for FID, KID, precision and recall")
+    p.add_argument("--protocol", choices=list(PROTOCOLS), default="clean-fid", help="how images become Inception's input")
+    p.add_argument("--reference", help="folder of real images, or an .npz of --save_reference")
+    p.add_argument("--save_reference", help=".npz to keep the reference's statistics and features in")
+    p.add_argument("--clip", help="CLIP folder of transformers; for the CLIP score")
+    p.add_argument("--metrics", type=names, help=f"of {','.join(METRICS)}; default: all that the files given allow")
+    p.add_argument("--kid_subset_size", type=int, default=1000)
+    p.add_argument("--page_prompts", type=int, default=8, help="columns of the picture page")
+    p.add_argument("--out", help="new folder for images and scores")
+    return p
+
+
+def check_flags(args: Namespace) -> None:
+    """Raise CompareError where flags do not go together or are out of range."""
+    if args.images and (args.teacher or args.student):
+        raise CompareError("--images stands instead of --teacher and --student; give one or the other")
+    for flag in ("images_per_prompt", "teacher_steps", "batch_size", "page_prompts"):
+        if getattr(args, flag) < 1:
+            raise CompareError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    if not 0 <= args.seed < 2**31:
+        raise CompareError(f"--seed must be in 0..{2**31 - 1}, got {args.seed}")
+    if bool(args.inception) != bool(args.reference):
+        raise CompareError("--inception and --reference need each other; give both or none")
+    if args.save_reference and not args.reference:
+        raise CompareError("--save_reference needs --inception and --reference")
+    if args.save_reference and Path(args.save_reference).suffix != ".npz":
+        raise CompareError(f"--save_reference={args.save_reference} must end in .npz")
+    if not (args.images or args.teacher or args.student):
+        if not args.save_reference:
+            raise CompareError("nothing to compare; give --teacher, --student or --images")
+        return
+    for flag in ("prompts", "out"):
+        if not getattr(args, flag):
+            raise CompareError(f"--{flag} is needed")
+    for flag in ("teacher", "student"):
+        if getattr(args, flag) and not Path(getattr(args, flag)).is_dir():
+            raise CompareError(f"--{flag}={getattr(args, flag)} is no folder")
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CompareError(f"--out={out} exists and is not empty; choose a new folder")
+
+
+def wanted(args: Namespace, reference: Reference | None) -> list[str]:
+    """The metrics to compute: those asked for, or all that can be. Raises CompareError for one whose files are not given."""
+    possible = (["clip"] if args.clip else []) + (["fid", "kid", "precision_recall"] if reference is not None else [])
+    if args.metrics is None:
+        if reference is not None and reference.features is None:
+            print(f"{args.reference} holds statistics only: KID, precision and recall are left out", file=sys.stderr)
+            return [metric for metric in possible if metric in ("fid", "clip")]
+        return possible
+    for metric in args.metrics:
+        if metric not in METRICS:
+            raise CompareError(f"--metrics: {metric!r} is not known; known are {', '.join(METRICS)}")
+        if metric not in possible:
+            raise CompareError(f"--metrics: {metric} needs {'--clip' if metric == 'clip' else '--inception and --reference'}")
+    return list(args.metrics)
+
+
+def run(args: Namespace, command: str = "") -> dict[str, Any]:
+    """What the command does; returns scores.json. All that is given is read and checked before the first image is drawn.
+
+    Raises:
+      ValueError: a flag, file or folder that cannot be used, in one line.
+    """
+    check_flags(args)
+    items = read_prompts(args.prompts, args.images_per_prompt) if args.prompts else []
+    ready = open_rows(args.images, items) if args.images else []
+    extractor = reference = None
+    if args.inception:
+        extractor = image_metrics.load_inception(args.inception, protocol=args.protocol, batch_size=args.batch_size)
+        reference = image_metrics.open_reference(args.reference, extractor)
+        if args.save_reference:
+            image_metrics.save_reference(args.save_reference, reference)
+            print(f"{args.save_reference}: {reference.count:,} images")
+    if not (args.images or args.teacher or args.student):
+        return {}
+    metrics = wanted(args, reference)
+    if reference is not None:
+        image_metrics.check_counts(metrics, len(items), reference, subset_size=args.kid_subset_size)
+    clip = image_metrics.load_clip(args.clip, batch_size=args.batch_size) if "clip" in metrics else None
+    texts, cut = embed(clip, items) if clip is not None else (None, 0)
+    judges = Judges(metrics, extractor, reference, clip, texts, cut, args.kid_subset_size)
+    out = Path(args.out)
+    rows = ready or draw_rows(args, items, out)
+    out.mkdir(parents=True, exist_ok=True)
+    page(out / "page.png", rows, items, count=args.page_prompts)
+    scored = [score(row, items, judges) for row in rows]
+    results = {
+        "rows": [result for result, _ in scored],
+        "prompts": {"files": args.prompts, "hash": prompts_hash(items), "count": len(items), "images_per_prompt": args.images_per_prompt},
+        "seed": None if args.images else args.seed,
+        "command": command,
+        "machine": image_metrics.machine(),
+    }
+    write(out, results, rows, items, [single for _, single in scored])
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, draw, score, write."""
+    given = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(given)
+    try:
+        results = run(args, f"python -m jaxdistill.compare {shlex.join(given)}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if results:
+        print(markdown(results), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,438 @@
+"""A text-to-image run: a diffusers folder and prompts in, a few-step student out. Started by `jaxdistill.main` for such a config."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, UnidentifiedImageError
+
+from jaxdistill import card, checkpoint, evaluate, loop, partition, pipeline, record_cache, report
+from jaxdistill.experiment import check_numbers, make_adversary, make_reconstruction, make_student_optimizer, student_of
+from jaxdistill.interop import diffusers_folder, diffusers_scheduler, lora
+from jaxdistill.interop.diffusers_folder import FolderError
+from jaxdistill.methods import imagine_flash as flash
+from jaxdistill.models.discriminator import FeatureHeads
+from jaxdistill.models.latent_layers import ATTENTION
+from jaxdistill.models.unet_condition import REMAT_POLICIES, STACK
+from jaxdistill.prediction import LossFn, v_prediction
+from jaxdistill.sampling import TimeGrid, check_grid, trailing_grid
+from jaxdistill.train import init_state, train_step
+from jaxdistill.workdir import UserError, prepare_workdir, say, versions
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+def prompts_of(source: str, tfds_dir: str = "") -> list[str]:
+    """The prompts of a .txt or .jsonl file, or of a TFDS captions set as "tfds:name:split[:key]".
+
+    Raises ValueError in one line where they cannot be read.
+    """
+    if not source:
+        raise ValueError("config.data.prompts is empty: give a .txt or .jsonl file of prompts, or tfds:name:split[:key]")
+    if not source.startswith("tfds:"):
+        return [item["prompt"] for item in pipeline.read_prompts(source)]
+    fields = source.split(":")
+    if len(fields) not in (3, 4):
+        raise ValueError(f"config.data.prompts = {source!r} must read tfds:name:split or tfds:name:split:key")
+    key = fields[3] if len(fields) == 4 else "caption"
+    items = tfds_source(fields[1], fields[2], tfds_dir)
+    prompts: list[str] = []
+    for i in range(len(items)):
+        if key not in items[i]:
+            raise ValueError(
+                f"config.data.prompts = {source!r}: no {key!r} in its examples, only {', '.join(items[i])}; name it as fourth part"
+            )
+        values = items[i][key]
+        texts = [values] if isinstance(values, (bytes, str)) else list(values)
+        prompts += [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
+    if not prompts:
+        raise ValueError(f"config.data.prompts = {source!r} holds no prompt")
+    return prompts
+
+
+def tfds_source(name: str, split: str, folder: str) -> Any:
+    """A TFDS dataset as a random-access source, without TensorFlow (it must be stored as array_record)."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.data_source(name, split=split, data_dir=folder or None, download=False)
+    except Exception as error:  # the library has many
+        raise ValueError(f"the TFDS dataset {name}:{split} cannot be read ({str(error).splitlines()[0][:200]})") from None
+
+
+def captioned_images(folder: str) -> list[tuple[Path, str]]:
+    """The images of a folder with their captions from its metadata.jsonl ({"file_name", "prompt"} a line). Raises ValueError."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"config.data.images = {folder} is no folder; give one with images and a metadata.jsonl, or leave it empty")
+    if not (root / "metadata.jsonl").is_file():
+        raise ValueError(f'config.data.images = {folder} has no metadata.jsonl; it must hold {{"file_name": ..., "prompt": ...}} a line')
+    pairs = []
+    for item in pipeline.read_prompts(root / "metadata.jsonl"):
+        path = root / str(item.get("file_name", ""))
+        if path.suffix.lower() not in IMAGES or not path.is_file():
+            raise ValueError(f"{root / 'metadata.jsonl'} names the image {item.get('file_name')!r}, which is not in {folder}")
+        pairs.append((path, item["prompt"]))
+    return pairs
+
+
+def read_image(path: Path, height: int, width: int) -> np.ndarray:
+    """An image, cropped to the aspect ratio about its middle and resized: float32 [height, width, 3] in [-1, 1]. Raises ValueError."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from None
+    scale = max(width / image.width, height / image.height)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    cropped = image.crop((left, top, left + width, top + height))
+    return np.asarray(cropped, np.float32) / 127.5 - 1.0
+
+
+# -------------------------------------------------------------------------------------------------- run
+
+
+class TextRun:
+    """One distillation of one folder in one workdir. Making it checks the config and reads no weights."""
+
+    def __init__(self, config: ConfigDict, workdir: Path) -> None:
+        self.config, self.workdir = config, workdir
+        check_numbers(config)
+        compute, student = config.compute, config.student
+        for key, table in (("dtype", DTYPES), ("teacher_dtype", DTYPES), ("attention", ATTENTION), ("remat", REMAT_POLICIES)):
+            card.choose(table, compute[key], f"config.compute.{key}")
+        card.choose(DTYPES, config.export.dtype, "config.export.dtype")
+        if not config.teacher.folder:
+            raise ValueError("config.teacher.folder is empty: give the teacher's pipeline folder, as diffusers' save_pretrained writes it")
+        self.folder = diffusers_folder.open_folder(
+            config.teacher.folder,
+            attention=compute.attention,
+            remat=compute.remat,
+            scan=compute.scan,
+            dtype=DTYPES[compute.dtype],
+        )
+        self.stacked = STACK if compute.scan else ""
+        self.where = self.folder.path / "scheduler" / "scheduler_config.json"
+        self.student_scheduler_config = diffusers_scheduler.student_config(self.folder.scheduler, noise_correction=False)
+        self.scheduler = diffusers_scheduler.read(self.student_scheduler_config, self.where, xl=self.folder.xl)
+        diffusers_scheduler.read(self.folder.scheduler, self.where, xl=self.folder.xl)
+        self.schedule, self.unet = self.scheduler.schedule, self.folder.unet.module
+        T = self.schedule.T
+        self.grids: dict[int, TimeGrid] = {n: check_grid(trailing_grid(n, T, discrete=True), T) for n in sorted(student.steps)}
+        self.size = pipeline.image_size(self.folder, config.data.height or None, config.data.width or None)
+        factor = self.folder.vae.module.factor
+        self.latent_shape = (self.size[0] // factor, self.size[1] // factor, self.unet.in_channels)
+        self.mesh = partition.data_mesh()
+        partition.check_batch(student.batch_size, self.mesh, "config.student.batch_size")
+        shared = len(flash.unique_grids(list(self.grids.values())))
+        if student.batch_size % shared:
+            raise ValueError(
+                f"config.student.batch_size = {student.batch_size} must be a multiple of the {shared} time grids that share it"
+            )
+        self.prompts = prompts_of(config.data.prompts, config.data.tfds_dir)
+        self.pairs = captioned_images(config.data.images) if config.data.images else []
+        self.adversarial = config.adversarial.weight > 0
+        if self.adversarial and config.adversarial.reals == "data" and not self.pairs:
+            raise ValueError(
+                "config.adversarial.reals = 'data' needs config.data.images; or let the teacher draw them: config.adversarial.reals=teacher"
+            )
+        if not config.method.backward:
+            raise ValueError(
+                "config.method.backward = False needs images as data; a text-to-image run trains on the student's own trajectory"
+            )
+        self.abstract = diffusers_folder.abstract_params(self.folder.unet)
+        if student.lora_rank < 0:
+            raise ValueError(f"config.student.lora_rank must be at least 0 (0: train all weights), got {student.lora_rank}")
+        if student.lora_rank:
+            lora.layers(self.abstract, student.lora_targets, stacked=self.stacked)
+        # For v-prediction from zero terminal SNR the corrected noise is the network's own.
+        exact = self.scheduler.parameterization is v_prediction and float(self.schedule.alpha(T)) < 1e-6
+        self.correct_noise = bool(config.method.noise_correction) and not exact
+        self.null: dict[str, np.ndarray] = {}
+        self.loss = self.make_loss()
+        self.seconds: dict[str, float] = {}
+
+    # -- the method
+
+    def make_loss(self) -> LossFn:
+        """Imagine Flash on this folder's network; with LoRA the student is the teacher's weights plus the updates."""
+        config = self.config
+        constrain = partition.constrain_batch(self.mesh)
+        network = flash.Model(self.unet.apply, self.schedule, self.scheduler.parameterization)
+        self.heads = FeatureHeads(config.adversarial.width)
+        adversary = make_adversary(config.adversarial, partial(self.unet.apply, features=True), self.heads, self.schedule, constrain)
+
+        def null_cond(cond: Any) -> Any:
+            """The conditioning of the pipeline's own negative prompt, known once the text is encoded; time ids stay."""
+            null = self.null
+            return {name: jnp.broadcast_to(null[name], value.shape) if name in null else value for name, value in cond.items()}
+
+        loss = flash.imagine_flash(
+            network,
+            network,
+            grids=list(self.grids.values()),
+            null_cond=null_cond,
+            reconstruction=make_reconstruction(config, self.schedule.T),
+            weight=flash.power_weight(self.schedule.T, power=config.method.weight_power),
+            backward=config.method.backward,
+            whole_trajectory=config.method.whole_trajectory,
+            correct_noise=config.method.noise_correction,
+            adversary=adversary,
+            adversary_states=config.adversarial.states,
+            constrain=constrain,
+        )
+
+        def with_base(params: Any, teacher: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return loss({**params, "student": self.variables(params["student"], teacher)}, teacher, batch, key)
+
+        return with_base
+
+    def variables(self, student: Any, teacher: Any) -> Any:
+        """What the network is applied to: the student's parameters, or the teacher's with the student's updates beside them."""
+        if not self.config.student.lora_rank:
+            return student
+        return {**jax.lax.stop_gradient(teacher), "lora": student}
+
+    def student_params(self, teacher: Any) -> dict[str, Any]:
+        """Where the student starts: at the teacher, in float32."""
+        config, key = self.config, jax.random.key(self.config.seed)
+        if config.student.lora_rank:
+            student = lora.init(key, self.abstract, config.student.lora_targets, config.student.lora_rank, stacked=self.stacked)
+        else:
+            student = jax.tree.map(lambda a: jnp.array(a, jnp.float32), teacher)
+        params: dict[str, Any] = {"student": student, "discriminator": {}}
+        if self.adversarial:
+            x, t, cond = diffusers_folder.example_inputs(self.folder.unet)
+            states = jax.eval_shape(partial(self.unet.apply, features=True), self.abstract, x, t, cond)
+            params["discriminator"] = self.heads.init(jax.random.key(config.seed + 2), [jnp.zeros(s.shape, s.dtype) for s in states], cond)
+        return params
+
+    # -- data
+
+    def cache(self, name: str, key: str, count: int, make: Callable[[int, int], Mapping[str, np.ndarray]], what: str) -> record_cache.Cache:
+        """A record cache below config.data.cache (the workdir's cache/ by default)."""
+        folder = Path(self.config.data.cache or self.workdir / "cache") / f"{name}-{key}"
+        began = time.perf_counter()
+
+        def progress(done: int) -> None:
+            if done == count or done % 1024 < 16:
+                rate = done / max(time.perf_counter() - began, 1e-6)
+                say(f"{what}: {done} of {count}, {(count - done) / rate:.0f} s to go")
+
+        return record_cache.cached(folder, count, make, progress=progress)
+
+    def open_data(self, pipe: pipeline.TextToImage) -> None:
+        """The caches of prompts and of reals, made where they are missing."""
+        config = self.config
+        encoder = record_cache.hash_files(file for part in self.folder.text_encoders for file in part.files())
+
+        def encode(prompts: Sequence[str]) -> Callable[[int, int], dict[str, np.ndarray]]:
+            return lambda first, last: {k: v.astype(np.float16) for k, v in pipe.text(prompts[first:last]).items()}
+
+        key = record_cache.key_of(encoder, self.prompts)
+        self.texts = self.cache("prompts", key, len(self.prompts), encode(self.prompts), "encoding prompts")
+        self.null = {k: v.astype(np.float32) for k, v in pipe.text.negative(None).items()}
+        self.reals: record_cache.Cache | None = None
+        height, width = self.size
+        if self.adversarial and config.adversarial.reals == "data":
+            captions = [caption for _, caption in self.pairs]
+            texts = encode(captions)
+            encode_image = jax.jit(partial(self.folder.vae.module.apply, method="encode"))
+
+            def read(first: int, last: int) -> dict[str, np.ndarray]:
+                images = np.stack([read_image(path, height, width) for path, _ in self.pairs[first:last]])
+                return {**texts(first, last), "latents": np.asarray(encode_image(pipe.vae_params, images), np.float32)}
+
+            stamps = [[str(path), path.stat().st_size, path.stat().st_mtime] for path, _ in self.pairs]
+            key = record_cache.key_of(encoder, record_cache.hash_files(self.folder.vae.files()), captions, stamps, self.size)
+            self.reals = self.cache("images", key, len(captions), read, "encoding images")
+        elif self.adversarial:
+            chosen = np.random.default_rng(config.seed).integers(0, len(self.prompts), config.adversarial.pool)
+            captions = [self.prompts[i] for i in chosen]
+            texts = encode(captions)
+            sampler = {"steps": config.teacher.steps, "guidance": config.teacher.guidance, "seed": config.seed + 200}
+
+            def draw(first: int, last: int) -> dict[str, np.ndarray]:
+                options = {**sampler, "start": first, "height": height, "width": width, "batch_size": config.log.batch_size}
+                return {**texts(first, last), "latents": pipe.latents(captions[first:last], **options)}
+
+            network = record_cache.hash_files(self.folder.unet.files())
+            key = record_cache.key_of(encoder, network, captions, sampler, config.compute.dtype, dict(self.folder.scheduler), self.size)
+            self.reals = self.cache("teacher", key, len(captions), draw, "the teacher's images for the discriminator")
+
+    def cond(self, record: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A batch's conditioning: float32, with XL's time ids."""
+        found = {name: record[name].astype(np.float32) for name in record if name != "latents"}
+        if self.folder.xl:
+            found["time_ids"] = np.tile(pipeline.time_ids(*self.size), (len(found["context"]), 1))
+        return found
+
+    def batches(self) -> Callable[[int], dict[str, Any]]:
+        """I -> batch i, a function of (seed, i) alone."""
+        size, seed = self.config.student.batch_size, self.config.seed
+        texts = self.texts.batches(size, seed)
+        reals = self.reals.batches(size, seed + 1) if self.reals else None
+        shape = np.zeros((size, *self.latent_shape), np.float32)
+
+        def batch(i: int) -> dict[str, Any]:
+            made = {"x0": shape, "cond": self.cond(texts(i))}
+            if reals is not None:
+                record = reals(i)
+                made |= {"real": record["latents"], "real_cond": self.cond(record)}
+            return made
+
+        return batch
+
+    # -- phases
+
+    def run(self, stop: loop.StopSignal) -> dict[str, Any]:
+        """Caches, training, exports, results. Resumes where it was stopped."""
+        config = self.config
+        (self.workdir / "samples").mkdir(exist_ok=True)
+        began = time.perf_counter()
+        teacher = diffusers_folder.load_params(self.folder.unet, dtype=DTYPES[config.compute.teacher_dtype])
+        pipe = pipeline.TextToImage(self.folder, teacher)
+        student_pipe = pipeline.TextToImage(
+            self.folder._replace(scheduler=self.student_scheduler_config), teacher, noise_correction=self.correct_noise, share=pipe
+        )
+        self.seconds["load"] = time.perf_counter() - began
+        began = time.perf_counter()
+        self.open_data(pipe)
+        self.seconds["cache"] = time.perf_counter() - began
+        health = TextHealth(self, pipe, student_pipe, teacher)
+        tx = make_student_optimizer(config)
+        state = init_state(self.student_params(teacher), tx, jax.random.key(config.seed + 1), ema_of=student_of)
+        whole = partition.replicated(self.mesh)
+        step = partition.jit_train_step(
+            partial(train_step, loss_fn=self.loss, tx=tx, ema_decay=config.student.ema_decay, ema_of=student_of), self.mesh
+        )
+        batches = self.batches()
+        state, seconds = loop.train_loop(
+            "student",
+            jax.device_put(state, whole),
+            step,
+            lambda i: partition.put_batch(batches(i), self.mesh),
+            jax.device_put(teacher, whole),
+            steps=config.student.iterations,
+            workdir=self.workdir,
+            log_every=config.log.every,
+            health_every=config.student.health_every,
+            checkpoint_every=config.log.checkpoint_every,
+            health=health,
+            stop=stop,
+            advice="lower config.student.learning_rate and start in a new workdir",
+        )
+        self.seconds["student"] = seconds
+        self.export(state.ema_params, teacher)
+        return self.write_results()
+
+    def export(self, student: Any, teacher: Any) -> None:
+        """student/ (Orbax), diffusers/ (a pipeline folder) and with LoRA lora/ (diffusers' file)."""
+        config = self.config
+        settings = {"steps": max(self.grids), "guidance": 1.0, "noise_correction": self.correct_noise}
+        merged = lora.merge(teacher, student) if config.student.lora_rank else student
+        if config.student.lora_rank:
+            lora.save(self.workdir / "lora", student, stacked=self.stacked)
+        scheduler = diffusers_scheduler.student_config(self.folder.scheduler, noise_correction=self.correct_noise)
+        code = (diffusers_scheduler.NOISE_CORRECTION_MODULE, diffusers_scheduler.NOISE_CORRECTION_CODE) if self.correct_noise else None
+        diffusers_folder.save_student(
+            self.folder,
+            self.workdir / "diffusers",
+            merged,
+            scheduler=scheduler,
+            scheduler_code=code,
+            dtype=DTYPES[config.export.dtype],
+            extra={pipeline.SETTINGS: settings},
+        )
+        about = {
+            "format": card.FORMAT,
+            "role": "text-to-image student",
+            "components": "../diffusers",
+            "stacked": self.stacked,
+            "unet": dict(self.folder.unet.config),
+            "scheduler": scheduler,
+            "sampler": settings,
+        }
+        checkpoint.export(self.workdir / "student", merged, json.loads(json.dumps(about)))
+
+    def write_results(self) -> dict[str, Any]:
+        """results.json, results.md and curves.png, from the last health line of the curve."""
+        curve = loop.read_curve(self.workdir / "curves" / "student.jsonl")
+        last = next(record for record in reversed(curve) if any(key.startswith("health/") for key in record))
+        numbers = {key.removeprefix("health/"): value for key, value in last.items()}
+        names = ("diversity", "contrast", "saturation", "distance")
+        rows = [{"model": "student", "steps": n, **{k: round(numbers[f"{k}_{n}"], 5) for k in names}} for n in self.grids]
+        results = {
+            "rows": rows,
+            "protocol": f"against the teacher ({self.config.teacher.steps} steps, guidance {self.config.teacher.guidance:g}) on the same "
+            f"{self.config.log.health_prompts} prompts and noises; ratios, and the root-mean-square pixel difference",
+            "prompts": len(self.prompts),
+            "seconds": {k: round(v, 1) for k, v in self.seconds.items()},
+            "config": json.loads(self.config.to_json()),
+            "versions": versions(),
+        }
+        checkpoint.write_json(self.workdir / "results.json", results)
+        head = "| steps | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1)
+        body = "\n".join(f"| {row['steps']} | " + " | ".join(f"{row[k]:.3f}" for k in names) + " |" for row in rows)
+        seconds = ", ".join(f"{k} {v:.0f} s" for k, v in results["seconds"].items())
+        (self.workdir / "results.md").write_text(f"{head}\n{body}\n\nThe student {results['protocol']}.\n\nWall time: {seconds}.\n")
+        report.curves_picture(self.workdir / "curves.png", {"student": curve})
+        return results
+
+
+class TextHealth:
+    """The health line: the student's images against the teacher's on fixed prompts, two noises a prompt."""
+
+    def __init__(self, run: TextRun, pipe: pipeline.TextToImage, student_pipe: pipeline.TextToImage, teacher: Any) -> None:
+        config = run.config
+        count = min(config.log.health_prompts, len(run.prompts))
+        self.run, self.pipe, self.params = run, student_pipe, teacher
+        self.prompts = [p for p in run.prompts[:count] for _ in range(2)]
+        self.labels = np.repeat(np.arange(count), 2)
+        self.options: dict[str, Any] = {
+            "seed": config.seed + 100,
+            "height": run.size[0],
+            "width": run.size[1],
+            "batch_size": config.log.batch_size,
+        }
+        self.teacher = pipe(self.prompts, steps=config.teacher.steps, guidance=config.teacher.guidance, **self.options)
+        report.save_grid(run.workdir / "samples" / "teacher.png", self.teacher, columns=len(self.prompts), scale=1)
+
+    def __call__(self, student: Any, step: int) -> dict[str, float]:
+        """Print a line a step count, save the picture, return the numbers."""
+        self.pipe.params = self.run.variables(student, self.params)
+        rows = [self.teacher]
+        numbers: dict[str, float] = {}
+        for n in self.run.grids:
+            images = self.pipe(self.prompts, steps=n, guidance=1.0, **self.options)
+            found = evaluate.health(images, self.teacher, self.labels)
+            say(f"health  student {step}, {n} step{'s' * (n > 1)}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+            numbers |= {f"{k}_{n}": v for k, v in found.items()}
+            rows.append(images)
+        report.save_grid(self.run.workdir / "samples" / f"student_{step:07d}.png", np.concatenate(rows), columns=len(self.prompts), scale=1)
+        return numbers
+
+
+def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """The whole job; returns what results.json holds. Raises UserError, NonFiniteError or Stopped."""
+    workdir = Path(workdir)
+    try:
+        job = TextRun(config, workdir)
+        prepare_workdir(workdir, config)
+        with loop.StopSignal().installed() as stop:
+            return job.run(stop)
+    except (FolderError, ValueError) as error:
+        raise UserError(str(error)) from None

@@ -1,0 +1,128 @@
+"""Arrays computed once and streamed for ever: sharded ArrayRecord files on disk, read in shuffled batches by Grain."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from array_record.python import array_record_module
+
+META = "meta.json"
+
+
+class CacheError(ValueError):
+    """A cache that cannot be used, in one line."""
+
+
+def key_of(*parts: Any) -> str:
+    """First 12 hex digits of the SHA-256 of JSON values: the name of a cache that depends on them."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """First 12 hex digits of the SHA-256 of the files' bytes, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def write(
+    folder: Path,
+    count: int,
+    make: Callable[[int, int], Mapping[str, np.ndarray]],
+    *,
+    block: int,
+    shard: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Fill `folder` with `count` records. It appears whole or not at all.
+
+    Args:
+      folder: of the cache.
+      count: number of records.
+      make: (first, last) -> fields [last - first, ...] of these records; all calls with the same shapes and types but for the first axis.
+      block: records a call.
+      shard: records a file.
+      progress: told the number of records written.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    shards = max(1, -(-count // shard))
+    names = [f"records-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
+    fields: dict[str, Any] = {}
+    writer: Any = None
+    for first in range(0, count, block):
+        values = make(first, min(first + block, count))
+        fields = fields or {name: {"shape": list(v.shape[1:]), "dtype": v.dtype.str} for name, v in sorted(values.items())}
+        for i in range(min(block, count - first)):
+            if (first + i) % shard == 0:
+                if writer is not None:
+                    writer.close()
+                writer = array_record_module.ArrayRecordWriter(str(temporary / names[(first + i) // shard]), "group_size:1")
+            writer.write(b"".join(np.ascontiguousarray(values[name][i]).tobytes() for name in fields))
+        progress(min(first + block, count))
+    if writer is not None:
+        writer.close()
+    (temporary / META).write_text(json.dumps({"count": count, "fields": fields, "files": names}, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+class Cache:
+    """A written cache. `cache[i]` is record i as {field: array}."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            meta = json.loads((folder / META).read_text())
+            self.fields, files = dict(meta["fields"]), list(meta["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CacheError(f"{folder} holds no whole cache; remove it, and it is made again") from None
+        missing = [name for name in files if not (folder / name).is_file()]
+        if missing:
+            raise CacheError(f"{folder / missing[0]} is missing; remove {folder}, and it is made again")
+        self.source = grain.sources.ArrayRecordDataSource([str(folder / name) for name in files])
+        if len(self.source) != meta["count"]:
+            raise CacheError(f"{folder} holds {len(self.source)} of {meta['count']} records; remove it, and it is made again")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return self.parse(self.source[i])
+
+    def parse(self, record: bytes) -> dict[str, np.ndarray]:
+        """The fields of one record."""
+        found, at = {}, 0
+        for name, field in self.fields.items():
+            dtype, count = np.dtype(field["dtype"]), int(np.prod(field["shape"]))
+            found[name] = np.frombuffer(record, dtype, count, at).reshape(field["shape"])
+            at += count * dtype.itemsize
+        return found
+
+    def batches(self, batch_size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
+        """An endless shuffled stream: i -> {field: [batch_size, ...]}; batch i is a function of (seed, i)."""
+        dataset = grain.MapDataset.source(self.source).shuffle(seed=seed).repeat().map(self.parse).batch(batch_size)
+        return lambda i: dict(dataset[i])
+
+
+def cached(
+    folder: Path,
+    count: int,
+    make: Callable[[int, int], Mapping[str, np.ndarray]],
+    *,
+    block: int = 16,
+    shard: int = 4096,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Cache:
+    """The cache in `folder`, written first if it is not there. Arguments as of `write`."""
+    if not (folder / META).is_file():
+        write(folder, count, make, block=block, shard=shard, progress=progress)
+    return Cache(folder)

@@ -1,0 +1,144 @@
+"""Very small random pipelines, saved by diffusers itself: what the tests of the text-to-image side read."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
+
+torch.set_grad_enabled(False)
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+
+PROMPTS = ["a cat at a dog", "photo"]
+MERGES = ("a t</w>", "c at</w>", "d o", "do g</w>")
+
+
+def tokenizer(folder: Path, pad: str = "<|endoftext|>") -> tuple[CLIPTokenizer, int]:
+    """A byte-level CLIP vocabulary with a few merges; (tokenizer, its size)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]
+    words = [*letters, *(c + "</w>" for c in letters), *("".join(m.split()) for m in MERGES), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77, pad_token=pad), len(words)
+
+
+def text_config(size: int, *, width: int = 16, layers: int = 2, act: str = "quick_gelu") -> CLIPTextConfig:
+    ids = {"bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
+    return CLIPTextConfig(
+        vocab_size=size, hidden_size=width, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        max_position_embeddings=77, projection_dim=12, hidden_act=act, **ids,
+    )  # fmt: skip
+
+
+def autoencoder(scale: float) -> "diffusers.AutoencoderKL":
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16), norm_num_groups=4, layers_per_block=1, sample_size=64, scaling_factor=scale,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+UNETS = {
+    # As 1.x: 1x1 convolutions around the transformers, one number of heads, the last level without attention.
+    "sd": {
+        "layers_per_block": 1, "block_out_channels": (8, 16), "attention_head_dim": 2, "cross_attention_dim": 16,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    },
+    # As 2.x: linear projections, heads by level.
+    "sd2": {
+        "layers_per_block": 1, "block_out_channels": (8, 16), "attention_head_dim": (1, 2), "cross_attention_dim": 16,
+        "use_linear_projection": True,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+    # Three levels, two blocks each, for the network alone.
+    "deep": {
+        "layers_per_block": 2, "block_out_channels": (8, 16, 24), "attention_head_dim": (1, 2, 3), "cross_attention_dim": 16,
+        "use_linear_projection": True,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    },
+    # As XL: no attention at full resolution, two blocks below, text and time ids added to the time.
+    "sdxl": {
+        "layers_per_block": 1, "block_out_channels": (8, 16), "attention_head_dim": (1, 2), "cross_attention_dim": 32,
+        "transformer_layers_per_block": (1, 2), "use_linear_projection": True,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 12 + 6 * 8,
+    },
+}  # fmt: skip
+
+
+def make(variant: str, folder: Path) -> None:
+    """Save a pipeline of random weights, a function of the variant alone."""
+    torch.manual_seed(list(UNETS).index(variant))
+    unet = diffusers.UNet2DConditionModel(sample_size=8, norm_num_groups=4, **UNETS[variant])
+    for parameter in unet.parameters():  # fresh networks end in tiny outputs: make every weight count
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    first, size = tokenizer(folder.with_name(f"{folder.name}-tokens"))
+    common = {"unet": unet.eval(), "vae": autoencoder(0.13 if variant == "sdxl" else 0.18).eval(), "tokenizer": first}
+    if variant == "sdxl":
+        second, _ = tokenizer(folder.with_name(f"{folder.name}-tokens2"), pad="!")
+        pipe = diffusers.StableDiffusionXLPipeline(
+            **common, tokenizer_2=second, text_encoder=CLIPTextModel(text_config(size)).eval(),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(size, act="gelu")).eval(),
+            scheduler=diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+        )  # fmt: skip
+    else:
+        zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        scheduler = (
+            diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, **zero_snr)
+            if variant == "sd2"
+            else diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
+        )
+        text = text_config(size, layers=3 if variant == "sd2" else 2, act="gelu" if variant == "sd2" else "quick_gelu")
+        pipe = diffusers.StableDiffusionPipeline(
+            **common, text_encoder=CLIPTextModel(text).eval(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+    pipe.save_pretrained(folder)
+
+
+@functools.cache
+def folder(variant: str) -> Path:
+    """The saved pipeline, shared by all tests of a process: copy it before changing anything."""
+    root = Path(tempfile.mkdtemp(prefix="folders-"))
+    make(variant, root / variant)
+    return root / variant
+
+
+@functools.cache
+def torch_pipe(variant: str) -> "diffusers.DiffusionPipeline":
+    return load_torch(folder(variant))
+
+
+def load_torch(path: Path, **options) -> "diffusers.DiffusionPipeline":
+    pipe = diffusers.DiffusionPipeline.from_pretrained(path, local_files_only=True, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def torch_images(pipe, *, latents, steps, guidance, size=64, **options):
+    """Images [n, h, w, 3] in [0, 1] of diffusers, from NCHW starts."""
+    made = pipe(
+        PROMPTS, num_inference_steps=steps, guidance_scale=guidance, latents=torch.tensor(latents), height=size, width=size,
+        output_type="np", **options,
+    )  # fmt: skip
+    return made.images
+
+
+def nhwc(tensor):
+    return tensor.numpy().transpose(0, 2, 3, 1)
+
+
+if __name__ == "__main__":
+    import sys
+
+    make(sys.argv[1], Path(sys.argv[2]))

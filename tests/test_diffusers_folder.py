@@ -1,0 +1,245 @@
+"""The networks against torch's, weights in and out, and what a damaged folder is told."""
+
+import json
+import shutil
+from functools import partial
+
+import folders
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from jaxdistill.interop import diffusers_folder, torch_weights
+from jaxdistill.interop.diffusers_folder import FolderError
+from jaxdistill.interop.torch_weights import WeightsError
+
+VARIANTS = ("sd", "sd2", "sdxl")
+
+
+def error(ours, theirs) -> float:
+    """Largest difference, relative to the largest value."""
+    theirs = np.asarray(theirs)
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def apply(part, params, *inputs, **options):
+    return jax.jit(partial(part.module.apply, **options))(params, *inputs)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of a tiny folder that may be changed."""
+
+    def make(variant="sd"):
+        shutil.copytree(folders.folder(variant), tmp_path / variant)
+        return tmp_path / variant
+
+    return make
+
+
+def inputs(variant, size=(8, 8)):
+    r = np.random.default_rng(0)
+    cond = {"context": r.standard_normal((2, 5, folders.UNETS[variant]["cross_attention_dim"]), np.float32)}
+    added = {}
+    if variant == "sdxl":
+        cond |= {"pooled": r.standard_normal((2, 12), np.float32), "time_ids": np.float32([[64, 48, 3, 5, 64, 64]] * 2)}
+        added = {"added_cond_kwargs": {"text_embeds": torch.tensor(cond["pooled"]), "time_ids": torch.tensor(cond["time_ids"])}}
+    x, t = r.standard_normal((2, *size, 4), np.float32), np.float32([3.0, 901.0])
+    return *jax.tree.map(jnp.asarray, (x, t, cond)), added
+
+
+def torch_unet(variant, x, t, cond, added):
+    x, t, context = (torch.tensor(np.asarray(a)) for a in (x.transpose(0, 3, 1, 2), t, cond["context"]))
+    return folders.nhwc(folders.torch_pipe(variant).unet(x, t, context, **added).sample)
+
+
+@pytest.mark.parametrize("variant", ["deep", "sd", "sdxl"])
+def test_unet_is_torchs(variant):
+    part = diffusers_folder.open_folder(folders.folder(variant)).unet
+    params = diffusers_folder.load_params(part)
+    x, t, cond, added = inputs(variant, (8, 12))
+    assert error(apply(part, params, x, t, cond), torch_unet(variant, x, t, cond, added)) < 1e-4
+
+
+def test_unet_takes_sides_that_do_not_halve():
+    part = diffusers_folder.open_folder(folders.folder("sd2")).unet
+    x, t, cond, added = inputs("sd2", (9, 7))
+    found = apply(part, diffusers_folder.load_params(part), x, t, cond)
+    assert error(found, torch_unet("sd2", x, t, cond, added)) < 1e-4
+
+
+def test_scanned_blocks_remat_and_chunked_attention_change_nothing():
+    path = folders.folder("sdxl")
+    x, t, cond, _ = inputs("sdxl", (64, 64))
+    plain = diffusers_folder.open_folder(path).unet
+    expected = apply(plain, diffusers_folder.load_params(plain), x, t, cond)
+    part = diffusers_folder.open_folder(path, scan=True, remat="full", attention="chunked").unet
+    params = diffusers_folder.load_params(part)
+    assert params["params"]["mid_block.attentions.0"]["transformer_blocks"]["attn1"]["to_q"]["kernel"].shape == (2, 16, 16)
+    assert error(apply(part, params, x, t, cond), expected) < 1e-5
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters():
+    part = diffusers_folder.open_folder(folders.folder("sd"), dtype=jnp.bfloat16).unet
+    params = diffusers_folder.load_params(part)
+    x, t, cond, added = inputs("sd")
+    out = apply(part, params, x, t, cond)
+    assert out.dtype == jnp.float32 and params["params"]["conv_in"]["kernel"].dtype == jnp.float32
+    assert 1e-4 < error(out, torch_unet("sd", x, t, cond, added)) < 5e-2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autoencoder_and_text_encoders_are_torchs(variant):
+    found, pipe, r = diffusers_folder.open_folder(folders.folder(variant)), folders.torch_pipe(variant), np.random.default_rng(1)
+    params = diffusers_folder.load_params(found.vae)
+    images = r.uniform(-1, 1, (2, 32, 48, 3)).astype(np.float32)
+    encoded = pipe.vae.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist
+    mean, log_variance = apply(found.vae, params, jnp.asarray(images), method="moments")
+    assert error(mean, folders.nhwc(encoded.mean)) < 1e-4 and error(log_variance, folders.nhwc(encoded.logvar)) < 1e-4
+    z = r.standard_normal((2, 4, 6, 4), np.float32)
+    decoded = pipe.vae.decode(torch.tensor(z.transpose(0, 3, 1, 2)) / pipe.vae.config.scaling_factor).sample
+    assert error(apply(found.vae, params, jnp.asarray(z), method="decode"), folders.nhwc(decoded)) < 1e-4
+    for number, part in enumerate(found.text_encoders):
+        theirs, tokenizer = (pipe.text_encoder, pipe.tokenizer) if number == 0 else (pipe.text_encoder_2, pipe.tokenizer_2)
+        ids = tokenizer(folders.PROMPTS, padding="max_length", max_length=77, return_tensors="np").input_ids
+        states, expected = (
+            apply(part, diffusers_folder.load_params(part), jnp.asarray(ids)),
+            theirs(torch.tensor(ids), output_hidden_states=True),
+        )
+        assert error(states.last, expected.last_hidden_state) < 1e-4
+        assert error(states.penultimate, expected.hidden_states[-2]) < 1e-4
+        assert error(states.pooled, expected.text_embeds if number else expected.pooler_output) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize(("variant", "scan"), [("sd", False), ("sdxl", True)])
+def test_weights_come_back_as_they_were(variant, scan, copy, tmp_path):
+    found = diffusers_folder.open_folder(copy(variant), scan=scan)
+    params = diffusers_folder.load_params(found.unet)
+    diffusers_folder.save_student(found, tmp_path / "out", params, scheduler=found.scheduler, extra={"more.json": {"a": 1}})
+    source, target = found.path, tmp_path / "out"
+    before, after = (load_file(p / "unet" / "diffusion_pytorch_model.safetensors") for p in (source, target))
+    assert before.keys() == after.keys()
+    assert all(before[k].dtype == after[k].dtype and np.array_equal(before[k], after[k]) for k in before)
+    for path in source.rglob("*"):
+        if path.is_file() and path.parent.name not in ("unet", "scheduler") and path.name != "model_index.json":
+            assert (target / path.relative_to(source)).read_bytes() == path.read_bytes()
+    assert json.loads((target / "more.json").read_text()) == {"a": 1}
+    assert diffusers_folder.open_folder(target).components == found.components
+
+
+def test_shards_halves_and_old_names_read_the_same(copy):
+    root = copy("sd")
+    expected = {name: diffusers_folder.load_params(getattr(diffusers_folder.open_folder(root), name)) for name in ("unet", "vae")}
+    tensors = load_file(root / "unet" / "diffusion_pytorch_model.safetensors")
+    (root / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch_weights.save(root / "unet", "diffusion_pytorch_model", tensors, shard_bytes=40_000)
+    assert len(list((root / "unet").glob("*-of-*.safetensors"))) > 1
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    vae = {}
+    for name, tensor in load_file(root / "vae" / "diffusion_pytorch_model.safetensors").items():
+        for new, was in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
+        vae[name] = tensor
+    assert any("proj_attn" in name for name in vae)
+    save_file(vae, root / "vae" / "diffusion_pytorch_model.safetensors")
+    text = load_file(root / "text_encoder" / "model.safetensors")
+    prefixed = {name if name.startswith("text_model.") else f"text_model.{name}": t.astype(np.float16) for name, t in text.items()}
+    prefixed["text_model.embeddings.position_ids"] = np.arange(77)[None]
+    (root / "text_encoder" / "model.safetensors").unlink()
+    save_file(prefixed, root / "text_encoder" / "model.fp16.safetensors")
+    found = diffusers_folder.open_folder(root)
+    for name, params in expected.items():
+        again = diffusers_folder.load_params(getattr(found, name))
+        assert not [k for k, v in folders_flat(params).items() if not np.array_equal(v, folders_flat(again)[k])]
+    half = diffusers_folder.load_params(found.text_encoders[0])
+    assert all(v.dtype == np.float32 for v in folders_flat(half).values())
+
+
+def folders_flat(params):
+    from flax.traverse_util import flatten_dict
+
+    return {"/".join(k): np.asarray(v) for k, v in flatten_dict(params).items()}
+
+
+def test_every_tensor_is_used_exactly_once(copy):
+    root = copy("sd")
+    path = root / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["surplus.weight"] = np.zeros(1, np.float32)
+    del tensors["conv_in.bias"]
+    tensors["conv_out.weight"] = tensors["conv_out.weight"][:, :2].copy()
+    save_file(tensors, path)
+    part = diffusers_folder.open_folder(root).unet
+    with pytest.raises(WeightsError) as failure:
+        diffusers_folder.load_params(part)
+    for words in ("missing: conv_in.bias", "left over: surplus.weight", "conv_out.weight is [4, 2, 3, 3], the config wants [4, 8, 3, 3]"):
+        assert words in str(failure.value)
+
+
+def change_json(path, **values):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **values}))
+
+
+REFUSALS = {
+    "no folder": (lambda root: shutil.rmtree(root), "is no folder"),
+    "no pipeline": (lambda root: (root / "model_index.json").unlink(), "no model_index.json"),
+    "other pipeline": (lambda root: change_json(root / "model_index.json", _class_name="FluxPipeline"), "'FluxPipeline' is not known"),
+    "other component": (
+        lambda root: change_json(root / "model_index.json", unet=["diffusers", "SD3Transformer2DModel"]),
+        "unet is of class 'SD3Transformer2DModel'; only UNet2DConditionModel",
+    ),
+    "damaged index": (lambda root: (root / "model_index.json").write_text("{"), "model_index.json is damaged"),
+    "unsupported setting": (
+        lambda root: change_json(root / "unet" / "config.json", class_embed_type="timestep"),
+        "class_embed_type = 'timestep' is not supported, only None",
+    ),
+    "unknown setting": (lambda root: change_json(root / "unet" / "config.json", future=3), "the setting future = 3 is not known"),
+    "unknown block": (
+        lambda root: change_json(root / "unet" / "config.json", down_block_types=["AttnDownBlock2D", "DownBlock2D"]),
+        "the block 'AttnDownBlock2D' is not known",
+    ),
+    "activation": (lambda root: change_json(root / "text_encoder" / "config.json", hidden_act="relu"), "hidden_act = 'relu'"),
+    "tokenizer": (lambda root: shutil.rmtree(root / "tokenizer"), "neither tokenizer.json nor vocab.json"),
+    "no scheduler": (lambda root: shutil.rmtree(root / "scheduler"), "scheduler_config.json is missing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_folder_that_cannot_be_used_is_named(case, copy):
+    root = copy("sd")
+    spoil, words = REFUSALS[case]
+    spoil(root)
+    with pytest.raises(FolderError) as failure:
+        diffusers_folder.open_folder(root)
+    assert words in str(failure.value) and "\n" not in str(failure.value)
+
+
+def test_weights_that_cannot_be_read_are_named(copy):
+    root = copy("sd")
+    path = root / "unet" / "diffusion_pytorch_model.safetensors"
+    part, raw = diffusers_folder.open_folder(root).unet, path.read_bytes()
+    path.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(WeightsError, match=r"diffusion_pytorch_model\.safetensors cannot be read .* truncated"):
+        diffusers_folder.load_params(part)
+    path.rename(root / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(FolderError, match=r"holds diffusion_pytorch_model\.bin only; safetensors are read"):
+        diffusers_folder.load_params(part)
+    (root / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "shard-1.safetensors"}}))
+    with pytest.raises(FolderError, match=r"shard-1\.safetensors is missing"):
+        diffusers_folder.load_params(part)
+
+
+def test_a_student_is_never_written_over_something_else(copy, tmp_path):
+    found = diffusers_folder.open_folder(copy("sd"))
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("x")
+    with pytest.raises(FolderError, match="precious exists and holds no pipeline"):
+        diffusers_folder.save_student(found, tmp_path / "precious", {"params": {}}, scheduler={})
+    assert (tmp_path / "precious" / "thesis.tex").read_text() == "x"

@@ -1,0 +1,183 @@
+"""A folder and prompts in, a student's folder out: what it draws, that it resumes, and what is refused before anything starts."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import folders
+import jax
+import numpy as np
+import pytest
+import text_config
+from safetensors.numpy import load_file
+from shell import ROOT, assert_one_error_line, assert_same_bits, command, environment, run_command, wait_until
+
+from jaxdistill import checkpoint, distil, loop, pipeline, record_cache
+from jaxdistill.interop import diffusers_folder, lora
+from jaxdistill.workdir import UserError
+
+CONFIG = Path(text_config.__file__)
+
+
+def write_prompts(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prompts.txt").write_text("a cat\na dog at a cat\nphoto\nphoto of a dog\n")
+    return folder / "prompts.txt"
+
+
+def make_config(tmp_path, variant="sd", **changes):
+    config = text_config.get_config()
+    config.teacher.folder = str(folders.folder(variant))
+    config.data.prompts = str(write_prompts(tmp_path))
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def flags(tmp_path, variant="sd", **changes):
+    given = {"teacher.folder": folders.folder(variant), "data.prompts": write_prompts(tmp_path), **changes}
+    return [f"--config={CONFIG}", *(f"--config.{key}={value}" for key, value in given.items())]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run of the 1.x folder, stopped by a signal after its first checkpoint and given again."""
+    tmp_path = tmp_path_factory.mktemp("distil")
+    arguments = [*flags(tmp_path), f"--workdir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command("jaxdistill.main", *arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: list((tmp_path / "run" / "checkpoints" / "student").glob("[0-9]*")), seconds=300, what="a checkpoint")
+    process.send_signal(signal.SIGTERM)
+    stopped = process.communicate(timeout=120)[0]
+    again = run_command("jaxdistill.main", *arguments, timeout=300)
+    assert again.returncode == 0, again.stderr
+    return tmp_path / "run", stopped + again.stdout
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_in_the_bits_of_one_that_was_not(finished, tmp_path):
+    folder, _ = finished
+    distil.run(make_config(tmp_path), tmp_path / "whole")
+    whole, parts = (loop.read_curve(f / "curves" / "student.jsonl") for f in (tmp_path / "whole", folder))
+    assert [r for r in whole if "loss" in r] == [r for r in parts if "loss" in r]
+    ours, theirs = (checkpoint.load_export(f / "student")[0] for f in (tmp_path / "whole", folder))
+    assert_same_bits(ours, theirs)
+    teacher = diffusers_folder.load_params(diffusers_folder.open_folder(folders.folder("sd")).unet)
+    moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), ours, teacher)
+    assert min(jax.tree.leaves(moved)) > 0  # every weight has learned
+
+
+@pytest.mark.slow
+def test_stock_diffusers_draws_our_students_images(finished):
+    """Noise correction on, as it was trained: the class travels in the folder."""
+    folder, _ = finished
+    start = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    theirs = folders.load_torch(folder / "diffusers", trust_remote_code=True)
+    assert type(theirs.scheduler).__name__ == "NoiseCorrectionDDIMScheduler"
+    ours, export = pipeline.load(folder / "diffusers"), pipeline.load(folder / "student")
+    plain = pipeline.load(folder / "diffusers", noise_correction=False)
+    assert ours.steps == 3 and ours.guidance == 1.0
+    for steps in (1, 2, 3):
+        expected = folders.torch_images(theirs, latents=start, steps=steps, guidance=1.0)
+        found = ours(folders.PROMPTS, steps=steps, latents=start)
+        assert np.abs(found - expected).max() < 1 / 255
+        np.testing.assert_array_equal(found, export(folders.PROMPTS, steps=steps, latents=start))
+    off = folders.load_torch(folder / "diffusers", trust_remote_code=True)
+    off.scheduler = folders.diffusers.DDIMScheduler.from_config(off.scheduler.config)
+    expected = folders.torch_images(off, latents=start, steps=3, guidance=1.0)
+    assert np.abs(plain(folders.PROMPTS, steps=3, latents=start) - expected).max() < 1 / 255
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves(finished):
+    folder, said = finished
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["steps"] for row in results["rows"]] == [1, 2, 3]
+    for name in ("results.md", "curves.png", "config.json", "samples/teacher.png", "student/card.json", "diffusers/jaxdistill.json"):
+        assert (folder / name).is_file(), name
+    assert "stopped by SIGTERM and saved" in said and "resumes at step" in said
+    cards = json.loads((folder / "student" / "card.json").read_text())
+    assert cards["role"] == "text-to-image student" and cards["components"] == "../diffusers"
+
+
+@pytest.mark.slow
+def test_low_rank_updates_load_in_diffusers_and_fuse(tmp_path):
+    pytest.importorskip("peft")
+    changes = {"student.lora_rank": 3, "student.lora_targets": ("to_q", "to_out.0", "conv1", "proj_in"), "adversarial.weight": 0.0}
+    config = make_config(tmp_path, **changes)
+    config.student.update({"iterations": 3, "learning_rate": 3e-2})
+    distil.run(config, tmp_path / "run")
+    start = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    theirs = folders.load_torch(tmp_path / "run" / "diffusers", trust_remote_code=True)
+    fused = folders.torch_images(theirs, latents=start, steps=2, guidance=1.0)
+    ours = pipeline.load(tmp_path / "run" / "diffusers")(folders.PROMPTS, steps=2, latents=start)
+    assert np.abs(ours - fused).max() < 1 / 255
+    # The teacher with the LoRA file is the same student; without it, it is not.
+    base = folders.load_torch(folders.folder("sd"))
+    base.scheduler = theirs.scheduler
+    without = folders.torch_images(base, latents=start, steps=2, guidance=1.0)
+    base.load_lora_weights(tmp_path / "run" / "lora", weight_name=lora.FILE)
+    beside = folders.torch_images(base, latents=start, steps=2, guidance=1.0)
+    assert np.abs(beside - fused).max() < 1 / 255 < np.abs(without - fused).max()
+    tensors = load_file(tmp_path / "run" / "lora" / lora.FILE)
+    assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {3} and any("conv1.lora_B" in n for n in tensors)
+
+
+def test_merging_is_the_layers_own_update():
+    """W + down up, for a linear layer, a convolution and a stack, is what the layers compute beside their kernels."""
+    part = diffusers_folder.open_folder(folders.folder("sdxl"), scan=True).unet
+    params = diffusers_folder.load_params(part)
+    updates = lora.init(jax.random.key(0), params, ["to_k", "conv2", "proj_out"], 2, stacked="transformer_blocks")
+    updates = jax.tree.map(lambda a: a + 0.1, updates)
+    x, t, cond = diffusers_folder.example_inputs(part)
+    x = jax.random.normal(jax.random.key(1), x.shape)
+    apply = jax.jit(part.module.apply)
+    beside = apply({**params, "lora": updates}, x, t, cond)
+    np.testing.assert_allclose(beside, apply(lora.merge(params, updates), x, t, cond), atol=1e-4)
+    assert np.abs(beside - apply(params, x, t, cond)).max() > 1e-2
+
+
+def test_a_cache_gives_back_its_records_in_an_order_of_its_own(tmp_path):
+    values = np.arange(60, dtype=np.float16).reshape(10, 2, 3)
+
+    def make(first, last):
+        return {"a": values[first:last], "b": np.arange(first, last, dtype=np.int32)}
+
+    cache = record_cache.cached(tmp_path / "c", 10, make, block=3, shard=4)
+    assert len(list((tmp_path / "c").glob("*.array_record"))) == 3
+    assert all(np.array_equal(cache[i]["a"], values[i]) and cache[i]["b"] == i for i in range(10))
+    batches = cache.batches(5, seed=1)
+    epochs = [np.concatenate([batches(2 * e + i)["b"] for i in range(2)]) for e in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and not np.array_equal(epochs[0], epochs[1])
+    np.testing.assert_array_equal(cache.batches(5, seed=1)(3)["b"], batches(3)["b"])
+    next((tmp_path / "c").glob("*.array_record")).unlink()
+    with pytest.raises(record_cache.CacheError, match="is missing; remove"):
+        record_cache.Cache(tmp_path / "c")
+
+
+REFUSALS = [
+    ({"teacher.folder": ""}, "config.teacher.folder is empty"),
+    ({"teacher.folder": "/nowhere"}, "/nowhere is no folder"),
+    ({"data.prompts": ""}, "config.data.prompts is empty"),
+    ({"data.images": "/nowhere"}, "config.data.images = /nowhere is no folder"),
+    ({"adversarial.reals": "data"}, "needs config.data.images"),
+    ({"student.lora_rank": 2, "student.lora_targets": ("to_qq",)}, "LoRA target 'to_qq' matches no layer"),
+    ({"student.lora_rank": -1}, "config.student.lora_rank must be at least 0"),
+    ({"student.batch_size": 5}, "must be a multiple of the 2 time grids"),
+    ({"data.height": 60}, "height must be a positive multiple of 8"),
+    ({"compute.attention": "fast"}, "config.compute.attention = 'fast' is not known"),
+    ({"method.backward": False}, "config.method.backward = False needs images"),
+    ({"student.learning_rate": 0.0}, "config.student.learning_rate must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSALS)
+def test_a_bad_config_is_refused_before_anything_is_written(changes, words, tmp_path):
+    with pytest.raises(UserError) as failure:
+        distil.run(make_config(tmp_path, **changes), tmp_path / "run")
+    assert words in str(failure.value) and "\n" not in str(failure.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_gives_one_line(tmp_path):
+    found = run_command("jaxdistill.main", *flags(tmp_path, **{"teacher.folder": "/nowhere"}), f"--workdir={tmp_path / 'run'}")
+    assert_one_error_line(found, "/nowhere is no folder")

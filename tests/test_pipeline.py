@@ -1,0 +1,166 @@
+"""Whole images against diffusers, from the command line as users draw them."""
+
+import json
+import shutil
+
+import folders
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from shell import assert_one_error_line, run_command
+
+from jaxdistill import pipeline, sample
+from jaxdistill.interop import diffusers_folder
+from jaxdistill.pipeline import PromptError
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    """Loaded once: their programs are compiled once."""
+    found = {}
+
+    def get(variant):
+        if variant not in found:
+            found[variant] = pipeline.load(folders.folder(variant))
+        return found[variant]
+
+    return get
+
+
+def latents(count=2, size=SIZE, seed=0):
+    return np.random.default_rng(seed).standard_normal((count, 4, size // 8, size // 8), np.float32)
+
+
+def ours(pipe, **options):
+    return pipe(folders.PROMPTS, height=SIZE, width=SIZE, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["sd", "sd2", "sdxl"])
+def test_images_are_diffusers(variant, pipes):
+    """20 steps of the folder's own scheduler with guidance: PNDM for 1.x, DDIM with v and zero SNR for 2.x, Euler for XL."""
+    start = latents()
+    for steps, more in ((20, {}), (3, {"negative_prompt": "dog"})):
+        negative = {k: [v] * 2 for k, v in more.items()}
+        expected = folders.torch_images(folders.torch_pipe(variant), latents=start, steps=steps, guidance=6.0, **negative)
+        found = ours(pipes(variant), steps=steps, guidance=6.0, latents=start, **more)
+        assert found.shape == expected.shape and expected.std() > 0.05
+        assert np.abs(found - expected).max() < 1 / 255
+
+
+def test_guidance_of_one_is_none_and_prompts_matter(pipes):
+    start = latents()
+    expected = folders.torch_images(folders.torch_pipe("sd"), latents=start, steps=4, guidance=1.0)
+    found = ours(pipes("sd"), steps=4, guidance=1.0, latents=start)
+    assert np.abs(found - expected).max() < 1 / 255
+    assert np.abs(found - ours(pipes("sd"), steps=4, guidance=6.0, latents=start)).max() > 2 / 255
+
+
+def test_an_image_depends_on_its_seed_number_and_prompt_alone(pipes):
+    options = {"height": SIZE, "width": SIZE, "steps": 2, "guidance": 6.0, "seed": 3}
+    five = pipes("sd")(["a", "b", "c", "d", "e"], batch_size=2, **options)
+    assert np.abs(five[3:4] - pipes("sd")(["d"], start=3, batch_size=2, **options)).max() < 1e-5
+    assert np.abs(five[3] - five[2]).max() > 0.05
+
+
+def test_tiles_meet_without_a_seam():
+    """A decoder that works pixel by pixel gives the same whole or in tiles."""
+
+    def decode(z):
+        return jnp.repeat(jnp.repeat(z[..., :3], 8, axis=1), 8, axis=2)
+
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((1, 21, 13, 4), np.float32))
+    tiled = pipeline.decode_tiled(decode, z, tile=8, overlap=2, factor=8)
+    np.testing.assert_allclose(tiled, decode(z), atol=1e-5)
+    with pytest.raises(ValueError, match=r"overlap must be in 1\.\.4"):
+        pipeline.decode_tiled(decode, z, tile=8, overlap=5, factor=8)
+
+
+def test_a_long_prompt_is_cut_and_said(pipes, capsys):
+    words = "cat " * 90
+    found = pipes("sd").text([words, "cat"])
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "has more than 77 tokens; cut: 'cat cat" in line
+    expected = folders.torch_pipe("sd").encode_prompt(words, "cpu", 1, False)[0].numpy()
+    np.testing.assert_allclose(found["context"][:1], expected, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+def test_command_draws_from_given_latents_as_diffusers_does(tmp_path, capsys):
+    np.save(tmp_path / "noise.npy", latents())
+    folder = folders.folder("sd")
+    common = [f"--model={folder}", "--steps=3", "--guidance=6", "--height=64", "--width=64"]
+    sample.main([*common, "--prompt=photo", f"--latents={tmp_path / 'noise.npy'}", f"--out={tmp_path / 'x.npz'}"])
+    found = np.load(tmp_path / "x.npz")
+    expected = folders.torch_images(folders.torch_pipe("sd"), latents=latents(), steps=3, guidance=6.0)[1]
+    assert found["images"].shape == (2, 64, 64, 3) and list(found["prompts"]) == ["photo", "photo"]
+    assert np.abs(found["images"][1] - expected).max() < 1 / 255
+    sample.main([*common, "--prompt=photo", "--num=2", "--grid=trailing", "--solver=ddim", f"--out={tmp_path / 'x.png'}"])
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+REFUSALS = [
+    ([], "draws from text: give --prompt"),
+    (["--prompt=a", "--height=60"], "height must be a positive multiple of 8, got 60"),
+    (["--prompt=a", "--steps=0"], "steps must be in 1..1000"),
+    (["--prompt=a", "--guidance=nan"], "guidance must be a number"),
+    (["--prompt=a", "--labels=1"], "--labels"),
+    (["--prompt=a", "--num=0"], "--num must be at least 1"),
+    (["--prompt=a", "--latents=missing.npy"], "--latents=missing.npy cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), REFUSALS)
+def test_bad_flags_get_one_line(flags, words, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sample.main([f"--model={folders.folder('sd')}", f"--out={tmp_path / 'x.png'}", *flags])
+    assert words in capsys.readouterr().err
+
+
+def test_latents_of_another_shape_are_refused(tmp_path, capsys):
+    np.save(tmp_path / "noise.npy", latents(size=72))
+    with pytest.raises(SystemExit):
+        sample.main([f"--model={folders.folder('sd')}", "--prompt=a", f"--latents={tmp_path / 'noise.npy'}", f"--out={tmp_path / 'x.png'}"])
+    assert "latents must be float32 of shape [2, 4, 8, 8]" in capsys.readouterr().err
+
+
+def test_an_eps_teacher_with_zero_terminal_snr_is_refused_before_its_weights_are_read(tmp_path):
+    shutil.copytree(folders.folder("sd"), tmp_path / "sd")
+    path = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_betas_zero_snr": True}))
+    (tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    found = run_command("jaxdistill.sample", f"--model={tmp_path / 'sd'}", "--prompt=a", f"--out={tmp_path / 'x.png'}")
+    assert_one_error_line(found, "zero terminal SNR", "scheduler_config.json")
+
+
+PROMPT_FILES = {
+    "empty.txt": (b"\n \n", "holds no prompt"),
+    "latin.txt": ("a cat\ncaf\xe9\n".encode("latin-1"), "line 2 is not UTF-8 (byte 4 is 0xe9)"),
+    "bad.jsonl": (b'{"prompt": "a"}\n{oops\n', "line 2 is no JSON"),
+    "keys.jsonl": (b'{"text": "a"}\n', 'line 1 has no text under "prompt" or "caption"'),
+    "prompts.csv": (b"a", "must end in .txt"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPT_FILES)
+def test_a_prompt_file_that_cannot_be_used_is_named(name, tmp_path):
+    content, words = PROMPT_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PromptError) as failure:
+        pipeline.read_prompts(tmp_path / name)
+    assert words in str(failure.value) and name in str(failure.value)
+
+
+def test_prompts_keep_their_other_keys(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"caption": "a cat", "category": "color"}\n\n{"prompt": "b"}\n')
+    assert pipeline.read_prompts(tmp_path / "p.jsonl") == [{"caption": "a cat", "category": "color", "prompt": "a cat"}, {"prompt": "b"}]
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    assert [item["prompt"] for item in pipeline.read_prompts(tmp_path / "p.txt")] == ["one", "two"]
+
+
+def test_sizes_default_to_the_checkpoints():
+    assert pipeline.image_size(diffusers_folder.open_folder(folders.folder("sd")), None, 80) == (64, 80)
