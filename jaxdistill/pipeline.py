@@ -366,7 +366,7 @@ def check_latents(latents: np.ndarray, shape: tuple[int, int, int, int]) -> np.n
 def load(
     path: str | Path,
     *,
-    attention: str = "plain",
+    attention: str = "auto",
     dtype: Any = jnp.float32,
     param_dtype: Any = np.float32,
     grid: str | None = None,

@@ -63,7 +63,7 @@ def parser() -> Parser:
     text.add_argument("--latents", help=".npy of starts, float32 [num, c, h, w], standard normal, instead of the seed's")
     text.add_argument("--tile", type=int, default=0, help="decode larger images in tiles of so many latents a side; 0: never")
     text.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks' computation")
-    text.add_argument("--attention", choices=("plain", "chunked", "flash"), default="plain", help="flash is a TPU kernel")
+    text.add_argument("--attention", choices=("auto", "plain", "looped", "flash"), default="auto", help="flash is a TPU kernel")
     return p
 
 

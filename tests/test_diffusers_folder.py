@@ -71,12 +71,12 @@ def test_unet_takes_sides_that_do_not_halve():
     assert error(found, torch_unet("sd2", x, t, cond, added)) < 1e-4
 
 
-def test_scanned_blocks_remat_and_chunked_attention_change_nothing():
+def test_scanned_blocks_remat_and_looped_attention_change_nothing():
     path = folders.folder("sdxl")
-    x, t, cond, _ = inputs("sdxl", (64, 64))
-    plain = diffusers_folder.open_folder(path).unet
+    x, t, cond, _ = inputs("sdxl", (16, 16))
+    plain = diffusers_folder.open_folder(path, attention="plain").unet
     expected = apply(plain, diffusers_folder.load_params(plain), x, t, cond)
-    part = diffusers_folder.open_folder(path, scan=True, remat="full", attention="chunked").unet
+    part = diffusers_folder.open_folder(path, scan=True, remat="full", attention="looped").unet
     params = diffusers_folder.load_params(part)
     assert params["params"]["mid_block.attentions.0"]["transformer_blocks"]["attn1"]["to_q"]["kernel"].shape == (2, 16, 16)
     assert error(apply(part, params, x, t, cond), expected) < 1e-5

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -109,3 +111,19 @@ def test_dataset_is_the_same_from_its_seed_and_read_again_from_disk(opened, tmp_
 def test_missing_idx_files_are_named(tmp_path):
     with pytest.raises(data.DataError, match="train-images-idx3-ubyte"):
         scenes.open_scenes(tmp_path, tmp_path / "scenes", scale=0.004)
+
+
+def test_captions_of_a_stored_dataset_serve_as_prompts(opened):
+    """Any TFDS set in array_record files, without TensorFlow and without its builder's code."""
+    from jaxdistill.distil import prompts_of
+
+    _, folder, _ = opened
+    name = next(Path(folder).glob("*/")).name
+    found = prompts_of(f"tfds:{name}:validation", str(folder))
+    assert found and all(scenes.parse(caption) for caption in found)
+    with pytest.raises(ValueError, match=r"no 'title' in its examples, only .*caption"):
+        prompts_of(f"tfds:{name}:validation:title", str(folder))
+    with pytest.raises(ValueError, match="must read tfds:name:split"):
+        prompts_of("tfds:nothing", str(folder))
+    with pytest.raises(ValueError, match="nothing:train cannot be read"):
+        prompts_of("tfds:nothing:train", str(folder))

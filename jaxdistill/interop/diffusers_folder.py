@@ -234,7 +234,7 @@ CLASSES = {
 }
 
 
-def open_folder(path: str | Path, *, attention: str = "plain", remat: str = "none", scan: bool = False, dtype: Any = jnp.float32) -> Folder:
+def open_folder(path: str | Path, *, attention: str = "auto", remat: str = "none", scan: bool = False, dtype: Any = jnp.float32) -> Folder:
     """Check a pipeline folder and describe its components. Reads configs only.
 
     Args:
@@ -387,11 +387,11 @@ def save_student(
         raise FolderError(f"{target} exists and holds no pipeline; choose another folder")
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-
-    def skip(folder: str, names: list[str]) -> list[str]:
-        return [n for n in names if Path(folder) == source.path and n in ("unet", "scheduler", "model_index.json", ".git")]
-
-    shutil.copytree(source.path, temporary, ignore=skip)
+    temporary.mkdir(parents=True)
+    for name, entry in source.components.items():
+        # Only components: a repository often holds the whole model once more beside them.
+        if isinstance(entry, list) and entry[0] and (source.path / name).is_dir() and name not in ("unet", "scheduler"):
+            shutil.copytree(source.path / name, temporary / name, ignore=shutil.ignore_patterns("*.bin", "*.msgpack", "*.ckpt"))
     (temporary / "unet").mkdir()
     stacked = STACK if getattr(source.unet.module, "scan", False) else ""
     torch_weights.save(temporary / "unet", source.unet.stem, torch_weights.torch_tensors(params, stacked=stacked, dtype=dtype))

@@ -111,7 +111,7 @@ class AutoencoderKL(nn.Module):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_attention: bool = True
-    attention: str = "plain"
+    attention: str = "auto"
     dtype: Dtype = jnp.float32
 
     @property

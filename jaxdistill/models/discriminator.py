@@ -1,6 +1,7 @@
 """Discriminator heads for the hidden states of a frozen network."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,7 +17,7 @@ class FeatureHeads(nn.Module):
     width: int = 128
 
     @nn.compact
-    def __call__(self, features: Sequence[Array], cond: Array) -> Array:
+    def __call__(self, features: Sequence[Array], cond: Any) -> Array:
         """Hidden states [b, ..., c] -> logits [b, number of states]."""
         logits = []
         for state in features:

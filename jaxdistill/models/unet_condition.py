@@ -145,7 +145,7 @@ class UNetCondition(nn.Module):
     flip_sin_to_cos: bool = True
     freq_shift: float = 0.0
     addition_time_width: int = 0
-    attention: str = "plain"
+    attention: str = "auto"
     remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32

@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="a tiny network: shows that the script works")
-    parser.add_argument("--attention", default="plain")
+    parser.add_argument("--attention", default="auto")
     parser.add_argument("--parts", default="sampling,step")
     args = parser.parse_args()
     setup = Setup(args.small, args.attention)
