@@ -206,13 +206,17 @@ class TextRun:
             return student
         return {**jax.lax.stop_gradient(teacher), "lora": student}
 
-    def student_params(self, teacher: Any) -> dict[str, Any]:
-        """Where the student starts: at the teacher, in float32."""
+    def weights(self, dtype: str) -> Any:
+        """The folder's UNet in a dtype of DTYPES."""
+        return diffusers_folder.load_params(self.folder.unet, dtype=DTYPES[dtype])
+
+    def student_params(self) -> dict[str, Any]:
+        """Where the student starts: at the folder's weights in float32, whatever the teacher computes with, or at updates of zero."""
         config, key = self.config, jax.random.key(self.config.seed)
         if config.student.lora_rank:
             student = lora.init(key, self.abstract, config.student.lora_targets, config.student.lora_rank, stacked=self.stacked)
         else:
-            student = jax.tree.map(lambda a: jnp.array(a, jnp.float32), teacher)
+            student = self.weights("float32")
         params: dict[str, Any] = {"student": student, "discriminator": {}}
         if self.adversarial:
             x, t, cond = diffusers_folder.example_inputs(self.folder.unet)
@@ -303,7 +307,7 @@ class TextRun:
         config = self.config
         (self.workdir / "samples").mkdir(exist_ok=True)
         began = time.perf_counter()
-        teacher = diffusers_folder.load_params(self.folder.unet, dtype=DTYPES[config.compute.teacher_dtype])
+        teacher = self.weights(config.compute.teacher_dtype)
         pipe = pipeline.TextToImage(self.folder, teacher)
         student_pipe = pipeline.TextToImage(
             self.folder._replace(scheduler=self.student_scheduler_config), teacher, noise_correction=self.correct_noise, share=pipe
@@ -314,7 +318,7 @@ class TextRun:
         self.seconds["cache"] = time.perf_counter() - began
         health = TextHealth(self, pipe, student_pipe, teacher)
         tx = make_student_optimizer(config)
-        state = init_state(self.student_params(teacher), tx, jax.random.key(config.seed + 1), ema_of=student_of)
+        state = init_state(self.student_params(), tx, jax.random.key(config.seed + 1), ema_of=student_of)
         whole = partition.replicated(self.mesh)
         step = partition.jit_train_step(
             partial(train_step, loss_fn=self.loss, tx=tx, ema_decay=config.student.ema_decay, ema_of=student_of), self.mesh
@@ -336,14 +340,14 @@ class TextRun:
             advice="lower config.student.learning_rate and start in a new workdir",
         )
         self.seconds["student"] = seconds
-        self.export(state.ema_params, teacher)
+        self.export(state.ema_params)
         return self.write_results()
 
-    def export(self, student: Any, teacher: Any) -> None:
+    def export(self, student: Any) -> None:
         """student/ (Orbax), diffusers/ (a pipeline folder) and with LoRA lora/ (diffusers' file)."""
         config = self.config
         settings = {"steps": max(self.grids), "guidance": 1.0, "noise_correction": self.correct_noise}
-        merged = lora.merge(teacher, student) if config.student.lora_rank else student
+        merged = lora.merge(self.weights("float32"), student) if config.student.lora_rank else student
         if config.student.lora_rank:
             lora.save(self.workdir / "lora", student, stacked=self.stacked)
         scheduler = diffusers_scheduler.student_config(self.folder.scheduler, noise_correction=self.correct_noise)

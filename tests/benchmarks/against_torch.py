@@ -138,7 +138,7 @@ def jax_step(setup: Setup) -> Callable[[], float]:
         network,
         network,
         grids=[TIMES],
-        null_cond=lambda cond: {"context": jnp.asarray(setup.null)},
+        null_cond=lambda cond: {"context": jnp.broadcast_to(setup.null, cond["context"].shape)},
         reconstruction=Reconstruction(noise_source=None, steps=1, guidance_scale=3.0),
         correct_noise=False,
     )
