@@ -125,9 +125,9 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
     """
     plan = [("student", args.student, args.steps, args.student_guidance), ("teacher", args.teacher, [args.teacher_steps], args.guidance)]
     plan = [entry for entry in plan if entry[1]]
-    for _, source, _, _ in plan[1:]:
+    for _, source, counts, guidance in plan[1:]:
         # Read once and let go, so that a damaged folder is found before the first image and only one pipeline is in memory.
-        pipeline.load(source)
+        pipeline.load(source).check(steps=max(counts), guidance=guidance, height=args.height, width=args.width)
         gc.collect()
     rows = []
     for model, source, counts, guidance in plan:

@@ -103,13 +103,17 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     for rows in (a, b):
         if len(rows) <= rows.shape[1]:
             raise ValueError(f"the Frechet distance of {rows.shape[1]} features needs more than {rows.shape[1]} images, got {len(rows)}")
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    return gaussian_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+
+
+def gaussian_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
+    """The Fréchet distance of two Gaussians, means [d] and covariances [d, d], in the precision of its arguments."""
     # tr (Σ_a Σ_b)^½ by the symmetric form √Σ_a Σ_b √Σ_a: real and non-negative eigenvalues, no sqrtm of a
     # nearly singular product.
     values, vectors = linalg.eigh(cov_a)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, *, k: int = 3) -> tuple[float, float]:

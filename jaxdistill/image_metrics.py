@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 import PIL
 from PIL import Image
-from scipy import linalg
 
 from jaxdistill import evaluate
+from jaxdistill.evaluate import gaussian_distance as frechet_distance
 from jaxdistill.interop import diffusers_folder, torch_weights
 from jaxdistill.interop.torch_weights import WeightFiles
 from jaxdistill.models import inception
@@ -411,17 +411,6 @@ def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise MetricError(f"FID with {width:,} features needs at least {width + 1:,} images, got {count:,}")
     features = features.astype(np.float64)
     return features.mean(axis=0), np.cov(features, rowvar=False)
-
-
-def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
-    """‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½) in float64 (Heusel et al. 2017).
-
-    The trace of the root is the sum of √ of the eigenvalues of √Σ_a Σ_b √Σ_a, which is symmetric and has no negative ones.
-    """
-    values, vectors = linalg.eigh(cov_a.astype(np.float64))
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.sqrt(np.maximum(linalg.eigvalsh(root @ cov_b.astype(np.float64) @ root), 0)).sum()
-    return float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
 def kid(fake: np.ndarray, real: np.ndarray, *, subset_size: int = 1000, subsets: int = KID_SUBSETS) -> tuple[float, float]:

@@ -232,6 +232,24 @@ class TextToImage:
         """The default guidance scale."""
         return float(self.settings.get("guidance", DEFAULT_GUIDANCE[self.folder.xl]))
 
+    def check(
+        self,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+    ) -> tuple[int, int]:
+        """Height and width of the images that a call with these settings draws; nothing is computed. Raises ValueError as the call."""
+        self.scheduler.run(self.steps if steps is None else steps)
+        guidance = self.guidance if guidance is None else guidance
+        if not np.isfinite(guidance) or guidance < 0:
+            raise ValueError(f"guidance must be a number of at least 0 (1 = none), got {guidance}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        return image_size(self.folder, height, width)
+
     # -- programs
 
     def _step(
@@ -294,7 +312,7 @@ class TextToImage:
         """
         if not prompts:
             raise ValueError("at least one prompt is needed")
-        height, width = image_size(self.folder, height, width)
+        height, width = self.check(steps=steps, guidance=guidance, height=height, width=width, batch_size=batch_size)
         block = min(batch_size, len(prompts))
         z = self.latents(
             prompts,
@@ -327,10 +345,6 @@ class TextToImage:
     ) -> np.ndarray:
         """As the call, before the decoder: scaled latents float32 [n, h, w, c]."""
         steps, guidance = self.steps if steps is None else steps, self.guidance if guidance is None else guidance
-        if not np.isfinite(guidance) or guidance < 0:
-            raise ValueError(f"guidance must be a number of at least 0 (1 = none), got {guidance}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         run = self.scheduler.run(steps)
         if latents is None:
             noise = self.draw(seed, start, len(prompts), height, width)

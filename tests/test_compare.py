@@ -18,6 +18,10 @@ class Pipe:
 
     guidance = 7.5
 
+    def check(self, **settings):
+        if settings["steps"] > 1000:
+            raise ValueError(f"steps must be in 1..1000, got {settings['steps']}")
+
     def __init__(self, folder, calls):
         self.folder, self.calls = folder, calls
 
@@ -138,6 +142,11 @@ def test_every_folder_is_read_before_the_first_image(place, monkeypatch, capsys)
     monkeypatch.setattr(pipeline, "load", load)
     assert "teacher/unet is damaged" in refused(capsys, *DRAW)
     assert calls == [] and not (folder / "out").exists()
+
+
+def test_a_teachers_setting_that_cannot_be_is_refused_before_the_students_first_image(place, capsys):
+    assert "steps must be in 1..1000, got 2000" in refused(capsys, *DRAW, "--teacher_steps=2000")
+    assert [call[0] for call in place[1]] == ["load"]
 
 
 def test_an_image_that_is_not_finite_stops_the_run(place, monkeypatch, capsys):
