@@ -15,7 +15,7 @@ def test_looped_attention_is_the_plain_one(length, context):
     k, v = (2.0 * jax.random.normal(key, (2, context, 3, 8)) for key in keys[2:])
 
     def looped(q, k, v):
-        return looped_attention(q, k, v, chunk=64)
+        return looped_attention(q, k, v, scores=64 * context)
 
     values = [jax.jit(jax.value_and_grad(lambda *qkv, f=f: jnp.sum(w * f(*qkv)), (0, 1, 2)))(q, k, v) for f in (looped, plain_attention)]
     np.testing.assert_allclose(values[0][0], values[1][0], rtol=1e-4, atol=1e-3)
