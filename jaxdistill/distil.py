@@ -62,11 +62,19 @@ def prompts_of(source: str, tfds_dir: str = "") -> list[str]:
 
 
 def tfds_source(name: str, split: str, folder: str) -> Any:
-    """A TFDS dataset as a random-access source, without TensorFlow (it must be stored as array_record)."""
+    """A stored TFDS dataset as a random-access source, without TensorFlow and without its builder's code.
+
+    Read from `folder`/`name`, by default below ~/tensorflow_datasets; of several configs or versions the last by name. The files must be
+    array_record. Raises ValueError in one line.
+    """
     import tensorflow_datasets as tfds
 
+    root = Path(folder or "~/tensorflow_datasets").expanduser() / name
+    stored = sorted(root.glob("**/dataset_info.json"))
+    if not stored:
+        raise ValueError(f"the TFDS dataset {name} is not below {root.parent}; prepare it there, or set config.data.tfds_dir")
     try:
-        return tfds.data_source(name, split=split, data_dir=folder or None, download=False)
+        return tfds.builder_from_directory(stored[-1].parent).as_data_source(split=split)
     except Exception as error:  # the library has many
         raise ValueError(f"the TFDS dataset {name}:{split} cannot be read ({str(error).splitlines()[0][:200]})") from None
 

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -118,12 +116,14 @@ def test_captions_of_a_stored_dataset_serve_as_prompts(opened):
     from jaxdistill.distil import prompts_of
 
     _, folder, _ = opened
-    name = next(Path(folder).glob("*/")).name
+    name = "fashion_scenes"
     found = prompts_of(f"tfds:{name}:validation", str(folder))
     assert found and all(scenes.parse(caption) for caption in found)
     with pytest.raises(ValueError, match=r"no 'title' in its examples, only .*caption"):
         prompts_of(f"tfds:{name}:validation:title", str(folder))
     with pytest.raises(ValueError, match="must read tfds:name:split"):
         prompts_of("tfds:nothing", str(folder))
-    with pytest.raises(ValueError, match="nothing:train cannot be read"):
+    with pytest.raises(ValueError, match="dataset nothing is not below"):
         prompts_of("tfds:nothing:train", str(folder))
+    with pytest.raises(ValueError, match=f"{name}:sideways cannot be read"):
+        prompts_of(f"tfds:{name}:sideways", str(folder))
