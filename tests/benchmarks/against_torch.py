@@ -13,6 +13,8 @@ import argparse
 import json
 import os
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -188,7 +190,7 @@ def main() -> None:
     expected = theirs()
     error = float(np.abs(ours() - expected).max() / np.abs(expected).max())
     results = {
-        "command": "python tests/benchmarks/against_torch.py",
+        "command": shlex.join(["python", *sys.argv]),
         "parameters": setup.parameters,
         "attention": args.attention,
         "relative_error_of_the_samples": error,
