@@ -67,8 +67,10 @@ def tfds_source(name: str, split: str, folder: str) -> Any:
     Read from `folder`/`name`, by default below ~/tensorflow_datasets; of several configs or versions the last by name. The files must be
     array_record. Raises ValueError in one line.
     """
-    import tensorflow_datasets as tfds
-
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise ValueError('prompts of a TFDS set need tensorflow-datasets: pip install ".[benchmark]"') from None
     root = Path(folder or "~/tensorflow_datasets").expanduser() / name
     stored = sorted(root.glob("**/dataset_info.json"))
     if not stored:
