@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,11 @@ def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
     parameters = {"path": "params", "count": int(sum(a.size for a in leaves)), "dtype": str(leaves[0].dtype)}
     whole = {**card, "parameters": parameters, "sha256": _hashes(temporary)}
     write_json(temporary / "card.json", {**whole, "card_sha256": _card_hash(whole)})
+    swap_in(temporary, folder)
+
+
+def swap_in(temporary: Path, folder: Path) -> None:
+    """Put a finished folder in the place of `folder`, which comes back if that fails."""
     older = folder.with_name(folder.name + ".old")
     shutil.rmtree(older, ignore_errors=True)
     if folder.exists():
@@ -97,6 +102,16 @@ def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
             os.rename(older, folder)
         raise
     shutil.rmtree(older, ignore_errors=True)
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """First 12 hex digits of the SHA-256 of the files' bytes, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:12]
 
 
 def _card_hash(card: Mapping[str, Any]) -> str:

@@ -167,7 +167,7 @@ class TextRun:
         if student.lora_rank < 0:
             raise ValueError(f"config.student.lora_rank must be at least 0 (0: train all weights), got {student.lora_rank}")
         if student.lora_rank:
-            lora.layers(self.abstract, student.lora_targets, stacked=self.stacked)
+            lora.layers(self.abstract, student.lora_targets)
         # For v-prediction from zero terminal SNR the corrected noise is the network's own.
         exact = self.scheduler.parameterization is v_prediction and float(self.schedule.alpha(T)) < 1e-6
         self.correct_noise = bool(config.method.noise_correction) and not exact
@@ -251,7 +251,7 @@ class TextRun:
     def open_data(self, pipe: pipeline.TextToImage) -> None:
         """The caches of prompts and of reals, made where they are missing."""
         config = self.config
-        encoder = record_cache.hash_files(file for part in self.folder.text_encoders for file in part.files())
+        encoder = checkpoint.hash_files(file for part in self.folder.text_encoders for file in part.files())
 
         def encode(prompts: Sequence[str]) -> Callable[[int, int], dict[str, np.ndarray]]:
             return lambda first, last: {k: v.astype(np.float16) for k, v in pipe.text(prompts[first:last]).items()}
@@ -271,7 +271,7 @@ class TextRun:
                 return {**texts(first, last), "latents": np.asarray(encode_image(pipe.vae_params, images), np.float32)}
 
             stamps = [[str(path), path.stat().st_size, path.stat().st_mtime] for path, _ in self.pairs]
-            key = record_cache.key_of(encoder, record_cache.hash_files(self.folder.vae.files()), captions, stamps, self.size)
+            key = record_cache.key_of(encoder, checkpoint.hash_files(self.folder.vae.files()), captions, stamps, self.size)
             self.reals = self.cache("images", key, len(captions), read, "encoding images")
         elif self.adversarial:
             chosen = np.random.default_rng(config.seed).integers(0, len(self.prompts), config.adversarial.pool)
@@ -283,7 +283,7 @@ class TextRun:
                 options = {**sampler, "start": first, "height": height, "width": width, "batch_size": config.log.batch_size}
                 return {**texts(first, last), "latents": pipe.latents(captions[first:last], **options)}
 
-            network = record_cache.hash_files(self.folder.unet.files())
+            network = checkpoint.hash_files(self.folder.unet.files())
             key = record_cache.key_of(encoder, network, captions, sampler, config.compute.dtype, dict(self.folder.scheduler), self.size)
             self.reals = self.cache("teacher", key, len(captions), draw, "the teacher's images for the discriminator")
 
@@ -380,7 +380,7 @@ class TextRun:
             "scheduler": scheduler,
             "sampler": settings,
         }
-        checkpoint.export(self.workdir / "student", merged, json.loads(json.dumps(about)))
+        checkpoint.export(self.workdir / "student", merged, about)
 
     def write_results(self) -> dict[str, Any]:
         """results.json, results.md and curves.png, from the last health line of the curve."""

@@ -13,7 +13,6 @@ pt_inception-2015-12-05-6726825d.pth. One line makes it, in an environment with 
 CLIP is a transformers folder, such as openai/clip-vit-large-patch14.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -30,7 +29,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from jaxdistill import evaluate
+from jaxdistill import checkpoint, evaluate
 from jaxdistill.evaluate import gaussian_distance as frechet_distance
 from jaxdistill.interop import diffusers_folder, torch_weights
 from jaxdistill.interop.torch_weights import WeightFiles
@@ -81,10 +80,7 @@ class ImageFiles:
 
     def hash(self) -> str:
         """First 12 hex digits of the SHA-256 of all files' bytes."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            digest.update(path.read_bytes())
-        return digest.hexdigest()[:12]
+        return checkpoint.hash_files(self.files)
 
 
 def image_files(folder: str | Path, *, deep: bool = False) -> ImageFiles:

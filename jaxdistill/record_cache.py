@@ -3,13 +3,15 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 from array_record.python import array_record_module
+
+from jaxdistill import checkpoint
 
 META = "meta.json"
 
@@ -21,16 +23,6 @@ class CacheError(ValueError):
 def key_of(*parts: Any) -> str:
     """First 12 hex digits of the SHA-256 of JSON values: the name of a cache that depends on them."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def hash_files(paths: Iterable[Path]) -> str:
-    """First 12 hex digits of the SHA-256 of the files' bytes, in order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()[:12]
 
 
 def write(
@@ -71,9 +63,8 @@ def write(
         progress(min(first + block, count))
     if writer is not None:
         writer.close()
-    (temporary / META).write_text(json.dumps({"count": count, "fields": fields, "files": names}, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    checkpoint.write_json(temporary / META, {"count": count, "fields": fields, "files": names})
+    checkpoint.swap_in(temporary, folder)
 
 
 class Cache:

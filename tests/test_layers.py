@@ -6,12 +6,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "jaxdistill"
 CORE = ("schedule", "prediction", "sampling", "adversarial", "methods", "train")
 SHELL = (
+    "checkpoint",
     "interop",
     "data",
     "scenes",
     "evaluate",
     "recognise",
-    "checkpoint",
     "card",
     "report",
     "loop",
@@ -19,8 +19,8 @@ SHELL = (
     "workdir",
     "pipeline",
     "record_cache",
-    "distil",
     "image_metrics",
+    "distil",
     "main",
     "sample",
     "compare",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxdistill import checkpoint
 from jaxdistill.interop import torch_weights
 from jaxdistill.interop.torch_weights import WeightFiles
 from jaxdistill.models.autoencoder_kl import AutoencoderKL
@@ -34,9 +35,9 @@ class Part(NamedTuple):
     folder: Path
     stem: str
 
-    def files(self, variant: str = "") -> list[Path]:
+    def files(self) -> list[Path]:
         """The safetensors files of the weights. Raises FolderError where there are none."""
-        return weight_files(self.folder, self.stem, variant)
+        return weight_files(self.folder, self.stem)
 
 
 class Folder(NamedTuple):
@@ -69,15 +70,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def weight_files(folder: Path, stem: str, variant: str = "") -> list[Path]:
-    """The safetensors of a component: one file or shards, of the wanted variant ("fp16") or else of any.
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors of a component: one file or shards; of a variant ("fp16") where there are no others.
 
     Raises FolderError where there are only .bin weights, nothing, or a shard is missing.
     """
     pattern = re.compile(rf"{stem}\.([a-z0-9_]+)\.safetensors")
-    others = sorted({match[1] for path in folder.glob(f"{stem}.*") if (match := pattern.fullmatch(path.name))})
-    variants = [variant] if variant else ["", *others]
-    for name in variants:
+    variants = sorted({match[1] for path in folder.glob(f"{stem}.*") if (match := pattern.fullmatch(path.name))})
+    for name in ("", *variants):
         infix = f".{name}" if name else ""
         whole = folder / f"{stem}{infix}.safetensors"
         if whole.is_file():
@@ -94,7 +94,7 @@ def weight_files(folder: Path, stem: str, variant: str = "") -> list[Path]:
         raise FolderError(
             f"{folder} holds {found[0]} only; safetensors are read (pickles can run code): save the pipeline with safe_serialization=True"
         )
-    raise FolderError(f"{folder / stem}{'.' + variant if variant else ''}.safetensors is missing; copy the folder anew")
+    raise FolderError(f"{folder / stem}.safetensors is missing; copy the folder anew")
 
 
 # ---------------------------------------------------------------------------------------------- configs
@@ -325,9 +325,9 @@ def abstract_params(part: Part) -> Any:
     return jax.eval_shape(lambda: part.module.init(jax.random.key(0), *inputs))
 
 
-def load_params(part: Part, *, dtype: Any = np.float32, shardings: Any = None, variant: str = "") -> Any:
+def load_params(part: Part, *, dtype: Any = np.float32, shardings: Any = None) -> Any:
     """The parameters of a part, straight to `dtype` and `shardings`. Raises FolderError or WeightsError."""
-    files = WeightFiles(part.files(variant), rename=_renamer(part.module))
+    files = WeightFiles(part.files(), rename=_renamer(part.module))
     return torch_weights.load(
         files,
         abstract_params(part),
@@ -395,25 +395,16 @@ def save_student(
     (temporary / "unet").mkdir()
     stacked = STACK if getattr(source.unet.module, "scan", False) else ""
     torch_weights.save(temporary / "unet", source.unet.stem, torch_weights.torch_tensors(params, stacked=stacked, dtype=dtype))
-    _write_json(temporary / "unet" / "config.json", source.unet.config)
+    checkpoint.write_json(temporary / "unet" / "config.json", source.unet.config)
     (temporary / "scheduler").mkdir()
-    _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+    checkpoint.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
     index = dict(source.components)
     if scheduler_code is None:
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     else:
         (temporary / "scheduler" / f"{scheduler_code[0]}.py").write_text(scheduler_code[1])
         index["scheduler"] = [scheduler_code[0], scheduler["_class_name"]]
-    _write_json(temporary / "model_index.json", index)
+    checkpoint.write_json(temporary / "model_index.json", index)
     for name, value in (extra or {}).items():
-        _write_json(temporary / name, value)
-    older = target.with_name(target.name + ".old")
-    shutil.rmtree(older, ignore_errors=True)
-    if target.exists():
-        target.rename(older)
-    temporary.rename(target)
-    shutil.rmtree(older, ignore_errors=True)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(dict(value), indent=2) + "\n", encoding="utf-8")
+        checkpoint.write_json(temporary / name, value)
+    checkpoint.swap_in(temporary, target)

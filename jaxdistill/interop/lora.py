@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from jaxdistill.interop.torch_weights import WeightsError, from_torch, stacked_names, to_torch
+from jaxdistill.interop.torch_weights import WeightsError, stacked_names, to_torch
 
 FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "unet."
 
 
-def layers(params: Any, targets: Sequence[str], *, stacked: str = "") -> dict[tuple[str, ...], tuple[int, ...]]:
+def layers(params: Any, targets: Sequence[str]) -> dict[tuple[str, ...], tuple[int, ...]]:
     """{path of a layer: shape of its kernel} of the layers that a target names.
 
     A target is a regular expression that must match the end of a layer's torch name at a dot: "to_q", "attn2.to_k", "conv1".
@@ -57,7 +57,7 @@ def init(key: Array, params: Any, targets: Sequence[str], rank: int, *, stacked:
     if rank < 1:
         raise WeightsError(f"the LoRA rank must be at least 1, got {rank}")
     tree: dict[tuple[str, ...], Array] = {}
-    for i, (path, shape) in enumerate(layers(params, targets, stacked=stacked).items()):
+    for i, (path, shape) in enumerate(layers(params, targets).items()):
         lead = shape[:1] if stacked and stacked in path else ()
         inner = shape[len(lead) :]
         down = (*lead, *inner[:-1], rank)
@@ -68,8 +68,8 @@ def init(key: Array, params: Any, targets: Sequence[str], rank: int, *, stacked:
     return unflatten_dict(tree)
 
 
-def merge(params: Any, updates: Any, *, scale: float = 1.0) -> Any:
-    """Parameters with the updates added to their kernels: W + scale · down up."""
+def merge(params: Any, updates: Any) -> Any:
+    """Parameters with the updates added to their kernels: W + down up."""
     flat, low = dict(flatten_dict(params["params"])), flatten_dict(updates)
     for path in [p[:-1] for p in low if p[-1] == "down"]:
         down, up = low[(*path, "down")], low[(*path, "up")]
@@ -77,34 +77,19 @@ def merge(params: Any, updates: Any, *, scale: float = 1.0) -> Any:
         up = up[0, 0] if up.ndim == 4 else up  # the 1x1 half of a convolution's update
         letters = "nir,nro->nio" if up.ndim == 3 else "...r,ro->...o"
         delta = jnp.einsum(letters, jnp.asarray(down, jnp.float32), jnp.asarray(up, jnp.float32))
-        flat[(*path, "kernel")] = (kernel + scale * delta).astype(kernel.dtype)
+        flat[(*path, "kernel")] = (kernel + delta).astype(kernel.dtype)
     return {"params": unflatten_dict(flat)}
 
 
-def save(folder: Path, updates: Any, *, stacked: str = "", dtype: Any = np.float32) -> None:
+def save(folder: Path, updates: Any, *, stacked: str = "") -> None:
     """Write `folder/pytorch_lora_weights.safetensors` as diffusers' `load_lora_weights` reads it (PEFT's names, alpha = rank)."""
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten_dict(updates).items():
         name = "lora_A" if path[-1] == "down" else "lora_B"
         for layer, value in stacked_names(path[:-1], np.asarray(leaf), stacked):
             turned = to_torch(("kernel",), value)
-            tensors[f"{PREFIX}{layer}.{name}.weight"] = np.ascontiguousarray(turned, dtype)
+            tensors[f"{PREFIX}{layer}.{name}.weight"] = np.ascontiguousarray(turned, np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{FILE}.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.rename(folder / FILE)
-
-
-def load(folder: Path, like: Any, *, stacked: str = "") -> Any:
-    """The updates of a file that `save` wrote, shaped as `like`. Raises WeightsError naming what is missing."""
-    found = load_file(folder / FILE)
-    tree = {}
-    for path, leaf in flatten_dict(like).items():
-        name = "lora_A" if path[-1] == "down" else "lora_B"
-        names = [layer for layer, _ in stacked_names(path[:-1], np.zeros(leaf.shape), stacked)]
-        try:
-            values = [from_torch(("kernel",), found[f"{PREFIX}{layer}.{name}.weight"]) for layer in names]
-        except KeyError as error:
-            raise WeightsError(f"{folder / FILE} has no tensor {error}") from None
-        tree[path] = np.stack(values) if stacked and stacked in path else values[0]
-    return unflatten_dict(tree)

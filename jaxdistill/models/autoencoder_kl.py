@@ -31,35 +31,8 @@ class MidBlock(nn.Module):
         return ResnetBlock(c, self.groups, EPS, self.dtype, name="resnets.1")(x)
 
 
-class Encoder(nn.Module):
-    """Images to the mean and log-variance of latents."""
-
-    latent_channels: int
-    channels: Sequence[int]
-    layers: int
-    groups: int
-    mid_attention: bool
-    attention: str
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Images [b, h, w, c] in [-1, 1] -> [b, h / f, w / f, 2 latent_channels], f = 2^(levels - 1)."""
-        h = Conv(self.channels[0], dtype=self.dtype, name="conv_in")(x)
-        for level, channels in enumerate(self.channels):
-            for i in range(self.layers):
-                h = ResnetBlock(channels, self.groups, EPS, self.dtype, name=f"down_blocks.{level}.resnets.{i}")(h)
-            if level < len(self.channels) - 1:
-                # One row and column of zeros after the image only, as the original was trained.
-                down = Conv(channels, 3, 2, ((0, 1), (0, 1)), self.dtype, name=f"down_blocks.{level}.downsamplers.0.conv")
-                h = down(h)
-        h = MidBlock(self.groups, self.mid_attention, self.attention, self.dtype, name="mid_block")(h)
-        h = nn.silu(GroupNorm(self.groups, EPS, name="conv_norm_out")(h))
-        return Conv(2 * self.latent_channels, dtype=self.dtype, name="conv_out")(h)
-
-
-class Decoder(nn.Module):
-    """Latents to images."""
+class Half(nn.Module):
+    """What encoder and decoder share: their settings, their blocks and their last layers."""
 
     out_channels: int
     channels: Sequence[int]
@@ -69,19 +42,50 @@ class Decoder(nn.Module):
     attention: str
     dtype: Dtype
 
+    def block(self, channels: int, name: str, h: Array) -> Array:
+        """A residual block."""
+        return ResnetBlock(channels, self.groups, EPS, self.dtype, name=name)(h)
+
+    def middle(self, h: Array) -> Array:
+        """The middle block."""
+        return MidBlock(self.groups, self.mid_attention, self.attention, self.dtype, name="mid_block")(h)
+
+    def last(self, h: Array) -> Array:
+        """Norm, silu and the convolution to out_channels."""
+        h = nn.silu(GroupNorm(self.groups, EPS, name="conv_norm_out")(h))
+        return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(h)
+
+
+class Encoder(Half):
+    """Images to the mean and log-variance of latents, out_channels of both together."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Images [b, h, w, c] in [-1, 1] -> [b, h / f, w / f, out_channels], f = 2^(levels - 1)."""
+        h = Conv(self.channels[0], dtype=self.dtype, name="conv_in")(x)
+        for level, channels in enumerate(self.channels):
+            for i in range(self.layers):
+                h = self.block(channels, f"down_blocks.{level}.resnets.{i}", h)
+            if level < len(self.channels) - 1:
+                # One row and column of zeros after the image only, as the original was trained.
+                h = Conv(channels, 3, 2, ((0, 1), (0, 1)), self.dtype, name=f"down_blocks.{level}.downsamplers.0.conv")(h)
+        return self.last(self.middle(h))
+
+
+class Decoder(Half):
+    """Latents to images."""
+
     @nn.compact
     def __call__(self, z: Array) -> Array:
         """Latents [b, h, w, c] -> images [b, f h, f w, out_channels], f = 2^(levels - 1), not clipped."""
-        h = Conv(self.channels[-1], dtype=self.dtype, name="conv_in")(z)
-        h = MidBlock(self.groups, self.mid_attention, self.attention, self.dtype, name="mid_block")(h)
+        h = self.middle(Conv(self.channels[-1], dtype=self.dtype, name="conv_in")(z))
         for number, channels in enumerate(reversed(self.channels)):
             for i in range(self.layers + 1):
-                h = ResnetBlock(channels, self.groups, EPS, self.dtype, name=f"up_blocks.{number}.resnets.{i}")(h)
+                h = self.block(channels, f"up_blocks.{number}.resnets.{i}", h)
             if number < len(self.channels) - 1:
                 h = nearest(h, (2 * h.shape[1], 2 * h.shape[2]))
                 h = Conv(channels, dtype=self.dtype, name=f"up_blocks.{number}.upsamplers.0.conv")(h)
-        h = nn.silu(GroupNorm(self.groups, EPS, name="conv_norm_out")(h))
-        return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(h)
+        return self.last(h)
 
 
 class AutoencoderKL(nn.Module):
@@ -122,7 +126,7 @@ class AutoencoderKL(nn.Module):
     def setup(self) -> None:
         """Name the parts as diffusers does."""
         common = (tuple(self.channels), self.layers, self.groups, self.mid_attention, self.attention, self.dtype)
-        self.encoder = Encoder(self.latent_channels, *common)
+        self.encoder = Encoder(2 * self.latent_channels, *common)
         self.decoder = Decoder(self.out_channels, *common)
         if self.use_quant_conv:
             self.quant_conv = Conv(2 * self.latent_channels, 1, dtype=self.dtype)
