@@ -54,14 +54,8 @@ def get_config() -> ConfigDict:
             "ema_decay": 0.999,
             "steps": (1, 2, 3),
             "lora_rank": 0,  # above 0: train low-rank updates of lora_targets only
-            "lora_targets": (
-                "to_q",
-                "to_k",
-                "to_v",
-                "to_out.0",
-                "ff.net.0.proj",
-                "ff.net.2",
-            ),  # regular expressions, ends of layer names
+            # Regular expressions of the ends of layer names.
+            "lora_targets": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
         }
     )
     config.method = ConfigDict(

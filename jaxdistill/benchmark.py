@@ -30,7 +30,8 @@ from jaxdistill.methods.denoising import denoising
 from jaxdistill.methods.progressive_adversarial import pair_states
 from jaxdistill.prediction import Denoiser, LossFn
 from jaxdistill.recognise import SCALE_IMAGES, SceneEvaluator, SceneRecogniser, train_recogniser, unit
-from jaxdistill.train import TrainState, init_state, train_step
+from jaxdistill.train import TrainState, everything, init_state
+from jaxdistill.workdir import train_phase
 
 SHAPE = (scenes.SIDE, scenes.SIDE, 3)
 
@@ -286,23 +287,24 @@ class Benchmark:
         steps: int,
         health_every: int,
         health: loop.HealthFn,
-        ema_of: Callable[[Any], Any] | None = None,
+        ema_of: Callable[[Any], Any] = everything,
     ) -> TrainState:
         """The loop of `jaxdistill.loop` on the mesh."""
-        options: dict[str, Any] = {} if ema_of is None else {"ema_of": ema_of}
-        step = partition.jit_train_step(partial(train_step, loss_fn=loss, tx=tx, ema_decay=ema_decay, **options), self.mesh)
-        trained, seconds = loop.train_loop(
+        trained, seconds = train_phase(
             name,
-            jax.device_put(state, partition.replicated(self.mesh)),
-            step,
-            lambda i: partition.put_batch(batches(i), self.mesh),
-            jax.device_put(teacher_params, partition.replicated(self.mesh)),
+            state,
+            loss,
+            tx,
+            batches,
+            teacher_params,
+            health,
+            mesh=self.mesh,
+            ema_decay=ema_decay,
+            ema_of=ema_of,
             steps=steps,
-            workdir=self.workdir,
-            log_every=self.config.log.every,
             health_every=health_every,
-            checkpoint_every=self.config.log.checkpoint_every,
-            health=health,
+            log=self.config.log,
+            workdir=self.workdir,
             stop=self.stop,
             advice="lower the learning rate",
         )

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from jaxdistill import image_metrics, pipeline, report
 from jaxdistill.image_metrics import CLIP, METRICS, PROTOCOLS, Inception, Reference
 from jaxdistill.interop import diffusers_folder
-from jaxdistill.sample import Parser
+from jaxdistill.sample import Parser, check_numbers
 
 ROW = "row.json"
 """What drew the images of a folder."""
@@ -358,14 +358,11 @@ def parser() -> Parser:
 
 
 def check_flags(args: Namespace) -> None:
-    """Raise CompareError where flags do not go together or are out of range."""
+    """Raise CompareError where flags do not go together, ValueError where one is out of range."""
     if args.images and (args.teacher or args.student):
         raise CompareError("--images stands instead of --teacher and --student; give one or the other")
-    for flag in ("images_per_prompt", "teacher_steps", "batch_size", "page_prompts"):
-        if getattr(args, flag) < 1:
-            raise CompareError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
-    if not 0 <= args.seed < 2**31:
-        raise CompareError(f"--seed must be in 0..{2**31 - 1}, got {args.seed}")
+    counts = {flag: getattr(args, flag) for flag in ("images_per_prompt", "teacher_steps", "batch_size", "page_prompts")}
+    check_numbers(seed=args.seed, **counts)
     if bool(args.inception) != bool(args.reference):
         raise CompareError("--inception and --reference need each other; give both or none")
     if args.save_reference and not args.reference:

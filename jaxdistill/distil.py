@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from jaxdistill import card, checkpoint, evaluate, loop, partition, pipeline, record_cache, report
+from jaxdistill import card, checkpoint, evaluate, image_metrics, loop, partition, pipeline, record_cache, report
 from jaxdistill.experiment import check_numbers, make_adversary, make_reconstruction, make_student_optimizer, student_of
 from jaxdistill.interop import diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.interop.diffusers_folder import FolderError
@@ -23,8 +23,8 @@ from jaxdistill.models.latent_layers import ATTENTION
 from jaxdistill.models.unet_condition import REMAT_POLICIES, STACK
 from jaxdistill.prediction import LossFn, v_prediction
 from jaxdistill.sampling import TimeGrid, check_grid, trailing_grid
-from jaxdistill.train import init_state, train_step
-from jaxdistill.workdir import UserError, prepare_workdir, say, versions
+from jaxdistill.train import init_state
+from jaxdistill.workdir import UserError, prepare_workdir, say, train_phase, versions
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -99,11 +99,7 @@ def captioned_images(folder: str) -> list[tuple[Path, str]]:
 
 def read_image(path: Path, height: int, width: int) -> np.ndarray:
     """An image, cropped to the aspect ratio about its middle and resized: float32 [height, width, 3] in [-1, 1]. Raises ValueError."""
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error})") from None
+    image = Image.fromarray(image_metrics.read_image(path))
     scale = max(width / image.width, height / image.height)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.LANCZOS)
@@ -135,11 +131,10 @@ class TextRun:
             dtype=DTYPES[compute.dtype],
         )
         self.stacked = STACK if compute.scan else ""
-        self.where = self.folder.path / "scheduler" / "scheduler_config.json"
-        self.student_scheduler_config = diffusers_scheduler.student_config(self.folder.scheduler, noise_correction=False)
-        self.scheduler = diffusers_scheduler.read(self.student_scheduler_config, self.where, xl=self.folder.xl)
-        diffusers_scheduler.read(self.folder.scheduler, self.where, xl=self.folder.xl)
-        self.schedule, self.unet = self.scheduler.schedule, self.folder.unet.module
+        plain = diffusers_scheduler.student_config(self.folder.scheduler, noise_correction=False)
+        scheduler = diffusers_scheduler.of_folder(self.folder._replace(scheduler=plain))
+        self.teacher_scheduler = diffusers_scheduler.of_folder(self.folder)
+        self.schedule, self.unet = scheduler.schedule, self.folder.unet.module
         T = self.schedule.T
         self.grids: dict[int, TimeGrid] = {n: check_grid(trailing_grid(n, T, discrete=True), T) for n in sorted(student.steps)}
         self.size = pipeline.image_size(self.folder, config.data.height or None, config.data.width or None)
@@ -169,8 +164,9 @@ class TextRun:
         if student.lora_rank:
             lora.layers(self.abstract, student.lora_targets)
         # For v-prediction from zero terminal SNR the corrected noise is the network's own.
-        exact = self.scheduler.parameterization is v_prediction and float(self.schedule.alpha(T)) < 1e-6
+        exact = scheduler.parameterization is v_prediction and float(self.schedule.alpha(T)) < 1e-6
         self.correct_noise = bool(config.method.noise_correction) and not exact
+        self.scheduler = scheduler._replace(noise_correction=self.correct_noise)
         self.null: dict[str, np.ndarray] = {}
         self.loss = self.make_loss()
         self.seconds: dict[str, float] = {}
@@ -184,17 +180,11 @@ class TextRun:
         network = flash.Model(self.unet.apply, self.schedule, self.scheduler.parameterization)
         self.heads = FeatureHeads(config.adversarial.width)
         adversary = make_adversary(config.adversarial, partial(self.unet.apply, features=True), self.heads, self.schedule, constrain)
-
-        def null_cond(cond: Any) -> Any:
-            """The conditioning of the pipeline's own negative prompt, known once the text is encoded; time ids stay."""
-            null = self.null
-            return {name: jnp.broadcast_to(null[name], value.shape) if name in null else value for name, value in cond.items()}
-
         loss = flash.imagine_flash(
             network,
             network,
             grids=list(self.grids.values()),
-            null_cond=null_cond,
+            null_cond=lambda cond: pipeline.with_null(self.null, cond),  # known once the text is encoded
             reconstruction=make_reconstruction(config, self.schedule.T),
             weight=flash.power_weight(self.schedule.T, power=config.method.weight_power),
             backward=config.method.backward,
@@ -281,7 +271,7 @@ class TextRun:
 
             def draw(first: int, last: int) -> dict[str, np.ndarray]:
                 options = {**sampler, "start": first, "height": height, "width": width, "batch_size": config.log.batch_size}
-                return {**texts(first, last), "latents": pipe.latents(captions[first:last], **options)}
+                return {**texts(first, last), "latents": pipe(captions[first:last], decode=False, **options)}
 
             network = checkpoint.hash_files(self.folder.unet.files())
             key = record_cache.key_of(encoder, network, captions, sampler, config.compute.dtype, dict(self.folder.scheduler), self.size)
@@ -318,10 +308,8 @@ class TextRun:
         (self.workdir / "samples").mkdir(exist_ok=True)
         began = time.perf_counter()
         teacher = self.weights(config.compute.teacher_dtype)
-        pipe = pipeline.TextToImage(self.folder, teacher)
-        student_pipe = pipeline.TextToImage(
-            self.folder._replace(scheduler=self.student_scheduler_config), teacher, noise_correction=self.correct_noise, share=pipe
-        )
+        pipe = pipeline.TextToImage(self.folder, teacher, self.teacher_scheduler)
+        student_pipe = pipeline.TextToImage(self.folder, teacher, self.scheduler, share=pipe)
         self.seconds["load"] = time.perf_counter() - began
         began = time.perf_counter()
         self.open_data(pipe)
@@ -329,23 +317,21 @@ class TextRun:
         health = TextHealth(self, pipe, student_pipe, teacher)
         tx = make_student_optimizer(config)
         state = init_state(self.student_params(), tx, jax.random.key(config.seed + 1), ema_of=student_of)
-        whole = partition.replicated(self.mesh)
-        step = partition.jit_train_step(
-            partial(train_step, loss_fn=self.loss, tx=tx, ema_decay=config.student.ema_decay, ema_of=student_of), self.mesh
-        )
-        batches = self.batches()
-        state, seconds = loop.train_loop(
+        state, seconds = train_phase(
             "student",
-            jax.device_put(state, whole),
-            step,
-            lambda i: partition.put_batch(batches(i), self.mesh),
-            jax.device_put(teacher, whole),
+            state,
+            self.loss,
+            tx,
+            self.batches(),
+            teacher,
+            health,
+            mesh=self.mesh,
+            ema_decay=config.student.ema_decay,
+            ema_of=student_of,
             steps=config.student.iterations,
-            workdir=self.workdir,
-            log_every=config.log.every,
             health_every=config.student.health_every,
-            checkpoint_every=config.log.checkpoint_every,
-            health=health,
+            log=config.log,
+            workdir=self.workdir,
             stop=stop,
             advice="lower config.student.learning_rate and start in a new workdir",
         )

@@ -20,12 +20,12 @@ import optax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxdistill import card, checkpoint, data, evaluate, loop, partition, report
+from jaxdistill import card, checkpoint, data, evaluate, loop, report
 from jaxdistill.experiment import Experiment, build, student_of
 from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.prediction import LossFn
-from jaxdistill.train import TrainState, init_state, train_step
-from jaxdistill.workdir import UserError, prepare_workdir, say, versions
+from jaxdistill.train import TrainState, everything, init_state
+from jaxdistill.workdir import UserError, prepare_workdir, say, train_phase, versions
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.key=value sets any key.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, exports and results; a second start in it resumes.")
@@ -197,27 +197,27 @@ class Run:
         teacher_params: Any,
         health: loop.HealthFn,
         *,
-        ema_of: Callable[[Any], Any] = lambda p: p,
+        ema_of: Callable[[Any], Any] = everything,
     ) -> TrainState:
         """One phase to its end; resumes where a checkpoint is."""
-        mesh, block, log = self.experiment.mesh, self.config[name], self.config.log
-        whole = partition.replicated(mesh)
-        step = partition.jit_train_step(partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=block.ema_decay, ema_of=ema_of), mesh)
-        advice = f"lower config.{name}.learning_rate and start in a new workdir"
-        state, seconds = loop.train_loop(
+        block = self.config[name]
+        state, seconds = train_phase(
             name,
-            jax.device_put(state, whole),
-            step,
-            lambda i: partition.put_batch(batches[i], mesh),
-            jax.device_put(teacher_params, whole),
+            state,
+            loss_fn,
+            tx,
+            batches.__getitem__,
+            teacher_params,
+            health,
+            mesh=self.experiment.mesh,
+            ema_decay=block.ema_decay,
+            ema_of=ema_of,
             steps=block.iterations,
-            workdir=self.workdir,
-            log_every=log.every,
             health_every=block.health_every,
-            checkpoint_every=log.checkpoint_every,
-            health=health,
+            log=self.config.log,
+            workdir=self.workdir,
             stop=self.stop,
-            advice=advice,
+            advice=f"lower config.{name}.learning_rate and start in a new workdir",
         )
         self.record(name, seconds)
         return state

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from jaxdistill import card, checkpoint, sampling
 from jaxdistill.interop import diffusers_folder, diffusers_scheduler
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
-from jaxdistill.prediction import as_denoiser
+from jaxdistill.interop.diffusers_scheduler import Scheduler
 
 SETTINGS = "jaxdistill.json"
 """What a student's folder says beyond diffusers' own files: {"steps", "guidance", "noise_correction"}."""
@@ -139,6 +139,11 @@ class TextEncoders:
         return {k: np.zeros_like(v) for k, v in encoded.items()} if prompt is None and self.folder.zero_empty_prompt else encoded
 
 
+def with_null(null: Mapping[str, Array | np.ndarray], cond: Mapping[str, Array]) -> dict[str, Array]:
+    """A batch's conditioning with the negative prompt's [1, ...] in the place of its own; what `null` does not name, as time ids, stays."""
+    return {name: jnp.broadcast_to(null[name], value.shape) if name in null else value for name, value in cond.items()}
+
+
 def time_ids(height: int, width: int) -> np.ndarray:
     """XL's micro-conditioning: original size, crop corner, target size; float32 [6]."""
     return np.asarray([height, width, 0, 0, height, width], np.float32)
@@ -196,27 +201,18 @@ class TextToImage:
         self,
         folder: Folder,
         unet_params: Any,
+        scheduler: Scheduler,
         *,
         settings: Mapping[str, Any] | None = None,
-        grid: str | None = None,
-        solver: str | None = None,
-        noise_correction: bool | None = None,
         param_dtype: Any = np.float32,
         tile: int = 0,
         share: "TextToImage | None" = None,
     ) -> None:
-        self.folder, self.settings = folder, dict(settings or {})
-        where = folder.path / "scheduler" / "scheduler_config.json"
-        if noise_correction is None:
-            noise_correction = self.settings.get("noise_correction")
-        self.scheduler = diffusers_scheduler.read(
-            folder.scheduler, where, xl=folder.xl, grid=grid, solver=solver, noise_correction=noise_correction
-        )
+        self.folder, self.params, self.scheduler = folder, unet_params, scheduler
+        self.settings, self.tile = dict(settings or {}), tile
         self.unet, self.vae = folder.unet.module, folder.vae.module
-        self.params = unet_params
         self.text: TextEncoders = share.text if share else TextEncoders(folder, dtype=param_dtype)
         self.vae_params: Any = share.vae_params if share else diffusers_folder.load_params(folder.vae, dtype=param_dtype)
-        self.tile = tile
         self._advance = jax.jit(self._step, static_argnames="guided")
         self._decode: Callable[..., Array] = share._decode if share else jax.jit(partial(self.vae.apply, method="decode"))
 
@@ -257,15 +253,20 @@ class TextToImage:
     ) -> Any:
         """One network call and the solver's step. The loop over the times is Python's: one program serves every number of steps."""
         scheduler = self.scheduler
-        both = jax.tree.map(lambda c, n: jnp.concatenate([c, jnp.broadcast_to(n, c.shape)]), cond, null) if guided else cond
-        denoiser = as_denoiser(self.unet.apply, params, both, schedule=scheduler.schedule, parameterization=scheduler.parameterization)
-        if guided:
-            denoiser = sampling.guidance(guidance)(denoiser)
+        denoiser = sampling.guided_denoiser(
+            self.unet.apply,
+            params,
+            cond,
+            schedule=scheduler.schedule,
+            parameterization=scheduler.parameterization,
+            null_cond=partial(with_null, null),
+            scale=guidance if guided else 1.0,
+        )
         return scheduler.step(scheduler.transform(denoiser, noise)(state.x, t), state, t, t_next)
 
-    def decode(self, latents: Array | np.ndarray) -> np.ndarray:
+    def decode(self, latents: Array) -> np.ndarray:
         """Latents [b, h, w, c] -> images float32 [b, f h, f w, 3] in [0, 1]; in tiles where that was asked for."""
-        tile, latents = self.tile, jnp.asarray(latents)
+        tile = self.tile
         if tile and max(latents.shape[1:3]) > tile:
             images = decode_tiled(
                 lambda z: self._decode(self.vae_params, z), latents, tile=tile, overlap=max(1, tile // 4), factor=self.vae.factor
@@ -292,8 +293,9 @@ class TextToImage:
         start: int = 0,
         batch_size: int = 4,
         latents: np.ndarray | None = None,
+        decode: bool = True,
     ) -> np.ndarray:
-        """Images float32 [n, height, width, 3] in [0, 1], one a prompt.
+        """Images float32 [n, height, width, 3] in [0, 1], one a prompt; or the scaled latents [n, h, w, c] that the decoder would get.
 
         Args:
           prompts: n texts.
@@ -306,6 +308,7 @@ class TextToImage:
           start: number of the first image.
           batch_size: images at once.
           latents: starts float32 [n, c, h, w] as diffusers has them, standard normal, instead of the seed's.
+          decode: False leaves the decoder out.
 
         Raises:
           ValueError: a size, number of steps, scale or latents that do not fit.
@@ -313,37 +316,6 @@ class TextToImage:
         if not prompts:
             raise ValueError("at least one prompt is needed")
         height, width = self.check(steps=steps, guidance=guidance, height=height, width=width, batch_size=batch_size)
-        block = min(batch_size, len(prompts))
-        z = self.latents(
-            prompts,
-            negative_prompt=negative_prompt,
-            steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
-            seed=seed,
-            start=start,
-            batch_size=batch_size,
-            latents=latents,
-        )
-        images = [self.decode(z[np.arange(i, i + block) % len(z)]) for i in range(0, len(z), block)]
-        return np.concatenate(images)[: len(prompts)]
-
-    def latents(
-        self,
-        prompts: Sequence[str],
-        *,
-        negative_prompt: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int,
-        width: int,
-        seed: int = 0,
-        start: int = 0,
-        batch_size: int = 4,
-        latents: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """As the call, before the decoder: scaled latents float32 [n, h, w, c]."""
         steps, guidance = self.steps if steps is None else steps, self.guidance if guidance is None else guidance
         run = self.scheduler.run(steps)
         if latents is None:
@@ -355,7 +327,6 @@ class TextToImage:
         null = self.text.negative(negative_prompt) if guided else {}
         if self.folder.xl:
             cond["time_ids"] = np.tile(time_ids(height, width), (len(prompts), 1))
-            null = {**null, "time_ids": cond["time_ids"][:1]} if guided else null
         found, block = [], min(batch_size, len(prompts))
         for i in range(0, len(prompts), block):
             rows = np.arange(i, i + block) % len(prompts)  # the last block is filled up, so that one program serves all
@@ -364,7 +335,7 @@ class TextToImage:
             state = self.scheduler.start(starts * run.scale)
             for t, t_next in zip(run.times, run.next_times, strict=True):
                 state = self._advance(self.params, state, starts, part, null, t, t_next, np.float32(guidance), guided=guided)
-            found.append(np.asarray(state.x))
+            found.append(self.decode(state.x) if decode else np.asarray(state.x))
         return np.concatenate(found)[: len(prompts)]
 
 
@@ -416,10 +387,10 @@ def load(
     folder = diffusers_folder.open_folder(root, attention=attention, dtype=dtype, scan=scan)
     if (root / SETTINGS).is_file():
         settings = {**diffusers_folder.read_json(root / SETTINGS), **settings}
+    if noise_correction is None:
+        noise_correction = settings.get("noise_correction")
     # Read first: a scheduler that is not supported should not cost the reading of the weights.
-    diffusers_scheduler.read(folder.scheduler, root / "scheduler" / "scheduler_config.json", xl=folder.xl, grid=grid, solver=solver)
+    scheduler = diffusers_scheduler.of_folder(folder, grid=grid, solver=solver, noise_correction=noise_correction)
     if params is None:
         params = diffusers_folder.load_params(folder.unet, dtype=param_dtype)
-    return TextToImage(
-        folder, params, settings=settings, grid=grid, solver=solver, noise_correction=noise_correction, param_dtype=param_dtype, tile=tile
-    )
+    return TextToImage(folder, params, scheduler, settings=settings, param_dtype=param_dtype, tile=tile)

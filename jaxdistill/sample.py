@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import card, checkpoint, report
+from jaxdistill.models.latent_layers import ATTENTION
 
 
 def boolean(text: str) -> bool:
@@ -58,12 +59,12 @@ def parser() -> Parser:
     text.add_argument("--negative_prompt", help="what guidance leads away from; default: the pipeline's own")
     text.add_argument("--height", type=int, help="pixels; default: the checkpoint's")
     text.add_argument("--width", type=int, help="pixels; default: the checkpoint's")
-    text.add_argument("--grid", choices=("trailing", "leading", "linspace"), help="spacing of the times; default: the folder's")
-    text.add_argument("--solver", choices=("ddim", "dpm_solver_pp_2m"), help="default: the folder's scheduler")
+    text.add_argument("--grid", choices=tuple(card.GRIDS), help="spacing of the times; default: the folder's")
+    text.add_argument("--solver", choices=tuple(card.SOLVERS), help="default: the folder's scheduler")
     text.add_argument("--latents", help=".npy of starts, float32 [num, c, h, w], standard normal, instead of the seed's")
     text.add_argument("--tile", type=int, default=0, help="decode larger images in tiles of so many latents a side; 0: never")
     text.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks' computation")
-    text.add_argument("--attention", choices=("auto", "plain", "looped", "flash"), default="auto", help="flash is a TPU kernel")
+    text.add_argument("--attention", choices=tuple(ATTENTION), default="auto", help="flash is a TPU kernel")
     return p
 
 
@@ -90,11 +91,7 @@ def generate(
     steps = settings["steps"] if steps is None else steps
     guidance = settings["guidance"] if guidance is None else guidance
     correct = settings["noise_correction"] if noise_correction is None else noise_correction
-    for name, value in (("steps", steps), ("num", num), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    if not 0 <= seed < 2**31:
-        raise ValueError(f"--seed must be in 0..{2**31 - 1}, got {seed}")
+    check_numbers(seed=seed, steps=steps, num=num, batch_size=batch_size)
     if not np.isfinite(guidance) or guidance < 0:
         raise ValueError(f"--guidance must be a number of at least 0 (1 = none), got {guidance}")
     classes = list(range(len(names))) if labels is None else labels
@@ -110,6 +107,15 @@ def generate(
         cond = np.resize(conds[i : i + block], block)  # the last block is filled up, so that one program serves all
         images.append(np.asarray(program(params, card.draw_noise(seed, i, block, shape), cond, grid)))
     return np.concatenate(images)[:num], conds
+
+
+def check_numbers(*, seed: int, **counts: int) -> None:
+    """Raise ValueError for a flag's count below 1 or a seed that jax.random.key does not take."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"--seed must be in 0..{2**31 - 1}, got {seed}")
 
 
 TEXT_FLAGS = ("prompt", "negative_prompt", "height", "width", "grid", "solver", "latents")
@@ -135,11 +141,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
         raise ValueError(f"--labels: {args.model} draws from text and has no classes; give --prompt")
     num = 1 if args.num is None else args.num
     batch_size = 4 if args.batch_size is None else args.batch_size
-    for name, value in (("num", num), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"--seed must be in 0..{2**31 - 1}, got {args.seed}")
+    check_numbers(seed=args.seed, num=num, batch_size=batch_size)
     if args.tile < 0:
         raise ValueError(f"--tile must be at least 0 (0: never), got {args.tile}")
     latents = None

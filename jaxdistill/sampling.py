@@ -142,7 +142,7 @@ def guided_denoiser(
     schedule: NoiseSchedule,
     parameterization: Parameterization,
     null_cond: Callable[[Any], Any],
-    scale: float,
+    scale: float | Array,
 ) -> Denoiser:
     """`as_denoiser` under `guidance`; at scale 1 the plain denoiser, at half the cost.
 
@@ -153,9 +153,9 @@ def guided_denoiser(
       schedule: the forward process.
       parameterization: what the output means.
       null_cond: cond -> the null conditioning of the same structure.
-      scale: of the guidance.
+      scale: of the guidance; one that is traced always guides.
     """
-    if scale == 1.0:
+    if isinstance(scale, (int, float)) and scale == 1.0:
         return as_denoiser(apply, params, cond, schedule=schedule, parameterization=parameterization)
     both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null_cond(cond))
     return guidance(scale)(as_denoiser(apply, params, both, schedule=schedule, parameterization=parameterization))
@@ -336,14 +336,13 @@ class Trajectory(NamedTuple):
 def rollout(
     step: Step,
     denoiser: Denoiser,
-    state: Any,
+    state: SamplerState,
     grid: Array | TimeGrid,
     *,
     t_end: float | Array = 0.0,
-    next_times: Array | TimeGrid | None = None,
     stop_gradient: bool = False,
     unroll: bool = False,
-) -> tuple[Any, Trajectory]:
+) -> tuple[SamplerState, Trajectory]:
     """Run the solver from grid[0] to t_end by `lax.scan`: one network call for each time of the grid.
 
     With `stop_gradient` the carried state is cut, so each x̂0 of the trajectory depends on the
@@ -352,11 +351,9 @@ def rollout(
     Args:
       step: the solver.
       denoiser: (x, t) -> Prediction.
-      state: `start(x)` with x at the time grid[0] (or the solver's own start).
+      state: `start(x)` with x at the time grid[0].
       grid: decreasing times [N], or [N, b] for times of each example.
       t_end: where the last step ends; 0 gives clean samples.
-      next_times: where each step ends, of grid's shape, for samplers whose steps do not meet the grid; by default the next
-        time of the grid, and t_end after the last.
       stop_gradient: cut the gradient of the carried state.
       unroll: compile one copy of the body a step. Longer to compile; XLA's CPU backend runs convolutions
         inside a loop on one thread and without its fast kernels.
@@ -365,17 +362,14 @@ def rollout(
       The state at t_end and the trajectory of the N visited states.
     """
     times = jnp.asarray(grid, jnp.float32)
-    if next_times is None:
-        ends = jnp.concatenate([times[1:], jnp.broadcast_to(jnp.asarray(t_end, jnp.float32), times[:1].shape)])
-    else:
-        ends = jnp.asarray(next_times, jnp.float32)
+    next_times = jnp.concatenate([times[1:], jnp.broadcast_to(jnp.asarray(t_end, jnp.float32), times[:1].shape)])
 
-    def body(state: Any, pair: tuple[Array, Array]) -> tuple[Any, Trajectory]:
+    def body(state: SamplerState, pair: tuple[Array, Array]) -> tuple[SamplerState, Trajectory]:
         t, t_next = pair
         if stop_gradient:
             state = jax.lax.stop_gradient(state)
         prediction = denoiser(state.x, t)
         return step(prediction, state, t, t_next), Trajectory(t, state.x, *prediction)
 
-    final, trajectory = jax.lax.scan(body, state, (times, ends), unroll=unroll)
+    final, trajectory = jax.lax.scan(body, state, (times, next_times), unroll=unroll)
     return (jax.lax.stop_gradient(final) if stop_gradient else final), trajectory

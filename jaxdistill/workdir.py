@@ -5,14 +5,21 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
+import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import jaxdistill
-from jaxdistill import checkpoint, loop
+from jaxdistill import checkpoint, loop, partition
 from jaxdistill.experiment import flatten
+from jaxdistill.prediction import LossFn
+from jaxdistill.train import TrainState, everything, train_step
 
 
 class UserError(Exception):
@@ -46,6 +53,47 @@ def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
                 "choose another workdir or repeat that run's flags"
             )
     checkpoint.write_json(path, wanted)
+
+
+def train_phase(
+    name: str,
+    state: TrainState,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    batches: Callable[[int], Any],
+    teacher_params: Any,
+    health: loop.HealthFn,
+    *,
+    mesh: Mesh,
+    ema_decay: float,
+    steps: int,
+    health_every: int,
+    log: ConfigDict,
+    workdir: Path,
+    stop: loop.StopSignal,
+    advice: str,
+    ema_of: Callable[[Any], Any] = everything,
+) -> tuple[TrainState, float]:
+    """`loop.train_loop` of a loss on the mesh, state and teacher replicated: the last state and the seconds spent in all.
+
+    `log` gives "every" and "checkpoint_every"; batches: i -> host batch i.
+    """
+    whole = partition.replicated(mesh)
+    return loop.train_loop(
+        name,
+        jax.device_put(state, whole),
+        partition.jit_train_step(partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=ema_decay, ema_of=ema_of), mesh),
+        lambda i: partition.put_batch(batches(i), mesh),
+        jax.device_put(teacher_params, whole),
+        steps=steps,
+        workdir=workdir,
+        log_every=log.every,
+        health_every=health_every,
+        checkpoint_every=log.checkpoint_every,
+        health=health,
+        stop=stop,
+        advice=advice,
+    )
 
 
 def say(line: str) -> None:

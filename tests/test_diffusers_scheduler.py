@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from jaxdistill import sampling
 from jaxdistill.interop import diffusers_scheduler
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.prediction import as_denoiser
@@ -48,8 +47,10 @@ def ours(config, steps, **options):
         return network(x, t[:, None, None, None], jnp)
 
     denoiser = as_denoiser(apply, None, None, schedule=found.schedule, parameterization=found.parameterization)
-    state = found.start(NOISE * run.scale)
-    return sampling.rollout(found.step, found.transform(denoiser, NOISE), state, run.times, next_times=run.next_times)[0].x
+    denoiser, state = found.transform(denoiser, NOISE), found.start(NOISE * run.scale)
+    for t, t_next in zip(jnp.asarray(run.times), jnp.asarray(run.next_times), strict=True):
+        state = found.step(denoiser(state.x, t), state, t, t_next)
+    return state.x
 
 
 def theirs(scheduler, steps):

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jaxdistill import prediction, sampling
 from jaxdistill import schedule as schedules
-from jaxdistill.interop.diffusers_folder import FolderError
+from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.prediction import Parameterization
 from jaxdistill.sampling import Denoiser, Step
 from jaxdistill.schedule import NoiseSchedule
@@ -201,6 +201,11 @@ def read(
     }
     step, start = steps_of.get(kind, (sampling.ddim(schedule), sampling.start))
     return Scheduler(schedule, parameterization, step, start, run, clipping, corrected)
+
+
+def of_folder(folder: Folder, **options: Any) -> Scheduler:
+    """The folder's scheduler; `options` as of `read`. Raises FolderError."""
+    return read(folder.scheduler, folder.path / "scheduler" / "scheduler_config.json", xl=folder.xl, **options)
 
 
 def student_config(teacher: Mapping[str, Any], *, noise_correction: bool) -> dict[str, Any]:

@@ -207,6 +207,15 @@ def slots_of(grids: Sequence[TimeGrid], batch_size: int) -> Slots:
     return Slots(*(np.stack(rows, axis=1)[:, columns] for rows in (t, t_next, [i == 0 for i in at])))
 
 
+class Visited(NamedTuple):
+    """States of b rows: row r walked grids[r mod G]. cond [b], x_T as the trajectory's rows or one for each state."""
+
+    trajectory: Trajectory
+    x_T: Array
+    cond: Any
+    grids: Sequence[TimeGrid]
+
+
 def imagine_flash(
     student: Model,
     teacher: Model,
@@ -321,13 +330,13 @@ def imagine_flash(
         prediction = student_denoiser(params, _tile(cond, n), _tile(noise, n))(x, flat)
         return Trajectory(t, *(a.reshape(n, *x0.shape) for a in (x, *prediction)))
 
-    def parts_of(params: Any, batch: Any, key_noise: Array, key_state: Array) -> list[tuple[Trajectory, Array, Any]]:
-        """What the student visits: (trajectory [n, b', ...], its x_T, conditioning [b']), for all grids in one part or for each grid."""
+    def parts_of(params: Any, batch: Any, key_noise: Array, key_state: Array) -> list[Visited]:
+        """What the student visits: all grids in one part, or a part for each grid."""
         shape, dtype = batch["x0"].shape, batch["x0"].dtype
         if backward and whole_trajectory and len(grids) > 1:
             slots = slots_of(grids, shape[0])
             noise = jax.vmap(constrain)(jax.random.normal(key_noise, (len(slots.t), *shape), dtype))
-            return [(*slotted(params, batch["cond"], noise, slots), batch["cond"])]
+            return [Visited(*slotted(params, batch["cond"], noise, slots), batch["cond"], grids)]
         noise = constrain(jax.random.normal(key_noise, shape, dtype))
         parts = []
         for i, grid in enumerate(grids):
@@ -340,16 +349,16 @@ def imagine_flash(
                 trajectory = whole(params, cond, x_T, grid)
             else:
                 trajectory = one_step(params, cond, x_T, grid, key)
-            parts.append((trajectory, x_T, cond))
+            parts.append(Visited(trajectory, x_T, cond, [grid]))
         return parts
 
-    def teacher_start(trajectory: Trajectory, x_T: Array, key: Array) -> tuple[Array, Array]:
+    def teacher_start(part: Visited, key: Array) -> tuple[Array, Array]:
         """Where the teacher starts: (x [n b, ...], t [n b])."""
-        fixed: Trajectory = jax.lax.stop_gradient(trajectory)
+        fixed: Trajectory = jax.lax.stop_gradient(part.trajectory)
         t = fixed.t.reshape(-1)
         if reconstruction.noise_source is None:
             return _flat(fixed.x), t
-        eps = reconstruction.noise_source(key, fixed, x_T)
+        eps = reconstruction.noise_source(key, fixed, part.x_T)
         t_teacher = reconstruction.shift(t)
         return diffuse(teacher.schedule, _flat(fixed.x0), constrain(_flat(eps)), t_teacher), t_teacher
 
@@ -359,14 +368,14 @@ def imagine_flash(
             raise ValueError(f"batch size {b} must be a multiple of the {len(grids)} grids that share it")
         key_noise, key_state, key_srl, key_adversary = jax.random.split(key, 4)
         parts = parts_of(params["student"], batch, key_noise, key_state)
-        starts = [teacher_start(trajectory, x_T, jax.random.fold_in(key_srl, i)) for i, (trajectory, x_T, _) in enumerate(parts)]
+        starts = [teacher_start(part, jax.random.fold_in(key_srl, i)) for i, part in enumerate(parts)]
         # One call of the teacher for all that was visited: one copy of its network in the program.
         x, t = jax.tree.map(lambda *a: jnp.concatenate(a), *starts)
-        x0 = jnp.concatenate([_flat(trajectory.x0) for trajectory, _, _ in parts])
-        cond = jax.tree.map(lambda *c: jnp.concatenate(c), *(_tile(cond, trajectory.t.shape[0]) for trajectory, _, cond in parts))
+        x0 = jnp.concatenate([_flat(part.trajectory.x0) for part in parts])
+        cond = jax.tree.map(lambda *c: jnp.concatenate(c), *(_tile(part.cond, part.trajectory.t.shape[0]) for part in parts))
         target = jax.lax.stop_gradient(teacher_x0(teacher_params, x, t, cond))
         error = jnp.mean((target - x0) ** 2, axis=tuple(range(1, target.ndim)))
-        value = jnp.mean(weight(jnp.concatenate([trajectory.t.reshape(-1) for trajectory, _, _ in parts])) * error)
+        value = jnp.mean(weight(jnp.concatenate([part.trajectory.t.reshape(-1) for part in parts])) * error)
         metrics = {"reconstruction": value}
         if whole_trajectory:
             metrics |= errors_by_step(error, parts)
@@ -380,25 +389,23 @@ def imagine_flash(
             metrics |= terms.metrics
         return value, metrics
 
-    def errors_by_step(error: Array, parts: Sequence[tuple[Trajectory, Array, Any]]) -> dict[str, Array]:
+    def errors_by_step(error: Array, parts: Sequence[Visited]) -> dict[str, Array]:
         """{"reconstruction/N_n": mean error of the n-th state of the N-step grid}."""
         found: dict[str, Array] = {}
         at = 0
-        for i, grid in enumerate(grids):
-            if len(parts) == len(grids):
-                n, rows = parts[i][0].t.shape
-                errors = error[at : at + n * rows].reshape(n, rows)
-                at += n * rows
-            else:
-                errors = error.reshape(parts[0][0].t.shape)[:, i :: len(grids)]
-            found |= {f"reconstruction/{len(grid)}_{n + 1}": jnp.mean(errors[n]) for n in range(len(grid))}
+        for part in parts:
+            n, b = part.trajectory.t.shape
+            errors = error[at : at + n * b].reshape(n, b)
+            at += n * b
+            for i, grid in enumerate(part.grids):
+                found |= {f"reconstruction/{len(grid)}_{j + 1}": jnp.mean(errors[j, i :: len(part.grids)]) for j in range(len(grid))}
         return found
 
-    def one_state(x0: Array, cond: Any, parts: Sequence[tuple[Trajectory, Array, Any]], key: Array) -> tuple[Array, Any]:
+    def one_state(x0: Array, cond: Any, parts: Sequence[Visited], key: Array) -> tuple[Array, Any]:
         """One random state of each row, from the flattened states of all parts."""
         rows, at = [], 0
-        for i, (trajectory, _, _) in enumerate(parts):
-            n, b = trajectory.t.shape
+        for i, part in enumerate(parts):
+            n, b = part.trajectory.t.shape
             rows.append(at + b * jax.random.randint(jax.random.fold_in(key, i), (b,), 0, n) + jnp.arange(b))
             at += n * b
         chosen = jnp.concatenate(rows)
