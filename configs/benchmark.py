@@ -79,6 +79,7 @@ def get_config(size: str = "") -> ConfigDict:
                 "shift_settings": {"times": (0.3, 0.5, 0.75, 1.0), "values": (0.52, 0.65, 0.77, 0.87)},
                 "teacher_steps": 2,
                 "adversarial_weight": 0.05,
+                "adversary_states": "all",  # of the student's states, which the discriminator judges: all | one a row
             },
             "direct": {"learning_rate": 5e-4, "pairs_share": 0.5},
             "step_distillation": {"learning_rate": 3e-4, "guidance": guidance, "first": 16},

@@ -119,6 +119,7 @@ def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -
         whole_trajectory=block.whole_trajectory,
         correct_noise=block.noise_correction,
         adversary=adversary,
+        adversary_states=block.adversary_states,
         constrain=setting.constrain,
         unroll=True,
     )

@@ -25,7 +25,7 @@ from jaxdistill.experiment import Experiment, build, student_of
 from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.prediction import LossFn
 from jaxdistill.train import TrainState, everything, init_state
-from jaxdistill.workdir import UserError, prepare_workdir, say, train_phase, versions
+from jaxdistill.workdir import UserError, missing_extra, prepare_workdir, say, train_phase, versions
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.key=value sets any key.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, exports and results; a second start in it resumes.")
@@ -452,13 +452,15 @@ def main(argv: list[str]) -> None:
 
 def run_text(config: ConfigDict) -> None:
     """A config that distils a diffusers folder."""
-    from jaxdistill import distil  # its libraries are not needed by the other configs
-
     try:
+        from jaxdistill import distil  # its libraries are not needed by the other configs
+
         distil.run(config, WORKDIR.value)
     except loop.Stopped as stopped:
         print(stopped)
         return
+    except ModuleNotFoundError as error:
+        fail(missing_extra(error))
     except (UserError, loop.NonFiniteError) as error:
         fail(str(error))
     folder = Path(WORKDIR.value)

@@ -371,7 +371,7 @@ def load(
       solver: instead of the folder's scheduler class.
       noise_correction: instead of the folder's.
       tile: decode in tiles of so many latents a side where an image is larger; 0 never does.
-      scan: run the transformer blocks of a level as a loop.
+      scan: run the transformer blocks of a level as a loop; an export is read as it was trained.
 
     Raises:
       FolderError, WeightsError, CheckpointError: what cannot be read, in one line.
@@ -382,7 +382,7 @@ def load(
         if "components" not in exported:
             role = exported.get("role", "thing")
             raise FolderError(f"{root} holds a {role} that reads no text; give a pipeline folder or a text-to-image student")
-        settings = exported["sampler"]
+        settings, scan = exported["sampler"], bool(exported.get("stacked"))
         root = (root / exported["components"]).resolve()
     folder = diffusers_folder.open_folder(root, attention=attention, dtype=dtype, scan=scan)
     if (root / SETTINGS).is_file():

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxdistill import card, checkpoint, report
 from jaxdistill.models.latent_layers import ATTENTION
+from jaxdistill.workdir import missing_extra
 
 
 def boolean(text: str) -> bool:
@@ -133,7 +134,10 @@ def speaks_text(folder: Path) -> bool:
 
 def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     """Images and their prompts. Raises ValueError."""
-    from jaxdistill import pipeline  # the tokenizers' library takes seconds to import
+    try:
+        from jaxdistill import pipeline  # the tokenizers' library takes seconds to import
+    except ModuleNotFoundError as error:
+        raise ValueError(missing_extra(error)) from None
 
     if args.prompt is None:
         raise ValueError(f'{args.model} draws from text: give --prompt="a photo of a cat"')

@@ -26,6 +26,11 @@ class UserError(Exception):
     """What the user can mend, in one line."""
 
 
+def missing_extra(error: ModuleNotFoundError) -> str:
+    """What to install for text to image, in one line."""
+    return f'{error.name} is not installed; text to image needs: pip install "jaxdistill[text-to-image]" (".[text-to-image]" in a checkout)'
+
+
 def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
     """Make the folder, check that it can be written, and that it belongs to this config. Raises UserError."""
     try:

@@ -187,3 +187,13 @@ def test_a_bad_config_is_refused_before_anything_is_written(changes, words, tmp_
 def test_the_command_gives_one_line(tmp_path):
     found = run_command("jaxdistill.main", *flags(tmp_path, **{"teacher.folder": "/nowhere"}), f"--workdir={tmp_path / 'run'}")
     assert_one_error_line(found, "/nowhere is no folder")
+
+
+def test_an_export_of_scanned_blocks_is_read_as_such(tmp_path):
+    """configs/sdxl.py trains with stacked blocks; its Orbax export draws what the folder draws."""
+    source = diffusers_folder.open_folder(folders.folder("sdxl"), scan=True)
+    params = diffusers_folder.load_params(source.unet)
+    card = {"role": "text-to-image student", "components": str(source.path), "stacked": "transformer_blocks", "sampler": {"steps": 2}}
+    checkpoint.export(tmp_path / "student", params, card)
+    found, expected = (pipeline.load(path)(["cat"], steps=2, guidance=1.0) for path in (tmp_path / "student", source.path))
+    assert np.abs(found - expected).max() < 1e-4

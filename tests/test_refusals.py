@@ -1,10 +1,12 @@
 """Mistakes that would otherwise show only after the long work, as a traceback, or never."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from shell import TINY, assert_one_error_line, flip_bit, folder_bytes, run_command, tiny_config
+from shell import ROOT, TINY, assert_one_error_line, environment, flip_bit, folder_bytes, run_command, tiny_config
 
 from jaxdistill import checkpoint, experiment, main, sample
 
@@ -177,3 +179,17 @@ def test_sample_answers_a_bad_flag_in_one_line(finished, tmp_path, capsys, flags
     for word in words:
         assert word in text, text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "from jaxdistill import sample; sample.main(['--model={folder}', '--prompt=a cat', '--out=x.png'])",
+        "from jaxdistill import main; main.run_text(None)",
+    ],
+)
+def test_without_the_extra_text_to_image_says_what_to_install(call, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    code = f"import sys; sys.modules['safetensors'] = None; {call.format(folder=tmp_path)}"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    assert_one_error_line(found, 'safetensors is not installed; text to image needs: pip install "jaxdistill[text-to-image]"')
