@@ -26,8 +26,8 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         {
             "prompts": "",  # .txt (one a line), .jsonl ("prompt" or "caption"), or tfds:name:split[:key]
-            "images": "",  # folder of images with metadata.jsonl, for adversarial.reals = "data"
-            "tfds_dir": "",  # data_dir of tensorflow-datasets
+            "images": "",  # for adversarial.reals = "data": folder of images with metadata.jsonl, or tfds:name:split[:key of the captions]
+            "tfds_dir": "",  # data_dir of tensorflow-datasets; ~/tensorflow_datasets by default
             "cache": "",  # folder of the encoded prompts; default: the workdir's
             "height": 0,  # pixels; 0: the checkpoint's
             "width": 0,

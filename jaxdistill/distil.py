@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,23 +42,33 @@ def prompts_of(source: str, tfds_dir: str = "") -> list[str]:
         raise ValueError("config.data.prompts is empty: give a .txt or .jsonl file of prompts, or tfds:name:split[:key]")
     if not source.startswith("tfds:"):
         return [item["prompt"] for item in pipeline.read_prompts(source)]
+    found: list[str] = []
+    items, key = tfds_captions("config.data.prompts", source, tfds_dir)
+    for i in range(len(items)):
+        found += texts_of(items[i][key])
+    if not found:
+        raise ValueError(f"config.data.prompts = {source!r} holds no prompt")
+    return found
+
+
+def texts_of(value: Any) -> list[str]:
+    """The text of an example's field, or its several texts."""
+    texts = [value] if isinstance(value, (bytes, str)) else list(value)
+    return [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
+
+
+def tfds_captions(name: str, source: str, tfds_dir: str, *, images: bool = False) -> tuple[Any, str]:
+    """The examples of tfds:name:split[:key], and the key of their captions. `name` is the config's. Raises ValueError."""
     fields = source.split(":")
     if len(fields) not in (3, 4):
-        raise ValueError(f"config.data.prompts = {source!r} must read tfds:name:split or tfds:name:split:key")
+        raise ValueError(f"{name} = {source!r} must read tfds:name:split or tfds:name:split:key")
     key = fields[3] if len(fields) == 4 else "caption"
     items = tfds_source(fields[1], fields[2], tfds_dir)
-    prompts: list[str] = []
-    for i in range(len(items)):
-        if key not in items[i]:
-            raise ValueError(
-                f"config.data.prompts = {source!r}: no {key!r} in its examples, only {', '.join(items[i])}; name it as fourth part"
-            )
-        values = items[i][key]
-        texts = [values] if isinstance(values, (bytes, str)) else list(values)
-        prompts += [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
-    if not prompts:
-        raise ValueError(f"config.data.prompts = {source!r} holds no prompt")
-    return prompts
+    for wanted in (key, "image") if images else (key,):
+        if len(items) and wanted not in items[0]:
+            mend = "" if wanted == "image" else "; name it as fourth part"
+            raise ValueError(f"{name} = {source!r}: no {wanted!r} in its examples, only {', '.join(items[0])}{mend}")
+    return items, key
 
 
 def tfds_source(name: str, split: str, folder: str) -> Any:
@@ -70,7 +80,7 @@ def tfds_source(name: str, split: str, folder: str) -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise ValueError('prompts of a TFDS set need tensorflow-datasets: pip install ".[benchmark]"') from None
+        raise ValueError('a TFDS set needs tensorflow-datasets: pip install ".[benchmark]"') from None
     root = Path(folder or "~/tensorflow_datasets").expanduser() / name
     stored = sorted(root.glob("**/dataset_info.json"))
     if not stored:
@@ -81,31 +91,51 @@ def tfds_source(name: str, split: str, folder: str) -> Any:
         raise ValueError(f"the TFDS dataset {name}:{split} cannot be read ({str(error).splitlines()[0][:200]})") from None
 
 
-def captioned_images(folder: str) -> list[tuple[Path, str]]:
-    """The images of a folder with their captions from its metadata.jsonl ({"file_name", "prompt"} a line). Raises ValueError."""
-    root = Path(folder)
+class Captioned(NamedTuple):
+    """An image with its caption. `stamp` changes when the image does; `read` gives it, uint8 [h, w, 3]."""
+
+    caption: str
+    stamp: list[Any]
+    read: Callable[[], np.ndarray]
+
+
+def captioned_images(source: str, tfds_dir: str = "") -> list[Captioned]:
+    """The images of a folder with a metadata.jsonl ({"file_name", "prompt"} a line), or of tfds:name:split[:caption key].
+
+    Raises ValueError in one line.
+    """
+    if source.startswith("tfds:"):
+        items, key = tfds_captions("config.data.images", source, tfds_dir, images=True)
+        return [Captioned(texts_of(items[i][key])[0], [source, i], partial(stored_image, items, i)) for i in range(len(items))]
+    root = Path(source)
     if not root.is_dir():
-        raise ValueError(f"config.data.images = {folder} is no folder; give one with images and a metadata.jsonl, or leave it empty")
+        raise ValueError(f"config.data.images = {source} is no folder; give one with images and a metadata.jsonl, or leave it empty")
     if not (root / "metadata.jsonl").is_file():
-        raise ValueError(f'config.data.images = {folder} has no metadata.jsonl; it must hold {{"file_name": ..., "prompt": ...}} a line')
-    pairs = []
+        raise ValueError(f'config.data.images = {source} has no metadata.jsonl; it must hold {{"file_name": ..., "prompt": ...}} a line')
+    found = []
     for item in pipeline.read_prompts(root / "metadata.jsonl"):
         path = root / str(item.get("file_name", ""))
         if path.suffix.lower() not in IMAGES or not path.is_file():
-            raise ValueError(f"{root / 'metadata.jsonl'} names the image {item.get('file_name')!r}, which is not in {folder}")
-        pairs.append((path, item["prompt"]))
-    return pairs
+            raise ValueError(f"{root / 'metadata.jsonl'} names the image {item.get('file_name')!r}, which is not in {source}")
+        stamp = [str(path), path.stat().st_size, path.stat().st_mtime]
+        found.append(Captioned(item["prompt"], stamp, partial(image_metrics.read_image, path)))
+    return found
 
 
-def read_image(path: Path, height: int, width: int) -> np.ndarray:
-    """An image, cropped to the aspect ratio about its middle and resized: float32 [height, width, 3] in [-1, 1]. Raises ValueError."""
-    image = Image.fromarray(image_metrics.read_image(path))
-    scale = max(width / image.width, height / image.height)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(size, Image.Resampling.LANCZOS)
+def stored_image(items: Any, i: int) -> np.ndarray:
+    """The image of a stored example, grey ones in three channels: uint8 [h, w, 3]."""
+    image = np.asarray(items[i]["image"], np.uint8)
+    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image[..., :3]
+
+
+def fit_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Uint8 [h, w, 3], cropped to the aspect ratio about its middle and resized: float32 [height, width, 3] in [-1, 1]."""
+    picture = Image.fromarray(image)
+    scale = max(width / picture.width, height / picture.height)
+    size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    cropped = image.crop((left, top, left + width, top + height))
-    return np.asarray(cropped, np.float32) / 127.5 - 1.0
+    return np.asarray(picture.crop((left, top, left + width, top + height)), np.float32) / 127.5 - 1.0
 
 
 # -------------------------------------------------------------------------------------------------- run
@@ -148,7 +178,7 @@ class TextRun:
                 f"config.student.batch_size = {student.batch_size} must be a multiple of the {shared} time grids that share it"
             )
         self.prompts = prompts_of(config.data.prompts, config.data.tfds_dir)
-        self.pairs = captioned_images(config.data.images) if config.data.images else []
+        self.pairs = captioned_images(config.data.images, config.data.tfds_dir) if config.data.images else []
         self.adversarial = config.adversarial.weight > 0
         if self.adversarial and config.adversarial.reals == "data" and not self.pairs:
             raise ValueError(
@@ -252,15 +282,15 @@ class TextRun:
         self.reals: record_cache.Cache | None = None
         height, width = self.size
         if self.adversarial and config.adversarial.reals == "data":
-            captions = [caption for _, caption in self.pairs]
+            captions = [pair.caption for pair in self.pairs]
             texts = encode(captions)
             encode_image = jax.jit(partial(self.folder.vae.module.apply, method="encode"))
 
             def read(first: int, last: int) -> dict[str, np.ndarray]:
-                images = np.stack([read_image(path, height, width) for path, _ in self.pairs[first:last]])
+                images = np.stack([fit_image(pair.read(), height, width) for pair in self.pairs[first:last]])
                 return {**texts(first, last), "latents": np.asarray(encode_image(pipe.vae_params, images), np.float32)}
 
-            stamps = [[str(path), path.stat().st_size, path.stat().st_mtime] for path, _ in self.pairs]
+            stamps = [pair.stamp for pair in self.pairs]
             key = record_cache.key_of(encoder, checkpoint.hash_files(self.folder.vae.files()), captions, stamps, self.size)
             self.reals = self.cache("images", key, len(captions), read, "encoding images")
         elif self.adversarial:

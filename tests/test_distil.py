@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import text_config
+from PIL import Image
 from safetensors.numpy import load_file
 from shell import assert_one_error_line, assert_same_bits, run_command
 
@@ -158,6 +159,30 @@ def test_a_cache_gives_back_its_records_in_an_order_of_its_own(tmp_path):
     next((tmp_path / "c").glob("*.array_record")).unlink()
     with pytest.raises(record_cache.CacheError, match="is missing; remove"):
         record_cache.Cache(tmp_path / "c")
+
+
+def test_images_are_cropped_encoded_and_kept_with_their_captions(tmp_path):
+    """For the adversarial term's reals: an image of another size and shape, and its caption, as the discriminator will see them."""
+    (tmp_path / "images").mkdir()
+    wide = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
+    Image.fromarray(wide).save(tmp_path / "images" / "a.png")
+    Image.fromarray(wide[:, ::-1]).save(tmp_path / "images" / "b.png")
+    lines = [{"file_name": "a.png", "prompt": "a cat"}, {"file_name": "b.png", "prompt": "a dog"}]
+    (tmp_path / "images" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = make_config(tmp_path, **{"adversarial.reals": "data", "data.images": str(tmp_path / "images")})
+    (tmp_path / "run").mkdir()
+    run = distil.TextRun(config, tmp_path / "run")
+    pipe = pipeline.load(folders.folder("sd"))
+    run.open_data(pipe)
+    encode = run.folder.vae.module.apply
+    for i, image in enumerate((wide, wide[:, ::-1])):
+        square = Image.fromarray(image).resize((96, 64), Image.Resampling.LANCZOS).crop((16, 0, 80, 64))
+        expected = encode(pipe.vae_params, jax.numpy.asarray(square, np.float32)[None] / 127.5 - 1, method="encode")[0]
+        np.testing.assert_allclose(run.reals[i]["latents"], expected, atol=1e-4)
+        np.testing.assert_allclose(run.reals[i]["context"], pipe.text([lines[i]["prompt"]])["context"][0], atol=2e-3)
+    found = run.batches()(0)
+    assert found["real"].shape == (config.student.batch_size, *run.latent_shape)
+    assert not np.array_equal(run.reals[0]["latents"], run.reals[1]["latents"])
 
 
 REFUSALS = [

@@ -127,3 +127,17 @@ def test_captions_of_a_stored_dataset_serve_as_prompts(opened):
         prompts_of("tfds:nothing:train", str(folder))
     with pytest.raises(ValueError, match=f"{name}:sideways cannot be read"):
         prompts_of(f"tfds:{name}:sideways", str(folder))
+
+
+def test_images_of_a_stored_dataset_serve_as_reals(opened):
+    from jaxdistill.distil import captioned_images
+
+    _, folder, sources = opened
+    found = captioned_images("tfds:fashion_scenes:validation", str(folder))
+    assert len(found) == len(sources["validation"]) and found[0].stamp != found[1].stamp
+    for i in (0, 3):
+        item = sources["validation"][i]
+        np.testing.assert_array_equal(found[i].read(), item["image"])
+        assert found[i].caption == item["caption"].decode()
+    with pytest.raises(ValueError, match=r"config.data.images = .* no 'title' in its examples"):
+        captioned_images("tfds:fashion_scenes:validation:title", str(folder))
