@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.teacher = ConfigDict(
         {
             "folder": "",  # the pipeline
+            "architecture": "",  # instead of a folder, to plan a run (jaxdistill.aot): sd15 | sd21 | sdxl
             "steps": 50,  # of the teacher's own images: in the health lines, and for the discriminator
             "guidance": 7.5,
         }
@@ -42,11 +43,21 @@ def get_config() -> ConfigDict:
             "scan": False,  # loop over the transformer blocks of a level: compiles sooner where there are many (XL)
         }
     )
+    config.mesh = ConfigDict(
+        {
+            "data": -1,  # devices by which the batch is divided; -1: all that the others leave
+            "fsdp": 1,  # by which the batch and the parameters, averages and optimizer state are divided
+            "tensor": 1,  # by which layers are divided
+            "smallest": 65536,  # arrays of fewer elements are copied
+            "rules": (),  # before `jaxdistill.partition.RULES`: (expression of the path, axes of the last dimensions)
+        }
+    )
     config.student = ConfigDict(
         {
             "iterations": 10_000,
             "health_every": 500,
             "batch_size": 48,
+            "accumulate": 1,  # micro-batches a step: one is in memory at a time
             "learning_rate": 1e-5,
             "warmup": 200,
             "weight_decay": 0.0,
@@ -93,4 +104,6 @@ def get_config() -> ConfigDict:
     )
     config.export = ConfigDict({"dtype": "float16"})  # of the UNet in diffusers/
     config.log = ConfigDict({"every": 10, "checkpoint_every": 500, "health_prompts": 4, "batch_size": 4})
+    config.log.checkpoints = ""  # folder of the checkpoints, default: the workdir's; may be gs://bucket/path
+    config.log.profile = 0  # steps of which a trace is written for TensorBoard
     return config

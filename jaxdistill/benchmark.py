@@ -30,7 +30,7 @@ from jaxdistill.methods.denoising import denoising
 from jaxdistill.methods.progressive_adversarial import pair_states
 from jaxdistill.prediction import Denoiser, LossFn
 from jaxdistill.recognise import SCALE_IMAGES, SceneEvaluator, SceneRecogniser, train_recogniser, unit
-from jaxdistill.train import TrainState, everything, init_state
+from jaxdistill.train import TrainState, everything
 from jaxdistill.workdir import train_phase
 
 SHAPE = (scenes.SIDE, scenes.SIDE, 3)
@@ -88,8 +88,8 @@ class Benchmark:
     def __init__(self, config: ConfigDict, workdir: Path, stop: loop.StopSignal) -> None:
         self.config, self.workdir, self.stop = config, workdir, stop
         self.base = Path(config.base) if config.base else workdir
-        self.mesh = partition.data_mesh()
-        self.constrain = partition.constrain_batch(self.mesh)
+        self.layout = partition.layout()
+        self.constrain = partition.constrain_batch(self.layout.mesh)
         self.sources = scenes.open_scenes(config.data.source, self.base / "scenes", scale=config.data.scale)
         self.captions = {split: [caption_of(item) for item in source] for split, source in self.sources.items()}
         encoder = sentence_encoder.load(config.text.folder)
@@ -249,9 +249,20 @@ class Benchmark:
         health = self.health(
             "teacher", evaluator, self.sample_fn(guidance=config.guidance), [self.teacher_grid(self.config.log.teacher_steps)]
         )
-        state = init_state(self.init_params(0), tx, jax.random.key(0))
         batches = SceneBatches(self.sources["train"], self.embeddings, config.batch_size, 0)
-        state = self.train("teacher", state, loss, tx, config.ema_decay, batches, None, config.iterations, config.health_every, health)
+        state = self.train(
+            "teacher",
+            self.init_params(0),
+            jax.random.key(0),
+            loss,
+            tx,
+            config.ema_decay,
+            batches,
+            None,
+            config.iterations,
+            config.health_every,
+            health,
+        )
         checkpoint.export(folder, state.ema_params, self.teacher_card())
         return jax.tree.map(np.asarray, state.ema_params)
 
@@ -278,7 +289,8 @@ class Benchmark:
     def train(
         self,
         name: str,
-        state: TrainState,
+        params: Any,
+        key: jax.Array,
         loss: LossFn,
         tx: optax.GradientTransformation,
         ema_decay: float,
@@ -292,13 +304,14 @@ class Benchmark:
         """The loop of `jaxdistill.loop` on the mesh."""
         trained, seconds = train_phase(
             name,
-            state,
+            params,
+            key,
             loss,
             tx,
             batches,
             teacher_params,
             health,
-            mesh=self.mesh,
+            layout=self.layout,
             ema_decay=ema_decay,
             ema_of=ema_of,
             steps=steps,
@@ -393,12 +406,22 @@ class Benchmark:
                 iterations = max(1, int(stage.share * (1 - method.pairs_share) * config.student.budget / cost))
                 stage = self.make(name)(iterations).stages[i]
                 main.say(f"{label}: {cost:.1f} network calls an iteration, {iterations} iterations")
-                state = init_state(params, stage.tx, jax.random.key(seed + 1), ema_of=student_of)
                 program = self.sample_fn(solver=method.solver, correct_noise=method.correct_noise)
                 health = self.health(label, evaluator, program, [method.grid(n) for n in stage.serves or (max(config.student.steps),)])
                 every = max(1, iterations // 4)
                 state = self.train(
-                    label, state, stage.loss, stage.tx, config.student.ema_decay, batches, previous, iterations, every, health, student_of
+                    label,
+                    params,
+                    jax.random.key(seed + 1),
+                    stage.loss,
+                    stage.tx,
+                    config.student.ema_decay,
+                    batches,
+                    previous,
+                    iterations,
+                    every,
+                    health,
+                    student_of,
                 )
                 about = {"role": "student", "method": name, "seed": seed, "calls_an_iteration": round(cost, 2), "iterations": iterations}
                 checkpoint.export(folder, state.ema_params, {**self.teacher_card(), **about})

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxdistill import distributed
+
 
 class CheckpointError(ValueError):
     """A checkpoint or export that cannot be used, in one line."""
@@ -22,7 +24,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        self._manager = ocp.CheckpointManager(str(folder) if "://" in str(folder) else Path(folder).absolute(), options=options)
 
     @property
     def latest(self) -> int | None:
@@ -62,7 +64,9 @@ class Checkpoints:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the file at once, so that a reader never sees half of it."""
+    """Replace the file at once, so that a reader never sees half of it. Of many processes one writes."""
+    if not distributed.writes():
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(temporary, path)
@@ -72,8 +76,10 @@ def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
     """Write `folder/params` (plain Orbax, host arrays) and `folder/card.json` with a SHA-256 of every file.
 
     Readable without this package: `orbax.checkpoint.StandardCheckpointer().restore(folder / "params")`. The folder
-    appears whole or not at all, and replaces an older export.
+    appears whole or not at all, and replaces an older export. Of many processes one writes.
     """
+    if not distributed.writes():
+        return
     folder = Path(folder).absolute()
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -120,12 +120,14 @@ def fingerprint(split: Split) -> str:
 class Batches:
     """An endless shuffled stream: batch i is a pure function of (seed, i), so a step number is the data position.
 
-    Items are {"x0": float32 [b, h, w, c] in [-1, 1], "cond": int32 [b]}; each epoch has its own order.
+    Items are {"x0": float32 [b, h, w, c] in [-1, 1], "cond": int32 [b]}; each epoch has its own order. `rows` are those of a batch that
+    are wanted (a process's part); all by default.
     """
 
-    def __init__(self, split: Split, batch_size: int, seed: int) -> None:
+    def __init__(self, split: Split, batch_size: int, seed: int, rows: np.ndarray | None = None) -> None:
         self._x0, self._labels = split.images * 2.0 - 1.0, split.labels
         self._batch, self._seed = batch_size, seed
+        self._rows = np.arange(batch_size) if rows is None else rows
         self._orders: dict[int, np.ndarray] = {}
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -136,7 +138,6 @@ class Batches:
         return self._orders[epoch]
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        positions = np.arange(i * self._batch, (i + 1) * self._batch)
-        epochs, offsets = np.divmod(positions, len(self._labels))
+        epochs, offsets = np.divmod(i * self._batch + self._rows, len(self._labels))
         rows = np.concatenate([self._order(int(e))[offsets[epochs == e]] for e in np.unique(epochs)])
         return {"x0": self._x0[rows], "cond": self._labels[rows]}

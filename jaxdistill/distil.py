@@ -8,26 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
 from jaxdistill import card, checkpoint, evaluate, image_metrics, loop, partition, pipeline, record_cache, report
-from jaxdistill.experiment import check_numbers, make_adversary, make_reconstruction, make_student_optimizer, student_of
+from jaxdistill.experiment import student_of
 from jaxdistill.interop import diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.interop.diffusers_folder import FolderError
-from jaxdistill.methods import imagine_flash as flash
-from jaxdistill.models.discriminator import FeatureHeads
-from jaxdistill.models.latent_layers import ATTENTION
-from jaxdistill.models.unet_condition import REMAT_POLICIES, STACK
-from jaxdistill.prediction import LossFn, v_prediction
-from jaxdistill.sampling import TimeGrid, check_grid, trailing_grid
-from jaxdistill.train import init_state
+from jaxdistill.text_setup import DTYPES, TextSetup, open_teacher
 from jaxdistill.workdir import UserError, prepare_workdir, say, train_phase, versions
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -141,118 +133,34 @@ def fit_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------- run
 
 
-class TextRun:
+class TextRun(TextSetup):
     """One distillation of one folder in one workdir. Making it checks the config and reads no weights."""
 
     def __init__(self, config: ConfigDict, workdir: Path) -> None:
-        self.config, self.workdir = config, workdir
-        check_numbers(config)
-        compute, student = config.compute, config.student
-        for key, table in (("dtype", DTYPES), ("teacher_dtype", DTYPES), ("attention", ATTENTION), ("remat", REMAT_POLICIES)):
-            card.choose(table, compute[key], f"config.compute.{key}")
-        card.choose(DTYPES, config.export.dtype, "config.export.dtype")
         if not config.teacher.folder:
             raise ValueError("config.teacher.folder is empty: give the teacher's pipeline folder, as diffusers' save_pretrained writes it")
-        self.folder = diffusers_folder.open_folder(
-            config.teacher.folder,
-            attention=compute.attention,
-            remat=compute.remat,
-            scan=compute.scan,
-            dtype=DTYPES[compute.dtype],
-        )
-        self.stacked = STACK if compute.scan else ""
-        plain = diffusers_scheduler.student_config(self.folder.scheduler, noise_correction=False)
-        scheduler = diffusers_scheduler.of_folder(self.folder._replace(scheduler=plain))
+        super().__init__(config, open_teacher(config))
+        self.workdir = workdir
         self.teacher_scheduler = diffusers_scheduler.of_folder(self.folder)
-        self.schedule, self.unet = scheduler.schedule, self.folder.unet.module
-        T = self.schedule.T
-        self.grids: dict[int, TimeGrid] = {n: check_grid(trailing_grid(n, T, discrete=True), T) for n in sorted(student.steps)}
-        self.size = pipeline.image_size(self.folder, config.data.height or None, config.data.width or None)
-        factor = self.folder.vae.module.factor
-        self.latent_shape = (self.size[0] // factor, self.size[1] // factor, self.unet.in_channels)
-        self.mesh = partition.data_mesh()
-        partition.check_batch(student.batch_size, self.mesh, "config.student.batch_size")
-        shared = len(flash.unique_grids(list(self.grids.values())))
-        if student.batch_size % shared:
-            raise ValueError(
-                f"config.student.batch_size = {student.batch_size} must be a multiple of the {shared} time grids that share it"
-            )
         self.prompts = prompts_of(config.data.prompts, config.data.tfds_dir)
         self.pairs = captioned_images(config.data.images, config.data.tfds_dir) if config.data.images else []
-        self.adversarial = config.adversarial.weight > 0
         if self.adversarial and config.adversarial.reals == "data" and not self.pairs:
             raise ValueError(
                 "config.adversarial.reals = 'data' needs config.data.images; or let the teacher draw them: config.adversarial.reals=teacher"
             )
-        if not config.method.backward:
-            raise ValueError(
-                "config.method.backward = False needs images as data; a text-to-image run trains on the student's own trajectory"
-            )
-        self.abstract = diffusers_folder.abstract_params(self.folder.unet)
-        if student.lora_rank < 0:
-            raise ValueError(f"config.student.lora_rank must be at least 0 (0: train all weights), got {student.lora_rank}")
-        if student.lora_rank:
-            lora.layers(self.abstract, student.lora_targets)
-        # For v-prediction from zero terminal SNR the corrected noise is the network's own.
-        exact = scheduler.parameterization is v_prediction and float(self.schedule.alpha(T)) < 1e-6
-        self.correct_noise = bool(config.method.noise_correction) and not exact
-        self.scheduler = scheduler._replace(noise_correction=self.correct_noise)
-        self.null: dict[str, np.ndarray] = {}
-        self.loss = self.make_loss()
         self.seconds: dict[str, float] = {}
 
-    # -- the method
-
-    def make_loss(self) -> LossFn:
-        """Imagine Flash on this folder's network; with LoRA the student is the teacher's weights plus the updates."""
-        config = self.config
-        constrain = partition.constrain_batch(self.mesh)
-        network = flash.Model(self.unet.apply, self.schedule, self.scheduler.parameterization)
-        self.heads = FeatureHeads(config.adversarial.width)
-        adversary = make_adversary(config.adversarial, partial(self.unet.apply, features=True), self.heads, self.schedule, constrain)
-        loss = flash.imagine_flash(
-            network,
-            network,
-            grids=list(self.grids.values()),
-            null_cond=lambda cond: pipeline.with_null(self.null, cond),  # known once the text is encoded
-            reconstruction=make_reconstruction(config, self.schedule.T),
-            weight=flash.power_weight(self.schedule.T, power=config.method.weight_power),
-            backward=config.method.backward,
-            whole_trajectory=config.method.whole_trajectory,
-            correct_noise=config.method.noise_correction,
-            adversary=adversary,
-            adversary_states=config.adversarial.states,
-            constrain=constrain,
-        )
-
-        def with_base(params: Any, teacher: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return loss({**params, "student": self.variables(params["student"], teacher)}, teacher, batch, key)
-
-        return with_base
-
-    def variables(self, student: Any, teacher: Any) -> Any:
-        """What the network is applied to: the student's parameters, or the teacher's with the student's updates beside them."""
-        if not self.config.student.lora_rank:
-            return student
-        return {**jax.lax.stop_gradient(teacher), "lora": student}
+    # -- weights
 
     def weights(self, dtype: str) -> Any:
-        """The folder's UNet in a dtype of DTYPES."""
-        return diffusers_folder.load_params(self.folder.unet, dtype=DTYPES[dtype])
+        """The folder's UNet in a dtype of DTYPES, each tensor straight to its place on the mesh."""
+        shardings = self.layout.of(self.abstract) if jax.process_count() == 1 else None
+        return diffusers_folder.load_params(self.folder.unet, dtype=DTYPES[dtype], shardings=shardings)
 
     def student_params(self) -> dict[str, Any]:
         """Where the student starts: at the folder's weights in float32, whatever the teacher computes with, or at updates of zero."""
-        config, key = self.config, jax.random.key(self.config.seed)
-        if config.student.lora_rank:
-            student = lora.init(key, self.abstract, config.student.lora_targets, config.student.lora_rank, stacked=self.stacked)
-        else:
-            student = self.weights("float32")
-        params: dict[str, Any] = {"student": student, "discriminator": {}}
-        if self.adversarial:
-            x, t, cond = diffusers_folder.example_inputs(self.folder.unet)
-            states = jax.eval_shape(partial(self.unet.apply, features=True), self.abstract, x, t, cond)
-            params["discriminator"] = self.heads.init(jax.random.key(config.seed + 2), [jnp.zeros(s.shape, s.dtype) for s in states], cond)
-        return params
+        student = self.fresh_updates() if self.config.student.lora_rank else self.weights("float32")
+        return {"student": student, "discriminator": self.fresh_heads()}
 
     # -- data
 
@@ -315,11 +223,12 @@ class TextRun:
         return found
 
     def batches(self) -> Callable[[int], dict[str, Any]]:
-        """I -> batch i, a function of (seed, i) alone."""
+        """I -> this process's rows of batch i, a function of (seed, i) alone."""
         size, seed = self.config.student.batch_size, self.config.seed
-        texts = self.texts.batches(size, seed)
-        reals = self.reals.batches(size, seed + 1) if self.reals else None
-        shape = np.zeros((size, *self.latent_shape), np.float32)
+        rows = partition.process_rows(self.layout.mesh, size)
+        texts = self.texts.batches(size, seed, rows)
+        reals = self.reals.batches(size, seed + 1, rows) if self.reals else None
+        shape = np.zeros((len(rows), *self.latent_shape), np.float32)
 
         def batch(i: int) -> dict[str, Any]:
             made = {"x0": shape, "cond": self.cond(texts(i))}
@@ -345,25 +254,29 @@ class TextRun:
         self.open_data(pipe)
         self.seconds["cache"] = time.perf_counter() - began
         health = TextHealth(self, pipe, student_pipe, teacher)
-        tx = make_student_optimizer(config)
-        state = init_state(self.student_params(), tx, jax.random.key(config.seed + 1), ema_of=student_of)
         state, seconds = train_phase(
             "student",
-            state,
+            self.student_params(),
+            jax.random.key(config.seed + 1),
             self.loss,
-            tx,
+            self.tx,
             self.batches(),
             teacher,
             health,
-            mesh=self.mesh,
+            layout=self.layout,
             ema_decay=config.student.ema_decay,
             ema_of=student_of,
+            accumulate=config.student.accumulate,
             steps=config.student.iterations,
             health_every=config.student.health_every,
             log=config.log,
             workdir=self.workdir,
             stop=stop,
             advice="lower config.student.learning_rate and start in a new workdir",
+            checkpoint_folder=config.log.checkpoints or None,
+            examples=config.student.batch_size,
+            flops=self.step_flops(),
+            profile=config.log.profile,
         )
         self.seconds["student"] = seconds
         self.export(state.ema_params)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxdistill import adversarial, card, data, partition
@@ -30,7 +29,7 @@ class Experiment(NamedTuple):
 
     config: ConfigDict
     dataset: data.Dataset
-    mesh: Mesh
+    layout: partition.Layout
     model: nn.Module
     teacher_loss: LossFn
     teacher_tx: optax.GradientTransformation
@@ -175,7 +174,8 @@ def build(config: ConfigDict) -> Experiment:
     check_numbers(config)
     dataset = make_dataset(config.data)
     check_counts(config, dataset)
-    mesh = partition.data_mesh()
+    layout = partition.layout(config.mesh.to_dict() if "mesh" in config else None)
+    mesh = layout.mesh
     teacher_card, student_card = make_cards(config, dataset)
     teacher_sampler, student_sampler = card.build_sampler(teacher_card), card.build_sampler(student_card)
     model, schedule = teacher_sampler.model, teacher_sampler.schedule
@@ -216,7 +216,7 @@ def build(config: ConfigDict) -> Experiment:
     experiment = Experiment(
         config,
         dataset,
-        mesh,
+        layout,
         model,
         teacher_loss,
         make_optimizer(config.teacher),

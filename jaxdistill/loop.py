@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jaxdistill import chips, distributed
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.train import TrainState
 
@@ -42,10 +45,20 @@ class StopSignal:
             signal.raise_signal(number)
         self.received = signal.Signals(number).name
 
+    def at(self, step: int) -> str | None:
+        """The signal that is acted on after this step; of several processes each must ask after every step.
+
+        Of one process, what it received. Of several, JAX's preemption service takes SIGTERM of any of them and chooses a step for all.
+        """
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.received = "SIGTERM"
+        return self.received
+
     @contextmanager
     def installed(self) -> Iterator["StopSignal"]:
-        """Handle both signals inside the block."""
-        old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Handle both signals inside the block. Of several processes each leaves SIGTERM to JAX."""
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        old = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield self
         finally:
@@ -57,13 +70,16 @@ class Curve:
     """A JSON-lines file of numbers by step; what a killed run wrote beyond its checkpoint is dropped on resume."""
 
     def __init__(self, path: Path, start: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_curve(path) if r["step"] <= start]
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self._path = path
+        if distributed.writes():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [r for r in read_curve(path) if r["step"] <= start]
+            path.write_text("".join(json.dumps(r) + "\n" for r in kept))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Append one record."""
+        if not distributed.writes():
+            return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
 
@@ -77,6 +93,83 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+class Meter:
+    """Where the time goes: seconds by kind since the last reading, and what the devices did in them."""
+
+    def __init__(self, examples: int, flops: float) -> None:
+        """`examples` and `flops` (of all devices, counted by hand or by `jaxdistill.aot`) of one step; 0 where unknown."""
+        self._examples, self._flops = examples, flops
+        self._chip = chips.of_device(jax.local_devices()[0])
+        self._began = self._since = time.perf_counter()
+        self._steps, self._seconds = 0, {"input": 0.0, "save": 0.0, "health": 0.0}
+        self._lost = 0.0
+
+    @contextmanager
+    def spent(self, kind: str) -> Iterator[None]:
+        """Count the block as "input", "save" or "health"."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self._seconds[kind] += seconds
+        self._lost += 0.0 if kind == "input" else seconds
+
+    def step(self) -> None:
+        """One more step was started."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Numbers since the last reading, which must come when the steps' results are there.
+
+        step_seconds and input_wait (a share) without saving and health; goodput: the share of the run's time that was training;
+        images_per_second_a_chip, mfu and hbm_peak_gib where they are known.
+        """
+        now = time.perf_counter()
+        training = max(now - self._since - self._seconds["save"] - self._seconds["health"], 1e-9)
+        found = {
+            "step_seconds": training / max(self._steps, 1),
+            "input_wait": self._seconds["input"] / training,
+            "goodput": 1 - self._lost / max(now - self._began, 1e-9),
+        }
+        rate = self._steps / training / jax.device_count()
+        if self._examples:
+            found["images_per_second_a_chip"] = rate * self._examples
+        if self._flops and self._chip:
+            found["mfu"] = rate * self._flops / self._chip.flops
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            found["hbm_peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+        self._since, self._steps, self._seconds = now, 0, dict.fromkeys(self._seconds, 0.0)
+        return found
+
+
+class Trace:
+    """A profile of a few steps, written where TensorBoard finds it."""
+
+    def __init__(self, folder: Path, first: int, count: int) -> None:
+        """Of `count` steps from `first` on; 0 takes none."""
+        self._folder, self._first, self._last = folder, first, first + count
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """Start where the step is the first."""
+        if step == self._first < self._last:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, result: Any) -> None:
+        """Stop where the step was the last."""
+        if self._running and step + 1 >= self._last:
+            jax.block_until_ready(result)
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every number of a tree is one; computed where the arrays are."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def train_loop(
@@ -94,25 +187,35 @@ def train_loop(
     health: HealthFn,
     stop: StopSignal,
     advice: str,
+    checkpoint_folder: str | Path | None = None,
+    examples: int = 0,
+    flops: float = 0.0,
+    profile: int = 0,
 ) -> tuple[TrainState, float]:
     """Train from the newest checkpoint, or from `state`, to `steps`. Returns the state and the seconds spent in all.
 
     The step number is the data position and, with the state's key, the randomness: a resumed run ends in the same
     bits as one that was never stopped.
 
+    `examples` and `flops` of a step give images a second and MFU beside the loss, on the console and in TensorBoard. `profile`: steps of
+    which a trace is written, from the eleventh of this start on. `checkpoint_folder`: instead of workdir/checkpoints; may be gs://.
+
     Raises:
       NonFiniteError: a loss is not finite; names step and terms. Nothing non-finite is ever saved.
       Stopped: after SIGTERM or SIGINT, once the state is saved.
     """
-    checkpoints = Checkpoints(workdir / "checkpoints" / name)
+    folder = checkpoint_folder or workdir / "checkpoints"
+    checkpoints = Checkpoints(f"{folder}/{name}")
     seconds_before = 0.0
     if checkpoints.latest is not None:
         state, meta = checkpoints.restore(state)
         seconds_before = float(meta["seconds"])
-        print(f"{name}: resumes at step {int(state.step)} of {steps}")
+        if distributed.is_main():
+            print(f"{name}: resumes at step {int(state.step)} of {steps}")
     start, began = int(state.step), time.perf_counter()
     curve = Curve(workdir / "curves" / f"{name}.jsonl", start)
-    writer = SummaryWriter(str(workdir / "tensorboard" / name), purge_step=start + 1)
+    writer = SummaryWriter(str(workdir / "tensorboard" / name), purge_step=start + 1, write_to_disk=distributed.writes())
+    meter, trace = Meter(examples, flops), Trace(workdir / "tensorboard" / name, start + 10, profile)
     pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
     last_saved = start
 
@@ -130,7 +233,7 @@ def train_loop(
     def save(step: int) -> None:
         nonlocal last_saved
         check(0)
-        if not all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves((state.params, state.ema_params))):
+        if not all_finite((state.params, state.ema_params)):
             raise NonFiniteError(
                 f"{name} step {step - 1}: parameters are not finite; the checkpoint of step {last_saved} is kept; {advice}"
             )
@@ -146,31 +249,42 @@ def train_loop(
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,
         smoothing=0.05,
+        disable=not distributed.is_main(),
     )
     try:
         for i in range(start, steps):
-            state, metrics = step_fn(state, batches(i), teacher_params)
+            with meter.spent("input"):
+                batch = batches(i)
+            trace.before(i)
+            state, metrics = step_fn(state, batch, teacher_params)
+            meter.step()
+            trace.after(i, metrics)
             pending.append((i, metrics))
             done = i + 1
             # A few steps stay in flight, so that checking their numbers does not stall the device.
             values = check(0 if done % log_every == 0 or done == steps else 8)
             bar.update()
             if done % log_every == 0 or done == steps:
-                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+                speed = meter.read()
+                shown = {key: f"{speed[key]:.3g}" for key in ("images_per_second_a_chip", "mfu") if key in speed}
+                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False, **shown)
                 curve.add(done, values)
-                for key, value in values.items():
+                for key, value in (values | {f"speed/{k}": v for k, v in speed.items()}).items():
                     writer.add_scalar(key, value, done)
             if done % health_every == 0 or done == steps:
                 check(0)
-                report = health(state.ema_params, done)
+                with meter.spent("health"):
+                    report = health(state.ema_params, done)
                 curve.add(done, {f"health/{k}": v for k, v in report.items()})
                 for key, value in report.items():
                     writer.add_scalar(f"health/{key}", value, done)
-            if done % checkpoint_every == 0 or done == steps or stop.received:
-                save(done)
-            if stop.received and done < steps:
+            received = stop.at(done)
+            if done % checkpoint_every == 0 or done == steps or received:
+                with meter.spent("save"):
+                    save(done)
+            if received and done < steps:
                 checkpoints.wait()
-                raise Stopped(f"{name} stopped by {stop.received} and saved at step {done} of {steps}; the same command resumes it")
+                raise Stopped(f"{name} stopped by {received} and saved at step {done} of {steps}; the same command resumes it")
     finally:
         bar.close()
         writer.close()

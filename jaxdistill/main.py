@@ -20,11 +20,11 @@ import optax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxdistill import card, checkpoint, data, evaluate, loop, report
+from jaxdistill import card, checkpoint, data, evaluate, loop, partition, report
 from jaxdistill.experiment import Experiment, build, student_of
 from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.prediction import LossFn
-from jaxdistill.train import TrainState, everything, init_state
+from jaxdistill.train import TrainState, everything
 from jaxdistill.workdir import UserError, missing_extra, prepare_workdir, say, train_phase, versions
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.key=value sets any key.")
@@ -122,13 +122,13 @@ class Run:
             return {"fd": fd}
 
         params = card.init_params(experiment.model, experiment.image_shape, self.config.seed)
-        state = init_state(params, experiment.teacher_tx, jax.random.key(self.config.seed))
         state = self.train(
             "teacher",
-            state,
+            params,
+            jax.random.key(self.config.seed),
             experiment.teacher_loss,
             experiment.teacher_tx,
-            data.Batches(experiment.dataset.train, config.batch_size, self.config.seed),
+            self.batches(experiment.dataset.train, config.batch_size, self.config.seed),
             None,
             health,
         )
@@ -160,14 +160,13 @@ class Run:
         if experiment.adversarial_on and config.adversarial.reals == "teacher":
             split = self.teacher_reals(teacher_params)
         health = StudentHealth(self, teacher_params, evaluator)
-        key = jax.random.key(config.seed + 1)
-        state = init_state(experiment.student_params(teacher_params), experiment.student_tx, key, ema_of=student_of)
         state = self.train(
             "student",
-            state,
+            experiment.student_params(teacher_params),
+            jax.random.key(config.seed + 1),
             experiment.student_loss,
             experiment.student_tx,
-            data.Batches(split, config.student.batch_size, config.seed + 1),
+            self.batches(split, config.student.batch_size, config.seed + 1),
             teacher_params,
             health,
             ema_of=student_of,
@@ -187,10 +186,15 @@ class Run:
         stacked = np.concatenate(images)
         return data.Split(stacked, self.labels(len(stacked)))
 
+    def batches(self, split: data.Split, size: int, seed: int) -> data.Batches:
+        """This process's rows of the batches of a split."""
+        return data.Batches(split, size, seed, partition.process_rows(self.experiment.layout.mesh, size))
+
     def train(
         self,
         name: str,
-        state: TrainState,
+        params: Any,
+        key: jax.Array,
         loss_fn: LossFn,
         tx: optax.GradientTransformation,
         batches: data.Batches,
@@ -203,13 +207,14 @@ class Run:
         block = self.config[name]
         state, seconds = train_phase(
             name,
-            state,
+            params,
+            key,
             loss_fn,
             tx,
             batches.__getitem__,
             teacher_params,
             health,
-            mesh=self.experiment.mesh,
+            layout=self.experiment.layout,
             ema_decay=block.ema_decay,
             ema_of=ema_of,
             steps=block.iterations,

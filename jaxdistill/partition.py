@@ -1,6 +1,8 @@
-"""The device mesh and where arrays live on it. Now: data parallel, parameters replicated."""
+"""The device mesh, and where arrays live on it: batches over "data" and "fsdp", parameters by rules over "fsdp" and "tensor"."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,15 +10,53 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+AXES = ("data", "fsdp", "tensor")
+"""The batch is divided over the first two, parameters over the last two."""
+
+ROWS = PartitionSpec(("data", "fsdp"))
+
+Rule = tuple[str, Sequence[str | None]]
+"""A regular expression of the path, and the mesh axes of the last dimensions of what it finds; () is a copy on each device."""
+
+RULES: tuple[Rule, ...] = (
+    # The second of two layers takes what the first has divided, so that one sum over "tensor" serves both.
+    (r"(to_out\.0|net\.2|fc2|out_proj|proj_out|linear_2|conv2)/kernel$", ("tensor", "fsdp")),
+    (r"(kernel|embedding|down|up)$", ("fsdp", "tensor")),
+    (r"(scale|bias)$", ()),
+)
+"""For the networks of this package, their optimizer states and averages."""
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """Devices as [data, fsdp, tensor]; one size may be -1: what the others leave.
+
+    Raises ValueError where the sizes do not make up the number of devices.
+    """
+    found = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"the mesh ({shown}) must have positive sizes, and -1 at most once")
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(found) % fixed or (not free and fixed != len(found)):
+        mend = f"make {free[0]} x {fixed} = {len(found)}" if free else f"their product must be {len(found)}"
+        raise ValueError(f"the mesh ({shown}) does not divide the {len(found)} devices; {mend}")
+    sizes |= {name: len(found) // fixed for name in free}
+    if devices is None:
+        # Chips that are near on the torus become neighbours on the mesh.
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.array(found).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * 3)
+
 
 def data_mesh() -> Mesh:
-    """All devices on one axis, "data"."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    """All devices on "data"."""
+    return make_mesh()
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis divided over "data"."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The leading axis divided over "data" and "fsdp"."""
+    return NamedSharding(mesh, ROWS)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -29,19 +69,139 @@ def constrain_batch(mesh: Mesh) -> Callable[[Array], Array]:
     return lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
+# ------------------------------------------------------------------------------------------ parameters
+
+
+def path_name(path: Any) -> str:
+    """A leaf's path as "params/student/.../kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def sharding_of(name: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536) -> NamedSharding:
+    """Where one array lives: by the first rule whose expression is found in its name.
+
+    Arrays below `smallest` elements are copied: gathering them costs more than it saves. An axis of a rule is left out where it does not
+    divide its dimension.
+
+    Raises:
+      ValueError: an array of at least `smallest` elements that no rule names, or that its rule leaves whole though it means not to.
+    """
+    divided = mesh.size // mesh.shape["data"]
+    if divided == 1 or int(np.prod(shape)) < smallest:
+        return replicated(mesh)
+    axes = next((axes for expression, axes in rules if re.search(expression, name)), None)
+    shown = f"{name} {list(shape)} ({4 * int(np.prod(shape)) / 2**20:.0f} MiB in float32)"
+    if axes is None:
+        raise ValueError(f"no partition rule names {shown}; add one to config.mesh.rules: (expression, axes of its last dimensions)")
+    if not axes:
+        return replicated(mesh)
+    found: list[str | None] = [None] * len(shape)
+    for i, axis in enumerate(reversed(axes), 1):
+        if i <= len(shape) and axis is not None and mesh.shape[axis] > 1 and shape[-i] % mesh.shape[axis] == 0:
+            found[-i] = axis
+    if not any(found):
+        wanted = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes if axis is not None)
+        raise ValueError(f"{shown} does not divide over {wanted}; choose other mesh sizes or add a rule to config.mesh.rules")
+    return NamedSharding(mesh, PartitionSpec(*found))
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536) -> Any:
+    """A tree of `sharding_of` for arrays or ShapeDtypeStructs. Raises ValueError."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: sharding_of(path_name(path), leaf.shape, mesh, rules, smallest=smallest), tree
+    )
+
+
+class Layout:
+    """A mesh with the rules of the parameters on it."""
+
+    def __init__(self, mesh: Mesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536) -> None:
+        self.mesh, self.rules, self.smallest = mesh, tuple(rules), smallest
+
+    def of(self, tree: Any) -> Any:
+        """The shardings of a tree of parameters, or of anything with the same paths in it. Raises ValueError."""
+        return shardings(tree, self.mesh, self.rules, smallest=self.smallest)
+
+    def describe(self, tree: Any) -> Any:
+        """The tree as ShapeDtypeStructs with their shardings: what a compiler needs to know of it."""
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, self.of(tree))
+
+    def place(self, tree: Any) -> Any:
+        """Host arrays, or arrays on the devices, onto the mesh; every process must hold the same."""
+        return jax.tree.map(put, tree, self.of(tree))
+
+
+def layout(block: Mapping[str, Any] | None = None, *, devices: Sequence[Any] | None = None) -> Layout:
+    """{"data", "fsdp", "tensor", "smallest", "rules"}, config.mesh, as a Layout; None is data parallel. Raises ValueError."""
+    given = dict(block or {})
+    rules, smallest = tuple(given.pop("rules", ())), int(given.pop("smallest", 65536))
+    for expression, axes in rules:
+        unknown = [axis for axis in axes if axis not in (None, *AXES[1:])]
+        if unknown:
+            raise ValueError(f"config.mesh.rules: {expression!r} names the axis {unknown[0]!r}; use fsdp, tensor or None")
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"config.mesh.rules: {expression!r} is no regular expression ({error})") from None
+    return Layout(make_mesh(**given, devices=devices), (*rules, *RULES), smallest=smallest)
+
+
+# -------------------------------------------------------------------------------------- arrays on it
+
+
+def put(value: Any, sharding: NamedSharding) -> Any:
+    """One array onto the mesh. In many processes each puts its own part of the same value."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        data = put(jax.random.key_data(value), sharding)
+        return jax.jit(jax.random.wrap_key_data, out_shardings=sharding)(data)
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def local(tree: Any) -> Any:
+    """Arrays of the mesh as arrays of this process alone, gathered where they are divided. All processes must call it."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        if not leaf.is_fully_replicated:
+            assert isinstance(leaf.sharding, NamedSharding)
+            leaf = jax.jit(lambda a: a, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+        return leaf.addressable_data(0)
+
+    return jax.tree.map(one, tree)
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process provides, in order."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = np.arange(batch_size)
+    return np.unique(np.concatenate([rows[index] for index in indices if index is not None]))
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A host batch onto the mesh."""
-    return jax.device_put(batch, batch_sharding(mesh))
+    """This process's rows of a host batch onto the mesh."""
+    rows = batch_sharding(mesh)
+    if rows.is_fully_addressable:
+        return jax.device_put(batch, rows)
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, rows), batch)
 
 
-def jit_train_step(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Jit (state, batch, teacher_params) -> (state, metrics) on the mesh; the state is donated, the teacher never."""
-    whole, rows = replicated(mesh), batch_sharding(mesh)
-    return jax.jit(step, in_shardings=(whole, rows, whole), out_shardings=(whole, whole), donate_argnums=0)
+def jit_train_step(step: Callable[..., Any], mesh: Mesh, state: Any = None, teacher: Any = None) -> Callable[..., Any]:
+    """Jit (state, batch, teacher_params) -> (state, metrics) on the mesh; the state is donated, the teacher never.
+
+    `state` and `teacher` are trees of shardings, as of `Layout.of`; None is a copy on each device.
+    """
+    whole = replicated(mesh)
+    state, teacher = whole if state is None else state, whole if teacher is None else teacher
+    return jax.jit(step, in_shardings=(state, batch_sharding(mesh), teacher), out_shardings=(state, whole), donate_argnums=0)
 
 
 def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
-    """Raise ValueError where a batch does not divide over the mesh's data axis."""
-    devices = int(np.prod(list(mesh.shape.values())))
-    if batch_size < 1 or batch_size % devices:
-        raise ValueError(f"{name} = {batch_size} must be a positive multiple of the {devices} devices")
+    """Raise ValueError where a batch does not divide over the mesh's "data" and "fsdp"."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or batch_size % parts:
+        shown = f"{parts} devices" if mesh.shape["tensor"] == 1 else f"{parts} parts of the mesh (data x fsdp)"
+        raise ValueError(f"{name} = {batch_size} must be a positive multiple of the {shown}")

@@ -98,10 +98,19 @@ class Cache:
             at += count * dtype.itemsize
         return found
 
-    def batches(self, batch_size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
-        """An endless shuffled stream: i -> {field: [batch_size, ...]}; batch i is a function of (seed, i)."""
-        dataset = grain.MapDataset.source(self.source).shuffle(seed=seed).repeat().map(self.parse).batch(batch_size)
-        return lambda i: dict(dataset[i])
+    def batches(self, batch_size: int, seed: int, rows: np.ndarray | None = None) -> Callable[[int], dict[str, np.ndarray]]:
+        """An endless shuffled stream: i -> {field: [n, ...]}; batch i is a function of (seed, i).
+
+        `rows` are those of a batch that are read (a process's part); all by default.
+        """
+        dataset = grain.MapDataset.source(self.source).shuffle(seed=seed).repeat().map(self.parse)
+        wanted = range(batch_size) if rows is None else [int(row) for row in rows]
+
+        def batch(i: int) -> dict[str, np.ndarray]:
+            items = [dataset[i * batch_size + row] for row in wanted]
+            return {name: np.stack([item[name] for item in items]) for name in self.fields}
+
+        return batch
 
 
 def cached(

@@ -46,6 +46,7 @@ def train_step(
     tx: optax.GradientTransformation,
     ema_decay: float,
     ema_of: Callable[[Any], Any] = everything,
+    accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step and one EMA step: θ ← tx(∇loss), θ_ema ← d θ_ema + (1 - d) θ.
 
@@ -59,15 +60,41 @@ def train_step(
       tx: the optimizer of all of params.
       ema_decay: d, in [0, 1).
       ema_of: as given to `init_state`.
+      accumulate: micro-batches whose gradients are averaged before the optimizer's step; must divide the batch.
 
     Returns:
       The state at step i + 1, and the metrics with `loss` and `grad_norm` added.
     """
     key = jax.random.fold_in(state.key, state.step)
-    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, teacher_params, batch, key)
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+        (loss, metrics), grads = gradient(state.params, teacher_params, batch, key)
+    else:
+        (loss, metrics), grads = accumulated(gradient, state.params, teacher_params, batch, key, accumulate)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay_at(state.step, ema_decay)
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, ema_of(params))
     metrics = metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
+
+
+def accumulated(gradient: Callable[..., Any], params: Any, teacher_params: Any, batch: Any, key: Array, count: int) -> Any:
+    """The mean over `count` micro-batches of what `gradient` (a value_and_grad with metrics) gives; one is in memory at a time.
+
+    Micro-batch j holds rows j, j + count, ...: with a sharded batch each device keeps its own rows. Raises ValueError where `count` does
+    not divide the rows.
+    """
+    rows = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
+    if count < 1 or any(n % count for n in rows):
+        raise ValueError(f"accumulate = {count} must be at least 1 and divide the batch's rows ({', '.join(map(str, sorted(rows)))})")
+    parts = jax.tree.map(lambda a: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: Any, item: Any) -> Any:
+        j, part = item
+        found = gradient(params, teacher_params, part, jax.random.fold_in(key, j))
+        return jax.tree.map(lambda a, b: a + b / count, total, found), None
+
+    first = jax.tree.map(lambda a: a[0], parts)
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, params, teacher_params, first, key))
+    return jax.lax.scan(add, zero, (jnp.arange(count), parts))[0]

@@ -12,14 +12,13 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import jaxdistill
 from jaxdistill import checkpoint, loop, partition
 from jaxdistill.experiment import flatten
 from jaxdistill.prediction import LossFn
-from jaxdistill.train import TrainState, everything, train_step
+from jaxdistill.train import TrainState, everything, init_state, train_step
 
 
 class UserError(Exception):
@@ -62,14 +61,15 @@ def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
 
 def train_phase(
     name: str,
-    state: TrainState,
+    params: Any,
+    key: jax.Array,
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     batches: Callable[[int], Any],
     teacher_params: Any,
     health: loop.HealthFn,
     *,
-    mesh: Mesh,
+    layout: partition.Layout,
     ema_decay: float,
     steps: int,
     health_every: int,
@@ -78,27 +78,36 @@ def train_phase(
     stop: loop.StopSignal,
     advice: str,
     ema_of: Callable[[Any], Any] = everything,
+    accumulate: int = 1,
+    **options: Any,
 ) -> tuple[TrainState, float]:
-    """`loop.train_loop` of a loss on the mesh, state and teacher replicated: the last state and the seconds spent in all.
+    """`loop.train_loop` of a loss on a mesh, from `params` or the newest checkpoint: the last state and the seconds spent in all.
 
-    `log` gives "every" and "checkpoint_every"; batches: i -> host batch i.
+    `log` gives "every" and "checkpoint_every"; batches: i -> this process's rows of batch i on the host; `options` go to the loop.
+    The averages come back as arrays of this process alone.
     """
-    whole = partition.replicated(mesh)
-    return loop.train_loop(
+    start, place = partial(init_state, tx=tx, ema_of=ema_of), layout.place
+    shardings = layout.of(jax.eval_shape(start, params, key=key))
+    teacher = None if teacher_params is None else place(teacher_params)
+    step = partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=ema_decay, ema_of=ema_of, accumulate=accumulate)
+    state, seconds = loop.train_loop(
         name,
-        jax.device_put(state, whole),
-        partition.jit_train_step(partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=ema_decay, ema_of=ema_of), mesh),
-        lambda i: partition.put_batch(batches(i), mesh),
-        jax.device_put(teacher_params, whole),
+        # The averages and the optimizer's state are made where they live: no device ever holds them whole.
+        jax.jit(start, out_shardings=shardings)(place(params), key=key),
+        partition.jit_train_step(step, layout.mesh, shardings, None if teacher is None else layout.of(teacher)),
+        lambda i: partition.put_batch(batches(i), layout.mesh),
+        teacher,
         steps=steps,
         workdir=workdir,
         log_every=log.every,
         health_every=health_every,
         checkpoint_every=log.checkpoint_every,
-        health=health,
+        health=lambda ema, at: health(partition.local(ema), at),
         stop=stop,
         advice=advice,
+        **options,
     )
+    return state._replace(ema_params=partition.local(state.ema_params)), seconds
 
 
 def say(line: str) -> None:

@@ -36,7 +36,7 @@ def report(mesh, constrain):
     return cost, losses, float(sum(jnp.sum(jnp.abs(a)) for a in jax.tree.leaves(state.params)))
 
 eight = partition.data_mesh()
-one = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+one = partition.make_mesh(devices=jax.devices()[:1])
 out = [report(eight, partition.constrain_batch(eight)), report(one, partition.constrain_batch(one)), report(eight, unconstrained)]
 print(json.dumps(out))
 """

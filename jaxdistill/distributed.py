@@ -1,0 +1,146 @@
+"""Several processes as one run: who they are, what they must agree on, and who writes files."""
+
+import hashlib
+import json
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+HEARTBEAT_SECONDS = 20
+"""A process that has not been heard of for so long is taken for dead, and ends the others."""
+
+_own_folder = False
+
+
+class DistributedError(ValueError):
+    """Processes that cannot work together, in one line."""
+
+
+def start(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, detect: bool = False, timeout: int = 300
+) -> None:
+    """Join the other processes; must come before any array. Does nothing for a single process.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      processes: their number.
+      process: this one's, in 0..processes-1.
+      detect: leave the three to JAX: Cloud TPU, GKE, SLURM, Open MPI.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      DistributedError: flags that do not fit together, or a coordinator that does not answer.
+    """
+    given = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
+    missing = [name for name, value in given.items() if value is None]
+    if detect and len(missing) < 3:
+        raise DistributedError("--distributed finds the processes itself; leave out --coordinator, --num_processes and --process_id")
+    if not detect and len(missing) == 3:
+        return
+    options: dict[str, Any] = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    if not detect:
+        if missing:
+            raise DistributedError(f"{missing[0]} is missing: give --coordinator=HOST:PORT, --num_processes and --process_id together")
+        assert coordinator is not None and processes is not None and process is not None
+        if not 0 <= process < processes:
+            raise DistributedError(f"--process_id = {process} must be in 0..{processes - 1} (--num_processes = {processes})")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise DistributedError(f"--coordinator = {coordinator!r} must read HOST:PORT")
+        if process:
+            _wait_for(host, int(port), timeout)
+        options |= {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+    try:
+        jax.distributed.initialize(**options)
+    except (RuntimeError, ValueError) as error:
+        found = f"the coordinator {coordinator}" if coordinator else "the other processes"
+        mend = "" if coordinator else "; outside a TPU pod, GKE or SLURM give --coordinator, --num_processes and --process_id"
+        raise DistributedError(f"{found} could not be joined within {timeout} s ({str(error).splitlines()[0]}){mend}") from None
+
+
+def _wait_for(host: str, port: int, timeout: float) -> None:
+    """Until something listens there: JAX's own client ends the process without a word where nothing does."""
+    end, problem = time.monotonic() + timeout, ""
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            problem = error.strerror or str(error)
+            time.sleep(0.5)
+    raise DistributedError(f"the coordinator {host}:{port} does not answer after {timeout:g} s ({problem}); is process 0 running there?")
+
+
+def is_main() -> bool:
+    """Whether this process speaks for all."""
+    return jax.process_index() == 0
+
+
+def writes() -> bool:
+    """Whether this process writes files: process 0, or each one where their folders are their own."""
+    return is_main() or _own_folder
+
+
+def barrier(name: str) -> None:
+    """Until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def share_folder(folder: Path) -> bool:
+    """Whether all processes see the same folder, which must exist for process 0. Decides who `writes`."""
+    global _own_folder
+    if jax.process_count() == 1:
+        return True
+    token = folder / ".shared"
+    mine = str(time.time_ns()) if is_main() else ""
+    stamp = broadcast(mine.encode()).decode()
+    if is_main():
+        token.write_text(stamp)
+    barrier("token written")
+    seen = token.is_file() and token.read_text() == stamp
+    everyone = bool(np.all(multihost_utils.process_allgather(np.array([seen]))))
+    if is_main():
+        token.unlink()
+    _own_folder = not everyone
+    return everyone
+
+
+def broadcast(text: bytes) -> bytes:
+    """Process 0's bytes, on all."""
+    length = int(multihost_utils.broadcast_one_to_all(np.array(len(text))))
+    buffer = np.zeros(length, np.uint8)
+    if is_main():
+        buffer[:] = np.frombuffer(text, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(buffer), np.uint8).tobytes()
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raise DistributedError on all processes, naming what differs and where, unless all hold the same JSON values."""
+    if jax.process_count() == 1:
+        return
+    first: dict[str, Any] = json.loads(broadcast(json.dumps(values, sort_keys=True).encode()))
+    mine = json.loads(json.dumps(values))
+    different = [key for key in sorted(first.keys() | mine.keys()) if first.get(key) != mine.get(key)]
+    text = f"{different[0]} is {mine.get(different[0])!r} there, {first.get(different[0])!r} in process 0" if different else ""
+    message = np.zeros(400, np.uint8)
+    raw = text.encode()[: len(message)]
+    message[: len(raw)] = np.frombuffer(raw, np.uint8)
+    for process, found in enumerate(np.asarray(multihost_utils.process_allgather(message))):
+        if found.any():
+            said = bytes(found[found > 0]).decode(errors="replace")
+            raise DistributedError(f"process {process} differs from process 0: {said}; start all with one config at one commit")
+
+
+def code_hash() -> str:
+    """First 12 hex digits of the SHA-256 of this package's source."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,215 @@
+"""From a text-to-image config and a pipeline's configs to the program of its distillation; no weights, no data, no files."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxdistill import card, partition, pipeline
+from jaxdistill.experiment import check_numbers, make_adversary, make_reconstruction, make_student_optimizer, student_of
+from jaxdistill.interop import architectures, diffusers_folder, diffusers_scheduler, lora
+from jaxdistill.interop.diffusers_folder import Folder
+from jaxdistill.methods import imagine_flash as flash
+from jaxdistill.models.discriminator import FeatureHeads
+from jaxdistill.models.latent_layers import ATTENTION
+from jaxdistill.models.unet_condition import REMAT_POLICIES, STACK
+from jaxdistill.prediction import LossFn, v_prediction
+from jaxdistill.sampling import TimeGrid, check_grid, trailing_grid
+from jaxdistill.train import TrainState, init_state, train_step
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+TOKENS = 77
+"""Of CLIP's text encoders."""
+
+
+def open_teacher(config: ConfigDict) -> Folder:
+    """The teacher's folder as its configs describe it or, without one, the published architecture config.teacher.architecture.
+
+    Raises ValueError.
+    """
+    compute = config.compute
+    for key, table in (("dtype", DTYPES), ("teacher_dtype", DTYPES), ("attention", ATTENTION), ("remat", REMAT_POLICIES)):
+        card.choose(table, compute[key], f"config.compute.{key}")
+    options: dict[str, Any] = {
+        "attention": compute.attention,
+        "remat": compute.remat,
+        "scan": compute.scan,
+        "dtype": DTYPES[compute.dtype],
+    }
+    if config.teacher.folder:
+        return diffusers_folder.open_folder(config.teacher.folder, **options)
+    name = config.teacher.get("architecture", "")
+    return architectures.folder(card.choose(architectures.PIPELINES, name, "config.teacher.architecture"), **options)
+
+
+class TextSetup:
+    """The loss, the optimizer and where arrays live. Making it checks the config and computes nothing heavy.
+
+    `devices` may be those of a TPU topology that is not here.
+    """
+
+    def __init__(self, config: ConfigDict, folder: Folder, *, devices: Sequence[Any] | None = None) -> None:
+        self.config, self.folder = config, folder
+        check_numbers(config)
+        student = config.student
+        card.choose(DTYPES, config.export.dtype, "config.export.dtype")
+        self.stacked = STACK if config.compute.scan else ""
+        plain = diffusers_scheduler.student_config(self.folder.scheduler, noise_correction=False)
+        scheduler = diffusers_scheduler.of_folder(self.folder._replace(scheduler=plain))
+        self.schedule, self.unet = scheduler.schedule, self.folder.unet.module
+        T = self.schedule.T
+        self.grids: dict[int, TimeGrid] = {n: check_grid(trailing_grid(n, T, discrete=True), T) for n in sorted(student.steps)}
+        self.size = pipeline.image_size(self.folder, config.data.height or None, config.data.width or None)
+        factor = self.folder.vae.module.factor
+        self.latent_shape = (self.size[0] // factor, self.size[1] // factor, self.unet.in_channels)
+        self.layout = partition.layout(config.mesh.to_dict(), devices=devices)
+        if student.accumulate < 1 or student.batch_size % student.accumulate:
+            raise ValueError(
+                f"config.student.accumulate = {student.accumulate} must be at least 1 and divide config.student.batch_size = "
+                f"{student.batch_size}"
+            )
+        micro = student.batch_size // student.accumulate
+        name = "config.student.batch_size" + (" / config.student.accumulate" if student.accumulate > 1 else "")
+        partition.check_batch(micro, self.layout.mesh, name)
+        shared = len(flash.unique_grids(list(self.grids.values())))
+        if micro % shared:
+            raise ValueError(f"{name} = {micro} must be a multiple of the {shared} time grids that share it")
+        self.adversarial = config.adversarial.weight > 0
+        if not config.method.backward:
+            raise ValueError(
+                "config.method.backward = False needs images as data; a text-to-image run trains on the student's own trajectory"
+            )
+        self.abstract = diffusers_folder.abstract_params(self.folder.unet)
+        if student.lora_rank < 0:
+            raise ValueError(f"config.student.lora_rank must be at least 0 (0: train all weights), got {student.lora_rank}")
+        if student.lora_rank:
+            lora.layers(self.abstract, student.lora_targets)
+        self.layout.of(self.abstract)
+        # For v-prediction from zero terminal SNR the corrected noise is the network's own.
+        exact = scheduler.parameterization is v_prediction and float(self.schedule.alpha(T)) < 1e-6
+        self.correct_noise = bool(config.method.noise_correction) and not exact
+        self.scheduler = scheduler._replace(noise_correction=self.correct_noise)
+        self.null: dict[str, Any] = {}
+        self.heads = FeatureHeads(config.adversarial.width)
+        self.loss = self.make_loss()
+        self.tx = make_student_optimizer(config)
+
+    def make_loss(self) -> LossFn:
+        """Imagine Flash on this folder's network; with LoRA the student is the teacher's weights plus the updates."""
+        config = self.config
+        constrain = partition.constrain_batch(self.layout.mesh)
+        network = flash.Model(self.unet.apply, self.schedule, self.scheduler.parameterization)
+        adversary = make_adversary(config.adversarial, partial(self.unet.apply, features=True), self.heads, self.schedule, constrain)
+        loss = flash.imagine_flash(
+            network,
+            network,
+            grids=list(self.grids.values()),
+            null_cond=lambda cond: pipeline.with_null(self.null, cond),  # known once the text is encoded
+            reconstruction=make_reconstruction(config, self.schedule.T),
+            weight=flash.power_weight(self.schedule.T, power=config.method.weight_power),
+            backward=config.method.backward,
+            whole_trajectory=config.method.whole_trajectory,
+            correct_noise=config.method.noise_correction,
+            adversary=adversary,
+            adversary_states=config.adversarial.states,
+            constrain=constrain,
+        )
+
+        def with_base(params: Any, teacher: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return loss({**params, "student": self.variables(params["student"], teacher)}, teacher, batch, key)
+
+        return with_base
+
+    def variables(self, student: Any, teacher: Any) -> Any:
+        """What the network is applied to: the student's parameters, or the teacher's with the student's updates beside them."""
+        if not self.config.student.lora_rank:
+            return student
+        return {**jax.lax.stop_gradient(teacher), "lora": student}
+
+    def fresh_updates(self) -> Any:
+        """LoRA updates of zero."""
+        student = self.config.student
+        return lora.init(jax.random.key(self.config.seed), self.abstract, student.lora_targets, student.lora_rank, stacked=self.stacked)
+
+    def fresh_heads(self) -> Any:
+        """The discriminator's first parameters, {} without one."""
+        if not self.adversarial:
+            return {}
+        x, t, cond = diffusers_folder.example_inputs(self.folder.unet)
+        states = jax.eval_shape(partial(self.unet.apply, features=True), self.abstract, x, t, cond)
+        return self.heads.init(jax.random.key(self.config.seed + 2), [jnp.zeros(s.shape, s.dtype) for s in states], cond)
+
+    # -- what a compiler needs to know
+
+    def abstract_cond(self, rows: int) -> dict[str, Any]:
+        """Shapes of a batch's conditioning."""
+        _, _, cond = diffusers_folder.example_inputs(self.folder.unet)
+        shapes = {name: (rows, *a.shape[1:]) for name, a in cond.items()} | {"context": (rows, TOKENS, cond["context"].shape[-1])}
+        return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+
+    def abstract_batch(self) -> dict[str, Any]:
+        """Shapes of a batch, on the mesh."""
+        rows = self.config.student.batch_size
+        latents, cond = jax.ShapeDtypeStruct((rows, *self.latent_shape), np.float32), self.abstract_cond(rows)
+        found = {"x0": latents, "cond": cond} | ({"real": latents, "real_cond": cond} if self.adversarial else {})
+        place = partition.batch_sharding(self.layout.mesh)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), found)
+
+    def abstract_teacher(self) -> Any:
+        """Shapes of the teacher's parameters, on the mesh."""
+        dtype = DTYPES[self.config.compute.teacher_dtype]
+        return self.layout.describe(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), self.abstract))
+
+    def abstract_state(self) -> TrainState:
+        """Shapes of the train state, on the mesh."""
+        student = jax.eval_shape(self.fresh_updates) if self.config.student.lora_rank else self.abstract
+        params = {"student": student, "discriminator": jax.eval_shape(self.fresh_heads)}
+        state = jax.eval_shape(partial(init_state, tx=self.tx, ema_of=student_of), params, key=jax.random.key(0))
+        return self.layout.describe(state)
+
+    def with_zero_null(self) -> "TextSetup":
+        """Itself, with a null conditioning of zeros: for compiling without a text encoder."""
+        self.null = {name: np.zeros(a.shape, np.float32) for name, a in self.abstract_cond(1).items() if name != "time_ids"}
+        return self
+
+    def train_step(self) -> Any:
+        """The jitted step of the run: (state, batch, teacher) -> (state, metrics)."""
+        config = self.config.student
+        step = partial(
+            train_step, loss_fn=self.loss, tx=self.tx, ema_decay=config.ema_decay, ema_of=student_of, accumulate=config.accumulate
+        )
+        state, teacher = (jax.tree.map(lambda a: a.sharding, tree) for tree in (self.abstract_state(), self.abstract_teacher()))
+        return partition.jit_train_step(step, self.layout.mesh, state, teacher)
+
+    def call_flops(self, *, features: bool = False) -> float:
+        """FLOPs of one call of the network on one example (or of its hidden states), by XLA's count of the program as it is written."""
+        x = jax.ShapeDtypeStruct((1, *self.latent_shape), np.float32)
+        t = jax.ShapeDtypeStruct((1,), np.float32)
+        plain = self.unet.clone(scan=False, remat="none", attention="plain")
+        abstract = jax.eval_shape(lambda: plain.init(jax.random.key(0), *diffusers_folder.example_inputs(self.folder.unet)))
+        analysis: Any = jax.jit(partial(plain.apply, features=features)).lower(abstract, x, t, self.abstract_cond(1)).cost_analysis()
+        return float(analysis["flops"])
+
+    def step_flops(self) -> float:
+        """Analytic FLOPs of a step on all devices, with nothing computed twice.
+
+        A row visits N states. Each costs the student 3 calls (forward, and backward to inputs and weights; with LoRA 2) and the teacher k,
+        twice that with guidance; the adversary computes the hidden states of s of them forward and backward to the input, and of a real.
+        """
+        method, student = self.config.method, self.config.student
+        grids = flash.unique_grids(list(self.grids.values()))
+        longest = max(len(grid) for grid in grids)
+        states = longest if method.whole_trajectory else 1
+        rollout = 0.0 if method.whole_trajectory else sum(len(grid) for grid in grids) / len(grids) - 1
+        guided = 2 if method.guidance != 1.0 else 1
+        calls = states * ((2 if student.lora_rank else 3) + guided * method.teacher_steps) + rollout
+        found = calls * self.call_flops()
+        if self.adversarial:
+            judged = 1 if self.config.adversarial.states == "one" else states
+            found += (2 * judged + 1) * self.call_flops(features=True)
+        return student.batch_size * found
