@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
         {
             "dtype": "bfloat16",  # of the networks; norms and the student's parameters stay float32
             "teacher_dtype": "bfloat16",  # of the teacher's parameters
-            "attention": "auto",  # auto (looped on CPU, else plain) | plain | looped | flash (TPU)
+            "attention": "auto",  # auto (looped on CPU, else plain) | plain | looped | chunked, flash (TPU)
             "remat": "full",  # none | dots | full: what is computed again in the backward pass
             "scan": False,  # loop over the transformer blocks of a level: compiles sooner where there are many (XL)
         }

@@ -86,13 +86,20 @@ def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
     temporary.mkdir(parents=True)
     # Host arrays carry no device topology, so that any machine restores them without a target tree.
     host = jax.tree.map(np.asarray, params)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _alone() as checkpointer:
         checkpointer.save(temporary / "params", host)
     leaves = jax.tree.leaves(host)
     parameters = {"path": "params", "count": int(sum(a.size for a in leaves)), "dtype": str(leaves[0].dtype)}
     whole = {**card, "parameters": parameters, "sha256": _hashes(temporary)}
     write_json(temporary / "card.json", {**whole, "card_sha256": _card_hash(whole)})
     swap_in(temporary, folder)
+
+
+def _alone() -> ocp.StandardCheckpointer:
+    """A checkpointer that does not wait for other processes."""
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}")
+    return ocp.StandardCheckpointer(multiprocessing_options=options) if jax.process_count() > 1 else ocp.StandardCheckpointer()
 
 
 def swap_in(temporary: Path, folder: Path) -> None:
@@ -154,5 +161,5 @@ def load_export(folder: str | Path) -> tuple[Any, dict[str, Any]]:
                 f"{folder / name} is damaged: its SHA-256 starts with {found[name][:12]}, the card says "
                 f"{expected[name][:12]}; copy the export anew"
             )
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _alone() as checkpointer:
         return checkpointer.restore(folder / "params"), card

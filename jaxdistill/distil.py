@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxdistill import card, checkpoint, evaluate, image_metrics, loop, partition, pipeline, record_cache, report
+from jaxdistill import card, checkpoint, distributed, evaluate, image_metrics, loop, partition, pipeline, record_cache, report
 from jaxdistill.experiment import student_of
 from jaxdistill.interop import diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.interop.diffusers_folder import FolderError
@@ -174,7 +174,10 @@ class TextRun(TextSetup):
                 rate = done / max(time.perf_counter() - began, 1e-6)
                 say(f"{what}: {done} of {count}, {(count - done) / rate:.0f} s to go")
 
-        return record_cache.cached(folder, count, make, progress=progress)
+        if distributed.writes():
+            record_cache.cached(folder, count, make, progress=progress)
+        distributed.barrier(f"the cache {name} is written")
+        return record_cache.Cache(folder)
 
     def open_data(self, pipe: pipeline.TextToImage) -> None:
         """The caches of prompts and of reals, made where they are missing."""
@@ -279,8 +282,12 @@ class TextRun(TextSetup):
             profile=config.log.profile,
         )
         self.seconds["student"] = seconds
-        self.export(state.ema_params)
-        return self.write_results()
+        results = {}
+        if distributed.writes():
+            self.export(state.ema_params)
+            results = self.write_results()
+        distributed.barrier("results are written")
+        return results
 
     def export(self, student: Any) -> None:
         """student/ (Orbax), diffusers/ (a pipeline folder) and with LoRA lora/ (diffusers' file)."""

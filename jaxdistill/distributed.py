@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +139,27 @@ def check_same(values: Mapping[str, Any]) -> None:
         if found.any():
             said = bytes(found[found > 0]).decode(errors="replace")
             raise DistributedError(f"process {process} differs from process 0: {said}; start all with one config at one commit")
+
+
+@contextmanager
+def losing_a_peer_is_one_line() -> Iterator[None]:
+    """Of several processes: an error of the devices inside the block is mostly a peer that has died. Says so, and ends this process.
+
+    A plain exit would wait for the others.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(
+            f"error: process {jax.process_index()} cannot go on, another one has died or cannot be reached ({lines[0][:200]}); start all "
+            "processes again: they resume at the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(3)
 
 
 def code_hash() -> str:

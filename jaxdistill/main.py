@@ -20,8 +20,8 @@ import optax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxdistill import card, checkpoint, data, evaluate, loop, partition, report
-from jaxdistill.experiment import Experiment, build, student_of
+from jaxdistill import card, checkpoint, data, distributed, evaluate, loop, partition, report
+from jaxdistill.experiment import Experiment, build, flatten, student_of
 from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.prediction import LossFn
 from jaxdistill.train import TrainState, everything
@@ -29,6 +29,10 @@ from jaxdistill.workdir import UserError, missing_extra, prepare_workdir, say, t
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.key=value sets any key.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, exports and results; a second start in it resumes.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, which JAX finds: Cloud TPU pods, GKE, SLURM.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX cannot find the processes.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Their number, with --coordinator.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "This one's, from 0, with --coordinator.")
 
 
 # ------------------------------------------------------------------------------------------------ run
@@ -84,7 +88,7 @@ class Run:
                 params, dataset.train.images, num_classes=self.experiment.num_classes, channels=tuple(ev.channels), features=ev.features
             )
         with self.timed("extractor"):
-            print("feature extractor: training")
+            say("feature extractor: training")
             made = evaluate.train_extractor(dataset, channels=tuple(ev.channels), features=ev.features, steps=ev.extractor_steps)
             checkpoint.export(
                 folder,
@@ -417,7 +421,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         raise UserError(str(error)) from None
     prepare_workdir(workdir, config)
     if (workdir / "results.json").exists():
-        print(f"{workdir} is finished: evaluating it again")
+        say(f"{workdir} is finished: evaluating it again")
     with loop.StopSignal().installed() as stop:
         job = Run(experiment, workdir, stop)
         try:
@@ -429,9 +433,12 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
             student_params = job.student(teacher_params, validation)
         except checkpoint.CheckpointError as error:
             raise UserError(str(error)) from None
+    distributed.barrier("exports are written")
+    if not distributed.is_main():
+        return {}  # process 0 draws and scores
     # Exports and checkpoints are on disk; a signal from here on may end the process at once.
     job.write_program(student_params)
-    print("evaluation on the test split")
+    say("evaluation on the test split")
     return job.write_results(teacher_params, student_params, evaluate.Evaluator(experiment.dataset, experiment.dataset.test, extractor))
 
 
@@ -441,18 +448,31 @@ def main(argv: list[str]) -> None:
         fail(f"unexpected argument {argv[1]!r}; flags look like --config=configs/digits.py --workdir=DIR --config.key=value")
     logging.set_verbosity(logging.ERROR)
     config = given_config()
+    try:
+        distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, detect=DISTRIBUTED.value)
+        about = {f"config.{key}": value for key, value in flatten(json.loads(config.to_json())).items()}
+        distributed.check_same({**about, "workdir": WORKDIR.value, "the code": distributed.code_hash(), **versions(machine=False)})
+    except distributed.DistributedError as error:
+        fail(str(error))
+    with distributed.losing_a_peer_is_one_line():
+        job(config)
+
+
+def job(config: ConfigDict) -> None:
+    """The run of a config, and what it says at its end."""
     if config.get("task") == "text_to_image":
         run_text(config)
         return
     try:
         results = run(config, WORKDIR.value)
     except loop.Stopped as stopped:
-        print(stopped)
+        say(str(stopped))
         return
     except (UserError, loop.NonFiniteError) as error:
         fail(str(error))
-    print(f"\n{report.markdown_table(results['rows'])}")
-    print(f"{Path(WORKDIR.value) / 'results.png'} shows the images, results.md keeps this table")
+    if results and distributed.is_main():
+        print(f"\n{report.markdown_table(results['rows'])}")
+        print(f"{Path(WORKDIR.value) / 'results.png'} shows the images, results.md keeps this table")
 
 
 def run_text(config: ConfigDict) -> None:
@@ -462,12 +482,14 @@ def run_text(config: ConfigDict) -> None:
 
         distil.run(config, WORKDIR.value)
     except loop.Stopped as stopped:
-        print(stopped)
+        say(str(stopped))
         return
     except ModuleNotFoundError as error:
         fail(missing_extra(error))
     except (UserError, loop.NonFiniteError) as error:
         fail(str(error))
+    if not distributed.is_main():
+        return
     folder = Path(WORKDIR.value)
     print((folder / "results.md").read_text())
     print(f"{folder / 'diffusers'} is the student as a pipeline folder, {folder / 'student'} its Orbax export")
@@ -497,10 +519,12 @@ def parse_flags() -> list[str]:
         fail(f"unknown config key: {text}" if isinstance(error, (AttributeError, KeyError)) else text)
 
 
-def given_config() -> ConfigDict:
-    """The config of the flags; leaves with one line where a flag is missing or the file cannot be loaded."""
-    if not flags.FLAGS["config"].present or WORKDIR.value is None:
+def given_config(*, workdir: bool = True) -> ConfigDict:
+    """The config of the flags; leaves with one line where it or the workdir is missing or the file cannot be loaded."""
+    if workdir and (not flags.FLAGS["config"].present or WORKDIR.value is None):
         fail("both flags are needed: --config=configs/digits.py --workdir=DIR")
+    if not flags.FLAGS["config"].present:
+        fail("--config is missing: give a file such as configs/digits.py")
     try:
         CONFIG.value.keys()  # a file that could not be loaded fails at its first use
         return CONFIG.value

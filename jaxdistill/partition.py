@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 AXES = ("data", "fsdp", "tensor")
@@ -59,7 +59,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """A copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -77,11 +77,13 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def sharding_of(name: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536) -> NamedSharding:
+def sharding_of(
+    name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536
+) -> NamedSharding:
     """Where one array lives: by the first rule whose expression is found in its name.
 
-    Arrays below `smallest` elements are copied: gathering them costs more than it saves. An axis of a rule is left out where it does not
-    divide its dimension.
+    Arrays below `smallest` elements are copied: gathering them costs more than it saves. An axis that does not divide its dimension takes
+    another that the rule leaves free, or is left out.
 
     Raises:
       ValueError: an array of at least `smallest` elements that no rule names, or that its rule leaves whole though it means not to.
@@ -96,13 +98,25 @@ def sharding_of(name: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[Rul
     if not axes:
         return replicated(mesh)
     found: list[str | None] = [None] * len(shape)
+    last = range(1, min(len(axes), len(shape)) + 1)
     for i, axis in enumerate(reversed(axes), 1):
-        if i <= len(shape) and axis is not None and mesh.shape[axis] > 1 and shape[-i] % mesh.shape[axis] == 0:
-            found[-i] = axis
+        if axis is None or mesh.shape[axis] == 1:
+            continue
+        # Its own dimension first, else another that divides: a first convolution has four channels in.
+        for j in (i, *(j for j in last if j != i)):
+            if found[-j] is None and shape[-j] % mesh.shape[axis] == 0 and (j == i or _free(axes, j, mesh)):
+                found[-j] = axis
+                break
     if not any(found):
         wanted = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes if axis is not None)
         raise ValueError(f"{shown} does not divide over {wanted}; choose other mesh sizes or add a rule to config.mesh.rules")
     return NamedSharding(mesh, PartitionSpec(*found))
+
+
+def _free(axes: Sequence[str | None], j: int, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether the rule means no axis of this mesh for the j-th last dimension."""
+    axis = axes[-j]
+    return axis is None or mesh.shape[axis] == 1
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536) -> Any:
@@ -121,6 +135,26 @@ class Layout:
     def of(self, tree: Any) -> Any:
         """The shardings of a tree of parameters, or of anything with the same paths in it. Raises ValueError."""
         return shardings(tree, self.mesh, self.rules, smallest=self.smallest)
+
+    def gathered(self, tree: Any, dtype: Any = None) -> Any:
+        """Parameters inside a jitted function as the networks use them: whole over "fsdp", kernels in `dtype`.
+
+        Without it the compiler may divide a layer's sum over "fsdp" instead, and compute the batch's rows on every device: values agree,
+        and the cost does not fall. Their gradient comes back divided.
+        """
+        if self.mesh.shape["fsdp"] == 1:
+            return tree
+
+        def one(path: Any, leaf: Any) -> Any:
+            spec = sharding_of(path_name(path), leaf.shape, self.mesh, self.rules, smallest=self.smallest).spec
+            if "fsdp" not in spec:
+                return leaf
+            # Cast first: half the bytes travel. The layers would cast to it anyway.
+            cast = leaf if dtype is None or leaf.dtype != np.float32 else leaf.astype(dtype)
+            whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+            return jax.lax.with_sharding_constraint(cast, NamedSharding(self.mesh, whole))
+
+        return jax.tree_util.tree_map_with_path(one, tree)
 
     def describe(self, tree: Any) -> Any:
         """The tree as ShapeDtypeStructs with their shardings: what a compiler needs to know of it."""

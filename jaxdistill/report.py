@@ -12,6 +12,8 @@ from PIL import Image
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from jaxdistill import distributed
+
 COLUMNS = {
     "fd": ("FD ↓", "{:.3f}"),
     "fd_noise": ("± FD", "{:.3f}"),
@@ -40,6 +42,8 @@ def image_grid(rows: np.ndarray, *, scale: int = 4, gap: int = 2) -> np.ndarray:
 
 def save_grid(path: str | Path, images: np.ndarray, *, columns: int | None = None, scale: int = 4) -> None:
     """Save images [n, h, w, c] in [0, 1] as a PNG of rows of `columns` (default: about square)."""
+    if not distributed.writes():
+        return
     n = len(images)
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = int(np.ceil(n / columns))

@@ -119,19 +119,28 @@ def chain(*transforms: Transform) -> Transform:
 def guidance(scale: float | Array) -> Transform:
     """Classifier-free guidance: p = u + scale (c - u) on both fields (Ho & Salimans 2022).
 
-    The denoiser below must be closed over the batch's conditioning followed by the null conditioning
-    (2b rows); the one above takes b. One network call of twice the batch.
+    The denoiser below must be closed over 2b rows of conditioning, each row's followed by its null (`with_null_rows`); the one above
+    takes b. One network call of twice the batch, and with a sharded batch nothing travels.
     """
 
     def transform(denoiser: Denoiser) -> Denoiser:
         def guided(x: Array, t: Array) -> Prediction:
-            t2 = jnp.concatenate([t, t]) if jnp.ndim(t) else t
-            both = denoiser(jnp.concatenate([x, x]), t2)
-            return jax.tree.map(lambda p: p[x.shape[0] :] + expand(jnp.asarray(scale), x) * (p[: x.shape[0]] - p[x.shape[0] :]), both)
+            both = denoiser(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2, axis=0) if jnp.ndim(t) else t)
+
+            def guide(p: Array) -> Array:
+                pairs = p.reshape(x.shape[0], 2, *p.shape[1:])
+                return pairs[:, 1] + expand(jnp.asarray(scale), x) * (pairs[:, 0] - pairs[:, 1])
+
+            return jax.tree.map(guide, both)
 
         return guided
 
     return transform
+
+
+def with_null_rows(cond: Any, null: Any) -> Any:
+    """Conditioning [b, ...] and null conditioning [b, ...] -> [2b, ...], alternating: what `guidance` wants below it."""
+    return jax.tree.map(lambda c, n: jnp.stack([c, n], axis=1).reshape(-1, *c.shape[1:]), cond, null)
 
 
 def guided_denoiser(
@@ -157,7 +166,7 @@ def guided_denoiser(
     """
     if isinstance(scale, (int, float)) and scale == 1.0:
         return as_denoiser(apply, params, cond, schedule=schedule, parameterization=parameterization)
-    both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null_cond(cond))
+    both = with_null_rows(cond, null_cond(cond))
     return guidance(scale)(as_denoiser(apply, params, both, schedule=schedule, parameterization=parameterization))
 
 

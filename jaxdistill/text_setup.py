@@ -101,7 +101,7 @@ class TextSetup:
 
     def make_loss(self) -> LossFn:
         """Imagine Flash on this folder's network; with LoRA the student is the teacher's weights plus the updates."""
-        config = self.config
+        config, dtype = self.config, DTYPES[self.config.compute.dtype]
         constrain = partition.constrain_batch(self.layout.mesh)
         network = flash.Model(self.unet.apply, self.schedule, self.scheduler.parameterization)
         adversary = make_adversary(config.adversarial, partial(self.unet.apply, features=True), self.heads, self.schedule, constrain)
@@ -121,7 +121,9 @@ class TextSetup:
         )
 
         def with_base(params: Any, teacher: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return loss({**params, "student": self.variables(params["student"], teacher)}, teacher, batch, key)
+            params, teacher = self.layout.gathered(params, dtype), self.layout.gathered(teacher, dtype)
+            with jax.sharding.use_abstract_mesh(self.layout.mesh.abstract_mesh):  # the flash kernel asks for it
+                return loss({**params, "student": self.variables(params["student"], teacher)}, teacher, batch, key)
 
         return with_base
 

@@ -15,7 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 import jaxdistill
-from jaxdistill import checkpoint, loop, partition
+from jaxdistill import checkpoint, distributed, loop, partition
 from jaxdistill.experiment import flatten
 from jaxdistill.prediction import LossFn
 from jaxdistill.train import TrainState, everything, init_state, train_step
@@ -31,20 +31,35 @@ def missing_extra(error: ModuleNotFoundError) -> str:
 
 
 def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Make the folder, check that it can be written, and that it belongs to this config. Raises UserError."""
+    """Make the folder, check that it can be written, and that it belongs to this config. Raises UserError.
+
+    Several processes may see one folder, or each its own under the same name.
+    """
+    failure = ""
+    if distributed.is_main():
+        failure = check_workdir(workdir, config)
+    failure = distributed.broadcast(failure.encode()).decode() if jax.process_count() > 1 else failure
+    if not failure and not distributed.share_folder(workdir) and not distributed.is_main():
+        failure = check_workdir(workdir, config)
+    if failure:
+        raise UserError(failure)
+
+
+def check_workdir(workdir: Path, config: ConfigDict) -> str:
+    """What `prepare_workdir` does, in one process; what is wrong, or nothing."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".write-test-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder") from None
+        return f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder"
     path, wanted = workdir / "config.json", json.loads(config.to_json())
     if path.exists():
         try:
             found = json.loads(path.read_text())
         except ValueError:
-            raise UserError(f"{path} is damaged; choose another workdir") from None
+            return f"{path} is damaged; choose another workdir"
         differences = [
             f"{k} = {flat_found.get(k)} there, {flat_wanted.get(k)} here"
             for flat_found, flat_wanted in [(flatten(found), flatten(wanted))]
@@ -52,11 +67,12 @@ def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
             if flat_found.get(k) != flat_wanted.get(k)
         ]
         if differences:
-            raise UserError(
+            return (
                 f"--workdir={workdir} holds a run of another config ({'; '.join(differences[:5])}); "
                 "choose another workdir or repeat that run's flags"
             )
     checkpoint.write_json(path, wanted)
+    return ""
 
 
 def train_phase(
@@ -111,7 +127,9 @@ def train_phase(
 
 
 def say(line: str) -> None:
-    """Print beside a progress bar."""
+    """Print beside a progress bar. Of many processes one does."""
+    if not distributed.is_main():
+        return
     if sys.stderr.isatty():
         loop.tqdm.write(line, file=sys.stdout)
     else:
@@ -119,9 +137,11 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def versions() -> dict[str, str]:
+def versions(*, machine: bool = True) -> dict[str, str]:
     """Of what the numbers depend on, and the machine."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
     found = {name: importlib.metadata.version(name) for name in packages}
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.device_count()} {jax.default_backend()} device(s)"
-    return {"jaxdistill": jaxdistill.__version__, "python": platform.python_version(), **found, "machine": machine}
+    about = {"jaxdistill": jaxdistill.__version__, "python": platform.python_version(), **found}
+    if machine:
+        about["machine"] = f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.device_count()} {jax.default_backend()} device(s)"
+    return about

@@ -20,6 +20,7 @@ from jaxdistill.sampling import (
     rollout,
     start,
     trailing_grid,
+    with_null_rows,
 )
 from jaxdistill.schedule import cosine, ddpm, flow, rescale_zero_terminal_snr, scaled_linear_betas
 
@@ -287,7 +288,7 @@ scalar_and_batch_times = pytest.mark.parametrize("t", [jnp.float32(0.4), jnp.asa
 @pytest.mark.parametrize("scale", [0.0, 1.0, 7.5])
 def test_guidance_extrapolates_from_the_unconditional_prediction(t, scale):
     x = normal(4)
-    guided = guidance(scale)(conditional_denoiser(jnp.concatenate([COND, NULL])))(x, t)
+    guided = guidance(scale)(conditional_denoiser(with_null_rows(COND, NULL)))(x, t)
     c, u = conditional_denoiser(COND)(x, t), conditional_denoiser(NULL)(x, t)
     for field in Prediction._fields:
         expected = getattr(u, field) + scale * (getattr(c, field) - getattr(u, field))
@@ -298,7 +299,7 @@ def test_guidance_extrapolates_from_the_unconditional_prediction(t, scale):
 @scalar_and_batch_times
 def test_guidance_of_scale_one_is_the_conditional_denoiser(t):
     x = normal(4)
-    guided, plain = guidance(1.0)(conditional_denoiser(jnp.concatenate([COND, NULL])))(x, t), conditional_denoiser(COND)(x, t)
+    guided, plain = guidance(1.0)(conditional_denoiser(with_null_rows(COND, NULL)))(x, t), conditional_denoiser(COND)(x, t)
     np.testing.assert_allclose(guided.x0, plain.x0, atol=1e-6)
     np.testing.assert_allclose(guided.eps, plain.eps, atol=1e-6)
 

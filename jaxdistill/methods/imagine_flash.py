@@ -325,10 +325,10 @@ def imagine_flash(
         if not whole_trajectory:
             t = t[constrain(jax.random.randint(key, (b,), 0, len(grid))), jnp.arange(b)][None]
         n = t.shape[0]
-        flat = t.reshape(-1)
+        flat = _flat(t)
         x = diffuse(student.schedule, _tile(x0, n), _tile(noise, n), flat)
         prediction = student_denoiser(params, _tile(cond, n), _tile(noise, n))(x, flat)
-        return Trajectory(t, *(a.reshape(n, *x0.shape) for a in (x, *prediction)))
+        return Trajectory(t, *(_states(a, n) for a in (x, *prediction)))
 
     def parts_of(params: Any, batch: Any, key_noise: Array, key_state: Array) -> list[Visited]:
         """What the student visits: all grids in one part, or a part for each grid."""
@@ -353,9 +353,9 @@ def imagine_flash(
         return parts
 
     def teacher_start(part: Visited, key: Array) -> tuple[Array, Array]:
-        """Where the teacher starts: (x [n b, ...], t [n b])."""
+        """Where the teacher starts: (x [b n, ...], t [b n])."""
         fixed: Trajectory = jax.lax.stop_gradient(part.trajectory)
-        t = fixed.t.reshape(-1)
+        t = _flat(fixed.t)
         if reconstruction.noise_source is None:
             return _flat(fixed.x), t
         eps = reconstruction.noise_source(key, fixed, part.x_T)
@@ -375,14 +375,14 @@ def imagine_flash(
         cond = jax.tree.map(lambda *c: jnp.concatenate(c), *(_tile(part.cond, part.trajectory.t.shape[0]) for part in parts))
         target = jax.lax.stop_gradient(teacher_x0(teacher_params, x, t, cond))
         error = jnp.mean((target - x0) ** 2, axis=tuple(range(1, target.ndim)))
-        value = jnp.mean(weight(jnp.concatenate([part.trajectory.t.reshape(-1) for part in parts])) * error)
+        value = jnp.mean(weight(jnp.concatenate([_flat(part.trajectory.t) for part in parts])) * error)
         metrics = {"reconstruction": value}
         if whole_trajectory:
             metrics |= errors_by_step(error, parts)
         if adversary is not None:
             if adversary_states == "one":
                 # Every row once, at a slot of its own: the adversary's cost no longer grows with the steps.
-                x0, cond = one_state(x0, cond, parts, jax.random.fold_in(key_adversary, 1))
+                x0, cond = one_state(x0, parts, jax.random.fold_in(key_adversary, 1))
             real, real_cond = batch.get("real", batch["x0"]), batch.get("real_cond", batch["cond"])
             terms = adversary(params["discriminator"], teacher_params, x0, cond, real, real_cond, key_adversary)
             value += terms.generator + terms.discriminator
@@ -395,30 +395,42 @@ def imagine_flash(
         at = 0
         for part in parts:
             n, b = part.trajectory.t.shape
-            errors = error[at : at + n * b].reshape(n, b)
+            errors = _states(error[at : at + n * b], n)
             at += n * b
             for i, grid in enumerate(part.grids):
                 found |= {f"reconstruction/{len(grid)}_{j + 1}": jnp.mean(errors[j, i :: len(part.grids)]) for j in range(len(grid))}
         return found
 
-    def one_state(x0: Array, cond: Any, parts: Sequence[Visited], key: Array) -> tuple[Array, Any]:
+    def one_state(x0: Array, parts: Sequence[Visited], key: Array) -> tuple[Array, Any]:
         """One random state of each row, from the flattened states of all parts."""
-        rows, at = [], 0
+        states, conds, at = [], [], 0
         for i, part in enumerate(parts):
             n, b = part.trajectory.t.shape
-            rows.append(at + b * jax.random.randint(jax.random.fold_in(key, i), (b,), 0, n) + jnp.arange(b))
+            slot = constrain(jax.random.randint(jax.random.fold_in(key, i), (b,), 0, n))
+            rows = x0[at : at + n * b].reshape(b, n, *x0.shape[1:])
+            # A sum instead of a lookup: with a sharded batch a lookup by computed rows would gather it.
+            chosen = (slot[:, None] == jnp.arange(n)).reshape(b, n, *(1,) * (rows.ndim - 2))
+            states.append(jnp.sum(jnp.where(chosen, rows, 0.0), axis=1))
+            conds.append(part.cond)
             at += n * b
-        chosen = jnp.concatenate(rows)
-        return jax.tree.map(lambda a: constrain(a[chosen]), (x0, cond))
+        return jnp.concatenate(states), jax.tree.map(lambda *c: jnp.concatenate(c), *conds)
 
     return loss
 
 
+# Of a batch's states those of one row stand together: a device that holds some rows holds their states, and nothing travels.
+
+
 def _tile(tree: Any, n: int) -> Any:
-    """[b, ...] -> [n b, ...], the batch repeated n times in order."""
-    return jax.tree.map(lambda a: jnp.tile(a, (n,) + (1,) * (a.ndim - 1)), tree)
+    """[b, ...] -> [b n, ...], each row n times."""
+    return jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), tree)
 
 
 def _flat(x: Array) -> Array:
-    """[n, b, ...] -> [n b, ...]."""
-    return x.reshape(-1, *x.shape[2:])
+    """[n, b, ...] -> [b n, ...], the n states of a row together."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def _states(x: Array, n: int) -> Array:
+    """[b n, ...] -> [n, b, ...]: `_flat` undone."""
+    return jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1)

@@ -147,19 +147,43 @@ def auto_attention(q: Array, k: Array, v: Array) -> Array:
 
 
 def flash_attention(q: Array, k: Array, v: Array) -> Array:
-    """The TPU flash kernel, where its tiling fits (lengths multiples of 128); XLA's own elsewhere."""
+    """The TPU flash kernel, where its tiling fits (lengths multiples of 128, and heads wider than 128 too); XLA's own elsewhere.
+
+    On several devices it must run within a mesh (`jax.sharding.use_abstract_mesh`).
+    """
     from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention as kernel
 
-    if q.shape[1] % 128 or k.shape[1] % 128:
+    if q.shape[1] % 128 or k.shape[1] % 128 or (q.shape[3] > 128 and q.shape[3] % 128):
         return plain_attention(q, k, v)
+    attend: Any = functools.partial(kernel, sm_scale=q.shape[-1] ** -0.5)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        # XLA cannot divide a kernel of its own: rows by the batch's axes, heads by "tensor".
+        rows = tuple(name for name in mesh.axis_names if name != "tensor")
+        spec = jax.sharding.PartitionSpec(rows, "tensor" if "tensor" in mesh.axis_names else None)
+        attend = jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     heads_first = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-    return jnp.swapaxes(kernel(*heads_first, sm_scale=q.shape[-1] ** -0.5), 1, 2)
+    return jnp.swapaxes(attend(*heads_first), 1, 2)
+
+
+def chunked_attention(q: Array, k: Array, v: Array, *, queries: int = 512) -> Array:
+    """All heads, `queries` positions at a time; the scores are computed again for the gradient.
+
+    For a TPU where the flash kernel does not fit: memory grows with the length, not with its square.
+    """
+    b, length, h, d = q.shape
+    if length <= queries or length % queries:
+        return plain_attention(q, k, v)
+    parts = jnp.moveaxis(q.reshape(b, length // queries, queries, h, d), 1, 0)
+    rows = jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v))
+    return jnp.moveaxis(jax.lax.map(rows, parts), 0, 1).reshape(b, length, h, d)
 
 
 ATTENTION: dict[str, AttentionFn] = {
     "auto": auto_attention,
     "plain": plain_attention,
     "looped": looped_attention,
+    "chunked": chunked_attention,
     "flash": flash_attention,
 }
 

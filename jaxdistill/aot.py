@@ -1,0 +1,332 @@
+"""`python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2`: does the job fit, and how fast can it be?
+
+Compiles the run's own train step for a TPU slice that is not here, with the compiler of the TPU (libtpu), and reports memory, arithmetic
+and communication. No TPU, no weights and no prompts are needed; without config.teacher.folder the published architecture
+config.teacher.architecture stands for the teacher.
+"""
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from jaxdistill import checkpoint, hlo, main
+from jaxdistill.chips import CHIPS, Chip
+from jaxdistill.workdir import missing_extra
+
+KNOWN = "v4:2x2x1, v4:2x2x2, v4:2x2x4, v4:4x4x4, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v5p:2x2x2, v5p:4x4x4, v6e:2x2, v6e:4x4, v6e:8x8"
+"""Topologies that have been compiled for; others of these chips work alike."""
+
+RESERVED = 0.03
+"""Share of a chip's memory that the runtime keeps, as an allowance."""
+
+
+class AotError(ValueError):
+    """What cannot be planned, in one line."""
+
+
+class DoesNotFit(AotError):
+    """The program needs more memory than a chip has; `report` is what the compiler said."""
+
+    def __init__(self, line: str, report: str) -> None:
+        super().__init__(line)
+        self.report = report
+
+
+def topology(name: str, *, slices: int = 1) -> tuple[Chip, list[Any]]:
+    """The chip and the devices of a slice, one device a chip. Raises AotError for an unknown name or a missing compiler."""
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not all(part.isdigit() and int(part) > 0 for part in shape.split("x")):
+        raise AotError(f"--topology = {name!r} is not known; use CHIP:SHAPE, as {KNOWN}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise AotError('the compiler of the TPU is not installed: pip install "jaxdistill[tpu]" (".[tpu]" in a checkout)')
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else it complains at length
+    options: dict[str, Any] = {"topology_name": name}
+    if kind in ("v4", "v5p"):
+        options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+    if slices > 1:
+        options["num_slices"] = slices
+    try:
+        found = topologies.get_topology_desc(platform="tpu", **options)
+    except Exception as error:  # the library has several
+        raise AotError(f"--topology = {name!r} cannot be described ({_first(error)}); known are {KNOWN}") from None
+    return CHIPS[kind], list(found.devices)
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+class Program(NamedTuple):
+    """What is compiled: a jitted function, its abstract arguments by kind, and the FLOPs it must spend on all devices."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    kinds: Mapping[str, Any]
+    analytic_flops: float
+    rows: int
+
+
+def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
+    """The train step of a text-to-image config. Raises ValueError."""
+    from jaxdistill.text_setup import TextSetup, open_teacher
+
+    setup = TextSetup(config, open_teacher(config), devices=devices).with_zero_null()
+    state, batch, teacher = setup.abstract_state(), setup.abstract_batch(), setup.abstract_teacher()
+    kinds = {
+        "student": state.params["student"],
+        "average": state.ema_params,
+        "optimizer": state.opt_state,
+        "discriminator": state.params["discriminator"],
+        "teacher": teacher,
+        "batch": batch,
+    }
+    return Program(setup.train_step(), (state, batch, teacher), kinds, setup.step_flops(), config.student.batch_size)
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Of abstract arrays with shardings."""
+
+    def one(leaf: Any) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        width = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        return int(np.prod(shape)) * width
+
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def compiled(program: Program) -> tuple[Any, float]:
+    """The executable and the seconds it took. Raises DoesNotFit."""
+    began = time.perf_counter()
+    try:
+        found = program.function.lower(*program.arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text and "memory" not in text.lower():
+            raise AotError(f"the compiler refused the program: {_first(error)}") from None
+        raise DoesNotFit(f"the program does not fit: {_first(error)}", text) from None
+    return found, time.perf_counter() - began
+
+
+def measure(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
+    """Compile the program and count it: the report as JSON values. Raises DoesNotFit, AotError."""
+    executable, seconds = compiled(program)
+    memory = executable.memory_analysis()
+    counts = hlo.count(executable.as_text())
+    arguments = {kind: bytes_a_device(tree) for kind, tree in program.kinds.items()}
+    # Results that are written over donated arguments cost nothing.
+    needed = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    collective = sum(counts.collectives.values())
+    times = {
+        "compute": counts.flops / chip.flops,
+        "memory": counts.bytes / chip.bandwidth,
+        "interconnect": collective / chip.interconnect,
+    }
+    bound = max(times, key=lambda name: times[name])
+    roofline = times[bound]
+    analytic = program.analytic_flops / devices
+    return {
+        "chip": chip.name,
+        "chips": devices,
+        "rows": program.rows,
+        "rows_a_chip": program.rows / devices,
+        "memory_gib": {
+            **{kind: round(size / 2**30, 4) for kind, size in arguments.items()},
+            "temporaries": round(memory.temp_size_in_bytes / 2**30, 4),
+            "program": round(memory.generated_code_size_in_bytes / 2**30, 4),
+            "needed": round(needed / 2**30, 4),
+            "chip": round(chip.hbm / 2**30, 4),
+        },
+        "fits": needed <= chip.hbm * (1 - RESERVED),
+        "flops_a_chip": counts.flops,
+        "analytic_flops_a_chip": analytic,
+        "flops_ratio": round(counts.flops / analytic, 4),
+        "bytes_a_chip": counts.bytes,
+        "collective_bytes_a_chip": dict(counts.collectives),
+        "gathered": gathered(counts),
+        "unknown_loops": counts.unknown_loops,
+        "roofline_ms": {name: round(1e3 * value, 3) for name, value in times.items()},
+        "bound": bound,
+        "step_ms_at_least": round(1e3 * roofline, 3),
+        "rows_a_second_a_chip_at_most": round(program.rows / devices / roofline, 3),
+        "mfu_at_most": round(analytic / chip.flops / roofline, 4),
+        "compile_seconds": round(seconds, 1),
+        "versions": {name: _version(name) for name in ("jax", "libtpu")},
+    }
+
+
+def gathered(counts: hlo.Counts) -> list[dict[str, Any]]:
+    """The all-gathers, largest first: what is gathered, and where it comes from."""
+    ranked = sorted(counts.gathers, key=lambda g: -g.bytes * g.times)[:8]
+    return [{"shape": g.shape, "mib": round(g.bytes / 2**20, 3), "times": g.times, "op": g.op_name[-120:]} for g in ranked]
+
+
+def _version(name: str) -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def text_of(report: Mapping[str, Any]) -> str:
+    """The report as lines for a reader."""
+    memory = report["memory_gib"]
+    kinds = [kind for kind in memory if kind not in ("needed", "chip")]
+    gib = ", ".join(f"{kind} {memory[kind]:.2f}" for kind in kinds)
+    verdict = "fits" if report["fits"] else "DOES NOT FIT"
+    collectives = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in sorted(report["collective_bytes_a_chip"].items())) or "none"
+    roofline = ", ".join(f"{name} {value:.1f}" for name, value in report["roofline_ms"].items())
+    lines = [
+        f"{report['topology']}: {report['chips']} chips, {report['rows']} rows a step, {report['rows_a_chip']:g} a chip",
+        f"  memory a chip, GiB   {gib}",
+        f"                       {memory['needed']:.2f} of {memory['chip']:.0f}: {verdict}",
+        f"  FLOPs a chip         {report['flops_a_chip']:.4g}, {report['flops_ratio']:.3f} x the analytic count",
+        f"  bytes a chip         {report['bytes_a_chip']:.4g} through memory; collectives: {collectives}",
+        f"  roofline, ms         {roofline}: bound by {report['bound']}",
+        f"  at most              {report['rows_a_second_a_chip_at_most']:g} rows a second a chip, MFU {report['mfu_at_most']:.2f}",
+        f"  compiled in          {report['compile_seconds']:.0f} s",
+    ]
+    if report["unknown_loops"]:
+        lines.append(f"  note                 {report['unknown_loops']} loops of unknown length were counted once")
+    for gather in report["gathered"][:3]:
+        lines.append(f"  gathered             {gather['shape']} {gather['mib']:.1f} MiB x {gather['times']:g}")
+    return "\n".join(lines)
+
+
+def knobs(config: ConfigDict) -> str:
+    """What makes the program smaller, in the order to try it."""
+    found = []
+    if config.compute.remat != "full":
+        found.append("config.compute.remat=full")
+    found.append(
+        f"config.student.batch_size below {config.student.batch_size}, or config.student.accumulate above {config.student.accumulate}"
+    )
+    found.append("config.mesh.fsdp above " + str(config.mesh.fsdp))
+    if config.compute.attention in ("auto", "plain"):
+        found.append("config.compute.attention=flash")
+    if not config.student.lora_rank:
+        found.append("config.student.lora_rank=64")
+    return "; ".join(found)
+
+
+def search(make: Callable[[int], Program], chip: Chip, devices: int, step: int, limit: int = 1024) -> tuple[int, dict[str, Any] | None]:
+    """The most rows a chip, in multiples of `step`, that fit, with their report; (0, None) where not even `step` do."""
+
+    def attempt(rows: int) -> dict[str, Any] | None:
+        try:
+            report = measure(make(rows * devices), chip, devices)
+        except DoesNotFit:
+            print(f"{rows} rows a chip: does not fit", flush=True)
+            return None
+        fits = "fits" if report["fits"] else "does not fit"
+        print(f"{rows} rows a chip: {report['memory_gib']['needed']:.2f} GiB, {fits}", flush=True)
+        return report if report["fits"] else None
+
+    best, found, rows = 0, None, step
+    while rows <= limit and (report := attempt(rows)):
+        best, found, rows = rows, report, rows * 2
+    low, high = best // step, rows // step
+    while high - low > 1:
+        middle = (low + high) // 2
+        if report := attempt(middle * step):
+            low, best, found = middle, middle * step, report
+        else:
+            high = middle
+    return best, found
+
+
+def plan(config: ConfigDict, name: str, *, find: bool, slices: int) -> dict[str, Any]:
+    """The report of a config on a topology. Raises ValueError, AotError, DoesNotFit."""
+    if config.get("task") != "text_to_image":
+        raise AotError("jaxdistill.aot plans text-to-image configs, as configs/tpu_v4.py or configs/sd15.py")
+    chip, devices = topology(name, slices=slices)
+
+    def make(rows: int) -> Program:
+        changed = config.copy_and_resolve_references()
+        changed.student.batch_size = rows
+        return text_program(changed, devices)
+
+    if find:
+        parts = config.mesh.get("tensor", 1)
+        step = max(1, int(config.student.accumulate) * 2 // max(1, parts))
+        rows, report = search(make, chip, len(devices), step)
+        if report is None:
+            raise DoesNotFit(f"not even {step} rows a chip fit on {name}", "")
+        print(f"the largest batch: {rows} rows a chip, config.student.batch_size = {rows * len(devices)}")
+    else:
+        report = measure(make(config.student.batch_size), chip, len(devices))
+    return {"topology": name if slices == 1 else f"{slices} x {name}", **report}
+
+
+TOPOLOGY = flags.DEFINE_string("topology", None, f"CHIP:SHAPE, as {KNOWN}.")
+SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data-center network.")
+JSON = flags.DEFINE_string("json", None, "File for the report as JSON.")
+SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch a chip that fits; compiles several times.")
+
+
+def cli() -> None:
+    """Parse the flags, print the report; exit code 1 where the job does not fit, 2 for a mistake."""
+    main.parse_flags()
+    if TOPOLOGY.value is None:
+        main.fail(f"--topology is missing: CHIP:SHAPE, as {KNOWN}")
+    if JSON.value and not Path(JSON.value).resolve().parent.is_dir():
+        main.fail(f"--json={JSON.value}: the folder {Path(JSON.value).parent} does not exist")
+    if SLICES.value < 1:
+        main.fail(f"--slices must be at least 1, got {SLICES.value}")
+    config = main.given_config(workdir=False)
+    jax.config.update("jax_platforms", "cpu")  # the devices of this machine play no part
+    try:
+        report = plan(config, TOPOLOGY.value, find=SEARCH.value, slices=SLICES.value)
+    except DoesNotFit as error:
+        print(f"error: {error}; {knobs(config)}", file=sys.stderr)
+        print("\n".join(largest_buffers(error.report)), file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        main.fail(missing_extra(error))
+    except (ValueError, OSError) as error:
+        main.fail(str(error))
+    print(text_of(report))
+    if JSON.value:
+        whole = {"command": shlex.join(["python", "-m", "jaxdistill.aot", *sys.argv[1:]]), **report, "config": json.loads(config.to_json())}
+        checkpoint.write_json(Path(JSON.value), whole)
+    if not report["fits"]:
+        print(f"error: {report['memory_gib']['needed']} GiB a chip do not fit; {knobs(config)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def largest_buffers(report: str, count: int = 8) -> list[str]:
+    """The lines of the compiler's out-of-memory report that name the largest buffers, with their shapes."""
+    lines = [line.strip() for line in report.splitlines()]
+    sizes = [i for i, line in enumerate(lines) if line.startswith("Size:")]
+    found = []
+    for i in sizes[:count]:
+        shape = next((line for line in lines[i : i + 8] if line.startswith("Shape:")), "")
+        operator = next((line for line in lines[i : i + 8] if line.startswith("Operator:")), "")
+        found.append("  " + "  ".join(part for part in (lines[i], shape, operator[:100]) if part))
+    return found
+
+
+if __name__ == "__main__":
+    cli()
