@@ -50,6 +50,8 @@ def get_config() -> ConfigDict:
         }
     )
 
+    # Devices: the batch is divided by data x fsdp, parameters of at least `smallest` elements by fsdp and tensor; -1: all that are left.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "smallest": 65536, "rules": ()})
     config.student = ConfigDict(
         {
             "iterations": 1000,

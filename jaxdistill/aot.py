@@ -139,7 +139,7 @@ def measure(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
     collective = sum(counts.collectives.values())
     times = {
         "compute": counts.flops / chip.flops,
-        "memory": counts.bytes / chip.bandwidth,
+        "memory": counts.main_bytes / chip.bandwidth,
         "interconnect": collective / chip.interconnect,
     }
     bound = max(times, key=lambda name: times[name])
@@ -161,7 +161,7 @@ def measure(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
         "flops_a_chip": counts.flops,
         "analytic_flops_a_chip": analytic,
         "flops_ratio": round(counts.flops / analytic, 4),
-        "bytes_a_chip": counts.bytes,
+        "bytes_a_chip": counts.main_bytes,
         "collective_bytes_a_chip": dict(counts.collectives),
         "gathered": gathered(counts),
         "unknown_loops": counts.unknown_loops,
@@ -203,7 +203,7 @@ def text_of(report: Mapping[str, Any]) -> str:
         f"  memory a chip, GiB   {gib}",
         f"                       {memory['needed']:.2f} of {memory['chip']:.0f}: {verdict}",
         f"  FLOPs a chip         {report['flops_a_chip']:.4g}, {report['flops_ratio']:.3f} x the analytic count",
-        f"  bytes a chip         {report['bytes_a_chip']:.4g} through memory; collectives: {collectives}",
+        f"  bytes a chip         {report['bytes_a_chip']:.4g} through main memory; collectives: {collectives}",
         f"  roofline, ms         {roofline}: bound by {report['bound']}",
         f"  at most              {report['rows_a_second_a_chip_at_most']:g} rows a second a chip, MFU {report['mfu_at_most']:.2f}",
         f"  compiled in          {report['compile_seconds']:.0f} s",
@@ -317,14 +317,16 @@ def cli() -> None:
 
 
 def largest_buffers(report: str, count: int = 8) -> list[str]:
-    """The lines of the compiler's out-of-memory report that name the largest buffers, with their shapes."""
-    lines = [line.strip() for line in report.splitlines()]
+    """The lines of the compiler's out-of-memory report that name the largest buffers; its first lines where it names none."""
+    lines = [line.strip() for line in report.splitlines() if line.strip()]
     sizes = [i for i, line in enumerate(lines) if line.startswith("Size:")]
+    if not sizes:
+        return [f"  {line[:200]}" for line in lines[1 : 1 + count] if "Traceback" not in line and "traceback" not in line]
     found = []
     for i in sizes[:count]:
-        shape = next((line for line in lines[i : i + 8] if line.startswith("Shape:")), "")
-        operator = next((line for line in lines[i : i + 8] if line.startswith("Operator:")), "")
-        found.append("  " + "  ".join(part for part in (lines[i], shape, operator[:100]) if part))
+        near = lines[i : i + 8]
+        shape, source = (next((line for line in near if line.startswith(word)), "") for word in ("Shape:", "Operator:"))
+        found.append("  " + "  ".join(part[:120] for part in (lines[i], shape, source) if part))
     return found
 
 

@@ -67,7 +67,7 @@ def start(
         raise DistributedError(f"{found} could not be joined within {timeout} s ({str(error).splitlines()[0]}){mend}") from None
 
 
-def _wait_for(host: str, port: int, timeout: float) -> None:
+def _wait_for(host: str, port: int, timeout: int) -> None:
     """Until something listens there: JAX's own client ends the process without a word where nothing does."""
     end, problem = time.monotonic() + timeout, ""
     while time.monotonic() < end:
@@ -77,7 +77,7 @@ def _wait_for(host: str, port: int, timeout: float) -> None:
         except OSError as error:
             problem = error.strerror or str(error)
             time.sleep(0.5)
-    raise DistributedError(f"the coordinator {host}:{port} does not answer after {timeout:g} s ({problem}); is process 0 running there?")
+    raise DistributedError(f"the coordinator {host}:{port} does not answer after {timeout} s ({problem}); is process 0 running there?")
 
 
 def is_main() -> bool:

@@ -174,7 +174,7 @@ def build(config: ConfigDict) -> Experiment:
     check_numbers(config)
     dataset = make_dataset(config.data)
     check_counts(config, dataset)
-    layout = partition.layout(config.mesh.to_dict() if "mesh" in config else None)
+    layout = partition.layout(config.mesh.to_dict())
     mesh = layout.mesh
     teacher_card, student_card = make_cards(config, dataset)
     teacher_sampler, student_sampler = card.build_sampler(teacher_card), card.build_sampler(student_card)

@@ -252,13 +252,8 @@ _FOLDED: dict[str, Callable[..., Any]] = {
     "add": operator.add,
     "subtract": operator.sub,
     "multiply": operator.mul,
-    "negate": operator.neg,
     "minimum": min,
     "maximum": max,
-    "and": operator.and_,
-    "or": operator.or_,
-    "not": operator.not_,
-    "select": lambda chosen, a, b: a if chosen else b,
 }
 
 

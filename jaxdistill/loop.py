@@ -38,6 +38,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._last = 0
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.received is not None:
@@ -50,8 +51,19 @@ class StopSignal:
 
         Of one process, what it received. Of several, JAX's preemption service takes SIGTERM of any of them and chooses a step for all.
         """
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.received = "SIGTERM"
+        if jax.process_count() > 1:
+            self._last = step
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.received = "SIGTERM"
+        return self.received
+
+    def begin(self, step: int) -> str | None:
+        """As `at`, before the first step after `step`: the signal that came while nobody asked.
+
+        JAX's service chooses the step after the last that anyone asked for, and a loop that starts elsewhere would never come to it.
+        """
+        if jax.process_count() > 1 and not self.at(self._last + 1):
+            self.at(step)
         return self.received
 
     @contextmanager
@@ -252,6 +264,8 @@ def train_loop(
         disable=not distributed.is_main(),
     )
     try:
+        if stop.begin(start) and start < steps:
+            raise Stopped(f"{name} stopped by {stop.received} at step {start} of {steps}; the same command resumes it")
         for i in range(start, steps):
             with meter.spent("input"):
                 batch = batches(i)

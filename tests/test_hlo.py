@@ -40,8 +40,12 @@ TILED = "bf16[8,16]{1,0:T(8,128)(2,1)S(1)}"
             '%y.1 = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(1), metadata={op_name="jit(f)/a=b, calls=%no {"}',
             'ROOT %d..2 = bf16[8,32]{1,0:T(8,128)S(1)} convolution(%x.1, %y.1), dim_labels=bf_io->bf, backend_config={"a":[{"b":"}"}]}',
         ],
+        [
+            *DOT,
+            'ROOT d = f32[8,32] dot(x, y), frontend_attributes={a=", lhs_contracting_dims={0}, b={"}, lhs_contracting_dims={1}',
+        ],
     ],
-    ids=["plain", "operands with shapes", "TPU"],
+    ids=["plain", "operands with shapes", "TPU", "names in strings"],
 )
 def test_dot(lines):
     assert count(module(lines)).flops == 2 * 8 * 16 * 32
@@ -139,6 +143,9 @@ UP = ["one = s32[] constant(1)", "next = s32[] add(i, one)"]
 UNKNOWN = ['q = s32[] custom-call(), custom_call_target="q"', "ROOT m = pred[] compare(i, q), direction=LT"]
 
 
+LESS = "ROOT m = pred[] compare(i, n), direction=LT"
+
+
 def compared(direction, bound, order="i, n"):
     return [f"n = s32[] constant({bound})", f"ROOT m = pred[] compare({order}), direction={direction}"]
 
@@ -157,10 +164,15 @@ def test_the_compiler_notes_the_rounds(config):
         (UP, compared("LT", 7), "9", 0),
         (UP, compared("LE", 7), "0", 8),
         (UP, compared("NE", 7), "0", 7),
+        (UP, compared("EQ", 0), "0", 1),
         (UP, compared("GT", 7, "n, i"), "0", 7),
         (UP, compared("GE", 7, "n, i"), "0", 8),
         (["two = s32[] constant(2)", "next = s32[] add(two, i)"], compared("LT", 7), "0", 4),
         (["one = s32[] constant(-1)", "next = s32[] add(i, one)"], compared("GT", 0), "6", 6),
+        (["one = s32[] constant(-1)", "next = s32[] add(i, one)"], compared("NE", 0), "6", 6),
+        (["two = s32[] constant(2)", "next = s32[] multiply(i, two)"], compared("LT", 64), "1", 6),
+        (UP, ["a = s32[] constant(7)", "b = s32[] constant(9)", "n = s32[] minimum(b, a)", LESS], "0", 7),
+        (UP, ["a = s32[] constant(7)", "b = s32[] constant(9)", "n = s32[] maximum(b, a)", LESS], "0", 9),
         (["one = s32[] constant(1)", "next = s32[] subtract(i, one)"], compared("GE", 0), "6", 7),
         (
             ["one = s32[] constant(1)", "j = s32[] copy(i)", "next = s32[] fusion(j, one), kind=kLoop, calls=add.1"],
@@ -176,9 +188,12 @@ def test_the_rounds_follow_from_the_counter(body, condition, start, rounds):
     more = (("add.1", [*pair, "ROOT r = s32[] add(a, b)"]), ("less.1", [*pair, "ROOT r = pred[] compare(a, b), direction=LT"]))
     found = count(loop(body, condition, start=start, more=more))
     assert (found.flops, found.unknown_loops) == (rounds * PRODUCT, 0)
-    # Each round reads the matrix twice and writes it, and adds two scalars; the condition runs once more.
-    assert found.bytes >= rounds * 3 * 64
-    assert found.bytes <= rounds * (3 * 64 + 5 * 4) + (rounds + 1) * 9
+
+
+def test_the_condition_runs_once_more():
+    product, addition, comparison = 3 * 64, 3 * 4, 4 + 4 + 1
+    assert count(loop(UP, compared("LT", 7))).bytes == 7 * (product + addition) + 8 * comparison
+    assert count(loop(UP, UNKNOWN)).bytes == product + addition + comparison + 4
 
 
 @pytest.mark.parametrize(
@@ -227,6 +242,14 @@ def test_of_branches_the_largest_counts():
         assert found.gathers == []
 
 
+def test_of_branches_that_gather_the_larger_is_shown():
+    x = "x = f32[4] parameter(0)"
+    branches = [(f"{n}.1", [x, f"ROOT g = f32[{n}] all-gather(x), dimensions={{0}}"]) for n in (8, 16, 12)]
+    entry = [x, "i = s32[] parameter(1)", "ROOT c = f32[] conditional(i, x, x, x), branch_computations={8.1, 16.1, 12.1}"]
+    found = count(module(entry, *branches))
+    assert (found.collectives, [g.shape for g in found.gathers]) == ({"all-gather": 64}, ["f32[16]"])
+
+
 # ------------------------------------------------------------------------------------------- collectives
 
 
@@ -241,7 +264,9 @@ def test_of_branches_the_largest_counts():
         ("r = (f32[8]{0}, f32[32]{0:T(128)S(1)}) all-gather-start(x), dimensions={0}", "all-gather", 128),
         ("r = ((f32[8], f32[4]), (f32[32], f32[16])) all-gather-start(x, y), dimensions={0}", "all-gather", 192),
         ("r = ((f32[8]), f32[2], u32[]) reduce-scatter-start(x), to_apply=add.1", "reduce-scatter", 32),
+        ("r = (f32[8], /*index=1*/f32[4]) all-reduce(x, /*index=1*/y), to_apply=add.1", "all-reduce", 48),
         ("r = (f32[4], f32[4]) all-to-all(y, y)", "all-to-all", 32),
+        ("r = f32[8] ragged-all-to-all(x, x)", "all-to-all", 32),
         ("r = bf16[8] collective-permute(z), source_target_pairs={{0,1},{1,0}}", "collective-permute", 16),
         ("r = (bf16[8], bf16[8], u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(z)", "collective-permute", 16),
     ],
@@ -255,6 +280,11 @@ def test_collectives(line, kind, size):
     found = count(module(lines))
     assert found.collectives == {kind: size}
     assert sum(gather.bytes for gather in found.gathers) == found.collectives.get("all-gather", 0)
+
+
+def test_a_channel_used_twice_is_two_collectives_outside_fusions():
+    gather = "= f32[32] all-gather(x), channel_id=1, dimensions={0}"
+    assert count(module(["x = f32[8] parameter(0)", f"a {gather}", f"ROOT b {gather}"])).collectives == {"all-gather": 256}
 
 
 def test_an_asynchronous_computation_counts_once():
@@ -345,7 +375,7 @@ def test_a_fusion_in_a_fusion_reads_what_is_read_of_it():
 
 def test_names_move_nothing():
     lines = ["x = f32[8] parameter(0)", "c = f32[8] constant({1, 2, 3, 4, 5, 6, 7, 8})", "t = (f32[8], f32[8]) tuple(x, c)"]
-    lines += ["g = f32[8] get-tuple-element(t), index=1", "b = f32[2,4] bitcast(g)"]
+    lines += ["g = f32[8] get-tuple-element(t), index=1", "b = f32[2,4] bitcast(g)", "i = u32[] partition-id()"]
     lines += ['ROOT a = f32[8] custom-call(), custom_call_target="AllocateBuffer"']
     assert count(module(lines)).bytes == 0
 
@@ -435,9 +465,9 @@ def test_flops_are_those_of_xla_where_there_is_no_loop(name, backward):
         function, shapes = pulled(function, *shapes)
     lowered = jax.jit(function).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
     found = count(lowered.compiler_ir(dialect="hlo").as_hlo_text()).flops
-    np.testing.assert_allclose(found, lowered.cost_analysis()["flops"], rtol=0.01)
+    np.testing.assert_allclose(found, lowered.cost_analysis()["flops"], rtol=1e-6)
     compiled = lowered.compile()
-    np.testing.assert_allclose(count(compiled.as_text()).flops, compiled.cost_analysis()["flops"], rtol=0.03)
+    np.testing.assert_allclose(count(compiled.as_text()).flops, compiled.cost_analysis()["flops"], rtol=1e-6)
 
 
 def test_bytes_are_those_of_xla_where_there_is_no_loop():
@@ -526,6 +556,8 @@ def test_bytes_of_a_scan_are_near_those_of_its_unrolled_self():
     arrays = jnp.ones((128, 128)), jnp.ones((40, 128, 128))
     found = [count(texts(f, *arrays)["compiled"]).bytes for f in (scanned, unrolled)]
     np.testing.assert_allclose(found[0] / found[1], 1.0, atol=0.4)
+    # Ten arrays of one layer's size a round; the stack is 40.
+    assert max(found) < 12 * 40 * 4 * 128**2
 
 
 def test_a_loop_that_data_end_counts_once():
@@ -628,7 +660,7 @@ def tpu(programs):
     tests = Path(__file__).parent
     script = TPU.format(tests=str(tests), root=str(tests.parent), programs=programs)
     environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("FOUND")[1])
 
@@ -639,7 +671,8 @@ def test_one_tpu_chip():
     for name in LOOP_FREE:
         for kind in ("forward", "backward"):
             program = found[f"{name} {kind}"]
-            np.testing.assert_allclose(program["flops"], program["xla"], rtol=0.01, err_msg=f"{name} {kind}")
+            # XLA's count has the conversions and copies around a convolution too.
+            np.testing.assert_allclose(program["flops"], program["xla"], rtol=0.015, err_msg=f"{name} {kind}")
     for name in LOOPS:
         looped, unrolled = found[f"{name} looped"], found[f"{name} unrolled"]
         assert looped["unknown_loops"] == 0

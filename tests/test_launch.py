@@ -7,7 +7,6 @@ real one.
 import contextlib
 import json
 import os
-import pty
 import re
 import shlex
 import shutil
@@ -24,7 +23,7 @@ from shell import ROOT, assert_one_error_line, wait_until
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
-TOOLS = "bash cat cp dirname env git grep ln mkdir mktemp mv nohup ps rm sed setsid sleep tail tee touch"
+TOOLS = "bash cat cp dirname env git grep ln mkdir mktemp mv nohup rm sed setsid sleep tail tee touch"
 
 NASTY = ["--config=a b.py", "--workdir=gs://b/it's", '--config.x="$HOME" `id` \\ * ; & | # é', "--config.y="]
 RUN = ["--config=configs/sd15.py", "--workdir=gs://bucket/run"]
@@ -140,7 +139,7 @@ STARTS = [
     [
         ([], ["--config is missing", "after --"]),
         (["--workdir=gs://b"], ["--config is missing"]),
-        (["--config=c"], ["--workdir is missing", "--workdir=DIR"]),
+        (["--config=c"], ["--workdir is missing", "after --"]),
         ([*RUN, "--distributed"], ["--distributed", "leave it out"]),
         ([*RUN, "--process_id=1"], ["--process_id", "leave it out"]),
         ([*RUN, "--coordinator=h:1"], ["--coordinator", "leave it out"]),
@@ -271,7 +270,8 @@ def test_a_local_workdir_is_taken_where_the_checkpoints_are_elsewhere(scene):
     local = ["--config=c", "--workdir=runs/x"]
     assert commands(scene.run("tpu_vm.sh", "run", *TPU, "--dry-run", "--shared-disk", "--", *local))
     assert commands(scene.run("tpu_vm.sh", "run", *TPU, "--dry-run", "--", *local, "--config.log.checkpoints=gs://b/c"))
-    assert scene.run("tpu_vm.sh", "run", *TPU, "--dry-run", "--", *local, "--config.log.checkpoints=c").returncode == 2
+    for other in (["--config.log.checkpoints=c"], ["--config.teacher.folder", "gs://b"]):
+        assert scene.run("tpu_vm.sh", "run", *TPU, "--dry-run", "--", *local, *other).returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -575,7 +575,7 @@ def test_status_tells_how_a_run_ended(pod):
     pids = pod.started()
     homes = pod.homes
     # The machine is shut down: every process gets the signal.
-    wrapper = int(subprocess.run(["ps", "-o", "ppid=", "-p", str(pids[0])], capture_output=True, text=True, check=True).stdout)
+    wrapper = int(re.search(r"^PPid:\s+(\d+)$", Path(f"/proc/{pids[0]}/status").read_text(), re.M)[1])
     os.kill(wrapper, signal.SIGTERM)
     os.kill(pids[0], signal.SIGTERM)
     (homes[1] / "end").write_text("0")
@@ -645,7 +645,8 @@ def test_resume_waits_for_the_queue(pod):
     pod.ok("queue")
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
-    assert err.splitlines()[:2] == ["queued resource: WAITING_FOR_RESOURCES, TPU: none", "queued resource: ACTIVE, TPU: READY"]
+    lines = err.splitlines()
+    assert lines[0] == "queued resource: WAITING_FOR_RESOURCES, TPU: none" and "queued resource: ACTIVE, TPU: READY" in lines
 
 
 @pytest.mark.slow
@@ -860,19 +861,19 @@ def test_a_signal_reaches_every_process_once(local, number, code):
 
 def test_ctrl_c_at_a_terminal_reaches_every_process_once(local):
     """The terminal signals a whole group of processes; here each has its own."""
-    child, terminal = pty.fork()
-    if child == 0:
-        os.chdir(local.folder)
-        os.execve("/bin/bash", ["bash", str(LAUNCH / "local_pod.sh"), "2", "--", *local.flags], local.environment)
+    master, terminal = os.openpty()
+    command = ["setsid", "--ctty", "bash", str(LAUNCH / "local_pod.sh"), "2", "--", *local.flags]
+    process = subprocess.Popen(command, cwd=local.folder, env=local.environment, stdin=terminal, stdout=terminal, stderr=terminal)
     try:
         all_up(local, 2)
-        os.write(terminal, b"\x03")
-        _, status = wait_until(
-            lambda: (lambda found: found if found[0] else None)(os.waitpid(child, os.WNOHANG)), seconds=20, what="the end"
-        )
+        pids = [int((local.folder / f"pid{i}").read_text()) for i in range(2)]
+        assert [os.getpgid(pid) for pid in pids] == pids
+        os.write(master, b"\x03")
+        assert process.wait(timeout=20) == 0
     finally:
+        process.kill()
+        os.close(master)
         os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 0
     assert [(local.folder / f"signals{i}").read_text() for i in range(2)] == ["TERM\n"] * 2
 
 
@@ -930,7 +931,7 @@ def test_slurm_hands_the_job_over(scene):
 @pytest.fixture
 def job(scene):
     """A job of SLURM: its own copy of the script, and srun, scancel and scontrol that do what their manuals say."""
-    note = f'echo "$(basename "$0") $*" >> {scene.folder}/slurm\n'.replace("$(basename", "$(/usr/bin/basename")
+    note = f'echo "${{0##*/}} $*" >> {scene.folder}/slurm\n'
     executable(scene.bin / "python", PYTHON_STANDIN)
     # Of one task; SIGTERM to srun itself kills it.
     executable(
@@ -1036,6 +1037,7 @@ def test_the_whole_jobset(scene):
     policy = document["spec"]["failurePolicy"]
     assert policy == {"maxRestarts": 7, "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]}
     spec = pod_of(document)
+    assert "volumes" not in spec and "volumeMounts" not in spec["containers"][0]
     assert spec["serviceAccountName"] == "writer" and spec["restartPolicy"] == "Never"
     assert spec["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     (container,) = spec["containers"]
@@ -1046,6 +1048,17 @@ def test_the_whole_jobset(scene):
     variables = {entry["name"]: as_kubernetes(entry["value"]) for entry in container["env"]}
     assert variables == {"COMMIT": "", "REPO": "", "SETUP": 'cp $A "b"', "PYTHONUNBUFFERED": "1"}
     assert as_kubernetes(container["args"][0]) == container["args"][0]  # the script holds nothing that Kubernetes would replace
+
+
+def test_the_workdir_lies_on_a_volume(scene):
+    flags = ["--config=c", "--workdir=/runs/x"]
+    spec = pod_of(jobset(scene.run("gke_jobset.py", *GKE, "--image=i", "--claim=disk", "--", *flags)))
+    assert spec["volumes"] == [{"name": "runs", "persistentVolumeClaim": {"claimName": "disk"}}]
+    assert spec["containers"][0]["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
+    for options in (["--claim=disk", "--", "--config=c", "--workdir=runs/x"], ["--", *flags]):
+        assert_one_error_line(
+            scene.run("gke_jobset.py", *GKE, "--image=i", *options), "--workdir=", "--claim=CLAIM", "--workdir=/runs/NAME"
+        )
 
 
 def test_dollars_survive_kubernetes(scene):
@@ -1084,6 +1097,7 @@ def test_what_is_not_given_is_left_out(scene):
         (["--name=n", "--accelerator=TPU v4", GKE[2], "--image=i"], ["--accelerator=TPU v4", "tpu-v4-podslice"]),
         ([*GKE, "--image=i", "--namespace=A"], ["--namespace=A"]),
         ([*GKE, "--image=i", "--service-account=a@b"], ["--service-account=a@b"]),
+        ([*GKE, "--image=i", "--claim=/disk"], ["--claim=/disk"]),
     ],
 )
 def test_gke_refuses(scene, options, words):

@@ -20,16 +20,15 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from functools import partial
 sys.path.insert(0, "tests")
 from jaxdistill import partition
-from jaxdistill.sampling import unconstrained
 from jaxdistill.train import init_state, train_step
 from small import batch, flash, make
 
 model, teacher = make(64, 2)
 tx = optax.adam(1e-3)
 
-def report(mesh, constrain=None, gather=True, accumulate=1, steps=20):
+def report(mesh, gather=True, accumulate=1, steps=20):
     layout = partition.Layout(mesh, smallest=64)
-    loss_fn = flash(model, constrain=constrain or partition.constrain_batch(mesh))
+    loss_fn = flash(model, constrain=partition.constrain_batch(mesh))
     def loss(params, teacher, batch, key):
         both = (layout.gathered(params), layout.gathered(teacher)) if gather else (params, teacher)
         return loss_fn(*both, batch, key)
@@ -56,7 +55,7 @@ out = {
     "data": report(mesh()),
     "fsdp": report(mesh(data=1, fsdp=8)),
     "mixed": report(mesh(data=2, fsdp=2, tensor=2)),
-    "free": report(mesh(), constrain=unconstrained, steps=1),
+    "micro": report(mesh(data=4, fsdp=2), accumulate=2, steps=1),
     "not gathered": report(mesh(data=1, fsdp=8), gather=False, steps=1),
 }
 print(json.dumps(out))
@@ -83,11 +82,16 @@ def test_eight_devices_compute_an_eighth_each_and_the_same_values(eight, mesh):
 
 
 @pytest.mark.slow
-def test_without_its_constraints_every_device_computes_what_the_others_do(eight):
-    """What the constraint on the noise and the gathered parameters are for; no value shows it."""
-    for name, right in (("free", "data"), ("not gathered", "fsdp")):
-        assert eight[name][1][0] == pytest.approx(eight["one"][1][0], rel=1e-5)
-        assert eight[name][0] > 1.5 * eight[right][0], name
+def test_parameters_that_are_not_gathered_make_every_device_compute_what_the_others_do(eight):
+    """What `Layout.gathered` is for; no value shows it."""
+    assert eight["not gathered"][1][0] == pytest.approx(eight["one"][1][0], rel=1e-5)
+    assert eight["not gathered"][0] > 1.5 * eight["fsdp"][0]
+
+
+@pytest.mark.slow
+def test_micro_batches_on_a_mesh_keep_their_rows(eight):
+    """Another draw of the noise, so another loss; but each device still computes an eighth."""
+    assert eight["micro"][0] * 8 * 2 == pytest.approx(eight["one"][0], rel=0.05)  # the loop's body is counted once
 
 
 @pytest.mark.slow

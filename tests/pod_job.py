@@ -1,0 +1,61 @@
+"""A small training as one of several processes: `python tests/pod_job.py WORKDIR COORDINATOR PROCESSES PROCESS`, or WORKDIR alone."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from small import SHAPE, flash, make
+
+from jaxdistill import data, distributed, loop, partition
+from jaxdistill.workdir import say, train_phase
+
+STEPS, BATCH = 300, 32
+
+
+def main(workdir: str, coordinator: str = "", processes: str = "1", process: str = "0") -> None:
+    if coordinator:
+        distributed.start(coordinator, int(processes), int(process), timeout=60)
+    model, teacher = make(64, 2)
+    layout = partition.layout({"data": 2, "fsdp": 2, "smallest": 64})
+    loss_fn = flash(model, constrain=partition.constrain_batch(layout.mesh))
+
+    def loss(params, teacher, batch, key):
+        return loss_fn(layout.gathered(params), layout.gathered(teacher), batch, key)
+
+    images = np.random.default_rng(0).uniform(size=(100, *SHAPE)).astype(np.float32)
+    split = data.Split(images, np.zeros(100, np.int32))
+    folder = Path(workdir)
+    folder.mkdir(exist_ok=True)
+    distributed.share_folder(folder)
+    with distributed.losing_a_peer_is_one_line(), loop.StopSignal().installed() as stop:
+        try:
+            state, _ = train_phase(
+                "student",
+                {"student": jax.tree.map(np.asarray, teacher)},
+                jax.random.key(0),
+                loss,
+                optax.adam(1e-4),
+                data.Batches(split, BATCH, 0, partition.process_rows(layout.mesh, BATCH)).__getitem__,
+                jax.tree.map(np.asarray, teacher),
+                lambda params, step: {},
+                layout=layout,
+                ema_decay=0.9,
+                steps=STEPS,
+                health_every=STEPS,
+                log=ConfigDict({"every": 5, "checkpoint_every": 25}),
+                workdir=folder,
+                stop=stop,
+                advice="",
+            )
+        except loop.Stopped as stopped:
+            say(str(stopped))
+            return
+    if distributed.writes():
+        np.savez(folder / "student.npz", *jax.tree.leaves(state.ema_params))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

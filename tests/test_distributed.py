@@ -1,0 +1,126 @@
+"""Several processes as one run: the same results, a dead peer, a stop, and what they must agree on."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pod_job
+import pytest
+from shell import ROOT, environment, wait_until
+
+from jaxdistill import distributed, loop
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def begin(workdir, i, devices, *command):
+    """One process with so many CPU devices; its output goes to a file."""
+    env = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    with (workdir.parent / f"log-{workdir.name}-{i}").open("a") as file:
+        return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+
+
+def start(workdir, count):
+    """The small training on four devices of one or two processes."""
+    if count == 1:
+        return [begin(workdir, 0, 4, "tests/pod_job.py", workdir)]
+    coordinator = f"127.0.0.1:{free_port()}"
+    return [begin(workdir, i, 4 // count, "tests/pod_job.py", workdir, coordinator, count, i) for i in range(count)]
+
+
+def log_of(workdir, i):
+    return (workdir.parent / f"log-{workdir.name}-{i}").read_text()
+
+
+def finish(workdir, processes, codes):
+    end = time.monotonic() + 240
+    for i, process in enumerate(processes):
+        assert process.wait(timeout=max(1, end - time.monotonic())) in codes, log_of(workdir, i)[-3000:]
+
+
+def saved(workdir, phase="student"):
+    folder = workdir / "checkpoints" / phase
+    return sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()) if folder.exists() else []
+
+
+def losses(workdir):
+    return {r["step"]: r["loss"] for r in loop.read_curve(workdir / "curves" / "student.jsonl") if "loss" in r}
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run_and_survive_each_other(tmp_path):
+    """2 x 2 devices against 1 x 4: the same losses and weights; killed, stopped, and gone on with by one process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(one, start(one, 1), {0})
+
+    # A peer is killed: the other ends by itself, and says why.
+    processes = start(two, 2)
+    wait_until(lambda: saved(two), seconds=120, what="the first checkpoint")
+    processes[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    assert processes[0].wait(timeout=90) != 0 and time.monotonic() - began < 60
+    assert "another one has died" in log_of(two, 0) or "heartbeat" in log_of(two, 0).lower(), log_of(two, 0)[-2000:]
+    assert not (two / "student.npz").exists()
+
+    # Both again; one of them gets SIGTERM: both save at the same step and leave with 0.
+    processes = start(two, 2)
+    wait_until(lambda: "student: resumes" in log_of(two, 0), seconds=120, what="the training to go on")
+    processes[1].send_signal(signal.SIGTERM)
+    finish(two, processes, {0})
+    assert "student stopped by SIGTERM" in log_of(two, 0) and not (two / "student.npz").exists()
+
+    # One process with four devices finishes it.
+    finish(two, start(two, 1), {0})
+    ours, theirs = losses(two), losses(one)
+    assert ours.keys() == theirs.keys() and max(ours) == pod_job.STEPS
+    np.testing.assert_allclose([ours[k] for k in sorted(ours)], [theirs[k] for k in sorted(theirs)], rtol=1e-5)
+    found, expected = np.load(two / "student.npz"), np.load(one / "student.npz")
+    for name in expected.files:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_of_different_configs_do_not_start(tmp_path):
+    workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    flags = ("-m", "jaxdistill.main", "--config=tests/tiny.py", f"--workdir={workdir}", f"--coordinator={coordinator}", "--num_processes=2")
+    rates = [f"--config.student.learning_rate={rate}" for rate in (0.001, 0.002)]
+    finish(workdir, [begin(workdir, i, 1, *flags, f"--process_id={i}", rates[i]) for i in range(2)], {2})
+    for i in range(2):
+        lines = [line for line in log_of(workdir, i).splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "process 1 differs from process 0: config.student.learning_rate is 0.002 there, 0.001" in lines[0]
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("127.0.0.1:1", 2, None), "--process_id is missing"),
+        ((None, 2, 0), "--coordinator is missing"),
+        (("127.0.0.1:1", 2, 2), r"--process_id = 2 must be in 0\.\.1"),
+        (("nowhere", 2, 1), "--coordinator = 'nowhere' must read HOST:PORT"),
+        (("127.0.0.1:1", 2, 1), r"the coordinator 127\.0\.0\.1:1 does not answer after 1 s \(Connection refused\)"),
+    ],
+)
+def test_flags_that_cannot_join_are_refused(arguments, message):
+    with pytest.raises(distributed.DistributedError, match=message):
+        distributed.start(*arguments, timeout=1)
+
+
+def test_found_and_given_processes_exclude_each_other():
+    with pytest.raises(distributed.DistributedError, match="leave out --coordinator"):
+        distributed.start("127.0.0.1:1", 2, 1, detect=True)
+
+
+def test_one_process_needs_nothing():
+    distributed.start()
+    distributed.barrier("alone")
+    distributed.check_same({"a": 1})
+    assert distributed.is_main() and distributed.writes() and os.getpid() > 0
