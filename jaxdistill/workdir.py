@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +48,8 @@ def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
 
 def check_workdir(workdir: Path, config: ConfigDict) -> str:
     """What `prepare_workdir` does, in one process; what is wrong, or nothing."""
+    if re.match(r"\w+:/", str(workdir)):
+        return f"--workdir={workdir} must be a folder of this machine; checkpoints may go to a bucket: --config.log.checkpoints=gs://..."
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".write-test-{os.getpid()}"

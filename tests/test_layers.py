@@ -6,6 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "jaxdistill"
 CORE = ("schedule", "prediction", "sampling", "adversarial", "methods", "train")
 SHELL = (
+    "distributed",
     "checkpoint",
     "interop",
     "data",
@@ -20,8 +21,10 @@ SHELL = (
     "pipeline",
     "record_cache",
     "image_metrics",
+    "text_setup",
     "distil",
     "main",
+    "aot",
     "sample",
     "compare",
     "ablate",
@@ -29,7 +32,7 @@ SHELL = (
     "benchmark",
     "teacher_states",
 )
-ALONE = ("models", "partition")
+ALONE = ("models", "partition", "chips", "hlo")
 SHELL_LIBRARIES = {
     "absl",
     "ml_collections",

@@ -12,6 +12,12 @@ from jaxdistill import checkpoint, experiment, main, sample
 
 # ------------------------------------------------------------------------------------ before any work
 
+
+def test_a_workdir_in_a_bucket_is_refused():
+    with pytest.raises(main.UserError, match=r"--workdir=gs:/b/x must be a folder of this machine; checkpoints may go to a bucket"):
+        main.prepare_workdir(Path("gs://b/x"), tiny_config())
+
+
 POWER = {"method.shift": "power"}
 TABLE = {"method.shift": "table"}
 NO_DROP = {"teacher.drop_cond": 0.0, "method.guidance": 1.0}

@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+r"""Fills in launch/gke_jobset.yaml: a run on a multi-host TPU slice of a GKE cluster with the JobSet controller.
+
+    launch/gke_jobset.py --name=NAME --accelerator=tpu-v4-podslice --topology=2x2x4 --image=IMAGE --claim=CLAIM \
+      -- --config=CONFIG --workdir=/runs/NAME ...
+
+Prints the YAML; --apply hands it to kubectl instead. With --commit the workers clone the repository at that commit and install it, and
+--image defaults to python:3.12; without it the image holds an installed checkout as its working directory. The claim is of a volume that
+all workers can write to; they see it as /runs.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+MOUNT = "/runs"
+TEMPLATE = Path(__file__).with_name("gke_jobset.yaml")
+DIMENSIONS = {"tpu-v4-podslice": 3, "tpu-v5p-slice": 3, "tpu-v5-lite-podslice": 2, "tpu-v6e-slice": 2}
+"""Of the topologies of the accelerators we know; others are taken as they are."""
+
+
+def fail(line: str) -> NoReturn:
+    """One line on stderr, exit code 2."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        fail(f"{message}; launch/gke_jobset.py --help lists the options, the run's own flags come after --")
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the run's flags after --."""
+    words = list(arguments)
+    at = words.index("--") if "--" in words else len(words)
+    parser = Parser("launch/gke_jobset.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--name", required=True, help="of the JobSet")
+    add("--namespace", default="default")
+    add("--accelerator", required=True, help=f"{', '.join(DIMENSIONS)}, ...")
+    add("--topology", required=True, help="of the slice's chips: 2x2x4, 4x4, ...")
+    add("--chips", default="4", help="of one worker (default 4)")
+    add("--workers", help="checked against topology and chips")
+    add("--image", help="default with --commit: python:3.12")
+    add("--commit", help="all 40 digits; the workers install it")
+    add("--repo", help="URL that the workers can read; needed with --commit")
+    add("--claim", help=f"the PersistentVolumeClaim that the workers see as {MOUNT}")
+    add("--setup", default="", help="a command of each worker before the run, such as copying a teacher")
+    add("--service-account", help="of Kubernetes, bound to one that may write to the bucket")
+    add("--spot", action="store_true", help="nodes that are cheaper, and may be taken away")
+    add("--restarts", default="100", help="after preemptions and failures (default 100)")
+    add("--apply", action="store_true", help="give the YAML to kubectl")
+    add("--dry-run", action="store_true", help="print the commands, run nothing")
+    return parser.parse_args(words[:at]), words[at + 1 :]
+
+
+def number(option: str, text: str) -> int:
+    """A whole number of at least 1."""
+    if not re.fullmatch(r"[1-9][0-9]*", text):
+        fail(f"{option}={text} must be a whole number of at least 1")
+    return int(text)
+
+
+def check_name(option: str, text: str, longest: int) -> None:
+    """A name as Kubernetes takes it."""
+    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", text) or len(text) > longest:
+        fail(f"{option}={text} must be lower-case letters, digits and -, from a letter on, at most {longest} of them")
+
+
+def workers_of(options: argparse.Namespace) -> int:
+    """How many workers the slice has."""
+    if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}", options.topology):
+        fail(f"--topology={options.topology} is no topology; give 2x2x4 (v4, v5p) or 4x4 (v5e, v6e), say")
+    sizes = [int(size) for size in options.topology.split("x")]
+    wanted = DIMENSIONS.get(options.accelerator, len(sizes))
+    given = f"--topology={options.topology}"
+    if len(sizes) != wanted:
+        fail(f"{given} has {len(sizes)} sizes, {options.accelerator} has {wanted}; give --topology={'x'.join('4' * wanted)}, say")
+    total, chips = math.prod(sizes), number("--chips", options.chips)
+    workers, rest = divmod(total, chips)
+    if rest:
+        fail(f"{given} has {total} chips, which --chips={chips} a worker does not divide; see the node pool's machine type")
+    if options.workers is not None and number("--workers", options.workers) != workers:
+        mend = f"leave it out or give {workers}"
+        fail(f"--workers={options.workers} does not fit {given}, {total} chips, with --chips={chips} a worker; {mend}")
+    return workers
+
+
+def check_flags(flags: Sequence[str], claim: str | None) -> None:
+    """Leave where the run's flags lack something, hold what is added here, or put the results where they are lost."""
+    given = dict(flag.split("=", 1) for flag in flags if "=" in flag)
+    for flag, after in itertools.pairwise(flags):
+        given.setdefault(flag, after)  # --config FILE
+    for name in ("--config", "--workdir"):
+        if not given.get(name):
+            fail(f"the run's {name} is missing; give it after --: ... -- --config=configs/sd15.py --workdir={MOUNT}/sd15")
+    for name in ("--distributed", "--coordinator", "--num_processes", "--process_id"):
+        if name in given or name in flags:
+            fail(f"{name} is given by this script; leave it out")
+    workdir = given["--workdir"]
+    if not workdir.startswith("gs://") and (claim is None or not workdir.startswith(f"{MOUNT}/")):
+        fail(f"--workdir={workdir} goes when the containers go; give --claim=CLAIM and, after --, --workdir={MOUNT}/NAME")
+
+
+def values_of(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
+    """What the template's <> stand for; None leaves the line out."""
+    check_name("--name", options.name, 40)
+    check_name("--namespace", options.namespace, 63)
+    for option, value in (("--service-account", options.service_account), ("--claim", options.claim)):
+        if value is not None:
+            check_name(option, value, 63)
+    if not re.fullmatch(r"[a-z0-9-]+", options.accelerator):
+        fail(f"--accelerator={options.accelerator} is no accelerator of GKE; give {', '.join(DIMENSIONS)}, say")
+    workers = workers_of(options)
+    if options.commit is None:
+        if options.image is None:
+            fail("--image is missing; give an image that holds jaxdistill, or --commit and --repo")
+        if options.repo is not None:
+            fail(f"--repo={options.repo} needs --commit, the commit that is taken from it")
+    else:
+        if not re.fullmatch(r"[0-9a-f]{40}", options.commit):
+            fail(f"--commit={options.commit} must be all 40 digits; `git rev-parse {shlex.quote(options.commit)}` prints them")
+        if options.repo is None:
+            fail("--repo is missing; give the URL from which the workers clone: --repo=https://...")
+    restarts = number("--restarts", options.restarts)
+    check_flags(flags, options.claim)
+    return {
+        "NAME": options.name,
+        "NAMESPACE": options.namespace,
+        "RESTARTS": restarts,
+        "WORKERS": workers,
+        "SERVICE_ACCOUNT": options.service_account,
+        "ACCELERATOR": options.accelerator,
+        "TOPOLOGY": options.topology,
+        "SPOT": "true" if options.spot else None,
+        "IMAGE": options.image or "python:3.12",
+        "COMMIT": options.commit or "",
+        "REPO": options.repo or "",
+        "SETUP": options.setup,
+        "CLAIM": options.claim,
+        "MOUNT": None if options.claim is None else MOUNT,
+        "CHIPS": int(options.chips),
+        "FLAGS": list(flags),
+    }
+
+
+def escaped(value: Any) -> Any:
+    """Kubernetes reads $(NAME) and $$ in arguments and variables; doubled, a $ stands for itself."""
+    return value.replace("$", "$$") if isinstance(value, str) else value
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """The template with its values as JSON, which YAML can read; a list stands for as many lines."""
+    lines = []
+    for line in template.splitlines():
+        found = None if line.lstrip().startswith("#") else re.search(r"<([A-Z_]+)>", line)
+        if found is None:
+            lines.append(line)
+            continue
+        value = values[found[1]]
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None:
+                lines.append(line.replace(found[0], json.dumps(escaped(item))))
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Print the YAML, or apply it."""
+    words = sys.argv[1:]
+    options, flags = parse(words)
+    text = fill(TEMPLATE.read_text(), values_of(options, flags))
+    if not options.apply:
+        print(text, end="")
+        return
+    command = ["kubectl", "apply", "--filename=-"]
+    if options.dry_run:
+        asked = [word for word in words[: words.index("--")] if word not in ("--apply", "--dry-run")]
+        print(f"+ {shlex.join([sys.argv[0], *asked, '--', *flags])} | {shlex.join(command)}")
+        return
+    if shutil.which("kubectl") is None:
+        fail("kubectl is not on the PATH; install it: https://kubernetes.io/docs/tasks/tools/")
+    sys.exit(subprocess.run(command, input=text, text=True, check=False).returncode)
+
+
+if __name__ == "__main__":
+    main()

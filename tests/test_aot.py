@@ -1,0 +1,160 @@
+"""Planning for a TPU that is not here: the compiler's own report, the search for a batch, and what is refused."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import text_config
+from shell import assert_one_error_line, run_command
+
+from jaxdistill import aot, chips, hlo, partition
+from jaxdistill.interop import architectures
+from jaxdistill.text_setup import TextSetup, open_teacher
+
+TINY = {
+    "unet": {
+        "in_channels": 4, "out_channels": 4, "sample_size": 16, "layers_per_block": 1, "block_out_channels": (32, 32), "norm_num_groups": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 2, "cross_attention_dim": 32,
+    },
+    "scheduler": architectures.PIPELINES["sd15"]["scheduler"],
+}  # fmt: skip
+
+
+def make_config(**changes):
+    config = text_config.get_config()
+    config.teacher.architecture = "tiny"
+    config.adversarial.weight = 0.0
+    config.student.batch_size = 16
+    config.compute.dtype = "bfloat16"
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(architectures, "PIPELINES", {"tiny": TINY})
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled_for_a_slice_that_is_not_here(tiny):
+    pytest.importorskip("libtpu")
+    report = aot.plan(make_config(**{"compute.attention": "flash", "mesh.data": 2, "mesh.fsdp": 2}), "v5e:2x2", find=False, slices=1)
+    assert report["chips"] == 4 and report["rows_a_chip"] == 4 and report["fits"] and report["unknown_loops"] == 0
+    assert not [g for g in report["gathered"] if re.match(r"\w+\[(48|32|16),", g["shape"])]  # no activations
+    assert report["memory_gib"]["chip"] == 16 and report["memory_gib"]["needed"] > 0
+    assert report["bound"] in report["roofline_ms"] and report["step_ms_at_least"] == max(report["roofline_ms"].values())
+    text = aot.text_of(report)
+    assert "v5e:2x2: 4 chips, 16 rows a step, 4 a chip" in text and "of 16: fits" in text
+
+
+def test_the_analytic_count_is_what_xla_counts(tiny):
+    """The step as it is written, its loops counted as often as they run: N states of 3 student and k c teacher calls each."""
+    setup = TextSetup(make_config(**{"method.teacher_steps": 2}), open_teacher(make_config()))
+    setup.with_zero_null()
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (setup.abstract_state(), setup.abstract_batch()))
+    teacher = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), setup.abstract_teacher())
+    gradient = jax.grad(lambda p, t, b: setup.loss(p, t, b, jax.random.key(0))[0])
+    lowered = jax.jit(gradient).lower(shapes[0].params, teacher, shapes[1])
+    counted = hlo.count(lowered.compiler_ir(dialect="hlo").as_hlo_text()).flops
+    assert counted / setup.step_flops() == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_sum_of_the_kinds_is_what_the_arguments_weigh():
+    layout = partition.layout()
+    tree = layout.describe({"kernel": jax.ShapeDtypeStruct((64, 32), jnp.bfloat16), "key": jax.eval_shape(lambda: jax.random.key(0))})
+    assert aot.bytes_a_device(tree) == 64 * 32 * 2 + 8
+
+
+def fake(limit, calls):
+    def measure(program, chip, devices):
+        calls.append(program)
+        if program > 2 * limit:
+            raise aot.DoesNotFit("too large", "")
+        return {"memory_gib": {"needed": float(program)}, "fits": program <= limit, "rows": program}
+
+    return measure
+
+
+@pytest.mark.parametrize(("limit", "step", "best"), [(44, 1, 11), (44, 2, 10), (4, 1, 1), (3, 1, 0), (4096, 1, 1024)])
+def test_the_search_finds_the_largest_batch_that_fits(monkeypatch, limit, step, best):
+    calls = []
+    monkeypatch.setattr(aot, "measure", fake(limit, calls))
+    rows, report = aot.search(lambda rows: rows, chips.CHIPS["v4"], 4, step)
+    assert rows == best and len(calls) <= 2 * np.log2(1024) + 2 and len(set(calls)) == len(calls)
+    assert (report is None) if best == 0 else report["rows"] == 4 * best
+
+
+OOM = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 16G
+  Largest program allocations in hbm:
+  1. Size: 4.00G
+     Operator: op_name="jit(train_step)/dot"
+     Shape: bf16[48,8,4096,4096]
+"""
+
+
+def test_a_job_that_does_not_fit_names_its_buffers_and_the_knobs():
+    lines = aot.largest_buffers(OOM.replace("1. ", ""))
+    assert lines == ['  Size: 4.00G  Shape: bf16[48,8,4096,4096]  Operator: op_name="jit(train_step)/dot"']
+    assert aot.largest_buffers("first\nsecond\n\nthird") == ["  second", "  third"]
+    text = aot.knobs(make_config())
+    for knob in ("compute.remat=full", "student.batch_size below 16", "mesh.fsdp above 1", "attention=flash", "lora_rank=64"):
+        assert knob in text
+    assert "lora_rank" not in aot.knobs(make_config(**{"student.lora_rank": 4}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--topology=v4:2x2x1"], "--config is missing"),
+        (["--config=configs/tpu_v4.py"], "--topology is missing: CHIP:SHAPE, as v4:2x2x1"),
+        (["--config=configs/tpu_v4.py", "--topology=v9:2x2"], "--topology = 'v9:2x2' is not known; use CHIP:SHAPE"),
+        (["--config=configs/digits.py", "--topology=v4:2x2x1"], "plans text-to-image configs"),
+        (["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--json=/nowhere/x.json"], "the folder /nowhere does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, words):
+    assert_one_error_line(run_command("jaxdistill.aot", *flags), words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mesh.fsdp": 3}, "does not divide the 1 devices"),
+        ({"student.accumulate": 3}, "config.student.accumulate = 3 must be at least 1 and divide config.student.batch_size = 16"),
+        ({"student.batch_size": 0}, "must be a positive multiple"),
+        ({"compute.remat": "some"}, "config.compute.remat = 'some' is not known"),
+        ({"teacher.architecture": "sd99"}, "config.teacher.architecture = 'sd99' is not known"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(tiny, changes, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config = make_config(**changes)
+        TextSetup(config, open_teacher(config))
+
+
+def test_published_architectures_have_their_published_size():
+    for name, millions in (("sd15", 859.5), ("sd21", 865.9), ("sdxl", 2567.5)):
+        part = architectures.folder(architectures.PIPELINES[name]).unet
+        count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(aot_params(part)))
+        assert count / 1e6 == pytest.approx(millions, abs=0.1), name
+
+
+def aot_params(part):
+    from jaxdistill.interop import diffusers_folder
+
+    return diffusers_folder.abstract_params(part)
+
+
+def test_every_size_of_the_tpu_config_is_a_plan():
+    import configs.tpu_v4 as file
+
+    for size in file.SIZES:
+        config = file.get_config(size)
+        assert json.loads(config.to_json())["teacher"]["architecture"] in architectures.PIPELINES
+        assert config.student.batch_size % file.CHIPS == 0
+    with pytest.raises(ValueError, match=r"tpu_v4\.py:v9 is not known"):
+        file.get_config("v9")
