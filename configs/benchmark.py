@@ -3,8 +3,9 @@
     python -m jaxdistill.benchmark --config=configs/benchmark.py --config.data.source=FOLDER --workdir=runs/benchmark
 
 FOLDER holds Fashion-MNIST's four idx files. `configs/benchmark.py:smoke` is the same in three minutes, on little data.
-With `--config.base=runs/benchmark`, on that benchmark's teacher: `configs/benchmark.py:ablation` takes Imagine Flash apart, and
-`configs/benchmark.py:leakage` trains it forward and backward at times of more and less signal.
+With `--config.base=runs/benchmark`, on that benchmark's teacher: `configs/benchmark.py:tuning` tries settings at a quarter of the cost and
+scores them on validation, `configs/benchmark.py:ablation` takes Imagine Flash apart, and `configs/benchmark.py:leakage` trains it forward
+and backward at times of more and less signal.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-SIZES = ("", "smoke", "ablation", "leakage")
+SIZES = ("", "smoke", "tuning", "ablation", "leakage")
 
 
 def get_config(size: str = "") -> ConfigDict:
@@ -112,6 +113,29 @@ def get_config(size: str = "") -> ConfigDict:
     )
     config.log = ConfigDict({"every": 50, "checkpoint_every": 250, "health_samples": 250, "teacher_steps": 20})
 
+    if size == "tuning":
+        config.seeds = (0,)
+        config.student.update({"batch_size": 16, "budget": 12_000})
+        config.eval.update({"split": "validation", "samples": 1000, "unseen": 100, "diversity_captions": 25})
+        late = {"times": (1.0, 0.6, 0.35, 0.15), "shift_settings": {"times": (0.15, 0.35, 0.6, 1.0), "values": (0.4, 0.55, 0.68, 0.87)}}
+        variants(
+            config,
+            {
+                name: {"learning_rate": 1e-3, **change}
+                for name, change in {
+                    "if_lr1": {},
+                    "if_k1": {"teacher_steps": 1},
+                    "if_one": {"adversary_states": "one"},
+                    "if_late": late,
+                }.items()
+            },
+        )
+        settings = config.method_settings
+        settings.direct.learning_rate = 1e-3
+        for name in ("step_distillation", "lcm", "add"):
+            settings[name].learning_rate = 5e-4
+        others = ("tdm", "dmd2", "if_one", "lcm", "step_distillation", "add", "lightning", "if_late")
+        config.methods = ("if_lr1", "direct", "if_k1", *others)
     if size == "ablation":
         variants(
             config,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,18 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """Asynchronous Orbax checkpoints of a TrainState with JSON metadata, the newest `keep` kept."""
+    """Asynchronous Orbax checkpoints of a TrainState with JSON metadata, the newest `keep` kept.
+
+    In a local folder a manifest of checksums is written beside each finished one: Orbax restores flipped bits without a word. A checkpoint
+    that was finished in the very moment of a kill has none, and is taken as it is.
+    """
 
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
-        self._manager = ocp.CheckpointManager(str(folder) if "://" in str(folder) else Path(folder).absolute(), options=options)
+        remote = "://" in str(folder)
+        self._manager = ocp.CheckpointManager(str(folder) if remote else Path(folder).absolute(), options=options)
+        self._folder = None if remote else Path(folder).absolute()
+        self._summing: threading.Thread | None = None
 
     @property
     def latest(self) -> int | None:
@@ -35,6 +43,8 @@ class Checkpoints:
         """Start saving; returns when the arrays are copied, writes in the background."""
         if step == self.latest:
             return
+        self.wait()
+        self._sum()
         self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))))
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -42,6 +52,7 @@ class Checkpoints:
 
         Raises CheckpointError where shapes or structure differ from `like`.
         """
+        self._verify()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
         try:
@@ -60,7 +71,52 @@ class Checkpoints:
     def close(self) -> None:
         """Wait and release the background threads."""
         self.wait()
+        self._sum()
+        if self._summing is not None:
+            self._summing.join()
         self._manager.close()
+
+    def _manifest(self, step: int) -> Path:
+        assert self._folder is not None
+        return self._folder.with_name(self._folder.name + "-sha256") / f"{step}.json"
+
+    def _sum(self) -> None:
+        """Start writing the manifests of finished checkpoints that have none, and drop those of deleted ones."""
+        if self._summing is not None:
+            self._summing.join()
+        if self._folder is None or not distributed.writes():
+            return
+        folder, steps = self._folder, set(self._manager.all_steps())
+        missing = [step for step in steps if not self._manifest(step).is_file()]
+        self._manifest(0).parent.mkdir(exist_ok=True)
+        for path in self._manifest(0).parent.glob("*.json"):
+            if int(path.stem) not in steps:
+                path.unlink(missing_ok=True)
+
+        def work() -> None:
+            for step in missing:
+                write_json(self._manifest(step), _hashes(folder / str(step)))
+
+        self._summing = threading.Thread(target=work, daemon=True)
+        self._summing.start()
+
+    def _verify(self) -> None:
+        """Raise CheckpointError where a file of the newest checkpoint is not what was saved."""
+        step = self.latest
+        if self._folder is None or step is None or not self._manifest(step).is_file():
+            return
+        folder = self._folder / str(step)
+        try:
+            expected = json.loads(self._manifest(step).read_text())
+        except ValueError:
+            expected = None  # the manifest itself was hit: every file counts as damaged
+        found = _hashes(folder)
+        bad = sorted(found) if expected is None else sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        if bad:
+            older = sorted(s for s in self._manager.all_steps() if s < step)
+            back = f"the run then goes back to step {older[-1]}" if older else "the run then starts anew"
+            state = "is missing" if bad[0] not in found else "is damaged"
+            raise CheckpointError(f"{folder / bad[0]} {state}: it does not match its checksum; remove {folder}, {back}")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -295,3 +295,37 @@ def test_json_file_is_replaced_at_once(tmp_path):
     with pytest.raises(TypeError):
         checkpoint.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused_with_the_way_back(tmp_path):
+    """Orbax restores most of them without a word."""
+    checkpoints = Checkpoints(tmp_path / "run")
+    for step in (4, 8, 12):
+        checkpoints.save(step, a_state(seed=step), {"seconds": 1.0})
+    checkpoints.close()
+    assert sorted(p.stem for p in (tmp_path / "run-sha256").iterdir()) == ["12", "8"]  # as many as are kept
+    files = [p for p in sorted((tmp_path / "run" / "12").rglob("*")) if p.is_file() and p.stat().st_size]
+    assert len(files) > 3
+    for path in files:
+        whole = path.read_bytes()
+        flip_bit(path)
+        with pytest.raises(CheckpointError, match=r"is damaged: .* remove .*run/12, the run then goes back to step 8$") as error:
+            Checkpoints(tmp_path / "run").restore(a_state())
+        assert str(path) in str(error.value)
+        path.write_bytes(whole)
+    files[0].rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match="is missing"):
+        Checkpoints(tmp_path / "run").restore(a_state())
+    shutil.rmtree(tmp_path / "run" / "12")
+    assert_same_bits(Checkpoints(tmp_path / "run").restore(a_state())[0], a_state(seed=8))
+
+
+def test_a_checkpoint_without_a_manifest_is_taken_and_gets_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save(4, a_state(), {"seconds": 1.0})
+    checkpoints.close()
+    shutil.rmtree(tmp_path / "run-sha256")
+    again = Checkpoints(tmp_path / "run")
+    assert_same_bits(again.restore(a_state())[0], a_state())
+    again.close()
+    assert (tmp_path / "run-sha256" / "4.json").is_file()

@@ -10,7 +10,7 @@ import optax
 import pytest
 from shell import assert_same_bits
 
-from jaxdistill import loop
+from jaxdistill import chips, loop
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.loop import Curve, NonFiniteError, Stopped, StopSignal, read_curve, train_loop
 from jaxdistill.train import init_state, train_step
@@ -293,3 +293,43 @@ def test_tensorboard_keeps_the_checkpoints_own_step_on_resume(tmp_path, monkeypa
     monkeypatch.setattr(loop, "SummaryWriter", lambda *args, **kwargs: given.append(kwargs["purge_step"]) or writer(*args, **kwargs))
     run(tmp_path)
     assert given == [9]
+
+
+# ------------------------------------------------------------------------------------------------- speed
+
+
+def test_meter_tells_training_from_waiting_saving_and_health(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loop.chips, "of_device", lambda device: chips.CHIPS["v4"])
+    meter = loop.Meter(examples=8, flops=55e12)
+    for _ in range(4):
+        with meter.spent("input"):
+            now[0] += 0.1
+        meter.step()
+        now[0] += 0.4
+    with meter.spent("save"):
+        now[0] += 3.0
+    found = meter.read()
+    devices = loop.jax.device_count()
+    assert found["step_seconds"] == pytest.approx(0.5) and found["input_wait"] == pytest.approx(0.2)
+    assert found["goodput"] == pytest.approx(2 / 5)
+    assert found["images_per_second_a_chip"] == pytest.approx(16 / devices)
+    assert found["mfu"] == pytest.approx(2 * 55e12 / 275e12 / devices)
+    with meter.spent("health"):
+        now[0] += 5.0
+    meter.step()
+    now[0] += 1.0
+    found = meter.read()
+    assert found["step_seconds"] == pytest.approx(1.0) and found["goodput"] == pytest.approx(3 / 11)
+
+
+def test_speed_is_in_tensorboard_and_a_profile_is_written(tmp_path, monkeypatch):
+    started, stopped = [], []
+    monkeypatch.setattr(loop.jax.profiler, "start_trace", started.append)
+    monkeypatch.setattr(loop.jax.profiler, "stop_trace", lambda: stopped.append(1))
+    seen = []
+    monkeypatch.setattr(loop.SummaryWriter, "add_scalar", lambda self, name, value, step: seen.append(name))
+    run(tmp_path, profile=3, examples=4)
+    assert {"speed/step_seconds", "speed/input_wait", "speed/goodput", "speed/images_per_second_a_chip", "loss"} <= set(seen)
+    assert started == [str(tmp_path / "tensorboard" / "toy")] and stopped == [1]
