@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
             "teacher_dtype": "bfloat16",  # of the teacher's parameters
             "attention": "auto",  # auto (looped on CPU, else plain) | plain | looped | chunked, flash (TPU)
             "remat": "full",  # none | dots | full: what is computed again in the backward pass
+            "compilation_cache": "",  # folder or gs://bucket/path of compiled programs: a restart need not compile again
             "scan": False,  # loop over the transformer blocks of a level: compiles sooner where there are many (XL)
         }
     )

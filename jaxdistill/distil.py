@@ -382,6 +382,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     try:
         job = TextRun(config, workdir)
         prepare_workdir(workdir, config)
+        if config.compute.compilation_cache:
+            jax.config.update("jax_compilation_cache_dir", config.compute.compilation_cache)
         with loop.StopSignal().installed() as stop:
             return job.run(stop)
     except (FolderError, ValueError) as error:
