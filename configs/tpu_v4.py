@@ -8,7 +8,7 @@ divides its parameters. Whether a slice is large enough is told, without a TPU a
 
     python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2
 
-Its reports are in docs/results/. Nothing here has been run on a TPU yet: the rates are a start, not a result.
+Nothing here has been run on a TPU yet: rates and rows a chip are a start, not a result.
 """
 
 from ml_collections import ConfigDict

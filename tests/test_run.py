@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from shell import TINY, assert_same_bits, folder_bytes, run_command, tiny_config
 
-from jaxdistill import card, checkpoint, evaluate, experiment, loop, main, sample
+from jaxdistill import card, checkpoint, evaluate, experiment, loop, main, sample, train
 
 ROW_KEYS = {"model", "steps", "guidance", "fd", "accuracy", "precision", "recall", "diversity", "images_per_second"}
 
@@ -133,7 +133,7 @@ def test_exports_are_the_averaged_parameters_of_the_last_checkpoint(folder, conf
     built = experiment.build(config)
     teacher = checkpoint.load_export(folder / "teacher")[0]
     state = jax.eval_shape(
-        lambda: main.init_state(built.student_params(teacher), built.student_tx, jax.random.key(0), ema_of=experiment.student_of)
+        lambda: train.init_state(built.student_params(teacher), built.student_tx, jax.random.key(0), ema_of=experiment.student_of)
     )
     restored, _ = checkpoint.Checkpoints(folder / "checkpoints" / "student").restore(state)
     exported = checkpoint.load_export(folder / "student")[0]
@@ -240,7 +240,7 @@ def test_students_discriminator_sees_the_chosen_reals(folder, tmp_path, monkeypa
     class Enough(Exception):
         pass
 
-    def batches(split, size, seed):
+    def batches(split, size, seed, rows):
         seen.append(split)
         raise Enough
 
