@@ -5,6 +5,7 @@ and communication. No TPU, no weights and no prompts are needed; without config.
 config.teacher.architecture stands for the teacher.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -25,7 +26,7 @@ from jaxdistill.chips import CHIPS, Chip
 from jaxdistill.workdir import missing_extra
 
 KNOWN = "v4:2x2x1, v4:2x2x2, v4:2x2x4, v4:4x4x4, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v5p:2x2x2, v5p:4x4x4, v6e:2x2, v6e:4x4, v6e:8x8"
-"""Topologies that have been compiled for; others of these chips work alike."""
+"""Topologies that the compiler describes; others of these chips work alike."""
 
 RESERVED = 0.03
 """Share of a chip's memory that the runtime keeps, as an allowance."""
@@ -86,16 +87,17 @@ def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     from jaxdistill.text_setup import TextSetup, open_teacher
 
     setup = TextSetup(config, open_teacher(config), devices=devices).with_zero_null()
-    state, batch, teacher = setup.abstract_state(), setup.abstract_batch(), setup.abstract_teacher()
+    made, batch = setup.programs(), setup.abstract_batch()
+    state = made.state
     kinds = {
         "student": state.params["student"],
         "average": state.ema_params,
         "optimizer": state.opt_state,
         "discriminator": state.params["discriminator"],
-        "teacher": teacher,
+        "teacher": made.teacher,
         "batch": batch,
     }
-    return Program(setup.train_step(), (state, batch, teacher), kinds, setup.step_flops(), config.student.batch_size)
+    return Program(made.step, (state, batch, made.teacher), kinds, setup.step_flops(), config.student.batch_size)
 
 
 def bytes_a_device(tree: Any) -> int:
@@ -171,7 +173,7 @@ def measure(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
         "rows_a_second_a_chip_at_most": round(program.rows / devices / roofline, 3),
         "mfu_at_most": round(analytic / chip.flops / roofline, 4),
         "compile_seconds": round(seconds, 1),
-        "versions": {name: _version(name) for name in ("jax", "libtpu")},
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
     }
 
 
@@ -179,15 +181,6 @@ def gathered(counts: hlo.Counts) -> list[dict[str, Any]]:
     """The all-gathers, largest first: what is gathered, and where it comes from."""
     ranked = sorted(counts.gathers, key=lambda g: -g.bytes * g.times)[:8]
     return [{"shape": g.shape, "mib": round(g.bytes / 2**20, 3), "times": g.times, "op": g.op_name[-120:]} for g in ranked]
-
-
-def _version(name: str) -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def text_of(report: Mapping[str, Any]) -> str:
@@ -269,8 +262,7 @@ def plan(config: ConfigDict, name: str, *, find: bool, slices: int) -> dict[str,
         return text_program(changed, devices)
 
     if find:
-        parts = config.mesh.get("tensor", 1)
-        step = max(1, int(config.student.accumulate) * 2 // max(1, parts))
+        step = int(config.student.accumulate)  # a micro-batch then has a row a chip
         rows, report = search(make, chip, len(devices), step)
         if report is None:
             raise DoesNotFit(f"not even {step} rows a chip fit on {name}", "")

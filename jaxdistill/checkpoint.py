@@ -32,6 +32,7 @@ class Checkpoints:
         remote = "://" in str(folder)
         self._manager = ocp.CheckpointManager(str(folder) if remote else Path(folder).absolute(), options=options)
         self._folder = None if remote else Path(folder).absolute()
+        self._manifests = None if self._folder is None else self._folder.with_name(self._folder.name + "-sha256")
         self._summing: threading.Thread | None = None
 
     @property
@@ -76,26 +77,21 @@ class Checkpoints:
             self._summing.join()
         self._manager.close()
 
-    def _manifest(self, step: int) -> Path:
-        assert self._folder is not None
-        return self._folder.with_name(self._folder.name + "-sha256") / f"{step}.json"
-
     def _sum(self) -> None:
         """Start writing the manifests of finished checkpoints that have none, and drop those of deleted ones."""
         if self._summing is not None:
             self._summing.join()
-        if self._folder is None or not distributed.writes():
+        if self._folder is None or self._manifests is None or not distributed.writes():
             return
-        folder, steps = self._folder, set(self._manager.all_steps())
-        missing = [step for step in steps if not self._manifest(step).is_file()]
-        self._manifest(0).parent.mkdir(exist_ok=True)
-        for path in self._manifest(0).parent.glob("*.json"):
-            if int(path.stem) not in steps:
-                path.unlink(missing_ok=True)
+        folder, manifests, steps = self._folder, self._manifests, {str(step) for step in self._manager.all_steps()}
+        manifests.mkdir(exist_ok=True)
+        known = {path.stem for path in manifests.glob("*.json")}
+        for step in known - steps:
+            (manifests / f"{step}.json").unlink(missing_ok=True)
 
         def work() -> None:
-            for step in missing:
-                write_json(self._manifest(step), _hashes(folder / str(step)))
+            for step in sorted(steps - known):
+                write_json(manifests / f"{step}.json", _hashes(folder / step))
 
         self._summing = threading.Thread(target=work, daemon=True)
         self._summing.start()
@@ -103,17 +99,17 @@ class Checkpoints:
     def _verify(self) -> None:
         """Raise CheckpointError where a file of the newest checkpoint is not what was saved."""
         step = self.latest
-        if self._folder is None or step is None or not self._manifest(step).is_file():
+        if self._folder is None or self._manifests is None or not (manifest := self._manifests / f"{step}.json").is_file():
             return
         folder = self._folder / str(step)
         try:
-            expected = json.loads(self._manifest(step).read_text())
+            expected = json.loads(manifest.read_text())
         except ValueError:
             expected = None  # the manifest itself was hit: every file counts as damaged
         found = _hashes(folder)
         bad = sorted(found) if expected is None else sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         if bad:
-            older = sorted(s for s in self._manager.all_steps() if s < step)
+            older = sorted(s for s in self._manager.all_steps() if s < int(folder.name))
             back = f"the run then goes back to step {older[-1]}" if older else "the run then starts anew"
             state = "is missing" if bad[0] not in found else "is damaged"
             raise CheckpointError(f"{folder / bad[0]} {state}: it does not match its checksum; remove {folder}, {back}")
@@ -190,7 +186,11 @@ def _card_hash(card: Mapping[str, Any]) -> str:
 
 def _hashes(folder: Path) -> dict[str, str]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "card.json")
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    found = {}
+    for path in files:
+        with path.open("rb") as file:  # in pieces: a file of a checkpoint may be larger than the memory that is left
+            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def load_export(folder: str | Path) -> tuple[Any, dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -43,10 +44,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
         mend = f"make {free[0]} x {fixed} = {len(found)}" if free else f"their product must be {len(found)}"
         raise ValueError(f"the mesh ({shown}) does not divide the {len(found)} devices; {mend}")
     sizes |= {name: len(found) // fixed for name in free}
-    if devices is None:
-        # Chips that are near on the torus become neighbours on the mesh.
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
-    return Mesh(np.array(found).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * 3)
+    # Chips that are near on the torus become neighbours on the mesh; an axis of the torus may be divided among axes of the mesh.
+    arranged = mesh_utils.create_device_mesh(tuple(sizes.values()), found, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def data_mesh() -> Mesh:
@@ -103,7 +103,7 @@ def sharding_of(
         if axis is None or mesh.shape[axis] == 1:
             continue
         # Its own dimension first, else another that divides: a first convolution has four channels in.
-        for j in (i, *(j for j in last if j != i)):
+        for j in (*(j for j in last if j == i), *(j for j in last if j != i)):
             if found[-j] is None and shape[-j] % mesh.shape[axis] == 0 and (j == i or _free(axes, j, mesh)):
                 found[-j] = axis
                 break
@@ -145,16 +145,15 @@ class Layout:
         if self.mesh.shape["fsdp"] == 1:
             return tree
 
-        def one(path: Any, leaf: Any) -> Any:
-            spec = sharding_of(path_name(path), leaf.shape, self.mesh, self.rules, smallest=self.smallest).spec
-            if "fsdp" not in spec:
+        def one(leaf: Any, sharding: NamedSharding) -> Any:
+            if "fsdp" not in sharding.spec:
                 return leaf
             # Cast first: half the bytes travel. The layers would cast to it anyway.
             cast = leaf if dtype is None or leaf.dtype != np.float32 else leaf.astype(dtype)
-            whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+            whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in sharding.spec))
             return jax.lax.with_sharding_constraint(cast, NamedSharding(self.mesh, whole))
 
-        return jax.tree_util.tree_map_with_path(one, tree)
+        return jax.tree.map(one, tree, self.of(tree))
 
     def describe(self, tree: Any) -> Any:
         """The tree as ShapeDtypeStructs with their shardings: what a compiler needs to know of it."""
@@ -202,7 +201,7 @@ def local(tree: Any) -> Any:
             return leaf
         if not leaf.is_fully_replicated:
             assert isinstance(leaf.sharding, NamedSharding)
-            leaf = jax.jit(lambda a: a, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+            leaf = jax.jit(lambda a: a, out_shardings=replicated(leaf.sharding.mesh))(leaf)
         return leaf.addressable_data(0)
 
     return jax.tree.map(one, tree)

@@ -19,7 +19,7 @@ from jaxdistill.models.latent_layers import ATTENTION
 from jaxdistill.models.unet_condition import REMAT_POLICIES, STACK
 from jaxdistill.prediction import LossFn, v_prediction
 from jaxdistill.sampling import TimeGrid, check_grid, trailing_grid
-from jaxdistill.train import TrainState, init_state, train_step
+from jaxdistill.workdir import Programs, programs
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -162,31 +162,19 @@ class TextSetup:
         place = partition.batch_sharding(self.layout.mesh)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), found)
 
-    def abstract_teacher(self) -> Any:
-        """Shapes of the teacher's parameters, on the mesh."""
-        dtype = DTYPES[self.config.compute.teacher_dtype]
-        return self.layout.describe(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), self.abstract))
-
-    def abstract_state(self) -> TrainState:
-        """Shapes of the train state, on the mesh."""
-        student = jax.eval_shape(self.fresh_updates) if self.config.student.lora_rank else self.abstract
+    def programs(self) -> Programs:
+        """The run's own programs with the shapes of their arguments."""
+        config, dtype = self.config.student, DTYPES[self.config.compute.teacher_dtype]
+        student = jax.eval_shape(self.fresh_updates) if config.lora_rank else self.abstract
         params = {"student": student, "discriminator": jax.eval_shape(self.fresh_heads)}
-        state = jax.eval_shape(partial(init_state, tx=self.tx, ema_of=student_of), params, key=jax.random.key(0))
-        return self.layout.describe(state)
+        teacher = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), self.abstract)
+        options = {"ema_decay": config.ema_decay, "ema_of": student_of, "accumulate": config.accumulate}
+        return programs(self.layout, self.loss, self.tx, params, teacher, **options)
 
     def with_zero_null(self) -> "TextSetup":
         """Itself, with a null conditioning of zeros: for compiling without a text encoder."""
         self.null = {name: np.zeros(a.shape, np.float32) for name, a in self.abstract_cond(1).items() if name != "time_ids"}
         return self
-
-    def train_step(self) -> Any:
-        """The jitted step of the run: (state, batch, teacher) -> (state, metrics)."""
-        config = self.config.student
-        step = partial(
-            train_step, loss_fn=self.loss, tx=self.tx, ema_decay=config.ema_decay, ema_of=student_of, accumulate=config.accumulate
-        )
-        state, teacher = (jax.tree.map(lambda a: a.sharding, tree) for tree in (self.abstract_state(), self.abstract_teacher()))
-        return partition.jit_train_step(step, self.layout.mesh, state, teacher)
 
     def call_flops(self, *, features: bool = False) -> float:
         """FLOPs of the dots and convolutions of one call of the network on one example, or of its hidden states alone."""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -78,6 +78,39 @@ def check_workdir(workdir: Path, config: ConfigDict) -> str:
     return ""
 
 
+class Programs(NamedTuple):
+    """What a phase compiles, and the shapes of its arguments with their places.
+
+    start: (params, key=) -> state, each array made where it lives. step: (state, batch, teacher_params) -> (state, metrics).
+    """
+
+    start: Callable[..., TrainState]
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    state: TrainState
+    teacher: Any
+
+
+def programs(
+    layout: partition.Layout,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    params: Any,
+    teacher_params: Any,
+    *,
+    ema_decay: float,
+    ema_of: Callable[[Any], Any] = everything,
+    accumulate: int = 1,
+) -> Programs:
+    """The jitted programs of a phase on a mesh, from parameters or their shapes: what a run trains with and `jaxdistill.aot` plans."""
+    init = partial(init_state, tx=tx, ema_of=ema_of)
+    state = layout.describe(jax.eval_shape(init, params, key=jax.random.key(0)))
+    teacher = None if teacher_params is None else layout.describe(teacher_params)
+    state_places, teacher_places = (jax.tree.map(lambda a: a.sharding, tree) for tree in (state, teacher))
+    step = partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=ema_decay, ema_of=ema_of, accumulate=accumulate)
+    jitted = partition.jit_train_step(step, layout.mesh, state_places, teacher_places)
+    return Programs(jax.jit(init, out_shardings=state_places), jitted, state, teacher)
+
+
 def train_phase(
     name: str,
     params: Any,
@@ -105,17 +138,13 @@ def train_phase(
     `log` gives "every" and "checkpoint_every"; batches: i -> this process's rows of batch i on the host; `options` go to the loop.
     The averages come back as arrays of this process alone.
     """
-    start, place = partial(init_state, tx=tx, ema_of=ema_of), layout.place
-    shardings = layout.of(jax.eval_shape(start, params, key=key))
-    teacher = None if teacher_params is None else place(teacher_params)
-    step = partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=ema_decay, ema_of=ema_of, accumulate=accumulate)
+    made = programs(layout, loss_fn, tx, params, teacher_params, ema_decay=ema_decay, ema_of=ema_of, accumulate=accumulate)
     state, seconds = loop.train_loop(
         name,
-        # The averages and the optimizer's state are made where they live: no device ever holds them whole.
-        jax.jit(start, out_shardings=shardings)(place(params), key=key),
-        partition.jit_train_step(step, layout.mesh, shardings, None if teacher is None else layout.of(teacher)),
+        made.start(layout.place(params), key=key),
+        made.step,
         lambda i: partition.put_batch(batches(i), layout.mesh),
-        teacher,
+        None if teacher_params is None else layout.place(teacher_params),
         steps=steps,
         workdir=workdir,
         log_every=log.every,

@@ -55,8 +55,9 @@ def test_the_analytic_count_is_what_xla_counts(tiny):
     """The step as it is written, its loops counted as often as they run: N states of 3 student and k c teacher calls each."""
     setup = TextSetup(make_config(**{"method.teacher_steps": 2}), open_teacher(make_config()))
     setup.with_zero_null()
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (setup.abstract_state(), setup.abstract_batch()))
-    teacher = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), setup.abstract_teacher())
+    made = setup.programs()
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (made.state, setup.abstract_batch()))
+    teacher = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), made.teacher)
     gradient = jax.grad(lambda p, t, b: setup.loss(p, t, b, jax.random.key(0))[0])
     lowered = jax.jit(gradient).lower(shapes[0].params, teacher, shapes[1])
     counted = hlo.count(lowered.compiler_ir(dialect="hlo").as_hlo_text()).flops

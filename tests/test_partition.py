@@ -17,10 +17,9 @@ from jaxdistill import partition
 SCRIPT = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
-from functools import partial
 sys.path.insert(0, "tests")
 from jaxdistill import partition
-from jaxdistill.train import init_state, train_step
+from jaxdistill.workdir import programs
 from small import batch, flash, make
 
 model, teacher = make(64, 2)
@@ -31,12 +30,9 @@ def report(mesh, accumulate=1, steps=20):
     loss_fn = flash(model, constrain=partition.constrain_batch(mesh))
     def loss(params, teacher, batch, key):
         return loss_fn(layout.gathered(params), layout.gathered(teacher), batch, key)
-    start = partial(init_state, tx=tx)
     params = {"student": jax.tree.map(np.asarray, teacher)}
-    places = layout.of(jax.eval_shape(start, params, key=jax.random.key(0)))
-    state = jax.jit(start, out_shardings=places)(layout.place(params), key=jax.random.key(0))
-    step = partial(train_step, loss_fn=loss, tx=tx, ema_decay=0.9, accumulate=accumulate)
-    step = partition.jit_train_step(step, mesh, places, layout.of(teacher))
+    made = programs(layout, loss, tx, params, teacher, ema_decay=0.9, accumulate=accumulate)
+    state, step = made.start(layout.place(params), key=jax.random.key(0)), made.step
     data, fixed = partition.put_batch(batch(512), mesh), layout.place(jax.tree.map(np.asarray, teacher))
     compiled = step.lower(state, data, fixed).compile()
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((state.params, state.ema_params, state.opt_state)))
@@ -109,6 +105,7 @@ def abstract_mesh(data=2, fsdp=4, tensor=2):
         ("params/conv_in/kernel", (3, 3, 3, 3200), (None, None, None, "tensor")),  # three channels do not divide by four
         ("params/norm/scale", (80000,), ()),
         ("params/to_q/kernel", (8, 8), ()),  # small
+        ("params/table/embedding", (80000,), ("tensor",)),  # fewer dimensions than the rule has axes
     ],
 )
 def test_rules_place_by_the_last_dimensions(name, shape, spec):

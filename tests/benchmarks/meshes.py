@@ -9,7 +9,6 @@ import argparse
 import json
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ import jax
 import numpy as np
 
 from jaxdistill import hlo, partition
-from jaxdistill.experiment import student_of
 from jaxdistill.interop import architectures, diffusers_folder
 from jaxdistill.text_setup import TextSetup
-from jaxdistill.train import init_state
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import text_config  # noqa: E402
@@ -42,17 +39,16 @@ def run(mesh: dict[str, int], steps: int, devices: Any = None) -> dict[str, Any]
     setup = TextSetup(config, architectures.folder(PIPELINE), devices=devices).with_zero_null()
     network = setup.unet.init(jax.random.key(0), *diffusers_folder.example_inputs(setup.folder.unet))
     params = jax.tree.map(np.asarray, {"student": network, "discriminator": setup.fresh_heads()})
-    places = jax.tree.map(lambda a: a.sharding, setup.abstract_state())
-    start = partial(init_state, tx=setup.tx, ema_of=student_of)
-    state = jax.jit(start, out_shardings=places)(setup.layout.place(params), key=jax.random.key(1))
+    made = setup.programs()
+    state = made.start(setup.layout.place(params), key=jax.random.key(1))
     teacher = setup.layout.place(params["student"])
     r = np.random.default_rng(0)
     batch = jax.tree.map(lambda a: r.standard_normal(a.shape, np.float32), setup.abstract_batch())
-    batch, step = partition.put_batch(batch, setup.layout.mesh), setup.train_step()
-    compiled = step.lower(state, batch, teacher).compile()
+    batch = partition.put_batch(batch, setup.layout.mesh)
+    compiled = made.step.lower(state, batch, teacher).compile()
     losses = []
     for _ in range(steps):
-        state, metrics = step(state, batch, teacher)
+        state, metrics = made.step(state, batch, teacher)
         losses.append(float(metrics["loss"]))
     memory, counts = compiled.memory_analysis(), hlo.count(compiled.as_text())
     return {
