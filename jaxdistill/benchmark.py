@@ -19,13 +19,12 @@ import optax
 from absl import logging
 from ml_collections import ConfigDict
 
-from jaxdistill import card, checkpoint, loop, main, partition, report, sampling, scenes
+from jaxdistill import card, checkpoint, loop, main, partition, report, scenes
 from jaxdistill.contenders import METHODS, Method, Setting, Stage
 from jaxdistill.data import DataError, fashion_mnist
 from jaxdistill.evaluate import class_spread
 from jaxdistill.experiment import flatten, make_optimizer, student_of
 from jaxdistill.interop import sentence_encoder
-from jaxdistill.methods.consistency import consistency_function
 from jaxdistill.methods.denoising import denoising
 from jaxdistill.methods.progressive_adversarial import pair_states
 from jaxdistill.prediction import Denoiser, LossFn
@@ -99,7 +98,8 @@ class Benchmark:
         self.null_cond: Any = self.model.null_cond
         self.schedule = card.build_schedule(config.schedule)
         self.parameterization, self.target = card.PREDICTIONS[config.prediction]
-        self.setting = Setting(config, self.model, self.schedule, self.parameterization, self.constrain)
+        text = {"sha256": encoder.hash, "length": config.text.length}
+        self.setting = Setting(config, self.model, self.schedule, self.parameterization, self.constrain, image_shape=SHAPE, text=text)
         self.programs: dict[tuple[float, str, bool], Any] = {}
         (workdir / "samples").mkdir(exist_ok=True)
 
@@ -188,48 +188,26 @@ class Benchmark:
         """The network of these parameters for one batch, guided above 1."""
         return self.setting.network.guided(params, cond, self.null_cond, guidance)
 
-    def sample_fn(self, *, guidance: float = 1.0, solver: str = "ddim", correct_noise: bool = False) -> Any:
+    def sample_fn(self, sampler: card.Sampler, *, guidance: float = 1.0) -> Any:
         """(params, noise [b, h, w, c], cond, grid [n]) -> images [b, h, w, c] in [0, 1], jitted once for all that ask."""
-        key = (guidance, solver, correct_noise)
-        if key in self.programs:
-            return self.programs[key]
-
-        def sample(params: Any, noise: Any, cond: Any, grid: Any) -> Any:
-            denoiser = self.denoiser(params, cond, guidance)
-            transforms = [consistency_function(self.schedule.T)] if solver == "consistency" else []
-            transforms += [sampling.noise_correction(noise, self.schedule.T)] if correct_noise else []
-            # Fresh noise for solvers that draw any: fixed by the batch's own start, so that a batch is reproducible.
-            bits = jax.lax.bitcast_convert_type(noise.ravel()[0], jnp.uint32)
-            step = sampling.ddim(self.schedule) if solver == "ddim" else sampling.renoise(self.schedule, jax.random.key(bits))
-            return card.to_unit(sampling.rollout(step, sampling.chain(*transforms)(denoiser), sampling.start(noise), grid)[0].x)
-
-        self.programs[key] = jax.jit(sample)
+        block = sampler.card["sampler"]
+        key = (guidance, block["solver"], block["noise_correction"])
+        if key not in self.programs:
+            self.programs[key] = jax.jit(partial(sampler.sample, guidance=guidance, correct_noise=block["noise_correction"]))
         return self.programs[key]
 
     # -- teacher
 
-    def teacher_card(self) -> dict[str, Any]:
-        """What the teacher's export says of itself."""
-        config = self.config
-        sampler = {"solver": "ddim", "grid": config.teacher.grid, "steps": config.teacher.steps}
-        return {
-            "format": card.FORMAT,
-            "role": "teacher",
-            "model": config.model.to_dict(),
-            "schedule": config.schedule.to_dict(),
-            "prediction": config.prediction,
-            "data": {"name": "scenes", "image_shape": list(SHAPE), "range": [-1.0, 1.0]},
-            "sampler": {**sampler, "guidance": config.teacher.guidance, "noise_correction": False},
-        }
+    def teacher_sampler(self) -> card.Sampler:
+        """The teacher's sampler with its card."""
+        block = self.config.teacher
+        sampler = {"solver": "ddim", "grid": block.grid, "steps": block.steps, "guidance": block.guidance, "noise_correction": False}
+        return card.build_sampler(self.setting.export_card("teacher", sampler))
 
     def init_params(self, seed: int) -> Any:
         """Fresh parameters."""
         cond = self.embeddings(self.captions["train"][:1])
         return jax.jit(self.model.init)(jax.random.key(seed), jnp.zeros((1, *SHAPE)), jnp.zeros((1,)), cond)
-
-    def teacher_grid(self, steps: int) -> np.ndarray:
-        """The teacher's grid."""
-        return card.build_grid(self.config.teacher, steps, self.schedule.T)
 
     def teacher(self, evaluator: SceneEvaluator) -> Any:
         """The teacher's parameters, from its export or trained."""
@@ -246,9 +224,9 @@ class Benchmark:
             constrain=self.constrain,
         )
         tx = make_optimizer(config)
-        health = self.health(
-            "teacher", evaluator, self.sample_fn(guidance=config.guidance), [self.teacher_grid(self.config.log.teacher_steps)]
-        )
+        sampler = self.teacher_sampler()
+        program = self.sample_fn(sampler, guidance=config.guidance)
+        health = self.health("teacher", evaluator, program, [sampler.grid(self.config.log.teacher_steps)])
         batches = SceneBatches(self.sources["train"], self.embeddings, config.batch_size, 0)
         state = self.train(
             "teacher",
@@ -263,7 +241,7 @@ class Benchmark:
             config.health_every,
             health,
         )
-        checkpoint.export(folder, state.ema_params, self.teacher_card())
+        checkpoint.export(folder, state.ema_params, sampler.card)
         return jax.tree.map(np.asarray, state.ema_params)
 
     def health(self, name: str, evaluator: SceneEvaluator, program: Any, grids: Sequence[np.ndarray]) -> loop.HealthFn:
@@ -368,8 +346,9 @@ class Benchmark:
         path = self.base / f"pairs-{count}-{block.grid}-{block.steps}-{block.guidance:g}.npy"
         captions = [self.captions["train"][i % len(self.captions["train"])] for i in range(count)]
         if not path.exists():
-            program = self.sample_fn(guidance=self.config.teacher.guidance)
-            grid, size, out = jnp.asarray(self.teacher_grid(self.config.teacher.steps)), 64, []
+            sampler = self.teacher_sampler()
+            program = self.sample_fn(sampler, guidance=block.guidance)
+            grid, size, out = jnp.asarray(sampler.grid(block.steps)), 64, []
             for i in loop.tqdm(range(0, count, size), desc="pairs", mininterval=10):
                 rows = np.arange(i, i + size)
                 cond = self.embeddings([captions[r % count] for r in rows])
@@ -406,8 +385,8 @@ class Benchmark:
                 iterations = max(1, int(stage.share * (1 - method.pairs_share) * config.student.budget / cost))
                 stage = self.make(name)(iterations).stages[i]
                 main.say(f"{label}: {cost:.1f} network calls an iteration, {iterations} iterations")
-                program = self.sample_fn(solver=method.solver, correct_noise=method.correct_noise)
-                health = self.health(label, evaluator, program, [method.grid(n) for n in stage.serves or (max(config.student.steps),)])
+                program, grid = self.sample_fn(method.sampler), method.sampler.grid
+                health = self.health(label, evaluator, program, [grid(n) for n in stage.serves or (max(config.student.steps),)])
                 every = max(1, iterations // 4)
                 state = self.train(
                     label,
@@ -423,8 +402,8 @@ class Benchmark:
                     health,
                     student_of,
                 )
-                about = {"role": "student", "method": name, "seed": seed, "calls_an_iteration": round(cost, 2), "iterations": iterations}
-                checkpoint.export(folder, state.ema_params, {**self.teacher_card(), **about})
+                about = {"method": name, "seed": seed, "calls_an_iteration": round(cost, 2), "iterations": iterations}
+                checkpoint.export(folder, state.ema_params, {**method.sampler.card, **about})
                 current = jax.tree.map(np.asarray, state.ema_params)
             result |= {n: current for n in stage.serves}
         return dict(sorted(result.items()))
@@ -458,20 +437,20 @@ class Benchmark:
                 main.say("  " + ", ".join(f"{k} {v}" for k, v in rows[-1].items()))
                 checkpoint.write_json(path, {"protocol": protocol, "rows": rows})
 
-        steps = tuple(config.student.steps)
+        steps, sampler = tuple(config.student.steps), self.teacher_sampler()
         guidances = dict.fromkeys((config.teacher.guidance, *config.eval.guidances))
         for guidance, count in [(g, config.teacher.steps) for g in guidances] + [(config.teacher.guidance, n) for n in steps]:
-            program = self.sample_fn(guidance=guidance)
+            program = self.sample_fn(sampler, guidance=guidance)
             key = {"method": "teacher", "seed": 0, "steps": count, "guidance": guidance}
-            add_row(key, partial(self.score, evaluator, key, program, teacher, self.teacher_grid(count)))
+            add_row(key, partial(self.score, evaluator, key, program, teacher, sampler.grid(count)))
         for seed in config.seeds:
             for name in config.methods:
                 method = self.make(name)(1)
                 students = self.student(name, seed, teacher, validation)
-                program = self.sample_fn(solver=method.solver, correct_noise=method.correct_noise)
+                program = self.sample_fn(method.sampler)
                 for count, params in students.items():
                     key = {"method": name, "seed": seed, "steps": count, "guidance": 1.0}
-                    add_row(key, partial(self.score, evaluator, key, program, params, method.grid(count)))
+                    add_row(key, partial(self.score, evaluator, key, program, params, method.sampler.grid(count)))
         seconds = self.workdir / "seconds.json"
         results = {
             "rows": rows,

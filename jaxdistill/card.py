@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxdistill import prediction, sampling, schedule
+from jaxdistill.methods.consistency import consistency_function
 from jaxdistill.models.mlp import ResidualMLP
 from jaxdistill.models.text_unet import TextUNet
 from jaxdistill.models.unet import SmallUNet
@@ -29,6 +30,8 @@ PREDICTIONS = {
 }
 BETAS = {"linear": schedule.linear_betas, "scaled_linear": schedule.scaled_linear_betas, "cosine_betas": schedule.cosine_betas}
 SOLVERS = {"ddim": sampling.ddim, "dpm_solver_pp_2m": sampling.dpm_solver_pp_2m}
+RENOISING = ("renoise", "consistency")
+"""Students' solvers that draw fresh noise between steps; "consistency" reads the network as LCM's f(x, t)."""
 GRIDS = {"trailing": sampling.trailing_grid, "leading": sampling.leading_grid, "linspace": sampling.linspace_grid}
 
 
@@ -110,9 +113,9 @@ class Sampler(NamedTuple):
     schedule: schedule.NoiseSchedule
     card: Mapping[str, Any]
 
-    def denoiser(self, params: Any, noise: Array, cond: Array, guidance: float, correct_noise: bool) -> prediction.Denoiser:
-        """The network with the card's transforms and the given ones, for one batch."""
-        denoiser = sampling.guided_denoiser(
+    def denoiser(self, params: Any, noise: Array, cond: Any, guidance: float | Array, correct_noise: bool | Array) -> prediction.Denoiser:
+        """The network with the card's transforms and the given ones, for one batch; `correct_noise` may be traced."""
+        network = sampling.guided_denoiser(
             self.model.apply,
             params,
             cond,
@@ -121,19 +124,36 @@ class Sampler(NamedTuple):
             null_cond=self.model.null_cond,
             scale=guidance,
         )
-        return sampling.noise_correction(noise, self.schedule.T)(denoiser) if correct_noise else denoiser
+        if self.card["sampler"]["solver"] == "consistency":
+            network = consistency_function(self.schedule.T)(network)
+        if correct_noise is False:
+            return network
+        correct = sampling.noise_correction(noise, self.schedule.T)
 
-    def sample(self, params: Any, noise: Array, cond: Array, grid: Any, *, guidance: float, correct_noise: bool) -> Array:
+        def denoiser(x: Array, t: Array) -> prediction.Prediction:
+            found = network(x, t)
+            corrected = correct(lambda *_: found)(x, t)
+            return jax.tree.map(lambda a, b: jnp.where(correct_noise, a, b), corrected, found)
+
+        return denoiser
+
+    def step(self, noise: Array) -> sampling.Step:
+        """The card's solver for the images that start from `noise`. Fresh noise is a function of an image's own start."""
+        name = self.card["sampler"]["solver"]
+        if name in SOLVERS:
+            return SOLVERS[name](self.schedule)
+        bits = jax.lax.bitcast_convert_type(noise.reshape(len(noise), -1)[:, 0].astype(jnp.float32), jnp.uint32)
+        return sampling.renoise(self.schedule, jax.vmap(jax.random.key)(bits))
+
+    def sample(self, params: Any, noise: Array, cond: Any, grid: Any, *, guidance: float, correct_noise: bool) -> Array:
         """Noise [b, h, w, c] standard normal, cond [b], grid [n] -> images [b, h, w, c] in [0, 1]."""
         denoiser = self.denoiser(params, noise, cond, guidance, correct_noise)
-        step = SOLVERS[self.card["sampler"]["solver"]](self.schedule)
-        return to_unit(sampling.rollout(step, denoiser, sampling.start(noise), grid)[0].x)
+        return to_unit(sampling.rollout(self.step(noise), denoiser, sampling.start(noise), grid)[0].x)
 
-    def visited(self, params: Any, noise: Array, cond: Array, grid: Any, *, correct_noise: bool) -> Array:
+    def visited(self, params: Any, noise: Array, cond: Any, grid: Any, *, correct_noise: bool) -> Array:
         """The x̂0 at each state of one trajectory: [n, b, h, w, c] in [0, 1]; on nested grids, every shorter sampler's images."""
         denoiser = self.denoiser(params, noise, cond, 1.0, correct_noise)
-        step = SOLVERS[self.card["sampler"]["solver"]](self.schedule)
-        return to_unit(sampling.rollout(step, denoiser, sampling.start(noise), grid)[1].x0)
+        return to_unit(sampling.rollout(self.step(noise), denoiser, sampling.start(noise), grid)[1].x0)
 
     def grid(self, steps: int) -> sampling.TimeGrid:
         """The card's grid for `steps` calls."""
@@ -145,7 +165,7 @@ def build_sampler(card: Mapping[str, Any]) -> Sampler:
     if card.get("format") != FORMAT:
         raise ValueError(f"format {card.get('format')!r} is not {FORMAT!r}; the export was written by another version")
     choose(PREDICTIONS, card["prediction"], "prediction")
-    choose(SOLVERS, card["sampler"]["solver"], "sampler.solver")
+    choose({**SOLVERS, **dict.fromkeys(RENOISING)}, card["sampler"]["solver"], "sampler.solver")
     return Sampler(build_model(card["model"]), build_schedule(card["schedule"]), card)
 
 

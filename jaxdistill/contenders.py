@@ -1,6 +1,6 @@
 """The few-step methods as the benchmark trains them: which loss, in which stages, with which optimizers and sampler."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,9 +46,7 @@ class Method(NamedTuple):
     """Stages in order, each starting from the result of the one before, and how the student is sampled."""
 
     stages: Sequence[Stage]
-    solver: str  # ddim | renoise | consistency
-    grid: Callable[[int], np.ndarray]
-    correct_noise: bool = False
+    sampler: card.Sampler
     pairs_share: float = 0.0
 
 
@@ -56,9 +54,18 @@ class Setting:
     """What the contenders share: the networks, the grids, the adversarial term and the optimizers of one benchmark."""
 
     def __init__(
-        self, config: ConfigDict, model: nn.Module, schedule: NoiseSchedule, parameterization: Any, constrain: sampling.Constrain
+        self,
+        config: ConfigDict,
+        model: nn.Module,
+        schedule: NoiseSchedule,
+        parameterization: Any,
+        constrain: sampling.Constrain,
+        *,
+        image_shape: Sequence[int],
+        text: Mapping[str, Any],
     ) -> None:
         self.config, self.model, self.schedule, self.constrain = config, model, schedule, constrain
+        self.image_shape, self.text = tuple(image_shape), dict(text)  # for the cards
         built: Any = model
         self.network = flash.Model(built.apply, schedule, parameterization)
         self.null_cond: Any = built.null_cond
@@ -97,22 +104,41 @@ class Setting:
         """The trailing grid."""
         return sampling.trailing_grid(steps, self.schedule.T)
 
-    def nested(self, block: ConfigDict) -> Callable[[int], np.ndarray]:
-        """Steps -> the first so many of the method's `times` (default: config.student.times)."""
-        times = block.get("times", self.config.student.times)
-        return lambda steps: card.build_grid({"grid": "nested", "times": times}, steps, self.schedule.T)
+    def nested(self, block: ConfigDict) -> dict[str, Any]:
+        """A sampler's grid whose N steps are the first N of the method's `times` (default: config.student.times)."""
+        return {"grid": "nested", "times": list(block.get("times", self.config.student.times))}
+
+    def sampler(self, *, solver: str = "ddim", correct_noise: bool = False, **grid: Any) -> card.Sampler:
+        """A student's sampler with its card, by default on the trailing grid: 3 steps, or the most that it is trained for."""
+        steps = max((n for n in self.steps if n <= 3), default=min(self.steps))
+        block = {"solver": solver, "grid": "trailing", **grid, "steps": steps, "guidance": 1.0, "noise_correction": correct_noise}
+        return card.build_sampler(self.export_card("student", block))
+
+    def export_card(self, role: str, sampler: Mapping[str, Any]) -> dict[str, Any]:
+        """What an export says of itself."""
+        config = self.config
+        return {
+            "format": card.FORMAT,
+            "role": role,
+            "model": config.model.to_dict(),
+            "schedule": config.schedule.to_dict(),
+            "prediction": config.prediction,
+            "data": {"name": "scenes", "image_shape": list(self.image_shape), "range": [-1.0, 1.0]},
+            "text": self.text,
+            "sampler": dict(sampler),
+        }
 
 
 def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
     """Imagine Flash, with every part a setting."""
-    steps, grid = setting.steps, setting.nested(block)
+    sampler = setting.sampler(correct_noise=block.noise_correction, **setting.nested(block))
     adversary = setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None
     shift = card.choose(SHIFTS, block.shift, "shift")(setting.schedule.T, **block.shift_settings.to_dict())
     noise = card.choose(NOISE_SOURCES, block.noise, "noise") if block.srl else None
     loss = flash.imagine_flash(
         setting.network,
         setting.network,
-        grids=[grid(n) for n in steps],
+        grids=[sampler.grid(n) for n in setting.steps],
         null_cond=setting.null_cond,
         reconstruction=flash.Reconstruction(shift=shift, noise_source=noise, steps=block.teacher_steps, guidance_scale=block.guidance),
         backward=block.backward,
@@ -125,16 +151,16 @@ def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -
     )
     groups = ("student", "discriminator") if adversary else ("student",)
     others = {"discriminator": setting.discriminator_optimizer()} if adversary else {}
-    stage = Stage("", loss, steps, setting.optimizer(block, iterations, **others), 1.0, groups)
-    return Method([stage], "ddim", grid, block.noise_correction)
+    stage = Stage("", loss, setting.steps, setting.optimizer(block, iterations, **others), 1.0, groups)
+    return Method([stage], sampler)
 
 
 def direct_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
     """Direct distillation; half of the budget makes the pairs."""
-    steps, grid = setting.steps, setting.nested(block)
-    loss = direct(setting.network, grids=[grid(n) for n in steps], constrain=setting.constrain, unroll=True)
-    stage = Stage("", loss, steps, setting.optimizer(block, iterations), 1.0, data="pairs")
-    return Method([stage], "ddim", grid, True, block.pairs_share)
+    sampler = setting.sampler(correct_noise=True, **setting.nested(block))
+    loss = direct(setting.network, grids=[sampler.grid(n) for n in setting.steps], constrain=setting.constrain, unroll=True)
+    stage = Stage("", loss, setting.steps, setting.optimizer(block, iterations), 1.0, data="pairs")
+    return Method([stage], sampler, block.pairs_share)
 
 
 def step_distillation_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
@@ -160,7 +186,7 @@ def step_distillation_method(setting: Setting, block: ConfigDict, iterations: in
                 f"{count}", loss, serves, setting.optimizer(block, iterations), 1 / len(counts), teacher="teacher" if i == 0 else "previous"
             )
         )
-    return Method(stages, "ddim", setting.trailing)
+    return Method(stages, setting.sampler())
 
 
 def consistency_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
@@ -176,7 +202,7 @@ def consistency_method(setting: Setting, block: ConfigDict, iterations: int) -> 
         constrain=setting.constrain,
     )
     tx = setting.optimizer(block, iterations, target=optax.sgd(1 - block.target_decay))
-    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "target"))], "consistency", setting.trailing)
+    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "target"))], setting.sampler(solver="consistency"))
 
 
 def add_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
@@ -192,7 +218,7 @@ def add_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
         constrain=setting.constrain,
     )
     tx = setting.optimizer(block, iterations, discriminator=setting.discriminator_optimizer())
-    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "discriminator"))], "renoise", setting.trailing)
+    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "discriminator"))], setting.sampler(solver="renoise"))
 
 
 def dmd2_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
@@ -210,7 +236,7 @@ def dmd2_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
     if block.adversarial_weight > 0:
         others["discriminator"] = setting.discriminator_optimizer()
     tx = setting.optimizer(block, iterations, **others)
-    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", *others))], "renoise", setting.trailing)
+    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", *others))], setting.sampler(solver="renoise"))
 
 
 def lightning_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
@@ -253,7 +279,7 @@ def lightning_method(setting: Setting, block: ConfigDict, iterations: int) -> Me
             name = f"{count}-{'flow' if keep_flow else 'relaxed'}"
             serves = () if keep_flow else served
             stages.append(Stage(name, loss, serves, tx, share, ("student", "discriminator"), "both", pair_states=keep_flow))
-    return Method(stages, "ddim", setting.trailing)
+    return Method(stages, setting.sampler())
 
 
 def tdm_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
@@ -268,7 +294,7 @@ def tdm_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
         unroll=True,
     )
     tx = setting.optimizer(block, iterations, fake=setting.fake_optimizer(block))
-    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "fake"))], "ddim", setting.trailing)
+    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "fake"))], setting.sampler())
 
 
 METHODS: dict[str, Callable[[Setting, ConfigDict, int], Method]] = {

@@ -1,6 +1,6 @@
 """`python -m jaxdistill.sample --model=FOLDER --out=grid.png`: images from an export or a pipeline folder.
 
-With `--prompt` from a diffusers folder or a text-to-image student, with `--labels` from a class-conditional export.
+With `--prompt` from a diffusers folder, a text-to-image student or a benchmark's export, with `--labels` from a class-conditional one.
 """
 
 import argparse
@@ -57,6 +57,7 @@ def parser() -> Parser:
     p.add_argument("--out", required=True, help=".png for a grid, .npz for images float32 [n, h, w, c] in [0, 1] and labels or prompts")
     text = p.add_argument_group("text to image")
     text.add_argument("--prompt", help="what to draw")
+    text.add_argument("--text_encoder", help="folder of the MiniLM of a benchmark's export; default: the installed package's")
     text.add_argument("--negative_prompt", help="what guidance leads away from; default: the pipeline's own")
     text.add_argument("--height", type=int, help="pixels; default: the checkpoint's")
     text.add_argument("--width", type=int, help="pixels; default: the checkpoint's")
@@ -119,17 +120,48 @@ def check_numbers(*, seed: int, **counts: int) -> None:
         raise ValueError(f"--seed must be in 0..{2**31 - 1}, got {seed}")
 
 
-TEXT_FLAGS = ("prompt", "negative_prompt", "height", "width", "grid", "solver", "latents")
+PIPELINE_FLAGS = ("negative_prompt", "height", "width", "grid", "solver", "latents")
 
 
-def speaks_text(folder: Path) -> bool:
-    """Whether a folder is a pipeline or an export that names one."""
+def kind(folder: Path) -> str:
+    """What a folder draws from: "pipeline" (a diffusers folder, or an export that names one), "caption" or "label"."""
     if (folder / "model_index.json").is_file():
-        return True
+        return "pipeline"
     try:
-        return "components" in json.loads((folder / "card.json").read_text())
-    except (OSError, ValueError):
-        return False  # said better by who reads it
+        found = json.loads((folder / "card.json").read_text())
+        return "pipeline" if "components" in found else "caption" if found.get("text") else "label"
+    except (OSError, ValueError, AttributeError):
+        return "label"  # said better by who reads it
+
+
+def prompt_numbers(args: argparse.Namespace, *, batch_size: int) -> tuple[int, int]:
+    """--num and --batch_size of a model that draws from text. Raises ValueError."""
+    if args.prompt is None:
+        raise ValueError(f'{args.model} draws from text: give --prompt="a photo of a cat"')
+    if args.labels is not None:
+        raise ValueError(f"--labels: {args.model} draws from text and has no classes; give --prompt")
+    num, batch_size = 1 if args.num is None else args.num, batch_size if args.batch_size is None else args.batch_size
+    check_numbers(seed=args.seed, num=num, batch_size=batch_size)
+    return num, batch_size
+
+
+def caption_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
+    """Images and their captions from a benchmark's export. Raises ValueError."""
+    try:
+        from jaxdistill.text_export import TextExport
+    except ModuleNotFoundError as error:
+        raise ValueError(missing_extra(error)) from None
+
+    num, batch_size = prompt_numbers(args, batch_size=500)
+    given = [f"--{name}" for name in PIPELINE_FLAGS if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"{given[0]}: {args.model} has its own size, grid and solver; leave it out")
+    model = TextExport(args.model, encoder=args.text_encoder or "")
+    if args.steps is not None:
+        check_numbers(seed=args.seed, steps=args.steps)
+    captions = [args.prompt] * num
+    settings = {"steps": args.steps, "guidance": args.guidance, "noise_correction": args.noise_correction}
+    return model(captions, **settings, seed=args.seed, batch_size=batch_size), captions
 
 
 def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
@@ -139,13 +171,9 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     except ModuleNotFoundError as error:
         raise ValueError(missing_extra(error)) from None
 
-    if args.prompt is None:
-        raise ValueError(f'{args.model} draws from text: give --prompt="a photo of a cat"')
-    if args.labels is not None:
-        raise ValueError(f"--labels: {args.model} draws from text and has no classes; give --prompt")
-    num = 1 if args.num is None else args.num
-    batch_size = 4 if args.batch_size is None else args.batch_size
-    check_numbers(seed=args.seed, num=num, batch_size=batch_size)
+    num, batch_size = prompt_numbers(args, batch_size=4)
+    if args.text_encoder is not None:
+        raise ValueError(f"--text_encoder: {args.model} has its own; leave it out")
     if args.tile < 0:
         raise ValueError(f"--tile must be at least 0 (0: never), got {args.tile}")
     latents = None
@@ -189,11 +217,12 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--out={out} must end in .png or .npz")
         if not out.parent.is_dir():
             raise ValueError(f"--out={out}: the folder {out.parent} does not exist")
-        if speaks_text(Path(args.model)):
-            images, prompts = text_images(args)
+        draws_from = kind(Path(args.model))
+        if draws_from != "label":
+            images, prompts = text_images(args) if draws_from == "pipeline" else caption_images(args)
             extra: dict[str, Any] = {"prompts": np.asarray(prompts)}
         else:
-            given = [f"--{name}" for name in TEXT_FLAGS if getattr(args, name) is not None]
+            given = [f"--{name}" for name in ("prompt", "text_encoder", *PIPELINE_FLAGS) if getattr(args, name) is not None]
             if given and (Path(args.model) / "card.json").is_file():
                 raise ValueError(f"{given[0]}: {args.model} draws classes, not text; give --labels, or a pipeline folder as --model")
             if given:

@@ -316,16 +316,21 @@ def plms(schedule: NoiseSchedule) -> Step:
 def renoise(schedule: NoiseSchedule, key: Array) -> Step:
     """x_s = α_s x̂0 + σ_s ε with ε drawn afresh (multistep consistency sampling; Song et al. 2023, alg. 1).
 
-    The noise of a step is a function of key and t_next: t_next scalar, one time for the whole batch.
+    `key` is one key, or [b] for images that do not depend on their batch. The noise of a step is a function of key and t_next:
+    t_next scalar, one time for the whole batch.
     """
 
     def step(prediction: Prediction, state: SamplerState, t: Array, t_next: Array) -> SamplerState:
         if jnp.ndim(t_next):
             raise ValueError(f"renoise takes one time for the whole batch, got times of shape {jnp.shape(t_next)}; use ddim")
         bits = jax.lax.bitcast_convert_type(jnp.asarray(t_next, jnp.float32), jnp.uint32)
-        noise = jax.random.normal(jax.random.fold_in(key, bits), state.x.shape, state.x.dtype)
+        shape, dtype = state.x.shape, state.x.dtype
+        if jnp.ndim(key):
+            noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, bits), shape[1:], dtype))(key)
+        else:
+            noise = jax.random.normal(jax.random.fold_in(key, bits), shape, dtype)
         x_next = schedule.alpha(t_next) * prediction.x0 + schedule.sigma(t_next) * noise
-        return state._replace(x=x_next.astype(state.x.dtype), first=jnp.zeros((), bool))
+        return state._replace(x=x_next.astype(dtype), first=jnp.zeros((), bool))
 
     return step
 

@@ -69,7 +69,7 @@ def measure(bench: Benchmark, name: str, samples: int, steps: int) -> list[dict[
     student, about = checkpoint.load_export(bench.workdir / "students" / name)
     evaluator = bench.evaluator(bench.recogniser(), split)
     teacher = bench.teacher(evaluator)
-    grid = bench.make(about["method"])(1).grid(max(config.student.steps))
+    grid = bench.make(about["method"])(1).sampler.grid(max(config.student.steps))
     states = states_of(bench, jax.device_put(student), grid, about["method"])
     real = bench.images(split, samples).astype(np.float32) / 127.5 - 1.0
     captions = bench.captions[split][: len(real)]

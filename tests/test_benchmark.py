@@ -8,7 +8,9 @@ from idx import write_fashion
 from PIL import Image
 from shell import run_command
 
-from jaxdistill import benchmark, card, contenders, main, report, sampling, schedule, teacher_states
+from jaxdistill import benchmark, card, contenders, main, report, sample, sampling, schedule, teacher_states
+from jaxdistill.scenes import open_scenes
+from jaxdistill.text_export import TextExport
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from configs import benchmark as config_file
@@ -79,6 +81,47 @@ def test_second_start_repeats_nothing_and_other_settings_are_refused(smoke):
     assert "another config" in errors[0] and "eval.samples" in errors[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["imagine_flash-0", "step_distillation-0-2"])
+def test_export_draws_the_images_that_were_scored(smoke, name):
+    """The card alone, with the encoder, brings back solver, grid and noise correction."""
+    workdir, _ = smoke
+    config, model = config_file.get_config("smoke"), TextExport(workdir / "students" / name, encoder=GOLDEN)
+    scenes = open_scenes(workdir, workdir / "scenes", scale=config.data.scale)
+    captions = [benchmark.caption_of(item) for item in scenes["test"]][: config.eval.samples]
+    images = model(captions, steps=2, seed=config.eval.seed, batch_size=config.eval.batch_size)
+    scored = np.load(workdir / "pictures" / f"{name.split('-')[0]}-0-2-1.npy").astype(np.float32)
+    np.testing.assert_allclose(images[: len(scored)] * 255.0, scored, atol=1.01)
+    assert model.card["sampler"]["steps"] == 2 and model.card["sampler"]["guidance"] == 1.0
+    # An image is a function of its caption, the seed and its number, not of its batch.
+    np.testing.assert_allclose(model(captions[:3], seed=config.eval.seed, batch_size=2), images[:3], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_sample_reads_captions(smoke, tmp_path, capsys):
+    folder, out = smoke[0] / "students" / "imagine_flash-0", tmp_path / "x.npz"
+    flags = [f"--model={folder}", f"--out={out}", f"--text_encoder={GOLDEN}"]
+    caption = "a red bag above a blue boot"
+    sample.main([*flags, f"--prompt={caption}", "--num=2", "--steps=1", "--seed=3"])
+    found = np.load(out)
+    assert found["images"].shape == (2, 32, 32, 3) and list(found["prompts"]) == [caption] * 2
+    expected = TextExport(folder, encoder=GOLDEN)([caption] * 2, steps=1, seed=3)
+    np.testing.assert_array_equal(found["images"], expected)
+    for more, words in [
+        ([], "draws from text"),
+        (["--prompt=a bag", "--labels=3"], "has no classes"),
+        (["--prompt=a bag", "--height=64"], "--height"),
+        (["--prompt=" + "bag " * 40], "tokens"),
+        (["--prompt=a bag", "--guidance=-1"], "guidance must be"),
+        (["--prompt=a bag", "--steps=0"], "--steps must be"),
+        (["--prompt=a bag", "--text_encoder=nowhere"], "nowhere"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            sample.main([*flags, *more])
+        printed = capsys.readouterr().err
+        assert stop.value.code == 2 and words in printed and printed.count("\n") == 1, printed
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -147,11 +190,13 @@ def test_every_variant_of_the_studies_can_be_built(size):
     benchmark.check(config)
     model = card.build_model(config.model.to_dict())
     parameterization, _ = card.PREDICTIONS[config.prediction]
-    setting = contenders.Setting(config, model, card.build_schedule(config.schedule.to_dict()), parameterization, sampling.unconstrained)
+    built = card.build_schedule(config.schedule.to_dict())
+    cards: dict = {"image_shape": benchmark.SHAPE, "text": {}}
+    setting = contenders.Setting(config, model, built, parameterization, sampling.unconstrained, **cards)
     full = config_file.get_config().method_settings.imagine_flash
     for name in config.methods:
         method = benchmark.choose_method(config, name)(setting, config.method_settings[name], 100)
-        assert method.grid(3)[0] == 1.0
+        assert method.sampler.grid(3)[0] == 1.0
         changes = {k for k, v in config.method_settings[name].items() if k != "method" and v != full.get(k)}
         assert size == "leakage" or len(changes - {"shift_settings"}) == (name != "full"), (name, changes)
 

@@ -25,6 +25,7 @@ SHELL = (
     "distil",
     "main",
     "aot",
+    "text_export",
     "sample",
     "compare",
     "ablate",

@@ -304,6 +304,16 @@ def test_renoising_sampler_draws_the_exact_marginals_from_an_exact_consistency_f
     np.testing.assert_array_equal(state.x, again.x)
 
 
+def test_renoise_with_a_key_a_row_draws_each_row_alone():
+    keys = jax.random.split(KEY, 3)
+    x_T = jax.random.normal(jax.random.key(5), (3, 4))
+    run = lambda keys, x: rollout(renoise(COSINE, keys), lambda x, t: Prediction(flow_end(x, t), x), start(x), trailing_grid(3, 1.0))[0].x  # noqa: E731
+    whole = run(keys, x_T)
+    np.testing.assert_allclose(run(keys[1:2], x_T[1:2]), whole[1:2], rtol=1e-6)
+    np.testing.assert_allclose(run(keys[1], x_T[1:2]), whole[1:2], rtol=1e-6)
+    assert not np.allclose(run(keys[0], x_T[1:2]), whole[1:2])
+
+
 def test_renoise_refuses_times_of_each_example():
     with pytest.raises(ValueError, match="one time for the whole batch"):
         rollout(renoise(COSINE, KEY), lambda x, t: Prediction(x, x), start(jnp.zeros((2, 3))), np.float32([[1.0, 1.0], [0.5, 0.4]]))

@@ -5,12 +5,14 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
@@ -22,6 +24,12 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 class EncoderError(ValueError):
     """A text encoder that cannot be read, in one line."""
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply(model: BertEncoder, params: Any, ids: Array, mask: Array) -> Array:
+    found: Array = model.apply(params, ids, mask)
+    return found.astype(jnp.float16)
 
 
 class TextEncoder(NamedTuple):
@@ -43,7 +51,6 @@ class TextEncoder(NamedTuple):
             if len(encoding.ids) > length:
                 raise EncoderError(f"caption {captions[i]!r} has {len(encoding.ids)} tokens; at most {length} fit: raise the length")
             ids[i, : len(encoding.ids)], mask[i, : len(encoding.ids)] = encoding.ids, True
-        apply = jax.jit(lambda params, ids, mask: self.model.apply(params, ids, mask).astype(jnp.float16))
         out = np.zeros((len(captions), length, self.model.hidden_size), np.float16)
         for i in range(0, len(captions), batch_size):
             rows = slice(i, i + batch_size)
@@ -51,7 +58,7 @@ class TextEncoder(NamedTuple):
             # Padding rows attend to their first position: a row without any would be NaN.
             padded = np.pad(mask[rows], padding)
             padded[:, 0] = True
-            out[rows] = np.asarray(apply(self.params, np.pad(ids[rows], padding), padded))[: len(ids[rows])]
+            out[rows] = np.asarray(_apply(self.model, self.params, np.pad(ids[rows], padding), padded))[: len(ids[rows])]
         return out, mask
 
 

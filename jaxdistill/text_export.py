@@ -1,0 +1,66 @@
+"""Captions to images from an export of a small text-conditional model: what `jaxdistill.benchmark` leaves in teacher/ and students/."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill import card, checkpoint
+from jaxdistill.interop import sentence_encoder
+
+
+class TextExport:
+    """A loaded export with the frozen text encoder that its card names.
+
+    Raises CheckpointError or EncoderError, in one line, for a folder that cannot be read or an encoder that is another one.
+    """
+
+    def __init__(self, folder: str | Path, *, encoder: str | Path = "") -> None:
+        self.params, self.card = checkpoint.load_export(folder)
+        if "sha256" not in self.card.get("text", {}):
+            raise checkpoint.CheckpointError(f"{folder} holds a {self.card.get('role', 'thing')} that reads no text")
+        self.sampler = card.build_sampler(self.card)
+        self.shape = tuple(self.card["data"]["image_shape"])
+        self.encoder = sentence_encoder.load(encoder)
+        if self.encoder.hash != self.card["text"]["sha256"]:
+            raise sentence_encoder.EncoderError(
+                f"the text encoder has hash {self.encoder.hash}, but {folder} was trained with {self.card['text']['sha256']}; "
+                "give that one's folder"
+            )
+
+    def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """The network's conditioning, {"tokens" float32 [n, l, d], "mask" bool [n, l]}. Raises EncoderError for one that is too long."""
+        tokens, mask = self.encoder(captions, length=self.card["text"]["length"], batch_size=len(captions))
+        return {"tokens": tokens.astype(np.float32), "mask": mask}
+
+    def __call__(
+        self,
+        captions: Sequence[str],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        noise_correction: bool | None = None,
+        seed: int = 0,
+        batch_size: int = 500,
+    ) -> np.ndarray:
+        """Images float32 [n, h, w, c] in [0, 1], one a caption; image i is a function of (seed, i) and its caption.
+
+        None takes the card's setting. Raises ValueError for a setting that the export cannot serve.
+        """
+        settings, num = self.card["sampler"], len(captions)
+        guidance = settings["guidance"] if guidance is None else guidance
+        if not np.isfinite(guidance) or guidance < 0:
+            raise ValueError(f"guidance must be a number of at least 0 (1 = none), got {guidance}")
+        correct = settings["noise_correction"] if noise_correction is None else noise_correction
+        grid = jnp.asarray(self.sampler.grid(settings["steps"] if steps is None else steps))
+        cond = self.encode(captions)
+        program = jax.jit(partial(self.sampler.sample, guidance=float(guidance), correct_noise=correct))
+        block, images = min(batch_size, num), []
+        for i in range(0, num, block):
+            rows = np.arange(i, i + block) % num  # the last block is filled up, so that one program serves all
+            part = {name: value[rows] for name, value in cond.items()}
+            images.append(np.asarray(program(self.params, card.draw_noise(seed, i, block, self.shape), part, grid)))
+        return np.concatenate(images)[:num]
