@@ -403,7 +403,10 @@ class Benchmark:
                     student_of,
                 )
                 about = {"method": name, "seed": seed, "calls_an_iteration": round(cost, 2), "iterations": iterations}
-                checkpoint.export(folder, state.ema_params, {**method.sampler.card, **about})
+                block = dict(method.sampler.card["sampler"])
+                if stage.serves and block["steps"] not in stage.serves:
+                    block["steps"] = max(stage.serves)
+                checkpoint.export(folder, state.ema_params, {**method.sampler.card, "sampler": block, **about})
                 current = jax.tree.map(np.asarray, state.ema_params)
             result |= {n: current for n in stage.serves}
         return dict(sorted(result.items()))

@@ -33,8 +33,11 @@ class TextExport:
 
     def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """The network's conditioning, {"tokens" float32 [n, l, d], "mask" bool [n, l]}. Raises EncoderError for one that is too long."""
-        tokens, mask = self.encoder(captions, length=self.card["text"]["length"], batch_size=len(captions))
-        return {"tokens": tokens.astype(np.float32), "mask": mask}
+        distinct = list(dict.fromkeys(captions))
+        tokens, mask = self.encoder(distinct, length=self.card["text"]["length"], batch_size=min(len(distinct), 256))
+        number = {caption: i for i, caption in enumerate(distinct)}
+        rows = [number[caption] for caption in captions]
+        return {"tokens": tokens[rows].astype(np.float32), "mask": mask[rows]}
 
     def __call__(
         self,

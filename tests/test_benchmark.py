@@ -98,6 +98,12 @@ def test_export_draws_the_images_that_were_scored(smoke, name):
 
 
 @pytest.mark.slow
+def test_each_stages_export_names_a_step_count_that_it_serves(smoke):
+    steps = {p.parent.name: json.loads(p.read_text())["sampler"]["steps"] for p in smoke[0].glob("students/*/card.json")}
+    assert steps == {"imagine_flash-0": 2, "step_distillation-0-2": 2, "step_distillation-0-1": 1}
+
+
+@pytest.mark.slow
 def test_sample_reads_captions(smoke, tmp_path, capsys):
     folder, out = smoke[0] / "students" / "imagine_flash-0", tmp_path / "x.npz"
     flags = [f"--model={folder}", f"--out={out}", f"--text_encoder={GOLDEN}"]
