@@ -179,7 +179,7 @@ def draw_noise(seed: int, start: int, count: int, image_shape: tuple[int, ...]) 
     return noise_of(seed, start + jnp.arange(count), image_shape)
 
 
-def noise_of(seed: int, rows: Array, image_shape: tuple[int, ...]) -> Array:
+def noise_of(seed: int | Array, rows: Array, image_shape: tuple[int, ...]) -> Array:
     """Standard normal [n, h, w, c] of the image numbers `rows` int [n], each a function of (seed, number)."""
     key = jax.random.key(seed)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), image_shape))(rows)

@@ -213,7 +213,7 @@ class TextToImage:
         self.unet, self.vae = folder.unet.module, folder.vae.module
         self.text: TextEncoders = share.text if share else TextEncoders(folder, dtype=param_dtype)
         self.vae_params: Any = share.vae_params if share else diffusers_folder.load_params(folder.vae, dtype=param_dtype)
-        self._advance = jax.jit(self._step, static_argnames="guided")
+        self.advance = jax.jit(self._step, static_argnames="guided")
         self._decode: Callable[..., Array] = share._decode if share else jax.jit(partial(self.vae.apply, method="decode"))
 
     # -- settings
@@ -334,7 +334,7 @@ class TextToImage:
             starts = jnp.asarray(noise[rows])
             state = self.scheduler.start(starts * run.scale)
             for t, t_next in zip(run.times, run.next_times, strict=True):
-                state = self._advance(self.params, state, starts, part, null, t, t_next, np.float32(guidance), guided=guided)
+                state = self.advance(self.params, state, starts, part, null, t, t_next, np.float32(guidance), guided=guided)
             found.append(self.decode(state.x) if decode else np.asarray(state.x))
         return np.concatenate(found)[: len(prompts)]
 

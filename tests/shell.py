@@ -48,12 +48,13 @@ def command(module: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def run_command(module: str, *arguments: object, timeout: float = 200) -> subprocess.CompletedProcess:
+def run_command(module: str, *arguments: object, timeout: float = 200, optimized: bool = False) -> subprocess.CompletedProcess:
     """Run a command of the package from the repository's root, as a user does.
 
-    XLA leaves most optimizations out: these programs run for moments and take far longer to compile. `.ci/run` has them optimized.
+    XLA leaves most optimizations out unless the bits matter: these programs run for moments and take far longer to compile. `.ci/run`
+    has them optimized.
     """
-    env = environment(JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    env = environment() if optimized else environment(JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     return subprocess.run(command(module, *arguments), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 
 

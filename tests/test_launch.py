@@ -51,6 +51,14 @@ def tools(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell that starts the tests with `&` has them ignore SIGINT, and whatever they start would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def scene(tmp_path, tools):
     """A folder to work in, `bin` for stand-ins, and `start`/`run` of a script in it."""

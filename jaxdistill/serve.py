@@ -1,0 +1,444 @@
+"""`python -m jaxdistill.serve --model=DIR/student [--teacher=DIR/teacher]`: a page where an image changes with each keystroke.
+
+`POST /api/image` is the same for programs (JSON in, PNG out; `/openapi.json` describes it); `/healthz` and `/metrics` are for those who
+run it.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import jaxdistill
+from jaxdistill.sample import Parser, kind
+from jaxdistill.workdir import missing_extra
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse, Response
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+    from starlette.exceptions import HTTPException
+
+    from jaxdistill.serving import Busy, Cancelled, Engine, Expired, ExportPainter, Job, Painter, PipelinePainter
+except ModuleNotFoundError as error:
+    print(f"error: {missing_extra(error)}", file=sys.stderr)
+    sys.exit(2)
+
+PAGE = Path(__file__).parent / "page"
+FILES = {"index.html": "text/html", "app.js": "text/javascript", "style.css": "text/css"}
+MAX_PROMPT, MAX_COUNT, MAX_FRAME = 300, 9, 8192
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class ImageRequest(BaseModel):
+    """One image."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    prompt: Prompt
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    seed: Seed = 0
+    noise_correction: bool | None = None
+    model: Literal["student", "teacher"] = "student"
+
+
+class Frame(BaseModel):
+    """A request of the page: images of `count` seeds, by the teacher too where asked."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    id: Annotated[int, Field(ge=0, lt=2**53)]
+    prompt: Prompt
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    seed: Seed = 0
+    count: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
+    noise_correction: bool = True
+    teacher: bool = False
+
+
+def line_of(error: ValidationError | RequestValidationError) -> str:
+    """The first thing that is wrong with a request, as one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
+
+
+def png_of(image: np.ndarray, settings: dict[str, Any]) -> bytes:
+    """The image as PNG with its settings inside, under "jaxdistill"."""
+    info, out = PngInfo(), io.BytesIO()
+    info.add_text("jaxdistill", json.dumps(settings))
+    Image.fromarray(image).save(out, "PNG", pnginfo=info)
+    return out.getvalue()
+
+
+class Meters:
+    """What /metrics shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.images = Counter("jaxdistill_images", "Images by model and outcome.", ["model", "outcome"], registry=self.registry)
+        self.seconds = Histogram("jaxdistill_image_seconds", "From request to image.", ["model"], registry=self.registry)
+        self.sessions = Gauge("jaxdistill_sessions", "Open pages.", registry=self.registry)
+        self.waiting = Gauge("jaxdistill_waiting", "Queued images.", registry=self.registry)
+
+
+def outcome_of(found: Any) -> tuple[str, int, str]:
+    """(code, HTTP status, message) of an exception from the engine."""
+    if isinstance(found, Busy):
+        return "busy", 503, "the server is busy; try again in a moment"
+    if isinstance(found, Expired):
+        return "deadline", 504, "the request waited too long; try again in a moment"
+    if isinstance(found, Cancelled):
+        return "cancelled", 503, "the server is shutting down"
+    if isinstance(found, ValueError):
+        return "invalid", 422, str(found).splitlines()[0]
+    return "failed", 500, "drawing failed; the server's log says why"
+
+
+class Session:
+    """One open page: its newest request, and what is still to be sent of it."""
+
+    def __init__(self, app: "Server", socket: WebSocket) -> None:
+        self.app, self.socket, self.jobs = app, socket, list[Job]()
+        self.outgoing: asyncio.Queue[tuple[int, dict[str, Any], np.ndarray | None]] = asyncio.Queue()
+        self.newest = -1
+
+    def cancel(self) -> None:
+        """Drop the request before."""
+        for job in self.jobs:
+            job.cancelled = True
+        self.jobs = []
+        while not self.outgoing.empty():
+            self.outgoing.get_nowait()
+
+    async def receive(self) -> None:
+        """Frames until the page is closed."""
+        while True:
+            message = await self.socket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            number = -1
+            try:
+                raw = json.loads(message.get("text") or "")
+                number = raw["id"] if isinstance(raw, dict) and type(raw.get("id")) is int else -1
+                frame = Frame.model_validate(raw)
+                self.app.check("student", frame.steps)
+            except ValidationError as error:
+                self.refuse(number, line_of(error))
+            except (ValueError, RecursionError) as error:
+                text = "a frame must be JSON text" if isinstance(error, (json.JSONDecodeError, RecursionError)) else str(error)
+                self.refuse(number, text)
+            else:
+                self.begin(frame)
+
+    def refuse(self, number: int, message: str) -> None:
+        """An error that is the page's own."""
+        self.outgoing.put_nowait((number, {"kind": "error", "code": "invalid", "message": message}, None))
+
+    def begin(self, frame: Frame) -> None:
+        """Queue the images of a request in place of the one before."""
+        self.cancel()
+        self.newest = frame.id
+        for model in ("student", "teacher") if frame.teacher and "teacher" in self.app.painters else ("student",):
+            steps = frame.steps if model == "student" else self.app.painters["teacher"].steps
+            correct = frame.noise_correction if model == "student" else self.app.painters["teacher"].correct
+            left = [frame.count]
+            for index in range(frame.count):
+                self.queue(frame, model, index, steps, correct, left)
+
+    def queue(self, frame: Frame, model: str, index: int, steps: int, correct: bool, left: list[int]) -> None:
+        """Queue one image."""
+        app, loop, began, seed = self.app, asyncio.get_running_loop(), time.monotonic(), (frame.seed + index) % 2**31
+
+        def say(body: dict[str, Any], image: np.ndarray | None = None) -> None:
+            loop.call_soon_threadsafe(self.outgoing.put_nowait, (frame.id, {"model": model, **body}, image))
+
+        def answer(found: Any) -> None:
+            app.count(model, found, began)
+            milliseconds = round(1000 * (time.monotonic() - began), 2)
+            if isinstance(found, Cancelled):
+                return
+            if isinstance(found, Exception):
+                code, _, message = outcome_of(found)
+                say({"kind": "error", "code": code, "message": message})
+                return
+            settings = {"prompt": frame.prompt, "model": model, "steps": steps, "seed": seed, "noise_correction": correct}
+            say({"kind": "image", "index": index, "seed": seed, "milliseconds": milliseconds, "settings": settings}, found)
+            left[0] -= 1
+            if not left[0]:
+                say({"kind": "done", "milliseconds": milliseconds})
+
+        def progress(done: int, of: int) -> None:
+            if index == 0:
+                say({"kind": "progress", "done": done, "of": of})
+
+        job = Job(model, frame.prompt, steps, seed, correct, answer, progress, time.monotonic() + app.deadline)
+        self.jobs.append(job)
+        try:
+            app.engine.submit(job)
+        except Busy as error:
+            answer(error)
+
+    async def send(self) -> None:
+        """Frames of the newest request; those of older ones are dropped."""
+        while True:
+            number, body, image = await self.outgoing.get()
+            if number not in (self.newest, -1) and body["kind"] != "error":
+                continue
+            if image is not None:
+                png = await asyncio.to_thread(png_of, image, body.pop("settings"))
+                body["png"] = base64.b64encode(png).decode()
+            await self.socket.send_text(json.dumps({"id": number, **body}))
+
+
+class Server:
+    """The engine with what the page and programs are told."""
+
+    def __init__(self, painters: dict[str, Painter], info: dict[str, Any], *, limit: int = 256, deadline: float = 30.0) -> None:
+        self.painters, self.info, self.deadline, self.meters = painters, info, deadline, Meters()
+        self.engine = Engine(painters, limit=limit)
+        self.meters.waiting.set_function(self.engine.waiting)
+
+    def check(self, model: str, steps: int) -> None:
+        """Raise ValueError for a step count that the model has no use for."""
+        most = self.painters[model].max_steps
+        if steps > most:
+            raise ValueError(f"steps: at most {most}, got {steps}")
+
+    def count(self, model: str, found: Any, began: float) -> None:
+        """One image more."""
+        outcome = outcome_of(found)[0] if isinstance(found, Exception) else "drawn"
+        self.meters.images.labels(model, outcome).inc()
+        if outcome == "drawn":
+            self.meters.seconds.labels(model).observe(time.monotonic() - began)
+
+    async def image(self, request: ImageRequest) -> Response:
+        """One image for a program."""
+        if request.model not in self.painters:
+            raise ValueError("model: no teacher is served here; start the server with --teacher")
+        painter = self.painters[request.model]
+        steps = painter.steps if request.steps is None else request.steps
+        correct = painter.correct if request.noise_correction is None else request.noise_correction
+        self.check(request.model, steps)
+        loop, began = asyncio.get_running_loop(), time.monotonic()
+        future: asyncio.Future[Any] = loop.create_future()
+
+        def settle(found: Any) -> None:
+            if not future.done():
+                future.set_result(found)
+
+        def answer(found: Any) -> None:
+            self.count(request.model, found, began)
+            loop.call_soon_threadsafe(settle, found)
+
+        job = Job(request.model, request.prompt, steps, request.seed, correct, answer, None, time.monotonic() + self.deadline)
+        try:
+            self.engine.submit(job)
+            found = await future
+        except Busy as error:
+            self.count(request.model, error, began)
+            found = error
+        finally:
+            job.cancelled = True  # the client may have left
+        if isinstance(found, Exception):
+            code, status, message = outcome_of(found)
+            return JSONResponse({"code": code, "message": message}, status, {"Retry-After": "1"} if status == 503 else None)
+        settings = request.model_dump() | {"steps": steps, "noise_correction": correct}
+        png = await asyncio.to_thread(png_of, found, settings)
+        return Response(png, media_type="image/png", headers={"X-Milliseconds": f"{1000 * (time.monotonic() - began):.2f}"})
+
+
+def make_app(server: Server) -> FastAPI:
+    """The web application."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(server.engine.close)
+
+    app = FastAPI(title="jaxdistill", version=jaxdistill.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    files = {name: (PAGE / name).read_bytes() for name in FILES}
+
+    @app.middleware("http")
+    async def headers(request: Request, call_next: Any) -> Response:
+        response: Response = await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"code": "invalid", "message": line_of(error)}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def unreadable(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"code": "invalid", "message": str(error.detail)}, error.status_code)
+
+    @app.exception_handler(ValueError)
+    async def refused(_: Request, error: ValueError) -> JSONResponse:
+        return JSONResponse({"code": "invalid", "message": str(error).splitlines()[0]}, 422)
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return Response(files["index.html"], media_type="text/html")
+
+    @app.get("/static/{name}", include_in_schema=False)
+    async def static(name: str) -> Response:
+        return Response(files[name], media_type=FILES[name]) if name in files else Response(status_code=404)
+
+    @app.get("/api/info")
+    async def info() -> dict[str, Any]:
+        """What is served here."""
+        return server.info
+
+    @app.post("/api/image", response_class=Response, responses={200: {"content": {"image/png": {}}}, 503: {}, 504: {}})
+    async def image(request: ImageRequest) -> Response:
+        """One image as PNG, its settings inside."""
+        return await server.image(request)
+
+    @app.get("/healthz")
+    async def healthz() -> JSONResponse:
+        """Whether images are drawn."""
+        alive = server.engine.alive()
+        return JSONResponse({"ok": alive}, 200 if alive else 503)
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(generate_latest(server.meters.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.websocket("/ws")
+    async def ws(socket: WebSocket) -> None:
+        origin = socket.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != socket.headers.get("host"):
+            await socket.close(1008)  # another site's page
+            return
+        await socket.accept()
+        session = Session(server, socket)
+        sender = asyncio.create_task(session.send())
+        server.meters.sessions.inc()
+        try:
+            receiver = asyncio.create_task(session.receive())
+            await asyncio.wait((receiver, sender), return_when=asyncio.FIRST_COMPLETED)
+            receiver.cancel()
+        except WebSocketDisconnect:
+            pass
+        finally:
+            session.cancel()
+            sender.cancel()
+            await asyncio.gather(sender, receiver, return_exceptions=True)
+            server.meters.sessions.dec()
+
+    return app
+
+
+def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "") -> Painter:
+    """The compiled programs of an export or a pipeline folder. Raises ValueError in one line."""
+    found = kind(Path(folder))
+    if found == "label":
+        if not (Path(folder) / "card.json").is_file():
+            raise ValueError(f"{folder} is no model: it has neither card.json nor model_index.json")
+        raise ValueError(f"{folder} draws classes, not text; serve a student that reads captions")
+    if found == "pipeline":
+        from jaxdistill import pipeline
+
+        return PipelinePainter(pipeline.load(folder), sizes)
+    from jaxdistill.text_export import TextExport
+
+    return ExportPainter(TextExport(folder, encoder=encoder), sizes)
+
+
+def describe(folder: str, painters: dict[str, Painter]) -> dict[str, Any]:
+    """What the page is told."""
+    student, teacher = painters["student"], painters.get("teacher")
+    examples, hint = ["a photo of a cat", "a watercolour of a lighthouse at dusk"], ""
+    if isinstance(student, ExportPainter) and student.export.card["data"]["name"] == "scenes":
+        from jaxdistill import scenes
+
+        pairs = [("red", "sneaker", "blue", "bag"), ("green", "dress", "white", "trousers"), ("purple", "coat", "yellow", "boot")]
+        shown = [scenes.Scene(scenes.AXES[i % 2], pair[:2], pair[2:]) for i, pair in enumerate(pairs)]
+        examples = [scenes.captions(scene)[0] for scene in shown]
+        hint = f"Two garments and where they are. Colours: {', '.join(scenes.COLOURS)}. Garments: {', '.join(scenes.GARMENTS)}."
+    path = Path(folder).resolve()
+    return {
+        "name": path.name,
+        "version": jaxdistill.__version__,
+        "steps": [1, 2, 3],
+        "default_steps": min(3, student.steps),
+        "noise_correction": {"default": student.correct, "choice": True},
+        "image": {"height": student.size[0], "width": student.size[1]},
+        "examples": examples,
+        "hint": hint,
+        "teacher": {"steps": teacher.steps, "guidance": teacher.guidance} if teacher else None,
+        "counts": [1, 4, 9],
+        "max_prompt": MAX_PROMPT,
+    }
+
+
+def parser() -> Parser:
+    """The flags."""
+
+    def sizes(text: str) -> tuple[int, ...]:
+        found = tuple(sorted({int(part) for part in text.split(",")}))
+        if found[0] < 1:
+            raise ValueError
+        return found
+
+    p = Parser(prog="python -m jaxdistill.serve", description=__doc__)
+    p.add_argument("--model", required=True, help="folder of a student that reads captions: an export or a diffusers folder")
+    p.add_argument("--teacher", default="", help="folder of its teacher, to be drawn beside it")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in")
+    p.add_argument("--port", type=int, default=8000)
+    p.add_argument("--text_encoder", default="", help="folder of the MiniLM of a benchmark's export; default: the installed package's")
+    p.add_argument("--batch_sizes", type=sizes, default=(1, 4, 16), help="images drawn together, such as 1,4,16; each is compiled at start")
+    p.add_argument("--queue", type=int, default=256, help="images that may wait")
+    p.add_argument("--deadline", type=float, default=30.0, help="seconds that one may wait")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compile, then serve until interrupted."""
+    args = parser().parse_args(argv)
+    try:
+        if not 0 <= args.port < 2**16:
+            raise ValueError(f"--port must be in 0..65535, got {args.port}")
+        if args.queue < 1 or not args.deadline > 0:
+            raise ValueError(f"--queue must be at least 1 and --deadline above 0, got {args.queue} and {args.deadline:g}")
+        print("compiling", flush=True)
+        painters = {"student": open_painter(args.model, args.batch_sizes, encoder=args.text_encoder)}
+        if args.teacher:
+            painters["teacher"] = open_painter(args.teacher, args.batch_sizes, encoder=args.text_encoder)
+            if painters["teacher"].size != painters["student"].size:
+                raise ValueError(f"--teacher={args.teacher} draws {painters['teacher'].size}, the student {painters['student'].size}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_extra(error)}", file=sys.stderr)
+        sys.exit(2)
+    server = Server(painters, describe(args.model, painters), limit=args.queue, deadline=args.deadline)
+    print(f"http://{args.host}:{args.port}", flush=True)
+    uvicorn.run(make_app(server), host=args.host, port=args.port, log_level="warning", ws_max_size=MAX_FRAME, timeout_graceful_shutdown=5)
+
+
+if __name__ == "__main__":
+    main()
