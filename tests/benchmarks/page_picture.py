@@ -1,6 +1,6 @@
 """A picture of the page of a running `jaxdistill.serve`, once the teacher has finished.
 
-    python tests/benchmarks/page_picture.py --url=http://127.0.0.1:8000 --prompt="a red bag above a blue boot" --out=docs/results/page.png
+python tests/benchmarks/page_picture.py --url=http://127.0.0.1:8000 --prompt="a red bag above a blue boot" --out=docs/results/page.png
 """
 
 import argparse
