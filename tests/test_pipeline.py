@@ -12,6 +12,7 @@ from shell import assert_one_error_line, run_command
 from jaxdistill import pipeline, sample
 from jaxdistill.interop import diffusers_folder
 from jaxdistill.pipeline import PromptError
+from jaxdistill.serving import PipelinePainter
 
 SIZE = 64
 
@@ -164,3 +165,16 @@ def test_prompts_keep_their_other_keys(tmp_path):
 
 def test_sizes_default_to_the_checkpoints():
     assert pipeline.image_size(diffusers_folder.open_folder(folders.folder("sd")), None, 80) == (64, 80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("correct", [False, True])
+def test_the_servers_painter_draws_what_the_pipeline_draws(pipes, correct):
+    painter = PipelinePainter(pipes("sd"), (2,))
+    run = painter.start(np.array([3]), [painter.encode("a cat")], 3, correct)  # filled up to two
+    while run.done < run.of:
+        run.advance()
+    other = pipeline.load(folders.folder("sd"), noise_correction=correct)
+    expected = other(["a cat"], seed=3, steps=3)
+    assert run.images().shape == (1, *painter.size, 3)
+    np.testing.assert_allclose(run.images(), expected * 255.0, atol=1.0)
