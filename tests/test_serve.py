@@ -115,8 +115,14 @@ def test_newer_request_replaces_the_older_one(running):
                 await ws.send(json.dumps({"id": i, "prompt": CAPTION, "steps": 3, "seed": i, "count": 9, "teacher": True}))
             return await until(ws, "done", 29, "teacher")
 
+    def drawn() -> float:
+        lines = running.get("/metrics")[1].decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith('jaxdistill_images_total{model="teacher",outcome="drawn"}'))
+
+    before = drawn()
     seen = asyncio.run(talk())
     assert sum(f["kind"] == "image" and f["model"] == "teacher" for f in seen) == 9  # those of the last alone
+    assert 9 <= drawn() - before <= 20  # of 270 that were asked for; a batch may have been on its way
     assert not any(f["kind"] == "error" for f in seen)
 
 
