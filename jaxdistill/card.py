@@ -5,6 +5,7 @@ Configs use the same blocks, so this is the one place where a name becomes a fun
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -155,6 +156,34 @@ class Sampler(NamedTuple):
         denoiser = self.denoiser(params, noise, cond, 1.0, correct_noise)
         return to_unit(sampling.rollout(self.step(noise), denoiser, sampling.start(noise), grid)[1].x0)
 
+    def draw(
+        self,
+        params: Any,
+        conds: Any,
+        *,
+        seed: int,
+        steps: int | None = None,
+        guidance: float | None = None,
+        noise_correction: bool | None = None,
+        batch_size: int,
+    ) -> np.ndarray:
+        """Images float32 [n, h, w, c] in [0, 1] of n rows of conditioning; image i is a function of (seed, i) and its row.
+
+        None takes the card's setting. Raises ValueError for a setting that the card cannot serve.
+        """
+        settings, num = self.card["sampler"], len(jax.tree.leaves(conds)[0])
+        guidance = settings["guidance"] if guidance is None else guidance
+        check_guidance(guidance)
+        correct = settings["noise_correction"] if noise_correction is None else noise_correction
+        grid = jnp.asarray(self.grid(settings["steps"] if steps is None else steps))
+        program = jax.jit(partial(self.sample, guidance=float(guidance), correct_noise=correct))
+        shape, block, images = tuple(self.card["data"]["image_shape"]), min(batch_size, num), []
+        for i in range(0, num, block):
+            rows = np.arange(i, i + block) % num  # the last block is filled up, so that one program serves all
+            cond = jax.tree.map(lambda a, rows=rows: a[rows], conds)
+            images.append(np.asarray(program(params, draw_noise(seed, i, block, shape), cond, grid)))
+        return np.concatenate(images)[:num]
+
     def grid(self, steps: int) -> sampling.TimeGrid:
         """The card's grid for `steps` calls."""
         return build_grid(self.card["sampler"], steps, self.schedule.T)
@@ -167,6 +196,12 @@ def build_sampler(card: Mapping[str, Any]) -> Sampler:
     choose(PREDICTIONS, card["prediction"], "prediction")
     choose({**SOLVERS, **dict.fromkeys(RENOISING)}, card["sampler"]["solver"], "sampler.solver")
     return Sampler(build_model(card["model"]), build_schedule(card["schedule"]), card)
+
+
+def check_guidance(scale: float, name: str = "guidance") -> None:
+    """Raise ValueError, naming the setting, for a scale that is no number of at least 0."""
+    if not np.isfinite(scale) or scale < 0:
+        raise ValueError(f"{name} must be a number of at least 0 (1 = none), got {scale}")
 
 
 def to_unit(x: Array) -> Array:

@@ -31,8 +31,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
         remote = "://" in str(folder)
         self._manager = ocp.CheckpointManager(str(folder) if remote else Path(folder).absolute(), options=options)
-        self._folder = None if remote else Path(folder).absolute()
-        self._manifests = None if self._folder is None else self._folder.with_name(self._folder.name + "-sha256")
+        self._folder = Path(self._manager.directory)
+        self._manifests = None if remote else self._folder.with_name(self._folder.name + "-sha256")
         self._summing: threading.Thread | None = None
 
     @property
@@ -81,7 +81,7 @@ class Checkpoints:
         """Start writing the manifests of finished checkpoints that have none, and drop those of deleted ones."""
         if self._summing is not None:
             self._summing.join()
-        if self._folder is None or self._manifests is None or not distributed.writes():
+        if self._manifests is None or not distributed.writes():
             return
         folder, manifests, steps = self._folder, self._manifests, {str(step) for step in self._manager.all_steps()}
         manifests.mkdir(exist_ok=True)
@@ -99,7 +99,7 @@ class Checkpoints:
     def _verify(self) -> None:
         """Raise CheckpointError where a file of the newest checkpoint is not what was saved."""
         step = self.latest
-        if self._folder is None or self._manifests is None or not (manifest := self._manifests / f"{step}.json").is_file():
+        if self._manifests is None or not (manifest := self._manifests / f"{step}.json").is_file():
             return
         folder = self._folder / str(step)
         try:

@@ -240,8 +240,7 @@ class TextToImage:
         """Height and width of the images that a call with these settings draws; nothing is computed. Raises ValueError as the call."""
         self.scheduler.run(self.steps if steps is None else steps)
         guidance = self.guidance if guidance is None else guidance
-        if not np.isfinite(guidance) or guidance < 0:
-            raise ValueError(f"guidance must be a number of at least 0 (1 = none), got {guidance}")
+        card.check_guidance(guidance)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         return image_size(self.folder, height, width)

@@ -6,11 +6,9 @@ With `--prompt` from a diffusers folder, a text-to-image student or a benchmark'
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -91,24 +89,16 @@ def generate(
     sampler = card.build_sampler(exported)
     settings, names = exported["sampler"], exported["data"]["class_names"]
     steps = settings["steps"] if steps is None else steps
-    guidance = settings["guidance"] if guidance is None else guidance
-    correct = settings["noise_correction"] if noise_correction is None else noise_correction
     check_numbers(seed=seed, steps=steps, num=num, batch_size=batch_size)
-    if not np.isfinite(guidance) or guidance < 0:
-        raise ValueError(f"--guidance must be a number of at least 0 (1 = none), got {guidance}")
+    if guidance is not None:
+        card.check_guidance(guidance, "--guidance")
     classes = list(range(len(names))) if labels is None else labels
     for label in classes:
         if not 0 <= label < len(names):
             raise ValueError(f"--labels: class {label} is not in 0..{len(names) - 1} ({', '.join(names)})")
-    grid = jnp.asarray(sampler.grid(steps))
-    program = jax.jit(partial(sampler.sample, guidance=float(guidance), correct_noise=correct))
     conds = np.resize(np.asarray(classes, np.int32), num)
-    block, images = min(batch_size, num), []
-    shape = tuple(exported["data"]["image_shape"])
-    for i in range(0, num, block):
-        cond = np.resize(conds[i : i + block], block)  # the last block is filled up, so that one program serves all
-        images.append(np.asarray(program(params, card.draw_noise(seed, i, block, shape), cond, grid)))
-    return np.concatenate(images)[:num], conds
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance, "noise_correction": noise_correction}
+    return sampler.draw(params, conds, seed=seed, batch_size=batch_size, **options), conds
 
 
 def check_numbers(*, seed: int, **counts: int) -> None:

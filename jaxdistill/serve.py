@@ -26,14 +26,16 @@ from jaxdistill.workdir import missing_extra
 
 try:
     import uvicorn
-    from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
+    from fastapi import FastAPI, Request, WebSocket
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, Response
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
     from starlette.exceptions import HTTPException
 
+    from jaxdistill import pipeline
     from jaxdistill.serving import Busy, Cancelled, Engine, Expired, ExportPainter, Job, Painter, PipelinePainter
+    from jaxdistill.text_export import TextExport
 except ModuleNotFoundError as error:
     print(f"error: {missing_extra(error)}", file=sys.stderr)
     sys.exit(2)
@@ -190,10 +192,10 @@ class Session:
                 say({"kind": "done", "milliseconds": milliseconds})
 
         def progress(done: int, of: int) -> None:
-            if index == 0:
-                say({"kind": "progress", "done": done, "of": of})
+            say({"kind": "progress", "done": done, "of": of})
 
-        job = Job(model, frame.prompt, steps, seed, correct, answer, progress, time.monotonic() + app.deadline)
+        shown = progress if model == "teacher" and index == 0 else None
+        job = Job(model, frame.prompt, steps, seed, correct, answer, shown, time.monotonic() + app.deadline)
         self.jobs.append(job)
         try:
             app.engine.submit(job)
@@ -334,18 +336,15 @@ def make_app(server: Server) -> FastAPI:
             return
         await socket.accept()
         session = Session(server, socket)
-        sender = asyncio.create_task(session.send())
+        tasks = [asyncio.create_task(session.send()), asyncio.create_task(session.receive())]
         server.meters.sessions.inc()
         try:
-            receiver = asyncio.create_task(session.receive())
-            await asyncio.wait((receiver, sender), return_when=asyncio.FIRST_COMPLETED)
-            receiver.cancel()
-        except WebSocketDisconnect:
-            pass
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             session.cancel()
-            sender.cancel()
-            await asyncio.gather(sender, receiver, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             server.meters.sessions.dec()
 
     return app
@@ -359,11 +358,7 @@ def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "") -> Pai
             raise ValueError(f"{folder} is no model: it has neither card.json nor model_index.json")
         raise ValueError(f"{folder} draws classes, not text; serve a student that reads captions")
     if found == "pipeline":
-        from jaxdistill import pipeline
-
         return PipelinePainter(pipeline.load(folder), sizes)
-    from jaxdistill.text_export import TextExport
-
     return ExportPainter(TextExport(folder, encoder=encoder), sizes)
 
 

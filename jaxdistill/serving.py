@@ -4,13 +4,14 @@ import collections
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from jaxdistill import card, sampling
 from jaxdistill.pipeline import TextToImage, time_ids
@@ -61,6 +62,36 @@ class Run(Protocol):
         """uint8 [n, h, w, 3] when done == of."""
 
 
+class Rollout:
+    """A sampler's loop, one call at a time.
+
+    step: (state, t, t_next) -> state; finish: x -> uint8 images, of which the first `count` were asked for.
+    """
+
+    def __init__(
+        self, state: Any, times: np.ndarray, next_times: np.ndarray, *, step: Callable[..., Any], finish: Callable[[Any], Any], count: int
+    ) -> None:
+        self._state, self._times, self._next, self._step, self._finish, self._count = state, times, next_times, step, finish, count
+        self.done, self.of = 0, len(times)
+
+    def advance(self) -> None:
+        """One network call."""
+        self._state = self._step(self._state, self._times[self.done], self._next[self.done])
+        self.done += 1
+        jax.block_until_ready(self._state.x)
+
+    def images(self) -> np.ndarray:
+        """uint8 [n, h, w, 3]."""
+        return np.asarray(self._finish(self._state.x))[: self._count]
+
+
+def filled(sizes: Sequence[int], seeds: np.ndarray, conds: Sequence[Any]) -> tuple[int, np.ndarray, Any]:
+    """(size, seeds [size], conditioning [size, ...]): the rows, the last one repeated up to the next of the sorted sizes."""
+    size = next(s for s in sizes if s >= len(seeds))
+    rows = np.minimum(np.arange(size), len(seeds) - 1)
+    return size, np.asarray(seeds, np.int32)[rows], jax.tree.map(lambda *parts: np.concatenate([parts[r] for r in rows]), *conds)
+
+
 class ExportPainter:
     """A small text-conditional export. Image (seed) is that of `jaxdistill.sample --seed=seed --num=1`."""
 
@@ -79,51 +110,31 @@ class ExportPainter:
             denoiser = sampler.denoiser(params, noise, cond, self.guidance, correct)
             return sampler.step(noise)(denoiser(state.x, t), state, t, t_next)
 
+        advance = jax.jit(step)
         draw = jax.jit(jax.vmap(lambda seed: card.noise_of(seed, jnp.arange(1), shape)[0]))
         finish = jax.jit(lambda x: jnp.round(card.to_unit(x) * 255.0).astype(jnp.uint8))
         self._programs: dict[int, tuple[Any, Any, Any]] = {}
-        one = self.encode("a")
+        one, scalar, flag = self.encode("a"), np.float32(1.0), np.bool_(True)
         for size in self.sizes:
-            seeds = np.zeros(size, np.int32)
+            _, seeds, cond = filled((size,), np.zeros(1, np.int32), [one])
             noise = draw(seeds)
-            cond = jax.tree.map(lambda a, n=size: np.repeat(a, n, axis=0), one)
-            state = sampling.start(noise)
-            scalar, flag = np.float32(1.0), np.bool_(True)
-            advance = jax.jit(step).lower(self.params, state, noise, cond, scalar, scalar, flag).compile()
-            self._programs[size] = draw.lower(seeds).compile(), advance, finish.lower(noise).compile()
+            compiled = advance.lower(self.params, sampling.start(noise), noise, cond, scalar, scalar, flag).compile()
+            self._programs[size] = draw.lower(seeds).compile(), compiled, finish.lower(noise).compile()
 
     def _encode(self, caption: str) -> Any:
         return self.export.encode([caption])
 
-    def start(self, seeds: np.ndarray, conds: Sequence[Any], steps: int, correct: bool) -> "ExportRun":
+    def start(self, seeds: np.ndarray, conds: Sequence[Any], steps: int, correct: bool) -> Rollout:
         """A run of these rows, filled up to the next size."""
-        size = next(s for s in self.sizes if s >= len(seeds))
-        rows = np.minimum(np.arange(size), len(seeds) - 1)
-        cond = jax.tree.map(lambda *parts: np.concatenate([parts[r] for r in rows]), *conds)
-        return ExportRun(self, self._programs[size], np.asarray(seeds, np.int32)[rows], cond, steps, correct, len(seeds))
+        size, numbers, cond = filled(self.sizes, seeds, conds)
+        draw, advance, finish = self._programs[size]
+        noise, flag = draw(numbers), np.bool_(correct)
+        times = np.append(self.export.sampler.grid(steps), 0.0).astype(np.float32)
 
+        def step(state: Any, t: Any, t_next: Any) -> Any:
+            return advance(self.params, state, noise, cond, t, t_next, flag)
 
-class ExportRun:
-    """A batch of `ExportPainter`."""
-
-    def __init__(self, painter: ExportPainter, programs: Any, seeds: Any, cond: Any, steps: int, correct: bool, count: int) -> None:
-        self._draw, self._advance, self._finish = programs
-        self._params, self._cond, self._correct, self._count = painter.params, cond, np.bool_(correct), count
-        grid = np.append(painter.export.sampler.grid(steps), 0.0).astype(np.float32)
-        self._times, self.of, self.done = grid, steps, 0
-        self._noise = self._draw(seeds)
-        self._state = sampling.start(self._noise)
-
-    def advance(self) -> None:
-        """One network call."""
-        t, t_next = self._times[self.done], self._times[self.done + 1]
-        self._state = self._advance(self._params, self._state, self._noise, self._cond, t, t_next, self._correct)
-        self.done += 1
-        jax.block_until_ready(self._state.x)
-
-    def images(self) -> np.ndarray:
-        """uint8 [n, h, w, 3]."""
-        return np.asarray(self._finish(self._state.x))[: self._count]
+        return Rollout(sampling.start(noise), times[:-1], times[1:], step=step, finish=finish, count=len(seeds))
 
 
 class PipelinePainter:
@@ -147,37 +158,21 @@ class PipelinePainter:
         pipe = self.pipes[self.correct]
         return pipe.text([caption]) | ({"time_ids": time_ids(*self.size)[None]} if pipe.folder.xl else {})
 
-    def start(self, seeds: np.ndarray, conds: Sequence[Any], steps: int, correct: bool) -> "PipelineRun":
+    def start(self, seeds: np.ndarray, conds: Sequence[Any], steps: int, correct: bool) -> Rollout:
         """A run of these rows, filled up to the next size."""
-        pipe, size = self.pipes[correct], next(s for s in self.sizes if s >= len(seeds))
-        rows = np.minimum(np.arange(size), len(seeds) - 1)
-        cond = {name: np.concatenate([conds[r][name] for r in rows]) for name in conds[0]}
-        noise = np.concatenate([pipe.draw(int(seeds[r]), 0, 1, *self.size) for r in rows])
-        return PipelineRun(pipe, noise, cond, self.null, self.guidance, steps, len(seeds))
+        pipe = self.pipes[correct]
+        _, numbers, cond = filled(self.sizes, seeds, conds)
+        noise = jnp.asarray(np.concatenate([pipe.draw(int(n), 0, 1, *self.size) for n in numbers]))
+        run, scale, guided = pipe.scheduler.run(steps), np.float32(self.guidance), self.guidance > 1.0
 
+        def step(state: Any, t: Any, t_next: Any) -> Any:
+            return pipe.advance(pipe.params, state, noise, cond, self.null, t, t_next, scale, guided=guided)
 
-class PipelineRun:
-    """A batch of `PipelinePainter`."""
+        def finish(x: Any) -> np.ndarray:
+            return np.round(pipe.decode(x) * 255.0).astype(np.uint8)
 
-    def __init__(self, pipe: TextToImage, noise: np.ndarray, cond: Any, null: Any, guidance: float, steps: int, count: int) -> None:
-        self._pipe, self._noise, self._cond, self._null, self._guidance, self._count = pipe, jnp.asarray(noise), cond, null, guidance, count
-        self._run = pipe.scheduler.run(steps)
-        self.done, self.of = 0, len(self._run.times)
-        self._state = pipe.scheduler.start(self._noise * self._run.scale)
-
-    def advance(self) -> None:
-        """One network call."""
-        t, t_next, pipe = self._run.times[self.done], self._run.next_times[self.done], self._pipe
-        scale = np.float32(self._guidance)
-        self._state = pipe.advance(
-            pipe.params, self._state, self._noise, self._cond, self._null, t, t_next, scale, guided=self._guidance > 1.0
-        )
-        self.done += 1
-        jax.block_until_ready(self._state.x)
-
-    def images(self) -> np.ndarray:
-        """uint8 [n, h, w, 3]."""
-        return np.round(self._pipe.decode(self._state.x)[: self._count] * 255.0).astype(np.uint8)
+        state = pipe.scheduler.start(noise * run.scale)
+        return Rollout(state, run.times, run.next_times, step=step, finish=finish, count=len(seeds))
 
 
 @dataclass(eq=False)
@@ -193,7 +188,6 @@ class Job:
     progress: Callable[[int, int], None] | None = None
     deadline: float = float("inf")
     cancelled: bool = False
-    received: float = field(default_factory=time.monotonic)
 
 
 class Engine:
@@ -251,16 +245,47 @@ class Engine:
         return taken
 
     def _begin(self, model: str, jobs: list[Job]) -> tuple[list[Job], Run] | None:
-        painter, good, conds = self.painters[model], [], []
+        """A run of the jobs whose captions can be read; the others are answered."""
+        painter, good, conds = self.painters[model], list[Job](), list[Any]()
         for job in jobs:
             try:
                 conds.append(painter.encode(job.caption))
                 good.append(job)
-            except ValueError as error:
-                job.answer(error)
-        if not good:
+            except Exception as error:
+                self._fail([job], error)
+        try:
+            return (good, painter.start(np.asarray([j.seed for j in good]), conds, good[0].steps, good[0].correct)) if good else None
+        except Exception as error:
+            self._fail(good, error)
             return None
-        return good, painter.start(np.asarray([j.seed for j in good]), conds, good[0].steps, good[0].correct)
+
+    def _advance(self, jobs: list[Job], run: Run, *, calls: int) -> bool:
+        """At most so many network calls more. Whether the batch is over: every job is then answered."""
+        if all(job.cancelled for job in jobs):
+            self._fail(jobs, Cancelled())
+            return True
+        try:
+            for _ in range(min(calls, run.of - run.done)):
+                run.advance()
+            for job in jobs:
+                if job.progress and not job.cancelled:
+                    job.progress(run.done, run.of)
+            if run.done < run.of:
+                return False
+            images = list(run.images())
+        except Exception as error:
+            self._fail(jobs, error)
+        else:
+            for job, image in zip(jobs, images, strict=True):
+                job.answer(image)
+        return True
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        """Answer with an exception; the log has those that are nobody's request's fault. One batch fails, the server lives."""
+        if not isinstance(error, (ValueError, Cancelled)):
+            logging.error("drawing failed", exc_info=error)
+        for job in jobs:
+            job.answer(error)
 
     def _work(self) -> None:
         fast, *slow = self.painters
@@ -269,46 +294,16 @@ class Engine:
                 while not (self._closed or self._slow or any(self._waiting.values())):
                     self._ready.wait()
                 if self._closed:
-                    left = [j for queue in self._waiting.values() for j in queue] + (self._slow[0] if self._slow else [])
                     break
-                jobs = self._take(fast)
+                model, jobs = fast, self._take(fast)
                 if not jobs and not self._slow and slow:
-                    jobs, model = self._take(slow[0]), slow[0]
-                else:
-                    model = fast
-            try:
-                self._draw(model, fast, jobs)
-            except Exception as error:  # one batch fails, the server lives
-                for job in jobs + (self._slow[0] if self._slow and not jobs else []):
-                    job.answer(error)
-                if not jobs:
-                    self._slow = None
-        for job in left:
-            job.answer(Cancelled())
-
-    def _draw(self, model: str, fast: str, jobs: list[Job]) -> None:
-        begun = self._begin(model, jobs) if jobs else None
-        if begun and model == fast:
-            run = begun[1]
-            while run.done < run.of:
-                run.advance()
-            for job, image in zip(begun[0], run.images(), strict=True):
-                job.answer(image)
-            return
-        self._slow = begun or self._slow
-        if not self._slow:
-            return
-        jobs, run = self._slow
-        if all(job.cancelled for job in jobs):
-            self._slow = None
-            for job in jobs:
-                job.answer(Cancelled())
-            return
-        run.advance()
-        for job in jobs:
-            if job.progress and not job.cancelled:
-                job.progress(run.done, run.of)
-        if run.done == run.of:
-            self._slow = None
-            for job, image in zip(jobs, run.images(), strict=True):
-                job.answer(image)
+                    model, jobs = slow[0], self._take(slow[0])
+            begun = self._begin(model, jobs) if jobs else None
+            if begun and model == fast:
+                self._advance(*begun, calls=begun[1].of)
+                continue
+            self._slow = begun or self._slow
+            if self._slow and self._advance(*self._slow, calls=1):
+                self._slow = None
+        left = [job for queue in self._waiting.values() for job in queue] + (self._slow[0] if self._slow else [])
+        self._fail(left, Cancelled())

@@ -35,17 +35,17 @@ STEPS = flags.DEFINE_integer("steps", 20, "Teacher steps from a state to the ima
 SOURCES = ("real", "student", "renoised", "renoised_fresh")
 
 
-def states_of(bench: Benchmark, student: Any, grid: np.ndarray, method: str) -> Callable[..., dict[str, dict[float, Any]]]:
+def states_of(
+    bench: Benchmark, student: Any, sampler: card.Sampler, grid: np.ndarray, method: str
+) -> Callable[..., dict[str, dict[float, Any]]]:
     """(x0 real, noise, fresh noise, cond) -> {source: {time: states [b, h, w, c]}} on the student's grid."""
     block, schedule = bench.config.method_settings[method], bench.schedule
     shift = card.choose(SHIFTS, block.shift, "shift")(schedule.T, **block.shift_settings.to_dict())
 
     @jax.jit
     def visit(params: Any, noise: Any, cond: Any) -> Trajectory:
-        denoiser = bench.denoiser(params, cond)
-        if block.noise_correction:
-            denoiser = sampling.noise_correction(noise, schedule.T)(denoiser)
-        return sampling.rollout(sampling.ddim(schedule), denoiser, sampling.start(noise), grid)[1]
+        denoiser = sampler.denoiser(params, noise, cond, 1.0, block.noise_correction)
+        return sampling.rollout(sampler.step(noise), denoiser, sampling.start(noise), grid)[1]
 
     def states(x0: Any, noise: Any, fresh: Any, cond: Any) -> dict[str, dict[float, Any]]:
         trajectory = visit(student, noise, cond)
@@ -69,8 +69,9 @@ def measure(bench: Benchmark, name: str, samples: int, steps: int) -> list[dict[
     student, about = checkpoint.load_export(bench.workdir / "students" / name)
     evaluator = bench.evaluator(bench.recogniser(), split)
     teacher = bench.teacher(evaluator)
-    grid = bench.make(about["method"])(1).sampler.grid(max(config.student.steps))
-    states = states_of(bench, jax.device_put(student), grid, about["method"])
+    sampler = bench.make(about["method"])(1).sampler
+    grid = sampler.grid(max(config.student.steps))
+    states = states_of(bench, jax.device_put(student), sampler, grid, about["method"])
     real = bench.images(split, samples).astype(np.float32) / 127.5 - 1.0
     captions = bench.captions[split][: len(real)]
 

@@ -1,11 +1,9 @@
 """Captions to images from an export of a small text-conditional model: what `jaxdistill.benchmark` leaves in teacher/ and students/."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import card, checkpoint
@@ -53,17 +51,5 @@ class TextExport:
 
         None takes the card's setting. Raises ValueError for a setting that the export cannot serve.
         """
-        settings, num = self.card["sampler"], len(captions)
-        guidance = settings["guidance"] if guidance is None else guidance
-        if not np.isfinite(guidance) or guidance < 0:
-            raise ValueError(f"guidance must be a number of at least 0 (1 = none), got {guidance}")
-        correct = settings["noise_correction"] if noise_correction is None else noise_correction
-        grid = jnp.asarray(self.sampler.grid(settings["steps"] if steps is None else steps))
-        cond = self.encode(captions)
-        program = jax.jit(partial(self.sampler.sample, guidance=float(guidance), correct_noise=correct))
-        block, images = min(batch_size, num), []
-        for i in range(0, num, block):
-            rows = np.arange(i, i + block) % num  # the last block is filled up, so that one program serves all
-            part = {name: value[rows] for name, value in cond.items()}
-            images.append(np.asarray(program(self.params, card.draw_noise(seed, i, block, self.shape), part, grid)))
-        return np.concatenate(images)[:num]
+        settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "noise_correction": noise_correction}
+        return self.sampler.draw(self.params, self.encode(captions), seed=seed, batch_size=batch_size, **settings)

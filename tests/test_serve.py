@@ -1,6 +1,7 @@
 """The server over real sockets, with a tiny student that reads captions."""
 
 import asyncio
+import base64
 import io
 import json
 import random
@@ -20,8 +21,6 @@ from jaxdistill.text_export import TextExport
 
 
 def pixels(png: str) -> np.ndarray:
-    import base64
-
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
 
 

@@ -20,9 +20,10 @@ const info = await (async () => {
 
 let socket = null;
 let attempts = 0;
-let newest = 0; // id of the request whose answers are shown
-let sent = new Map(); // id -> {state, at, keyed}
+let newest = 0; // id of the last request
+let current = null; // {id, state, keyed} of the request whose answers are shown
 let pause = 0;
+let settled = 0; // the timer that puts a picture into the history
 const shown = { student: [], teacher: [] }; // {url, blob, state, seed} by index
 
 // ------------------------------------------------------------------------------------------- controls
@@ -97,14 +98,14 @@ function ask({ teacher = false, keyed = performance.now() } = {}) {
   clearTimeout(pause);
   const s = state();
   toFragment(s);
+  current = null;
   if (!s.prompt) {
-    newest++;
     say("Type a caption.");
     return;
   }
   if (socket?.readyState !== WebSocket.OPEN) return; // asked again when it is back
   const id = ++newest;
-  sent = new Map([[id, { state: s, at: performance.now(), keyed }]]);
+  current = { id, state: s, keyed };
   socket.send(JSON.stringify({
     id, prompt: s.prompt, steps: s.steps, seed: s.seed, count: s.count, noise_correction: s.correction, teacher,
   }));
@@ -131,7 +132,7 @@ function connect() {
 }
 
 function receive(message) {
-  const request = sent.get(message.id);
+  const request = message.id === current?.id ? current : null;
   if (message.kind === "error") {
     if (request || message.id === -1) say(message.message);
   } else if (!request) {
@@ -180,9 +181,9 @@ function finish(message, { state: s }) {
   }
   say("");
   $("download").disabled = false;
-  clearTimeout(finish.timer);
+  clearTimeout(settled);
   // The history keeps what the typing came to, not every letter of it.
-  finish.timer = setTimeout(() => remember(s, shown.student[0].blob), PAUSE);
+  settled = setTimeout(() => remember(s, shown.student[0].blob), PAUSE);
 }
 
 function remember(s, blob) {
