@@ -1,10 +1,11 @@
-"""A picture of the page of a running `jaxdistill.serve`, once the teacher has finished.
+"""The page of a running `jaxdistill.serve`: milliseconds from a key to its picture, and a picture once the teacher has finished.
 
 python tests/benchmarks/page_picture.py --url=http://127.0.0.1:8000 --prompt="a red bag above a blue boot" --out=docs/results/page.png
 """
 
 import argparse
 import shutil
+import statistics
 import urllib.parse
 
 from playwright.sync_api import sync_playwright
@@ -21,6 +22,19 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 720})
         page.goto(f"{args.url}/#{urllib.parse.urlencode({'prompt': args.prompt, 'seed': args.seed, 'lock': 1})}")
+        page.wait_for_selector("#student img[data-request]")
+        page.uncheck("#with-teacher")
+        page.fill("#caption", "")
+        times = []
+        for letter in args.prompt:
+            before = page.evaluate("document.querySelector('#student img').dataset.request")
+            page.keyboard.type(letter) if times else page.locator("#caption").press_sequentially(letter)
+            if letter != " ":  # a space at the end asks for the same picture
+                page.wait_for_function("(b) => document.querySelector('#student img').dataset.request !== b", arg=before)
+                times.append(float(page.locator("#student .time").inner_text().split(", ")[2].split()[0]))
+            page.wait_for_timeout(80)
+        print(f"{len(times)} keys, 3 steps: median {statistics.median(times):g} ms from key to picture, at most {max(times):g} ms")
+        page.check("#with-teacher")
         page.wait_for_selector("#teacher .grid:not(.stale) img[data-request]", timeout=120_000)
         page.wait_for_selector("#history button")
         page.screenshot(path=args.out)
