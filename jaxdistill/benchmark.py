@@ -1,12 +1,13 @@
 """`python -m jaxdistill.benchmark --config=configs/benchmark.py --workdir=DIR`: few-step methods on one teacher, one table.
 
 Text to image on scenes. Every method gets the same budget in network calls and the same batch; a killed benchmark goes on where it
-stopped, and finished students are not trained again.
+stopped, and finished students are not trained again. The same command in several processes, each on its own cores, shares the work.
 """
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from jaxdistill import card, checkpoint, loop, main, partition, report, scenes
@@ -89,11 +91,12 @@ class Benchmark:
         self.base = Path(config.base) if config.base else workdir
         self.layout = partition.layout()
         self.constrain = partition.constrain_batch(self.layout.mesh)
-        self.sources = scenes.open_scenes(config.data.source, self.base / "scenes", scale=config.data.scale)
-        self.captions = {split: [caption_of(item) for item in source] for split, source in self.sources.items()}
         encoder = sentence_encoder.load(config.text.folder)
-        everything = [c for captions in self.captions.values() for c in captions]
-        self.embeddings = sentence_encoder.cached_embeddings(encoder, everything, self.base / "text", length=config.text.length)
+        with self.claim("scenes", folder=self.base):
+            self.sources = scenes.open_scenes(config.data.source, self.base / "scenes", scale=config.data.scale)
+            self.captions = {split: [caption_of(item) for item in source] for split, source in self.sources.items()}
+            everything = [c for captions in self.captions.values() for c in captions]
+            self.embeddings = sentence_encoder.cached_embeddings(encoder, everything, self.base / "text", length=config.text.length)
         self.model = card.build_model(config.model.to_dict())
         self.null_cond: Any = self.model.null_cond
         self.schedule = card.build_schedule(config.schedule)
@@ -102,6 +105,51 @@ class Benchmark:
         self.setting = Setting(config, self.model, self.schedule, self.parameterization, self.constrain, image_shape=SHAPE, text=text)
         self.programs: dict[tuple[float, str, bool], Any] = {}
         (workdir / "samples").mkdir(exist_ok=True)
+
+    # -- shared work
+
+    @contextmanager
+    def claim(self, name: str, *, folder: Path | None = None, wait: bool = True) -> Iterator[bool]:
+        """Whether this process has `name` to itself inside the block: at once, or with `wait` as soon as no other has it.
+
+        The system ends the claim of a process that dies. Raises `loop.Stopped` where a signal comes while it waits.
+        """
+        folder = (folder or self.workdir) / "claims"
+        folder.mkdir(exist_ok=True)
+        lock, told = FileLock(folder / f"{name}.lock"), False
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=1.0 if wait else 0.0)
+            except Timeout:
+                if not wait:
+                    yield False
+                    return
+                self.heed_stop()
+                if not told:
+                    main.say(f"{name}: waiting for another process")
+                    told = True
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def heed_stop(self) -> None:
+        """Raise `loop.Stopped` after a signal: where no training step would see it. What is finished is kept."""
+        if self.stop.received:
+            raise loop.Stopped(f"stopped by {self.stop.received}; start the same command again to go on")
+
+    def share(self, tasks: Mapping[str, Callable[[], None]]) -> None:
+        """Do the tasks that no other process is at; then those that others were at, which is nothing where they finished them."""
+        others = []
+        for name, task in tasks.items():
+            with self.claim(name, wait=False) as mine:
+                if mine:
+                    task()
+                else:
+                    others.append(name)
+        for name in others:
+            with self.claim(name):
+                tasks[name]()
 
     # -- scores
 
@@ -179,6 +227,7 @@ class Benchmark:
         """Images [n, h, w, c] in [0, 1] of the captions, in blocks of config.eval.batch_size; image i has noise (seed, i)."""
         block, out = self.config.eval.batch_size, []
         for i in range(0, len(captions), block):
+            self.heed_stop()
             rows = list(captions[i : i + block])
             cond = self.embeddings(rows + [rows[-1]] * (block - len(rows)))
             out.append(np.asarray(program(params, card.draw_noise(seed, i, block, SHAPE), cond, jnp.asarray(grid)))[: len(rows)])
@@ -300,8 +349,9 @@ class Benchmark:
             advice="lower the learning rate",
         )
         path = self.workdir / "seconds.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        checkpoint.write_json(path, {**known, name: round(seconds, 1)})
+        with self.claim("seconds"):
+            known = json.loads(path.read_text()) if path.exists() else {}
+            checkpoint.write_json(path, {**known, name: round(seconds, 1)})
         return trained
 
     # -- methods
@@ -345,17 +395,19 @@ class Benchmark:
         block = self.config.teacher
         path = self.base / f"pairs-{count}-{block.grid}-{block.steps}-{block.guidance:g}.npy"
         captions = [self.captions["train"][i % len(self.captions["train"])] for i in range(count)]
-        if not path.exists():
-            sampler = self.teacher_sampler()
-            program = self.sample_fn(sampler, guidance=block.guidance)
-            grid, size, out = jnp.asarray(sampler.grid(block.steps)), 64, []
-            for i in loop.tqdm(range(0, count, size), desc="pairs", mininterval=10):
-                rows = np.arange(i, i + size)
-                cond = self.embeddings([captions[r % count] for r in rows])
-                out.append(np.asarray(program(teacher, pair_noise(0, rows), cond, grid)))
-            temporary = path.with_suffix(".tmp.npy")
-            np.save(temporary, np.concatenate(out)[:count] * 2.0 - 1.0)
-            temporary.replace(path)
+        with self.claim("pairs", folder=self.base):
+            if not path.exists():
+                sampler = self.teacher_sampler()
+                program = self.sample_fn(sampler, guidance=block.guidance)
+                grid, size, out = jnp.asarray(sampler.grid(block.steps)), 64, []
+                for i in loop.tqdm(range(0, count, size), desc="pairs", mininterval=10):
+                    self.heed_stop()
+                    rows = np.arange(i, i + size)
+                    cond = self.embeddings([captions[r % count] for r in rows])
+                    out.append(np.asarray(program(teacher, pair_noise(0, rows), cond, grid)))
+                temporary = path.with_suffix(".tmp.npy")
+                np.save(temporary, np.concatenate(out)[:count] * 2.0 - 1.0)
+                temporary.replace(path)
         return np.load(path), captions
 
     def student(self, name: str, seed: int, teacher: Any, evaluator: SceneEvaluator) -> dict[int, Any]:
@@ -416,9 +468,10 @@ class Benchmark:
     def run(self) -> dict[str, Any]:
         """Teacher, students, scores, files."""
         config = self.config
-        recogniser = self.recogniser()
-        validation = self.evaluator(recogniser, "validation")
-        teacher = self.teacher(validation)
+        with self.claim("teacher", folder=self.base):
+            recogniser = self.recogniser()
+            validation = self.evaluator(recogniser, "validation")
+            teacher = self.teacher(validation)
         split = config.eval.split
         evaluator = self.evaluator(recogniser, split)
         path = self.workdir / "rows.json"
@@ -429,31 +482,40 @@ class Benchmark:
             "sampling_seed": config.eval.seed,
             "pixel_range": [0.0, 1.0],
         }
-        stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"protocol": protocol, "rows": []}
-        if stored["protocol"] != protocol:
-            raise main.UserError(f"{path} holds rows of another protocol ({stored['protocol']}); remove it or use another workdir")
-        rows: list[Any] = stored["rows"]
+
+        def known_rows() -> list[Any]:
+            stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"protocol": protocol, "rows": []}
+            if stored["protocol"] != protocol:
+                raise main.UserError(f"{path} holds rows of another protocol ({stored['protocol']}); remove it or use another workdir")
+            return stored["rows"]
 
         def add_row(key: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> None:
-            if not any(all(row[k] == v for k, v in key.items()) for row in rows):
-                rows.append({**key, **make()})
-                main.say("  " + ", ".join(f"{k} {v}" for k, v in rows[-1].items()))
-                checkpoint.write_json(path, {"protocol": protocol, "rows": rows})
+            if not any(all(row[k] == v for k, v in key.items()) for row in known_rows()):
+                row = {**key, **make()}
+                main.say("  " + ", ".join(f"{k} {v}" for k, v in row.items()))
+                with self.claim("rows"):
+                    checkpoint.write_json(path, {"protocol": protocol, "rows": [*known_rows(), row]})
 
-        steps, sampler = tuple(config.student.steps), self.teacher_sampler()
-        guidances = dict.fromkeys((config.teacher.guidance, *config.eval.guidances))
-        for guidance, count in [(g, config.teacher.steps) for g in guidances] + [(config.teacher.guidance, n) for n in steps]:
+        def score_teacher(guidance: float, count: int) -> None:
+            sampler = self.teacher_sampler()
             program = self.sample_fn(sampler, guidance=guidance)
             key = {"method": "teacher", "seed": 0, "steps": count, "guidance": guidance}
             add_row(key, partial(self.score, evaluator, key, program, teacher, sampler.grid(count)))
-        for seed in config.seeds:
-            for name in config.methods:
-                method = self.make(name)(1)
-                students = self.student(name, seed, teacher, validation)
-                program = self.sample_fn(method.sampler)
-                for count, params in students.items():
-                    key = {"method": name, "seed": seed, "steps": count, "guidance": 1.0}
-                    add_row(key, partial(self.score, evaluator, key, program, params, method.sampler.grid(count)))
+
+        def make_student(name: str, seed: int) -> None:
+            method = self.make(name)(1)
+            students = self.student(name, seed, teacher, validation)
+            program = self.sample_fn(method.sampler)
+            for count, params in students.items():
+                key = {"method": name, "seed": seed, "steps": count, "guidance": 1.0}
+                add_row(key, partial(self.score, evaluator, key, program, params, method.sampler.grid(count)))
+
+        known_rows()
+        guidances = dict.fromkeys((config.teacher.guidance, *config.eval.guidances))
+        samplers = [(g, config.teacher.steps) for g in guidances] + [(config.teacher.guidance, n) for n in config.student.steps]
+        tasks = {f"teacher-{guidance:g}-{count}": partial(score_teacher, guidance, count) for guidance, count in samplers}
+        self.share(tasks | {f"{name}-{seed}": partial(make_student, name, seed) for seed in config.seeds for name in config.methods})
+        rows = self.in_order(known_rows())
         seconds = self.workdir / "seconds.json"
         results = {
             "rows": rows,
@@ -465,10 +527,21 @@ class Benchmark:
             "config": json.loads(config.to_json()),
             "versions": main.versions(),
         }
-        checkpoint.write_json(self.workdir / "results.json", results)
-        (self.workdir / "results.md").write_text(table(results))
-        report.methods_picture(self.workdir / "results.png", results, self.captions[split][:PICTURED], self.pictured(rows))
+        with self.claim("results"):
+            checkpoint.write_json(self.workdir / "results.json", results)
+            (self.workdir / "results.md").write_text(table(results))
+            report.methods_picture(self.workdir / "results.png", results, self.captions[split][:PICTURED], self.pictured(rows))
         return results
+
+    def in_order(self, rows: Sequence[Any]) -> list[Any]:
+        """Rows in the order of the config: processes that share the work add them as they finish."""
+        methods, teacher = ["teacher", *self.config.methods], self.config.teacher
+
+        def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+            reference = (row["steps"] != teacher.steps, row["guidance"] != teacher.guidance)
+            return methods.index(row["method"]), row["seed"], *reference, row["guidance"], row["steps"]
+
+        return sorted(rows, key=place)
 
     def picture_path(self, key: Mapping[str, Any]) -> Path:
         """Where the first images of a row are kept."""

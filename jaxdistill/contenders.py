@@ -135,12 +135,15 @@ def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -
     adversary = setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None
     shift = card.choose(SHIFTS, block.shift, "shift")(setting.schedule.T, **block.shift_settings.to_dict())
     noise = card.choose(NOISE_SOURCES, block.noise, "noise") if block.srl else None
+    reconstruction = flash.Reconstruction(
+        shift=shift, noise_source=noise, steps=block.teacher_steps, guidance_scale=block.guidance, endpoint=block.endpoint
+    )
     loss = flash.imagine_flash(
         setting.network,
         setting.network,
         grids=[sampler.grid(n) for n in setting.steps],
         null_cond=setting.null_cond,
-        reconstruction=flash.Reconstruction(shift=shift, noise_source=noise, steps=block.teacher_steps, guidance_scale=block.guidance),
+        reconstruction=reconstruction,
         backward=block.backward,
         whole_trajectory=block.whole_trajectory,
         correct_noise=block.noise_correction,

@@ -8,6 +8,8 @@ import asyncio
 import base64
 import io
 import json
+import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+import jax
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -42,7 +45,7 @@ except ModuleNotFoundError as error:
 
 PAGE = Path(__file__).parent / "page"
 FILES = {"index.html": "text/html", "app.js": "text/javascript", "style.css": "text/css"}
-MAX_PROMPT, MAX_COUNT, MAX_FRAME = 300, 9, 8192
+MAX_PROMPT, MAX_COUNT, MAX_FRAME, MAX_UNREAD = 300, 9, 8192, 1024
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -67,7 +70,7 @@ class ImageRequest(BaseModel):
 
 
 class Frame(BaseModel):
-    """A request of the page: images of `count` seeds, by the teacher too where asked."""
+    """A request of the page: images of `count` seeds, by the student, the teacher or both."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     id: Annotated[int, Field(ge=0, lt=2**53)]
@@ -76,6 +79,7 @@ class Frame(BaseModel):
     seed: Seed = 0
     count: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
     noise_correction: bool = True
+    student: bool = True
     teacher: bool = False
 
 
@@ -125,6 +129,8 @@ class Session:
         self.app, self.socket, self.jobs = app, socket, list[Job]()
         self.outgoing: asyncio.Queue[tuple[int, dict[str, Any], np.ndarray | None]] = asyncio.Queue()
         self.newest = -1
+        self.pending: Frame | None = None
+        self.asked = asyncio.Event()
 
     def cancel(self) -> None:
         """Drop the request before."""
@@ -152,17 +158,28 @@ class Session:
                 text = "a frame must be JSON text" if isinstance(error, (json.JSONDecodeError, RecursionError)) else str(error)
                 self.refuse(number, text)
             else:
-                self.begin(frame)
+                self.pending = frame
+                self.asked.set()
+
+    async def work(self) -> None:
+        """Begin the newest request. Of those that came at once the older ones are never begun."""
+        while True:
+            await self.asked.wait()
+            self.asked.clear()
+            if self.pending is not None:
+                self.begin(self.pending)
 
     def refuse(self, number: int, message: str) -> None:
-        """An error that is the page's own."""
+        """An error that is the page's own; a page that reads none of them gets no more."""
+        if self.outgoing.qsize() >= MAX_UNREAD:
+            return
         self.outgoing.put_nowait((number, {"kind": "error", "code": "invalid", "message": message}, None))
 
     def begin(self, frame: Frame) -> None:
         """Queue the images of a request in place of the one before."""
         self.cancel()
         self.newest = frame.id
-        for model in ("student", "teacher") if frame.teacher and "teacher" in self.app.painters else ("student",):
+        for model in [name for name in self.app.painters if getattr(frame, name)]:
             steps = frame.steps if model == "student" else self.app.painters["teacher"].steps
             correct = frame.noise_correction if model == "student" else self.app.painters["teacher"].correct
             left = [frame.count]
@@ -336,7 +353,7 @@ def make_app(server: Server) -> FastAPI:
             return
         await socket.accept()
         session = Session(server, socket)
-        tasks = [asyncio.create_task(session.send()), asyncio.create_task(session.receive())]
+        tasks = [asyncio.create_task(part()) for part in (session.send, session.receive, session.work)]
         server.meters.sessions.inc()
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -410,14 +427,34 @@ def parser() -> Parser:
     return p
 
 
+def check_address(host: str, port: int) -> None:
+    """Raise ValueError where nobody can listen there: before minutes of compiling, not after."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"cannot listen at --host={host} --port={port} ({reason}); choose another port") from None
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main(argv: list[str] | None = None) -> None:
     """Compile, then serve until interrupted."""
     args = parser().parse_args(argv)
     try:
-        if not 0 <= args.port < 2**16:
-            raise ValueError(f"--port must be in 0..65535, got {args.port}")
+        if not 0 < args.port < 2**16:
+            raise ValueError(f"--port must be in 1..65535, got {args.port}")
         if args.queue < 1 or not args.deadline > 0:
             raise ValueError(f"--queue must be at least 1 and --deadline above 0, got {args.queue} and {args.deadline:g}")
+        check_address(args.host, args.port)
+        # On a CPU each core is a device of its own: XLA's threads gain nothing on networks as small as the benchmark's.
+        jax.config.update("jax_num_cpu_devices", min(cores(), max(args.batch_sizes)))
         print("compiling", flush=True)
         painters = {"student": open_painter(args.model, args.batch_sizes, encoder=args.text_encoder)}
         if args.teacher:

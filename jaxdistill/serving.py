@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import card, sampling
 from jaxdistill.pipeline import TextToImage, time_ids
@@ -92,8 +93,18 @@ def filled(sizes: Sequence[int], seeds: np.ndarray, conds: Sequence[Any]) -> tup
     return size, np.asarray(seeds, np.int32)[rows], jax.tree.map(lambda *parts: np.concatenate([parts[r] for r in rows]), *conds)
 
 
+def places(sizes: Sequence[int]) -> dict[int, NamedSharding]:
+    """For each batch size the most of this process's devices that divide its rows evenly, as the sharding of those rows."""
+    devices = jax.local_devices()
+    counts = {size: max(n for n in range(1, len(devices) + 1) if size % n == 0) for size in sizes}
+    return {size: NamedSharding(Mesh(np.asarray(devices[:n]), ("rows",)), PartitionSpec("rows")) for size, n in counts.items()}
+
+
 class ExportPainter:
-    """A small text-conditional export. Image (seed) is that of `jaxdistill.sample --seed=seed --num=1`."""
+    """A small text-conditional export. Image (seed) is that of `jaxdistill.sample --seed=seed --num=1`.
+
+    A batch's rows are divided among the devices of this process.
+    """
 
     def __init__(self, export: TextExport, sizes: Sequence[int], *, max_steps: int = 50) -> None:
         self.export, self.sizes = export, tuple(sorted(sizes))
@@ -101,7 +112,6 @@ class ExportPainter:
         self.steps, self.guidance = int(settings["steps"]), float(settings["guidance"])
         self.correct, self.max_steps = bool(settings["noise_correction"]), max_steps
         self.size = (export.shape[0], export.shape[1])
-        self.params = jax.device_put(export.params)
         self.encode = lru_cache(maxsize=4096)(self._encode)
         shape = export.shape
 
@@ -113,12 +123,17 @@ class ExportPainter:
         advance = jax.jit(step)
         draw = jax.jit(jax.vmap(lambda seed: card.noise_of(seed, jnp.arange(1), shape)[0]))
         finish = jax.jit(lambda x: jnp.round(card.to_unit(x) * 255.0).astype(jnp.uint8))
+        self._places = places(self.sizes)
+        whole = {size: NamedSharding(place.mesh, PartitionSpec()) for size, place in self._places.items()}
+        copies = {place: jax.device_put(export.params, place) for place in set(whole.values())}
+        self._params = {size: copies[place] for size, place in whole.items()}
         self._programs: dict[int, tuple[Any, Any, Any]] = {}
         one, scalar, flag = self.encode("a"), np.float32(1.0), np.bool_(True)
         for size in self.sizes:
-            _, seeds, cond = filled((size,), np.zeros(1, np.int32), [one])
+            _, *rows = filled((size,), np.zeros(1, np.int32), [one])
+            seeds, cond = jax.device_put(rows, self._places[size])
             noise = draw(seeds)
-            compiled = advance.lower(self.params, sampling.start(noise), noise, cond, scalar, scalar, flag).compile()
+            compiled = advance.lower(self._params[size], sampling.start(noise), noise, cond, scalar, scalar, flag).compile()
             self._programs[size] = draw.lower(seeds).compile(), compiled, finish.lower(noise).compile()
 
     def _encode(self, caption: str) -> Any:
@@ -126,13 +141,14 @@ class ExportPainter:
 
     def start(self, seeds: np.ndarray, conds: Sequence[Any], steps: int, correct: bool) -> Rollout:
         """A run of these rows, filled up to the next size."""
-        size, numbers, cond = filled(self.sizes, seeds, conds)
+        size, *rows = filled(self.sizes, seeds, conds)
         draw, advance, finish = self._programs[size]
+        numbers, cond = jax.device_put(rows, self._places[size])
         noise, flag = draw(numbers), np.bool_(correct)
         times = np.append(self.export.sampler.grid(steps), 0.0).astype(np.float32)
 
         def step(state: Any, t: Any, t_next: Any) -> Any:
-            return advance(self.params, state, noise, cond, t, t_next, flag)
+            return advance(self._params[size], state, noise, cond, t, t_next, flag)
 
         return Rollout(sampling.start(noise), times[:-1], times[1:], step=step, finish=finish, count=len(seeds))
 
@@ -205,7 +221,13 @@ class Engine:
         """Queue a job. Raises Busy where `limit` of its model wait."""
         with self._ready:
             queue = self._waiting[job.model]
-            if self._closed or sum(not j.cancelled for j in queue) >= self.limit:
+            if len(queue) >= self.limit:  # only now: a look at every job for every job would hold all pages up
+                dropped = [j for j in queue if j.cancelled]
+                kept = [j for j in queue if not j.cancelled]
+                queue.clear()
+                queue.extend(kept)
+                self._fail(dropped, Cancelled())
+            if self._closed or len(queue) >= self.limit:
                 raise Busy
             queue.append(job)
             self._ready.notify()

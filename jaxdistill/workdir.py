@@ -74,7 +74,8 @@ def check_workdir(workdir: Path, config: ConfigDict) -> str:
                 f"--workdir={workdir} holds a run of another config ({'; '.join(differences[:5])}); "
                 "choose another workdir or repeat that run's flags"
             )
-    checkpoint.write_json(path, wanted)
+    else:
+        checkpoint.write_json(path, wanted)
     return ""
 
 

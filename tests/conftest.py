@@ -12,6 +12,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
+# Two workers whose XLA has threads on both cores get in each other's way: each has its own share of the cores, as have its commands.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    _worker, _workers = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    _cores = sorted(os.sched_getaffinity(0))[_worker::_workers]
+    if _cores:
+        os.sched_setaffinity(0, _cores)
+
 from hypothesis import settings
 from jaxtyping import install_import_hook
 

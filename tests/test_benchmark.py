@@ -1,5 +1,6 @@
 import json
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from idx import write_fashion
 from PIL import Image
 from shell import run_command
 
-from jaxdistill import benchmark, card, contenders, main, report, sample, sampling, schedule, teacher_states
+from jaxdistill import benchmark, card, contenders, loop, main, report, sample, sampling, schedule, teacher_states
 from jaxdistill.scenes import open_scenes
 from jaxdistill.text_export import TextExport
 
@@ -263,3 +264,42 @@ def test_pairs_of_noise_and_target_stay_together():
         np.testing.assert_array_equal(batch["target"].ravel(), rows)
         np.testing.assert_array_equal(batch["noise"], benchmark.pair_noise(0, rows))
         assert len(rows) == 4
+
+
+def shared(workdir):
+    """A benchmark of which only the sharing of work is there."""
+    made = object.__new__(benchmark.Benchmark)
+    made.workdir, made.stop = workdir, loop.StopSignal()
+    return made
+
+
+def test_processes_leave_each_other_their_tasks_and_take_over_what_is_left(tmp_path):
+    one, two, done = shared(tmp_path), shared(tmp_path), []
+    begun, leave = threading.Event(), threading.Event()
+
+    def other():
+        with one.claim("a") as mine:
+            assert mine
+            begun.set()
+            leave.wait(20)  # and dies without having done it
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    begun.wait(20)
+    tasks = {"a": lambda: done.append("a"), "b": lambda: (done.append("b"), leave.set()), "c": lambda: done.append("c")}
+    two.share(tasks)
+    thread.join()
+    assert done == ["b", "c", "a"]
+
+
+def test_a_signal_ends_the_wait_for_another_process(tmp_path):
+    one, two = shared(tmp_path), shared(tmp_path)
+    two.stop.received = "SIGTERM"
+    with (
+        one.claim("teacher"),
+        pytest.raises(loop.Stopped, match="SIGTERM; start the same command"),
+        two.claim("teacher"),
+    ):
+        pass
+    with two.claim("teacher", wait=False) as mine:
+        assert mine

@@ -102,6 +102,14 @@ def test_the_teacher_comes_after_the_student_on_the_same_seed(page, running):
     assert teacher > student and times[1].startswith("8 steps")
 
 
+def test_the_student_does_not_draw_again_for_the_teacher(page, running):
+    page.fill("#caption", "a green coat")
+    wait_for(page, running, "teacher", prompt="a green coat", seed=7)
+    asked = [int(page.locator(f"#{model} img").get_attribute("data-request")) for model in ("student", "teacher")]
+    assert asked[0] < asked[1]
+    expect(page.locator("#student .time")).to_contain_text("ms from the key")
+
+
 def test_a_grid_holds_following_seeds(page, running):
     page.check("#counts-4")
     expect(page.locator("#student img[data-request]")).to_have_count(4)

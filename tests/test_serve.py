@@ -2,10 +2,13 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,7 +17,7 @@ import pytest
 import websockets
 from PIL import Image
 from running import CAPTION, GOLDEN, Running, open_all
-from shell import assert_one_error_line, run_command
+from shell import ROOT, assert_one_error_line, environment, run_command, wait_until
 
 from jaxdistill import serve
 from jaxdistill.text_export import TextExport
@@ -52,6 +55,36 @@ def test_images_are_those_of_sample(running, exports, model):
         np.testing.assert_allclose(image, same * 255.0, atol=1.0)
         expected[str(setting)] = image.tobytes()
     assert len(set(expected.values())) == 6  # noise correction does nothing at one step
+
+
+TWO_DEVICES = """
+import sys
+import numpy as np
+from running import CAPTION, GOLDEN
+from jaxdistill.serving import ExportPainter
+from jaxdistill.text_export import TextExport
+
+export = TextExport(sys.argv[1], encoder=GOLDEN)
+painter = ExportPainter(export, (1, 3, 4))
+print({size: place.mesh.size for size, place in painter._places.items()})
+seeds = np.arange(4)
+for rows in (1, 3, 4):
+    run = painter.start(seeds[:rows], [painter.encode(CAPTION)] * rows, 2, True)
+    while run.done < run.of:
+        run.advance()
+    for seed, image in zip(seeds, run.images()):
+        same = export([CAPTION], steps=2, seed=int(seed), noise_correction=True)[0]
+        np.testing.assert_allclose(image, 255.0 * same, atol=1.0)
+"""
+
+
+@pytest.mark.slow
+def test_rows_of_a_batch_are_divided_among_devices(exports):
+    env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=2", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    command = [sys.executable, "-c", TWO_DEVICES, str(exports["student"])]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == "{1: 1, 3: 1, 4: 2}"
 
 
 def test_png_holds_its_settings_and_defaults_are_the_cards(running):
@@ -204,9 +237,9 @@ def test_pages_of_other_sites_get_no_socket(running):
 
 @pytest.mark.slow
 def test_junk_gets_an_error_and_harms_nobody(running):
-    """Frames and bodies of wrong types, sizes and encodings; cut connections."""
+    """10,000 frames and bodies of wrong types, sizes and encodings; cut connections."""
     r = random.Random(0)
-    good = {"id": 1, "prompt": CAPTION, "steps": 1, "seed": 1, "count": 1, "noise_correction": True, "teacher": False}
+    good = {"id": 1, "prompt": CAPTION, "steps": 1, "seed": 1, "count": 1, "noise_correction": True, "student": True, "teacher": False}
     values = [None, -1, 2**70, 1.5, "x" * 5000, "", [], {}, True, "\ud800", "<img src=x>", "\x00", float("inf")]
 
     def junk() -> object:
@@ -221,10 +254,10 @@ def test_junk_gets_an_error_and_harms_nobody(running):
 
     async def talk():
         answered, opened = 0, 0
-        while opened < 40:
+        while opened < 45:
             opened += 1
             async with websockets.connect(running.url.replace("http", "ws") + "/ws") as ws:
-                for _ in range(50):
+                for _ in range(200):
                     found = junk()
                     await ws.send(found if isinstance(found, (bytes, str)) else json.dumps(found))
                 if r.random() < 0.3:
@@ -235,7 +268,7 @@ def test_junk_gets_an_error_and_harms_nobody(running):
         return answered
 
     assert asyncio.run(talk()) >= 15
-    for _ in range(300):
+    for _ in range(1000):
         found = junk()
         body = found if isinstance(found, bytes) else found.encode() if isinstance(found, str) else json.dumps(found).encode()
         status, answer, _ = running.get("/api/image", body)
@@ -247,6 +280,79 @@ def test_junk_gets_an_error_and_harms_nobody(running):
     assert running.server.engine.waiting() == 0
 
 
+def ws_frame(payload: bytes, *, opcode: int = 1, final: bool = True, masked: bool = True, length: int | None = None) -> bytes:
+    """A client's frame as RFC 6455 has it, or a wrong one; `length` is what it claims."""
+    size = len(payload) if length is None else length
+    head = bytes([opcode | (0x80 if final else 0)])
+    head += bytes([(0x80 if masked else 0) | size]) if size < 126 else bytes([(0x80 if masked else 0) | 126]) + size.to_bytes(2, "big")
+    return head + (b"\0\0\0\0" if masked else b"") + payload
+
+
+def raw_socket(port: int) -> socket.socket:
+    """A websocket opened by hand."""
+    raw = socket.create_connection(("127.0.0.1", port), timeout=20)
+    key = base64.b64encode(bytes(16)).decode()
+    raw.sendall(
+        f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+    )
+    head = b""
+    while b"\r\n\r\n" not in head:
+        head += raw.recv(1)
+    assert b" 101 " in head.splitlines()[0]
+    return raw
+
+
+def rest_of(raw: socket.socket) -> bytes:
+    """Everything until the server closes."""
+    found = b""
+    while part := raw.recv(4096):
+        found += part
+    return found
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (ws_frame(b"\xff\xfe{"), 1007),  # no UTF-8
+        (ws_frame(b"{}", masked=False), 1002),
+        (ws_frame(b"{}", opcode=3), 1002),  # a reserved opcode
+        (ws_frame(b"more", opcode=0), 1002),  # the rest of a message that never began
+        (ws_frame(b"x" * 300, opcode=9), 1002),  # a ping too long
+        (ws_frame(b"", length=serve.MAX_FRAME + 1), 1009),
+    ],
+)
+def test_broken_frames_close_their_own_socket(running, frame, code):
+    with raw_socket(running.port) as raw:
+        raw.sendall(frame)
+        assert rest_of(raw)[-200:].find(code.to_bytes(2, "big")) >= 0
+
+
+def test_half_frames_and_clients_that_never_read_hold_nobody_up(running):
+    """Half a frame, a message without its end, a header without its end, and a page that asks for ever and never reads."""
+    ask = json.dumps({"id": 1, "prompt": CAPTION, "steps": 1, "count": 9}).encode()
+    lazy = [raw_socket(running.port) for _ in range(6)]
+    for i, raw in enumerate(lazy):
+        if i % 3 == 0:
+            raw.sendall(ws_frame(ask)[: 5 + i])
+        elif i % 3 == 1:
+            raw.sendall(ws_frame(ask[:20], final=False))
+        else:
+            raw.settimeout(0.5)
+            with contextlib.suppress(TimeoutError):
+                for number in range(1000):
+                    raw.sendall(ws_frame(ask.replace(b'"id": 1', f'"id": {number}'.encode())))
+    head = socket.create_connection(("127.0.0.1", running.port))
+    head.sendall(b"POST /api/image HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+    began = time.monotonic()
+    assert running.get("/api/image", {"prompt": CAPTION, "steps": 1})[0] == 200
+    assert time.monotonic() - began < 10.0
+    for raw in (*lazy, head):
+        raw.close()
+    wait_until(lambda: "jaxdistill_sessions 0.0" in running.get("/metrics")[1].decode(), seconds=60, what="the sockets to be let go")
+    wait_until(lambda: running.server.engine.waiting() == 0, seconds=20, what="their images to be dropped")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),
@@ -254,7 +360,9 @@ def test_junk_gets_an_error_and_harms_nobody(running):
         (["--model=nowhere"], ["nowhere is no model", "card.json"]),
         (["--model=STUDENT", "--port=99999"], ["--port", "99999"]),
         (["--model=STUDENT", "--batch_sizes=0"], ["--batch_sizes"]),
+        (["--model=STUDENT", "--port=TAKEN"], ["--port", "in use"]),
     ],
 )
-def test_bad_flags_are_one_line(flags, words, exports):
+def test_bad_flags_are_one_line(flags, words, exports, running):
+    flags = [f.replace("TAKEN", str(running.port)) for f in flags]
     assert_one_error_line(run_command("jaxdistill.serve", *(f.replace("STUDENT", str(exports["student"])) for f in flags)), *words)

@@ -147,12 +147,16 @@ class Reconstruction(NamedTuple):
     """What the teacher corrects and how: the shifted reconstruction loss, or the plain one.
 
     With `noise_source` None the teacher starts from the student's own state at t (no SRL).
+
+    `endpoint` is not in the paper: the first that many states of a trajectory get no target of their own, but that of its last state.
+    It is nearer to where the teacher would end from the same x_T than what k steps find from an early state, and no call is made for it.
     """
 
     shift: Shift = no_shift
     noise_source: NoiseSource | None = trajectory_noise
     steps: int = 4
     guidance_scale: float = 1.0
+    endpoint: int = 0
 
 
 PLAIN = Reconstruction()
@@ -184,6 +188,17 @@ def unique_grids(grids: Sequence[TimeGrid]) -> list[TimeGrid]:
         if not any(np.array_equal(other[: len(grid)], grid) for other in kept):
             kept.append(grid)
     return kept
+
+
+def check_endpoint(count: int, grids: Sequence[TimeGrid], *, own_trajectory: bool) -> None:
+    """Raise ValueError where `count` states can't take the target of their trajectory's last."""
+    if not own_trajectory:
+        raise ValueError(f"endpoint = {count} needs whole trajectories of the student's own: backward and whole_trajectory must be True")
+    if len(grids) > 1 or not 0 < count < len(grids[0]):
+        raise ValueError(
+            f"endpoint = {count} must be from 0 to one less than the states of one trajectory, which all step counts share; "
+            f"the grids that are no prefix of another have {', '.join(str(len(grid)) for grid in grids)} states"
+        )
 
 
 class Slots(NamedTuple):
@@ -273,6 +288,8 @@ def imagine_flash(
         raise ValueError(f"the teacher needs k >= 1 steps, got {reconstruction.steps}")
     for grid in grids:
         check_shift(reconstruction.shift, grid, T)
+    if reconstruction.endpoint:
+        check_endpoint(reconstruction.endpoint, grids, own_trajectory=backward and whole_trajectory)
     student_step = ddim(student.schedule) if solver is None else solver
     teacher_step = ddim(teacher.schedule)
 
@@ -354,7 +371,7 @@ def imagine_flash(
 
     def teacher_start(part: Visited, key: Array) -> tuple[Array, Array]:
         """Where the teacher starts: (x [b n, ...], t [b n])."""
-        fixed: Trajectory = jax.lax.stop_gradient(part.trajectory)
+        fixed: Trajectory = jax.tree.map(lambda a: a[reconstruction.endpoint :], jax.lax.stop_gradient(part.trajectory))
         t = _flat(fixed.t)
         if reconstruction.noise_source is None:
             return _flat(fixed.x), t
@@ -372,8 +389,15 @@ def imagine_flash(
         # One call of the teacher for all that was visited: one copy of its network in the program.
         x, t = jax.tree.map(lambda *a: jnp.concatenate(a), *starts)
         x0 = jnp.concatenate([_flat(part.trajectory.x0) for part in parts])
-        cond = jax.tree.map(lambda *c: jnp.concatenate(c), *(_tile(part.cond, part.trajectory.t.shape[0]) for part in parts))
-        target = jax.lax.stop_gradient(teacher_x0(teacher_params, x, t, cond))
+        counts = [part.trajectory.t.shape[0] for part in parts]
+        cond, taught = (
+            jax.tree.map(lambda *c: jnp.concatenate(c), *(_tile(part.cond, n - less) for part, n in zip(parts, counts, strict=True)))
+            for less in (0, reconstruction.endpoint)
+        )
+        target = jax.lax.stop_gradient(teacher_x0(teacher_params, x, t, taught))
+        if reconstruction.endpoint:  # one grid, so one part
+            known = _states(target, counts[0] - reconstruction.endpoint)
+            target = _flat(jnp.concatenate([known[-1:]] * reconstruction.endpoint + [known]))
         error = jnp.mean((target - x0) ** 2, axis=tuple(range(1, target.ndim)))
         value = jnp.mean(weight(jnp.concatenate([_flat(part.trajectory.t) for part in parts])) * error)
         metrics = {"reconstruction": value}

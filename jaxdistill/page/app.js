@@ -21,7 +21,7 @@ const info = await (async () => {
 let socket = null;
 let attempts = 0;
 let newest = 0; // id of the last request
-let current = null; // {id, state, keyed} of the request whose answers are shown
+let current = null; // {id, state, keyed, drawn} of the request whose answers are shown; drawn: the student's part of it has come
 let pause = 0;
 let settled = 0; // the timer that puts a picture into the history
 const shown = { student: [], teacher: [] }; // {url, blob, state, seed} by index
@@ -98,6 +98,7 @@ function ask({ teacher = false, keyed = performance.now() } = {}) {
   clearTimeout(pause);
   const s = state();
   toFragment(s);
+  const drawn = teacher && Boolean(current?.drawn); // nothing has changed since: the student need not draw it again
   current = null;
   if (!s.prompt) {
     say("Type a caption.");
@@ -105,9 +106,9 @@ function ask({ teacher = false, keyed = performance.now() } = {}) {
   }
   if (socket?.readyState !== WebSocket.OPEN) return; // asked again when it is back
   const id = ++newest;
-  current = { id, state: s, keyed };
+  current = { id, state: s, keyed, drawn };
   socket.send(JSON.stringify({
-    id, prompt: s.prompt, steps: s.steps, seed: s.seed, count: s.count, noise_correction: s.correction, teacher,
+    id, prompt: s.prompt, steps: s.steps, seed: s.seed, count: s.count, noise_correction: s.correction, student: !drawn, teacher,
   }));
   $("teacher").querySelector(".grid").classList.add("stale");
   $("teacher").querySelector("progress").hidden = true;
@@ -174,11 +175,13 @@ function show(message, { state: s, keyed }) {
   figure.querySelector(".time").textContent = `${steps} ${steps === 1 ? "step" : "steps"}, ${message.milliseconds.toFixed(0)} ms${typed}`;
 }
 
-function finish(message, { state: s }) {
+function finish(message, request) {
   if (message.model === "teacher") {
     $("teacher").querySelector("progress").hidden = true;
     return;
   }
+  const s = request.state;
+  request.drawn = true;
   say("");
   $("download").disabled = false;
   clearTimeout(settled);
