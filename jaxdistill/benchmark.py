@@ -89,14 +89,16 @@ class Benchmark:
     def __init__(self, config: ConfigDict, workdir: Path, stop: loop.StopSignal) -> None:
         self.config, self.workdir, self.stop = config, workdir, stop
         self.base = Path(config.base) if config.base else workdir
+        # What can be made again stands beside the teacher, unless that is an export alone.
+        self.caches = self.base if (self.base / "scenes").exists() else workdir
         self.layout = partition.layout()
         self.constrain = partition.constrain_batch(self.layout.mesh)
         encoder = sentence_encoder.load(config.text.folder)
-        with self.claim("scenes", folder=self.base):
-            self.sources = scenes.open_scenes(config.data.source, self.base / "scenes", scale=config.data.scale)
+        with self.claim("scenes", folder=self.caches):
+            self.sources = scenes.open_scenes(config.data.source, self.caches / "scenes", scale=config.data.scale)
             self.captions = {split: [caption_of(item) for item in source] for split, source in self.sources.items()}
             everything = [c for captions in self.captions.values() for c in captions]
-            self.embeddings = sentence_encoder.cached_embeddings(encoder, everything, self.base / "text", length=config.text.length)
+            self.embeddings = sentence_encoder.cached_embeddings(encoder, everything, self.caches / "text", length=config.text.length)
         self.model = card.build_model(config.model.to_dict())
         self.null_cond: Any = self.model.null_cond
         self.schedule = card.build_schedule(config.schedule)
@@ -393,9 +395,9 @@ class Benchmark:
         """Teacher images in [-1, 1] from noises and train captions, made once: the direct method's data."""
         # Named by the sampler: variants on one base may have others.
         block = self.config.teacher
-        path = self.base / f"pairs-{count}-{block.grid}-{block.steps}-{block.guidance:g}.npy"
+        path = self.caches / f"pairs-{count}-{block.grid}-{block.steps}-{block.guidance:g}.npy"
         captions = [self.captions["train"][i % len(self.captions["train"])] for i in range(count)]
-        with self.claim("pairs", folder=self.base):
+        with self.claim("pairs", folder=self.caches):
             if not path.exists():
                 sampler = self.teacher_sampler()
                 program = self.sample_fn(sampler, guidance=block.guidance)
@@ -468,7 +470,7 @@ class Benchmark:
     def run(self) -> dict[str, Any]:
         """Teacher, students, scores, files."""
         config = self.config
-        with self.claim("teacher", folder=self.base):
+        with self.claim("teacher", folder=self.caches):
             recogniser = self.recogniser()
             validation = self.evaluator(recogniser, "validation")
             teacher = self.teacher(validation)

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -150,17 +151,22 @@ def test_bad_config_is_refused_before_any_work(changes, words):
 
 
 @pytest.mark.slow
-def test_variants_run_on_the_teacher_of_another_benchmark(smoke, tmp_path):
-    base, flags = smoke
+def test_variants_run_on_the_exports_of_another_benchmark(smoke, tmp_path):
+    made, flags = smoke
     config = config_file.get_config("smoke")
-    before = {p: p.stat().st_mtime_ns for p in (base / "teacher").rglob("*")}
+    base, workdir = tmp_path / "base", tmp_path / "run"
+    base.mkdir()
+    shutil.copy(made / "config.json", base)
+    for part in ("teacher", "recogniser"):
+        shutil.copytree(made / part, base / part)
+    before = {p: p.stat().st_mtime_ns for p in base.rglob("*")}
     changed = [f for f in flags if "workdir" not in f and "methods" not in f]
-    run = [*changed, f"--config.base={base}", f"--workdir={tmp_path}", "--config.methods=('direct',)", "--config.seeds=(1,)"]
+    run = [*changed, f"--config.base={base}", f"--workdir={workdir}", "--config.methods=('direct',)", "--config.seeds=(1,)"]
     found = run_command("jaxdistill.benchmark", *run, timeout=300)
     assert found.returncode == 0, found.stderr[-3000:]
-    assert not (tmp_path / "teacher").exists() and not (tmp_path / "recogniser").exists()
-    assert {p: p.stat().st_mtime_ns for p in (base / "teacher").rglob("*")} == before
-    rows = {name: json.loads((folder / "results.json").read_text())["reference"] for name, folder in (("base", base), ("run", tmp_path))}
+    assert not (workdir / "teacher").exists() and not (workdir / "recogniser").exists()
+    assert {p: p.stat().st_mtime_ns for p in base.rglob("*")} == before
+    rows = {name: json.loads((folder / "results.json").read_text())["reference"] for name, folder in (("base", made), ("run", workdir))}
     assert {k: v for k, v in rows["run"].items() if k != "images_per_second"} == {
         k: v for k, v in rows["base"].items() if k != "images_per_second"
     }
