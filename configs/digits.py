@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
         {
             "iterations": 1000,
             "health_every": 200,
+            "keep_best": "",  # a health number, such as fd_3 or distance_1: export the averages of the step where it was lowest
             "batch_size": 128,
             "learning_rate": 2e-3,
             "warmup": 20,

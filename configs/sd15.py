@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
         {
             "iterations": 10_000,
             "health_every": 500,
+            "keep_best": "",  # a health number, such as distance_3: export the averages of the step where it was lowest
             "batch_size": 48,
             "accumulate": 1,  # micro-batches a step: one is in memory at a time
             "learning_rate": 1e-5,

@@ -280,6 +280,7 @@ class TextRun(TextSetup):
             examples=config.student.batch_size,
             flops=self.step_flops() if chips.of_device(jax.local_devices()[0]) else 0.0,  # counting takes seconds
             profile=config.log.profile,
+            keep_best=config.student.keep_best,
         )
         self.seconds["student"] = seconds
         results = {}
@@ -319,10 +320,12 @@ class TextRun(TextSetup):
         checkpoint.export(self.workdir / "student", merged, about)
 
     def write_results(self) -> dict[str, Any]:
-        """results.json, results.md and curves.png, from the last health line of the curve."""
+        """results.json, results.md and curves.png, from the health line of the averages that were exported."""
         curve = loop.read_curve(self.workdir / "curves" / "student.jsonl")
-        last = next(record for record in reversed(curve) if any(key.startswith("health/") for key in record))
-        numbers = {key.removeprefix("health/"): value for key, value in last.items()}
+        lines = [record for record in curve if any(key.startswith("health/") for key in record)]
+        best = self.config.student.keep_best
+        exported = min(lines, key=lambda record: record[f"health/{best}"]) if best else lines[-1]
+        numbers = {key.removeprefix("health/"): value for key, value in exported.items()}
         names = ("diversity", "contrast", "saturation", "distance")
         rows = [{"model": "student", "steps": n, **{k: round(numbers[f"{k}_{n}"], 5) for k in names}} for n in self.grids]
         results = {

@@ -1,6 +1,6 @@
 """From a config to the objects of an experiment: the one place where a config's names become the method's functions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -187,6 +187,7 @@ def build(config: ConfigDict) -> Experiment:
         partition.check_batch(config[phase].batch_size, mesh, f"config.{phase}.batch_size")
     teacher_sampler.grid(config.teacher.steps)
     grids = {n: check_grid(student_sampler.grid(n), schedule.T) for n in sorted(config.student.steps)}
+    check_keep_best(config.student.keep_best, ("fd", "distance"), grids)
 
     constrain = partition.constrain_batch(mesh)
     null_cond: Any = model.null_cond
@@ -229,6 +230,13 @@ def build(config: ConfigDict) -> Experiment:
     )
     check_student_step(experiment)
     return experiment
+
+
+def check_keep_best(name: str, numbers: Sequence[str], steps: Iterable[int]) -> None:
+    """Raise ValueError where config.student.keep_best is none of the health numbers that are lower for a better student."""
+    known = [f"{number}_{n}" for number in numbers for n in steps]
+    if name and name not in known:
+        raise ValueError(f"config.student.keep_best = {name!r} is not known; use one of {', '.join(known)}, or '' for the last averages")
 
 
 def check_numbers(config: ConfigDict) -> None:

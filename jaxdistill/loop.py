@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import signal
 import sys
 import time
@@ -184,6 +185,44 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
+class Best:
+    """The averages of the step whose health number `key` was the lowest, kept as a checkpoint of their own. Survives restarts.
+
+    Raises CheckpointError where what is there does not fit `like`, the averages of this run.
+    """
+
+    def __init__(self, folder: str, key: str, like: Any) -> None:
+        self.key, self.value = key, math.inf
+        self._checkpoints = Checkpoints(folder, keep=1)
+        if self._checkpoints.latest is not None:
+            self.value = float(self._checkpoints.restore(like)[1]["value"])
+
+    @property
+    def step(self) -> int | None:
+        """Of the averages that are kept."""
+        return self._checkpoints.latest
+
+    def offer(self, step: int, averages: Any, report: Mapping[str, float]) -> None:
+        """Keep these where they are better. Of many processes the first one's report counts. Raises ValueError for an unknown key."""
+        if distributed.is_main() and self.key not in report:
+            raise ValueError(f"keep_best = {self.key!r} is no health number; use one of {', '.join(sorted(report))}")
+        value = float(report.get(self.key, math.nan))
+        if jax.process_count() > 1:
+            value = float(distributed.broadcast(repr(value).encode()))
+        if value < self.value:
+            self.value = value
+            self._checkpoints.save(step, averages, {"value": value})
+
+    def restore(self, like: Any) -> Any:
+        """The averages that are kept, or `like` where no number was ever finite."""
+        self._checkpoints.wait()
+        return like if self.step is None else self._checkpoints.restore(like)[0]
+
+    def close(self) -> None:
+        """Wait until all is on disk."""
+        self._checkpoints.close()
+
+
 def train_loop(
     name: str,
     state: TrainState,
@@ -203,6 +242,7 @@ def train_loop(
     examples: int = 0,
     flops: float = 0.0,
     profile: int = 0,
+    keep_best: str = "",
 ) -> tuple[TrainState, float]:
     """Train from the newest checkpoint, or from `state`, to `steps`. Returns the state and the seconds spent in all.
 
@@ -211,8 +251,10 @@ def train_loop(
 
     `examples` and `flops` of a step give images a second and MFU beside the loss, on the console and in TensorBoard. `profile`: steps of
     which a trace is written, from the eleventh of this start on. `checkpoint_folder`: instead of workdir/checkpoints; may be gs://.
+    `keep_best`: a health number; the averages of the step where it was lowest are kept beside the checkpoints and returned as ema_params.
 
     Raises:
+      ValueError: `keep_best` is no health number.
       NonFiniteError: a loss is not finite; names step and terms. Nothing non-finite is ever saved.
       Stopped: after SIGTERM or SIGINT, once the state is saved.
     """
@@ -224,6 +266,7 @@ def train_loop(
         seconds_before = float(meta["seconds"])
         if distributed.is_main():
             print(f"{name}: resumes at step {int(state.step)} of {steps}")
+    best = Best(f"{folder}/{name}-best", keep_best, state.ema_params) if keep_best else None
     start, began = int(state.step), time.perf_counter()
     curve = Curve(workdir / "curves" / f"{name}.jsonl", start)
     writer = SummaryWriter(str(workdir / "tensorboard" / name), purge_step=start + 1, write_to_disk=distributed.writes())
@@ -292,6 +335,9 @@ def train_loop(
                 curve.add(done, {f"health/{k}": v for k, v in report.items()})
                 for key, value in report.items():
                     writer.add_scalar(f"health/{key}", value, done)
+                if best is not None:
+                    with meter.spent("save"):
+                        best.offer(done, state.ema_params, report)
             received = stop.at(done)
             if done % checkpoint_every == 0 or done == steps or received:
                 with meter.spent("save"):
@@ -299,8 +345,14 @@ def train_loop(
             if received and done < steps:
                 checkpoints.wait()
                 raise Stopped(f"{name} stopped by {received} and saved at step {done} of {steps}; the same command resumes it")
+        if best is not None:
+            state = state._replace(ema_params=best.restore(state.ema_params))
+            if distributed.is_main() and best.step is not None:
+                print(f"{name}: its best averages are those of step {best.step} ({keep_best} {best.value:g})", flush=True)
     finally:
         bar.close()
         writer.close()
         checkpoints.close()
+        if best is not None:
+            best.close()
     return state, seconds_before + time.perf_counter() - began

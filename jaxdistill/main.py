@@ -227,6 +227,7 @@ class Run:
             workdir=self.workdir,
             stop=self.stop,
             advice=f"lower config.{name}.learning_rate and start in a new workdir",
+            keep_best=block.get("keep_best", ""),
         )
         self.record(name, seconds)
         return state

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill import card, hlo, partition, pipeline
-from jaxdistill.experiment import check_numbers, make_adversary, make_reconstruction, make_student_optimizer, student_of
+from jaxdistill.experiment import check_keep_best, check_numbers, make_adversary, make_reconstruction, make_student_optimizer, student_of
 from jaxdistill.interop import architectures, diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.interop.diffusers_folder import Folder
 from jaxdistill.methods import imagine_flash as flash
@@ -64,6 +64,7 @@ class TextSetup:
         self.schedule, self.unet = scheduler.schedule, self.folder.unet.module
         T = self.schedule.T
         self.grids: dict[int, TimeGrid] = {n: check_grid(trailing_grid(n, T, discrete=True), T) for n in sorted(student.steps)}
+        check_keep_best(student.keep_best, ("distance",), self.grids)
         self.size = pipeline.image_size(self.folder, config.data.height or None, config.data.width or None)
         factor = self.folder.vae.module.factor
         self.latent_shape = (self.size[0] // factor, self.size[1] // factor, self.unet.in_channels)

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
         ({"adversarial.loss": "wasserstein"}, "adversarial.loss = 'wasserstein' is not known"),
         ({"adversarial.reals": "web"}, "adversarial.reals = 'web' is not known"),
         ({"student.steps": (0, 1)}, "student.steps must hold step counts of at least 1"),
+        ({"student.keep_best": "fd_9"}, "config.student.keep_best = 'fd_9' is not known; use one of fd_1, "),
         ({"method.teacher_steps": 0}, "config.method.teacher_steps must be at least 1, got 0"),
         ({"student.batch_size": 0}, "config.student.batch_size = 0 must be a positive multiple"),
         ({"teacher.drop_cond": 0.0}, "needs a teacher trained with config.teacher.drop_cond > 0"),

@@ -333,3 +333,37 @@ def test_speed_is_in_tensorboard_and_a_profile_is_written(tmp_path, monkeypatch)
     run(tmp_path, profile=3, examples=4)
     assert {"speed/step_seconds", "speed/input_wait", "speed/goodput", "speed/images_per_second_a_chip", "loss"} <= set(seen)
     assert started == [str(tmp_path / "tensorboard" / "toy")] and stopped == [1]
+
+
+# ---------------------------------------------------------------------------------------------- the best averages
+
+
+def valley(params, step):
+    """Lowest at step 10 of 5, 10, 15, 20."""
+    return {"fd_1": abs(step - 10) + 1.0, "w0": float(params["w"][0])}
+
+
+@pytest.mark.parametrize("stopped", [[], [7], [12], [18]], ids=str)
+def test_the_best_averages_are_returned_also_after_a_kill(tmp_path, uninterrupted, stopped):
+    kept = {}
+
+    def health(params, step):
+        kept[step] = jax.tree.map(np.asarray, params)
+        return valley(params, step)
+
+    for n in stopped:
+        with pytest.raises(Killed):
+            run(tmp_path, batches=killed_at(n), health=health, keep_best="fd_1")
+    state, _ = run(tmp_path, health=health, keep_best="fd_1")
+    assert_same_bits(state.ema_params, kept[10])
+    assert_same_bits(state.params, uninterrupted[0].params)  # only the averages are those of another step
+
+
+def test_numbers_that_are_no_numbers_are_never_the_best(tmp_path, uninterrupted):
+    state, _ = run(tmp_path, health=lambda params, step: {"fd_1": float("nan")}, keep_best="fd_1")
+    assert_same_bits(state, uninterrupted[0])
+
+
+def test_an_unknown_health_number_is_named(tmp_path):
+    with pytest.raises(ValueError, match="keep_best = 'fd_9' is no health number; use one of fd_1, w0"):
+        run(tmp_path, health=valley, keep_best="fd_9")

@@ -1,4 +1,6 @@
-"""The page of a running `jaxdistill.serve`: milliseconds from a key to its picture, and a picture once the teacher has finished.
+"""The page of a running `jaxdistill.serve`: milliseconds from a key to its picture, and pictures once the teacher has finished.
+
+Beside --out, page.png for instance: page_four.png (four seeds of both) and page_phone.png (a narrow dark screen).
 
 python tests/benchmarks/page_picture.py --url=http://127.0.0.1:8000 --prompt="a red bag above a blue boot" --out=docs/results/page.png
 """
@@ -7,8 +9,27 @@ import argparse
 import shutil
 import statistics
 import urllib.parse
+from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
+
+
+def beside(out: str, name: str) -> str:
+    """page.png -> page_NAME.png."""
+    path = Path(out)
+    return str(path.with_stem(f"{path.stem}_{name}"))
+
+
+def drawn(page: Page, count: int) -> None:
+    """Wait until student and teacher have drawn so many pictures of the newest request."""
+    page.wait_for_function(
+        """(count) => ["student", "teacher"].every((model) => {
+          const found = document.querySelectorAll(`#${model} .grid:not(.stale) img[data-request]`);
+          return found.length === count && document.querySelector("#teacher progress").hidden;
+        })""",
+        arg=count,
+        timeout=300_000,
+    )
 
 
 def main() -> None:
@@ -35,9 +56,16 @@ def main() -> None:
             page.wait_for_timeout(80)
         print(f"{len(times)} keys, 3 steps: median {statistics.median(times):g} ms from key to picture, at most {max(times):g} ms")
         page.check("#with-teacher")
-        page.wait_for_selector("#teacher .grid:not(.stale) img[data-request]", timeout=120_000)
+        drawn(page, 1)
         page.wait_for_selector("#history button")
         page.screenshot(path=args.out)
+        page.check("#counts-4")
+        drawn(page, 4)
+        page.screenshot(path=beside(args.out, "four"))
+        phone = browser.new_page(viewport={"width": 390, "height": 780}, color_scheme="dark", device_scale_factor=2)
+        phone.goto(page.url.replace("count=4", "count=1"))
+        drawn(phone, 1)
+        phone.screenshot(path=beside(args.out, "phone"))
         browser.close()
 
 

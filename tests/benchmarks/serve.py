@@ -1,6 +1,8 @@
-"""Load on `jaxdistill.serve` from 1 to 64 pages at once, batched and one image at a time: rate, latency, wrong images, memory.
+"""Load on `jaxdistill.serve` from 1 to 64 pages at once, batched and one image at a time: rate, latency, wrong images; memory over minutes.
 
 python tests/benchmarks/serve.py --model=runs/benchmark/students/imagine_flash-0 --out=docs/results/serve.json
+
+Each of `--parts` (load, memory) replaces its own part of the file.
 """
 
 import argparse
@@ -113,13 +115,26 @@ def main() -> None:
     p.add_argument("--model", required=True)
     p.add_argument("--text_encoder", default="")
     p.add_argument("--steps", type=int, default=3)
-    p.add_argument("--seconds", type=float, default=10.0, help="of each point")
+    p.add_argument("--parts", default="load,memory")
+    p.add_argument("--seconds", type=float, default=10.0, help="of each point of the load")
+    p.add_argument("--minutes", type=int, default=10, help="of the memory part")
     p.add_argument("--sizes", default="1,4,16", help="batch sizes of the batching server")
     p.add_argument("--out", required=True)
     args = p.parse_args()
     flags = [f"--model={args.model}"] + ([f"--text_encoder={args.text_encoder}"] if args.text_encoder else [])
     scenes = itertools.product(COLOURS, GARMENTS, COLOURS[:2])
     wanted = [(f"a {first} {garment} above a {second} bag", i) for i, (first, garment, second) in enumerate(scenes)]
+    out = Path(args.out)
+    results = json.loads(out.read_text()) if out.exists() else {}
+    about = {"command": shlex.join(["python", "tests/benchmarks/serve.py", *(f for f in sys.argv[1:] if "text_encoder" not in f)])}
+    for part in args.parts.split(","):
+        found = {"load": load_part, "memory": memory_part}[part](flags, wanted, args)
+        results[part] = {**about, "steps": args.steps, **found, "versions": versions()}
+        out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def load_part(flags: list[str], wanted: list[tuple[str, int]], args: argparse.Namespace) -> dict[str, Any]:
+    """Rates of 1 to 64 pages, of a server that draws one image at a time and of one that batches."""
     rows, expected = list[dict[str, Any]](), list[np.ndarray]()
     for sizes in ("1", args.sizes):
         with server(flags, sizes) as (port, pid):
@@ -131,15 +146,23 @@ def main() -> None:
                 rows.append({"batch_sizes": sizes, **row, "grown_mib": round(resident(pid) - before, 1)})
                 print(rows[-1], flush=True)
     best = {s: max(r["images_per_second"] for r in rows if r["batch_sizes"] == s) for s in ("1", args.sizes)}
-    result = {
-        "command": shlex.join(["python", "tests/benchmarks/serve.py", *(f for f in sys.argv[1:] if "text_encoder" not in f)]),
-        "steps": args.steps,
-        "rows": rows,
-        "batched_over_one_by_one": round(best[args.sizes] / best["1"], 2),
-        "versions": versions(),
-    }
-    Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(best), result["batched_over_one_by_one"])
+    ratio = round(best[args.sizes] / best["1"], 2)
+    print(json.dumps(best), ratio)
+    return {"rows": rows, "batched_over_one_by_one": ratio}
+
+
+def memory_part(flags: list[str], wanted: list[tuple[str, int]], args: argparse.Namespace) -> dict[str, Any]:
+    """Resident memory of the batching server after each minute under 16 pages."""
+    images = wrong = 0
+    with server(flags, args.sizes) as (port, pid):
+        expected = asyncio.run(learn(port, wanted, args.steps))
+        minutes = [{"minute": 0, "images": 0, "resident_mib": round(resident(pid), 1)}]
+        for minute in range(1, args.minutes + 1):
+            row = asyncio.run(load(port, 16, 60.0, wanted, expected, args.steps))
+            images, wrong = images + row["images"], wrong + row["wrong"]
+            minutes.append({"minute": minute, "images": images, "resident_mib": round(resident(pid), 1)})
+            print(minutes[-1], flush=True)
+    return {"sessions": 16, "wrong": wrong, "minutes": minutes}
 
 
 if __name__ == "__main__":
