@@ -132,7 +132,7 @@ def heading(report: Mapping[str, Any]) -> str:
 def cli() -> None:
     """Parse the flags and run."""
     main.parse_flags()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # as in main
     config = main.given_config()
     try:
         seeds = [int(seed) for seed in SEEDS.value]
@@ -147,4 +147,5 @@ def cli() -> None:
 
 
 if __name__ == "__main__":
-    cli()
+    with main.full_disk_is_one_line():
+        cli()

@@ -637,7 +637,7 @@ def check(config: ConfigDict) -> None:
 def cli() -> None:
     """Parse the flags and run."""
     main.parse_flags()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # as in main
     config = main.given_config()
     workdir = Path(main.WORKDIR.value)
     try:
@@ -654,4 +654,5 @@ def cli() -> None:
 
 
 if __name__ == "__main__":
-    cli()
+    with main.full_disk_is_one_line():
+        cli()

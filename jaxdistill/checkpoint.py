@@ -1,11 +1,13 @@
 """Files: training checkpoints that resume to the same bits, and exports with a card and checksums."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,23 @@ import orbax.checkpoint as ocp
 
 from jaxdistill import distributed
 
+FULL = "the disk is full"
+
 
 class CheckpointError(ValueError):
     """A checkpoint or export that cannot be used, in one line."""
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a failed write says that there is no space: as the system's error, or as the text that Orbax makes of it."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a write failed, in one line."""
+    return FULL if disk_is_full(error) else (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 class Checkpoints:
@@ -46,7 +62,8 @@ class Checkpoints:
             return
         self.wait()
         self._sum()
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))))
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))))
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
         """The newest state, placed as the arrays (or ShapeDtypeStructs) of `like`, and its metadata.
@@ -66,8 +83,21 @@ class Checkpoints:
         return restored.state, restored.meta
 
     def wait(self) -> None:
-        """Until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Until everything is on disk. Raises CheckpointError where it could not be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A failed write as one line. The checkpoints before it are whole: Orbax renames a finished one into its place."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = reason_of(error)
+            kept = "starts anew" if self.latest is None else f"goes on from step {self.latest}, which is kept"
+            raise CheckpointError(
+                f"cannot save in {self._folder} ({reason}); mend that and give the same command again: it {kept}"
+            ) from None
 
     def close(self) -> None:
         """Wait and release the background threads."""
@@ -90,8 +120,9 @@ class Checkpoints:
             (manifests / f"{step}.json").unlink(missing_ok=True)
 
         def work() -> None:
-            for step in sorted(steps - known):
-                write_json(manifests / f"{step}.json", _hashes(folder / step))
+            with contextlib.suppress(OSError):  # a full disk: the next save says so
+                for step in sorted(steps - known):
+                    write_json(manifests / f"{step}.json", _hashes(folder / step))
 
         self._summing = threading.Thread(target=work, daemon=True)
         self._summing.start()
@@ -138,8 +169,13 @@ def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
     temporary.mkdir(parents=True)
     # Host arrays carry no device topology, so that any machine restores them without a target tree.
     host = jax.tree.map(np.asarray, params)
-    with _alone() as checkpointer:
-        checkpointer.save(temporary / "params", host)
+    try:
+        with _alone() as checkpointer:
+            checkpointer.save(temporary / "params", host)
+    except (OSError, ValueError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = reason_of(error)
+        raise CheckpointError(f"cannot write {folder} ({reason}); mend that and give the same command again") from None
     leaves = jax.tree.leaves(host)
     parameters = {"path": "params", "count": int(sum(a.size for a in leaves)), "dtype": str(leaves[0].dtype)}
     whole = {**card, "parameters": parameters, "sha256": _hashes(temporary)}

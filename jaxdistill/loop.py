@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +351,8 @@ def train_loop(
                 print(f"{name}: its best averages are those of step {best.step} ({keep_best} {best.value:g})", flush=True)
     finally:
         bar.close()
-        writer.close()
+        with suppress(OSError):  # a full disk: the checkpoint says so
+            writer.close()
         checkpoints.close()
         if best is not None:
             best.close()

@@ -447,7 +447,7 @@ def main(argv: list[str]) -> None:
     """Entry point after flag parsing."""
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}; flags look like --config=configs/digits.py --workdir=DIR --config.key=value")
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # Orbax logs with a traceback what it raises as well
     config = given_config()
     try:
         distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, detect=DISTRIBUTED.value)
@@ -455,7 +455,7 @@ def main(argv: list[str]) -> None:
         distributed.check_same({**about, "workdir": WORKDIR.value, "the code": distributed.code_hash(), **versions(machine=False)})
     except distributed.DistributedError as error:
         fail(str(error))
-    with distributed.losing_a_peer_is_one_line():
+    with distributed.losing_a_peer_is_one_line(), full_disk_is_one_line():
         job(config)
 
 
@@ -506,8 +506,22 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def fail(line: str) -> NoReturn:
     """One clear line, exit code 2."""
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    if checkpoint.FULL in line:
+        sys.stdout.flush()
+        os._exit(2)  # other libraries' exit handlers would write again, and trace back
     sys.exit(2)
+
+
+@contextmanager
+def full_disk_is_one_line() -> Iterator[None]:
+    """Leave with one line where a file can't be written for want of space. What was finished before is kept."""
+    try:
+        yield
+    except OSError as error:
+        if not checkpoint.disk_is_full(error):
+            raise
+        fail(f"{checkpoint.FULL}{f' ({error.filename})' if error.filename else ''}; free some space and give the same command again")
 
 
 def parse_flags() -> list[str]:

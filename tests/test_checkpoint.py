@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from shell import assert_same_bits, flip_bit, folder_bytes, run_script
+from shell import TINY, assert_same_bits, flip_bit, folder_bytes, run_command, run_script
 
 from jaxdistill import checkpoint
 from jaxdistill.checkpoint import CheckpointError, Checkpoints, export, load_export
@@ -329,3 +330,61 @@ def test_a_checkpoint_without_a_manifest_is_taken_and_gets_one(tmp_path):
     assert_same_bits(again.restore(a_state())[0], a_state())
     again.close()
     assert (tmp_path / "run-sha256" / "4.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function: bytes -> the mount point of a file system of that size."""
+    mounted = []
+
+    def mount(size: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        found = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True)
+        if found.returncode:
+            pytest.skip(f"no file system of a few megabytes can be mounted here: {found.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    if shutil.which("mount") is None:
+        pytest.skip("no mount here")
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_full_disk_keeps_the_checkpoint_before_and_says_so(small_disk):
+    folder = small_disk(1_800_000) / "checkpoints" / "x"
+    state = {"a": jnp.asarray(np.random.default_rng(0).normal(size=250_000).astype(np.float32))}  # about 900 kB each
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, state, {"seconds": 1.0})
+    with pytest.raises(CheckpointError, match=r"the disk is full\); mend that and give the same command again: it goes on from step 1"):
+        for step in (2, 3):
+            checkpoints.save(step, state, {"seconds": 1.0})
+            checkpoints.wait()
+    again = Checkpoints(folder)
+    assert again.latest == 1
+    assert_same_bits(again.restore(state)[0], state)
+
+
+def test_export_on_a_full_disk_leaves_the_older_one(small_disk):
+    folder = small_disk(1_400_000)
+    old, new = ({"a": np.random.default_rng(i).normal(size=250_000).astype(np.float32)} for i in range(2))
+    export(folder / "student", old, {"role": "old"})
+    with pytest.raises(CheckpointError, match=r"student \(the disk is full\)"):
+        export(folder / "student", new, {"role": "new"})
+    params, card = load_export(folder / "student")
+    assert card["role"] == "old" and not (folder / "student.tmp").exists()
+    assert_same_bits(params, old)
+
+
+@pytest.mark.slow
+def test_run_on_a_full_disk_is_one_line(small_disk):
+    folder = small_disk(600_000)
+    found = run_command("jaxdistill.main", f"--config={TINY}", f"--workdir={folder / 'run'}")
+    # Threads of Orbax may trace back before it: the last line is ours.
+    last = found.stderr.splitlines()[-1]
+    assert found.returncode == 2 and last.startswith("error: ") and "the disk is full" in last, found.stderr
