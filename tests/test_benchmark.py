@@ -245,7 +245,7 @@ def test_unknown_size_of_the_config_is_refused():
 def test_stored_rows_of_another_recogniser_are_never_mixed(tmp_path, monkeypatch):
     class Fake(benchmark.Benchmark):
         def __init__(self):
-            self.config, self.workdir = config_file.get_config("smoke"), tmp_path
+            self.config, self.workdir, self.caches = config_file.get_config("smoke"), tmp_path, tmp_path
 
         def recogniser(self):
             return type("R", (), {"hash": "this"})()
