@@ -3,7 +3,7 @@
     python -m jaxdistill.benchmark --config=configs/benchmark.py --config.data.source=FOLDER --workdir=runs/benchmark
 
 FOLDER holds Fashion-MNIST's four idx files. `configs/benchmark.py:smoke` is the same in three minutes, on little data.
-With `--config.base=runs/benchmark`, on that benchmark's teacher: `configs/benchmark.py:tuning` tries settings at half of the cost and
+With `--config.base=runs/benchmark`, on that benchmark's teacher: `configs/benchmark.py:tuning` tries settings of Imagine Flash and
 scores them on validation, `configs/benchmark.py:ablation` takes Imagine Flash apart, and `configs/benchmark.py:leakage` trains it forward
 and backward at times of more and less signal.
 """
@@ -116,7 +116,6 @@ def get_config(size: str = "") -> ConfigDict:
 
     if size == "tuning":
         config.seeds = (0,)
-        config.student.update({"batch_size": 16, "budget": 12_000})
         config.eval.update({"split": "validation", "samples": 1000, "unseen": 100, "diversity_captions": 25})
         variants(
             config,

@@ -31,9 +31,10 @@ def disk_is_full(error: BaseException) -> bool:
     )
 
 
-def reason_of(error: BaseException) -> str:
-    """Why a write failed, in one line."""
-    return FULL if disk_is_full(error) else (str(error).splitlines() or [type(error).__name__])[0][:300]
+def not_written(what: str, error: BaseException, then: str = "") -> CheckpointError:
+    """A failed write as the error that says why, and what to do."""
+    reason = FULL if disk_is_full(error) else (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return CheckpointError(f"cannot {what} ({reason}); mend that and give the same command again{then}")
 
 
 class Checkpoints:
@@ -93,11 +94,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            reason = reason_of(error)
             kept = "starts anew" if self.latest is None else f"goes on from step {self.latest}, which is kept"
-            raise CheckpointError(
-                f"cannot save in {self._folder} ({reason}); mend that and give the same command again: it {kept}"
-            ) from None
+            raise not_written(f"save in {self._folder}", error, f": it {kept}") from None
 
     def close(self) -> None:
         """Wait and release the background threads."""
@@ -174,8 +172,7 @@ def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
             checkpointer.save(temporary / "params", host)
     except (OSError, ValueError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = reason_of(error)
-        raise CheckpointError(f"cannot write {folder} ({reason}); mend that and give the same command again") from None
+        raise not_written(f"write {folder}", error) from None
     leaves = jax.tree.leaves(host)
     parameters = {"path": "params", "count": int(sum(a.size for a in leaves)), "dtype": str(leaves[0].dtype)}
     whole = {**card, "parameters": parameters, "sha256": _hashes(temporary)}
