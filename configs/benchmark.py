@@ -53,7 +53,7 @@ def get_config(size: str = "") -> ConfigDict:
         }
     )
     config.recogniser = ConfigDict({"channels": (16, 32, 64), "features": 64, "steps": 3000, "batch_size": 128, "learning_rate": 2e-3})
-    config.methods = ("imagine_flash", "direct", "step_distillation", "lcm", "add", "lightning", "dmd2", "tdm")
+    config.methods = ("imagine_flash", "anchored", "direct", "step_distillation", "lcm", "add", "lightning", "dmd2", "tdm")
     config.student = ConfigDict(
         {
             "budget": 12_000,  # network calls on a batch that each method may spend, backward counts two
@@ -79,11 +79,17 @@ def get_config(size: str = "") -> ConfigDict:
                 "shift": "table",
                 "shift_settings": {"times": (0.3, 0.5, 0.75, 1.0), "values": (0.52, 0.65, 0.77, 0.87)},
                 "teacher_steps": 2,
-                "endpoint": 0,  # states, from the first, that take the target of the trajectory's last (ours); 0 is the paper's form
+                "anchors": 0,  # states, from the first, that take the teacher's stored image (ours); 0 is the paper's form
+                "pairs_share": 0.3,  # with anchors: of the budget, for these images
+                "pairs_solver": "dpm_solver_pp_2m",
+                "pairs_steps": 10,
                 "adversarial_weight": 0.05,
                 "adversary_states": "all",  # of the student's states, which the discriminator judges: all | one a row
+                "perceptual_weight": 0.0,  # of a distance in the teacher's features (ours)
+                "perceptual_low": 0.05,  # its noise levels, shares of T
+                "perceptual_high": 0.6,
             },
-            "direct": {"learning_rate": 1e-3, "pairs_share": 0.5},
+            "direct": {"learning_rate": 1e-3, "pairs_share": 0.5, "pairs_solver": "ddim", "pairs_steps": 50},
             "step_distillation": {"learning_rate": 5e-4, "guidance": guidance, "first": 16},
             "lcm": {"learning_rate": 5e-4, "guidance": guidance, "intervals": 50, "huber": 0.001, "target_decay": 0.95},
             "add": {"learning_rate": 5e-4, "guidance": guidance, "distillation_weight": 2.5, "adversarial_weight": 0.05},
@@ -100,6 +106,7 @@ def get_config(size: str = "") -> ConfigDict:
             "tdm": {"learning_rate": 1e-4, "fake_learning_rate": 5e-4, "guidance": guidance},
         }
     )
+    variants(config, {"anchored": {"anchors": 1}})
     config.eval = ConfigDict(
         {
             "split": "test",  # test | validation; tune on validation only
@@ -117,20 +124,33 @@ def get_config(size: str = "") -> ConfigDict:
     if size == "tuning":
         config.seeds = (0,)
         config.eval.update({"split": "validation", "samples": 1000, "unseen": 100, "diversity_captions": 25})
-        variants(
+        config.methods = variants(
             config,
             {
                 "if_k2": {},
-                "if_end3": {"endpoint": 3},
-                "if_k4": {"teacher_steps": 4},
-                "if_end1": {"endpoint": 1},
-                "if_end3_k4": {"endpoint": 3, "teacher_steps": 4},
-                "if_end2": {"endpoint": 2},
                 "if_k3": {"teacher_steps": 3},
+                "if_k4": {"teacher_steps": 4},
+                "if_adversary_4": {"adversarial_weight": 0.2},
+                "if_perceptual": {"perceptual_weight": 0.1},
+                "anchored_1": {"anchors": 1},
+                "anchored_2": {"anchors": 2},
+                "anchored_rate_2": {"anchors": 1, "learning_rate": 2e-3},
+                "anchored_perceptual": {
+                    "anchors": 1,
+                    "adversarial_weight": 0.02,
+                    "perceptual_weight": 0.2,
+                    "perceptual_low": 0.0,
+                    "perceptual_high": 0.4,
+                },
+                "anchored_later": {
+                    "anchors": 1,
+                    "times": (1.0, 0.65, 0.4, 0.2),
+                    "shift_settings": {"times": (0.2, 0.4, 0.65, 1.0), "values": (0.45, 0.58, 0.72, 0.87)},
+                },
             },
         )
     if size == "ablation":
-        variants(
+        config.methods = variants(
             config,
             {
                 "full": {},
@@ -154,7 +174,7 @@ def get_config(size: str = "") -> ConfigDict:
         plain = {"srl": False, "adversarial_weight": 0.0}
         config.student.steps = (3,)
         config.student.budget //= 2
-        variants(
+        config.methods = variants(
             config,
             {
                 f"{way}_snr_{100 * scale:g}": {**plain, "backward": way == "backward", "times": at_snr(scale)}
@@ -179,12 +199,12 @@ def get_config(size: str = "") -> ConfigDict:
     return config
 
 
-def variants(config: ConfigDict, changes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make `changes` of Imagine Flash's settings the methods of the config."""
+def variants(config: ConfigDict, changes: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """Add settings of Imagine Flash with these `changes`; their names."""
     full = config.method_settings.imagine_flash.to_dict()
     for name, change in changes.items():
         config.method_settings[name] = ConfigDict({"method": "imagine_flash", **full, **change})
-    config.methods = tuple(changes)
+    return tuple(changes)
 
 
 def at_snr(scale: float, steps: int = 3) -> tuple[float, ...]:

@@ -59,6 +59,13 @@ def uniform_time(low: float, high: float) -> Callable[[Array, int], Array]:
     return lambda key, n: jax.random.uniform(key, (n,), minval=low, maxval=high)
 
 
+def noised_features(
+    features: FeatureFn, schedule: NoiseSchedule, params: Any, x: Array, eps: Array, t: Array, cond: Any
+) -> Sequence[Array]:
+    """The hidden states of `features` for x [b, ...] noised by ε to the times t [b]."""
+    return features(params, diffuse(schedule, x, eps, t), schedule.network_time(t), cond)
+
+
 def players(
     heads: HeadsFn, head_params: Any, on_fake: Sequence[Array], on_real: Sequence[Array], fake_cond: Any, real_cond: Any, loss: GanLoss
 ) -> AdversarialTerms:
@@ -115,15 +122,14 @@ def adversary(
     ) -> AdversarialTerms:
         teacher_params = jax.lax.stop_gradient(teacher_params)
 
-        def noised_features(x: Array, cond: Any, key: Array) -> Sequence[Array]:
+        def at_random_noise(x: Array, cond: Any, key: Array) -> Sequence[Array]:
             key_t, key_eps = jax.random.split(key)
             t = constrain(noise_time(key_t, x.shape[0]))
-            x_t = diffuse(schedule, x, constrain(jax.random.normal(key_eps, x.shape, x.dtype)), t)
-            return features(teacher_params, x_t, schedule.network_time(t), cond)
+            return noised_features(features, schedule, teacher_params, x, constrain(jax.random.normal(key_eps, x.shape, x.dtype)), t, cond)
 
         key_fake, key_real = jax.random.split(key)
-        on_fake = noised_features(fake, fake_cond, key_fake)
-        on_real = jax.lax.stop_gradient(noised_features(real, real_cond, key_real))
+        on_fake = at_random_noise(fake, fake_cond, key_fake)
+        on_real = jax.lax.stop_gradient(at_random_noise(real, real_cond, key_real))
         found = players(heads, head_params, on_fake, on_real, fake_cond, real_cond, loss)
         return found._replace(generator=weight * found.generator)
 

@@ -6,7 +6,7 @@ stopped, and finished students are not trained again. The same command in severa
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from jaxdistill import card, checkpoint, loop, main, partition, report, scenes
-from jaxdistill.contenders import METHODS, Method, Setting, Stage
+from jaxdistill.contenders import METHODS, Method, Pairs, Setting, Stage
 from jaxdistill.data import DataError, fashion_mnist
 from jaxdistill.evaluate import class_spread
 from jaxdistill.experiment import flatten, make_optimizer, student_of
@@ -42,6 +42,9 @@ PICTURED = 8
 Embed = Callable[[Sequence[str]], Any]
 """Captions -> the conditioning of a batch."""
 
+Stream = Callable[[int], dict[str, Any]]
+"""Batch i of an endless stream."""
+
 
 class SceneBatches:
     """An endless shuffled stream of {"x0" float32 [b, h, w, c] in [-1, 1], "cond"}; batch i depends on (seed, i) alone."""
@@ -58,24 +61,32 @@ class SceneBatches:
 
 
 class PairBatches:
-    """An endless shuffled stream of {"noise", "target" [b, h, w, c], "x0", "cond"} from stored pairs."""
+    """An endless stream of {"noise", "target" [b, h, w, c], "x0", "cond"} from stored pairs, shuffled by `seed`.
 
-    def __init__(self, targets: np.ndarray, captions: Sequence[str], embeddings: Embed, size: int, seed: int) -> None:
+    With `reals`, a stream of scenes, each batch also holds its batch's "real" and "real_cond".
+    """
+
+    def __init__(
+        self, targets: np.ndarray, captions: Sequence[str], embeddings: Embed, size: int, seed: int, reals: Stream | None = None
+    ) -> None:
         self._targets, self._captions, self._embeddings, self._size, self._seed = targets, captions, embeddings, size, seed
+        self._reals = reals
 
     def __call__(self, i: int) -> dict[str, Any]:
         """Batch i."""
         per_epoch = max(1, len(self._targets) // self._size)
         order = np.random.default_rng((self._seed, i // per_epoch)).permutation(len(self._targets))
         rows = np.resize(order[(i % per_epoch) * self._size :], self._size)
-        noise = np.asarray(pair_noise(self._seed, rows))
+        noise = np.asarray(pair_noise(rows))
         targets = self._targets[rows]
-        return {"noise": noise, "target": targets, "x0": targets, "cond": self._embeddings([self._captions[int(r)] for r in rows])}
+        made = {"noise": noise, "target": targets, "x0": targets, "cond": self._embeddings([self._captions[int(r)] for r in rows])}
+        real = self._reals(i) if self._reals else {}
+        return made | {{"x0": "real", "cond": "real_cond"}[name]: value for name, value in real.items()}
 
 
-def pair_noise(seed: int, rows: np.ndarray) -> jax.Array:
-    """The noise of the stored pairs `rows`: [n, h, w, c], each a function of (seed, row)."""
-    return card.noise_of(seed + 300, jnp.asarray(rows), SHAPE)
+def pair_noise(rows: np.ndarray) -> jax.Array:
+    """The noise of the stored pairs `rows`: [n, h, w, c], each a function of its row."""
+    return card.noise_of(300, jnp.asarray(rows), SHAPE)
 
 
 def caption_of(item: Mapping[str, Any]) -> str:
@@ -98,7 +109,9 @@ class Benchmark:
             self.sources = scenes.open_scenes(config.data.source, self.caches / "scenes", scale=config.data.scale)
             self.captions = {split: [caption_of(item) for item in source] for split, source in self.sources.items()}
             everything = [c for captions in self.captions.values() for c in captions]
-            self.embeddings = sentence_encoder.cached_embeddings(encoder, everything, self.caches / "text", length=config.text.length)
+            self.embeddings = sentence_encoder.cached_embeddings(
+                encoder, everything, self.caches / "text", length=config.text.length, watch=partial(self.watched, "captions")
+            )
         self.model = card.build_model(config.model.to_dict())
         self.null_cond: Any = self.model.null_cond
         self.schedule = card.build_schedule(config.schedule)
@@ -139,6 +152,12 @@ class Benchmark:
         """Raise `loop.Stopped` after a signal: where no training step would see it. What is finished is kept."""
         if self.stop.received:
             raise loop.Stopped(f"stopped by {self.stop.received}; start the same command again to go on")
+
+    def watched(self, name: str, steps: Iterable[int]) -> Iterator[int]:
+        """The steps of a long work, with a progress bar where it takes more than ten seconds, ended by a signal."""
+        for step in loop.tqdm(steps, desc=name, mininterval=10, delay=10):
+            self.heed_stop()
+            yield step
 
     def share(self, tasks: Mapping[str, Callable[[], None]]) -> None:
         """Do the tasks that no other process is at; then those that others were at, which is nothing where they finished them."""
@@ -228,8 +247,7 @@ class Benchmark:
     def draw(self, program: Any, params: Any, grid: np.ndarray, captions: Sequence[str], seed: int) -> np.ndarray:
         """Images [n, h, w, c] in [0, 1] of the captions, in blocks of config.eval.batch_size; image i has noise (seed, i)."""
         block, out = self.config.eval.batch_size, []
-        for i in range(0, len(captions), block):
-            self.heed_stop()
+        for i in self.watched("images", range(0, len(captions), block)):
             rows = list(captions[i : i + block])
             cond = self.embeddings(rows + [rows[-1]] * (block - len(rows)))
             out.append(np.asarray(program(params, card.draw_noise(seed, i, block, SHAPE), cond, jnp.asarray(grid)))[: len(rows)])
@@ -249,10 +267,10 @@ class Benchmark:
 
     # -- teacher
 
-    def teacher_sampler(self) -> card.Sampler:
+    def teacher_sampler(self, solver: str = "ddim") -> card.Sampler:
         """The teacher's sampler with its card."""
         block = self.config.teacher
-        sampler = {"solver": "ddim", "grid": block.grid, "steps": block.steps, "guidance": block.guidance, "noise_correction": False}
+        sampler = {"solver": solver, "grid": block.grid, "steps": block.steps, "guidance": block.guidance, "noise_correction": False}
         return card.build_sampler(self.setting.export_card("teacher", sampler))
 
     def init_params(self, seed: int) -> Any:
@@ -391,22 +409,25 @@ class Benchmark:
                 params[group] = jax.tree.map(jnp.array, teacher if group == "fake" else student)
         return params
 
-    def pairs(self, teacher: Any, count: int) -> tuple[np.ndarray, list[str]]:
-        """Teacher images in [-1, 1] from noises and train captions, made once: the direct method's data."""
+    def pairs(self, teacher: Any, pairs: Pairs) -> tuple[np.ndarray, list[str]]:
+        """Teacher images in [-1, 1] from noises and train captions, made once: as many as their share of the budget pays for."""
+        block, student = self.config.teacher, self.config.student
+        calls = pairs.steps * (1 if block.guidance == 1.0 else 2)
+        count = int(pairs.share * student.budget * student.batch_size / calls)
+        if count < 1:
+            raise ValueError(f"pairs_share = {pairs.share:g} of the budget does not pay for one image of {calls} network calls; raise it")
         # Named by the sampler: variants on one base may have others.
-        block = self.config.teacher
-        path = self.caches / f"pairs-{count}-{block.grid}-{block.steps}-{block.guidance:g}.npy"
+        path = self.caches / f"pairs-{count}-{pairs.solver}-{block.grid}-{pairs.steps}-{block.guidance:g}.npy"
         captions = [self.captions["train"][i % len(self.captions["train"])] for i in range(count)]
         with self.claim("pairs", folder=self.caches):
             if not path.exists():
-                sampler = self.teacher_sampler()
+                sampler = self.teacher_sampler(pairs.solver)
                 program = self.sample_fn(sampler, guidance=block.guidance)
-                grid, size, out = jnp.asarray(sampler.grid(block.steps)), 64, []
-                for i in loop.tqdm(range(0, count, size), desc="pairs", mininterval=10):
-                    self.heed_stop()
+                grid, size, out = jnp.asarray(sampler.grid(pairs.steps)), 64, []
+                for i in self.watched("pairs", range(0, count, size)):
                     rows = np.arange(i, i + size)
                     cond = self.embeddings([captions[r % count] for r in rows])
-                    out.append(np.asarray(program(teacher, pair_noise(0, rows), cond, grid)))
+                    out.append(np.asarray(program(teacher, pair_noise(rows), cond, grid)))
                 temporary = path.with_suffix(".tmp.npy")
                 np.save(temporary, np.concatenate(out)[:count] * 2.0 - 1.0)
                 temporary.replace(path)
@@ -418,9 +439,8 @@ class Benchmark:
         current, result = teacher, dict[int, Any]()
         pairs: Any = None
         size = config.student.batch_size
-        if method.pairs_share:
-            per_image = config.teacher.steps * (1 if config.teacher.guidance == 1.0 else 2)
-            pairs = self.pairs(teacher, int(method.pairs_share * config.student.budget * size / per_image))
+        if method.pairs:
+            pairs = self.pairs(teacher, method.pairs)
         for i, stage in enumerate(method.stages):
             label = f"{name}-{seed}" + (f"-{stage.name}" if stage.name else "")
             folder = self.workdir / "students" / label
@@ -428,15 +448,14 @@ class Benchmark:
             if (folder / "card.json").exists():
                 current = checkpoint.load_export(folder)[0]
             else:
-                batches: Callable[[int], Any]
-                if stage.data == "pairs":
+                batches: Stream = SceneBatches(self.sources["train"], self.embeddings, size, seed + 1)
+                if pairs:
+                    reals = batches if stage.data == "pairs and scenes" else None
                     targets, captions = pairs
-                    batches = PairBatches(targets, captions, self.embeddings, size, 0)
-                else:
-                    batches = SceneBatches(self.sources["train"], self.embeddings, size, seed + 1)
+                    batches = PairBatches(targets, captions, self.embeddings, size, seed, reals)
                 params = self.group_params(stage, current, teacher, seed)
                 cost = self.calls_per_step(stage, batches(0), previous, params)
-                iterations = max(1, int(stage.share * (1 - method.pairs_share) * config.student.budget / cost))
+                iterations = max(1, int(stage.share * (1 - (method.pairs.share if method.pairs else 0)) * config.student.budget / cost))
                 stage = self.make(name)(iterations).stages[i]
                 main.say(f"{label}: {cost:.1f} network calls an iteration, {iterations} iterations")
                 program, grid = self.sample_fn(method.sampler), method.sampler.grid
@@ -506,6 +525,9 @@ class Benchmark:
 
         def make_student(name: str, seed: int) -> None:
             method = self.make(name)(1)
+            scored = {row["steps"] for row in known_rows() if (row["method"], row["seed"]) == (name, seed)}
+            if scored >= {n for stage in method.stages for n in stage.serves}:
+                return  # rows.json alone is enough: of a finished student nothing else is needed
             students = self.student(name, seed, teacher, validation)
             program = self.sample_fn(method.sampler)
             for count, params in students.items():
@@ -557,7 +579,9 @@ class Benchmark:
         wanted += [(name, count, config.seeds[0]) for name in config.methods if config.seeds]
         for method, steps, seed in wanted:
             row = next(r for r in rows if (r["method"], r["steps"], r["seed"]) == (method, steps, seed))
-            shown[method, steps] = np.load(self.picture_path(row)).astype(np.float32) / 255.0
+            path = self.picture_path(row)
+            blank = np.full((min(PICTURED, config.eval.samples), *SHAPE), 127, np.uint8)  # where rows.json alone was carried here
+            shown[method, steps] = (np.load(path) if path.exists() else blank).astype(np.float32) / 255.0
         return shown
 
 

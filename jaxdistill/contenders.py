@@ -20,6 +20,7 @@ from jaxdistill.methods.progressive_adversarial import lightning
 from jaxdistill.methods.step_distillation import step_distillation
 from jaxdistill.methods.trajectory_matching import tdm
 from jaxdistill.models.discriminator import FeatureHeads
+from jaxdistill.perceptual import perceptual_distance
 from jaxdistill.prediction import LossFn
 from jaxdistill.schedule import NoiseSchedule
 
@@ -27,8 +28,8 @@ from jaxdistill.schedule import NoiseSchedule
 class Stage(NamedTuple):
     """One training of a student. `serves` are the step counts that its result is evaluated at.
 
-    `teacher` is "teacher", "previous" or "both" (a dict "original", "previous"): what is passed as teacher_params. `data` is "scenes"
-    or "pairs". With `pair_states` the discriminator sees the states of two inputs.
+    `teacher` is "teacher", "previous" or "both" (a dict "original", "previous"): what is passed as teacher_params. `data` is "scenes",
+    "pairs", or both. With `pair_states` the discriminator sees the states of two inputs.
     """
 
     name: str
@@ -42,12 +43,27 @@ class Stage(NamedTuple):
     pair_states: bool = False
 
 
+class Pairs(NamedTuple):
+    """Teacher images from stored noises: the share of the budget that makes them, and the teacher's solver and steps."""
+
+    share: float
+    solver: str
+    steps: int
+
+
+def pairs_of(block: ConfigDict) -> Pairs:
+    """The pairs of a method's settings. Raises ValueError."""
+    if not 0 < block.pairs_share < 1:
+        raise ValueError(f"pairs_share must be above 0 and below 1, got {block.pairs_share:g}")
+    return Pairs(block.pairs_share, block.pairs_solver, block.pairs_steps)
+
+
 class Method(NamedTuple):
     """Stages in order, each starting from the result of the one before, and how the student is sampled."""
 
     stages: Sequence[Stage]
     sampler: card.Sampler
-    pairs_share: float = 0.0
+    pairs: Pairs | None = None
 
 
 class Setting:
@@ -89,6 +105,15 @@ class Setting:
             weight=weight,
             noise_time=adversarial.uniform_time(block.low * self.schedule.T, block.high * self.schedule.T),
             loss=card.choose(GAN_LOSSES, block.loss, "adversarial.loss"),
+            constrain=self.constrain,
+        )
+
+    def perceptual(self, low: float, high: float) -> Any:
+        """The perceptual distance at noise levels between two shares of T."""
+        return perceptual_distance(
+            self.features,
+            schedule=self.schedule,
+            noise_time=adversarial.uniform_time(low * self.schedule.T, high * self.schedule.T),
             constrain=self.constrain,
         )
 
@@ -135,9 +160,7 @@ def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -
     adversary = setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None
     shift = card.choose(SHIFTS, block.shift, "shift")(setting.schedule.T, **block.shift_settings.to_dict())
     noise = card.choose(NOISE_SOURCES, block.noise, "noise") if block.srl else None
-    reconstruction = flash.Reconstruction(
-        shift=shift, noise_source=noise, steps=block.teacher_steps, guidance_scale=block.guidance, endpoint=block.endpoint
-    )
+    reconstruction = flash.Reconstruction(shift=shift, noise_source=noise, steps=block.teacher_steps, guidance_scale=block.guidance)
     loss = flash.imagine_flash(
         setting.network,
         setting.network,
@@ -149,13 +172,17 @@ def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -
         correct_noise=block.noise_correction,
         adversary=adversary,
         adversary_states=block.adversary_states,
+        perceptual=setting.perceptual(block.perceptual_low, block.perceptual_high) if block.perceptual_weight > 0 else None,
+        perceptual_weight=block.perceptual_weight,
+        anchors=block.anchors,
         constrain=setting.constrain,
         unroll=True,
     )
     groups = ("student", "discriminator") if adversary else ("student",)
     others = {"discriminator": setting.discriminator_optimizer()} if adversary else {}
-    stage = Stage("", loss, setting.steps, setting.optimizer(block, iterations, **others), 1.0, groups)
-    return Method([stage], sampler)
+    data = "pairs and scenes" if block.anchors else "scenes"
+    stage = Stage("", loss, setting.steps, setting.optimizer(block, iterations, **others), 1.0, groups, data=data)
+    return Method([stage], sampler, pairs_of(block) if block.anchors else None)
 
 
 def direct_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
@@ -163,7 +190,7 @@ def direct_method(setting: Setting, block: ConfigDict, iterations: int) -> Metho
     sampler = setting.sampler(correct_noise=True, **setting.nested(block))
     loss = direct(setting.network, grids=[sampler.grid(n) for n in setting.steps], constrain=setting.constrain, unroll=True)
     stage = Stage("", loss, setting.steps, setting.optimizer(block, iterations), 1.0, data="pairs")
-    return Method([stage], sampler, block.pairs_share)
+    return Method([stage], sampler, pairs_of(block))
 
 
 def step_distillation_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:

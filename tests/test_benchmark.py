@@ -268,8 +268,17 @@ def test_pairs_of_noise_and_target_stay_together():
         batch = batches(i)
         rows = batch["cond"]["tokens"]
         np.testing.assert_array_equal(batch["target"].ravel(), rows)
-        np.testing.assert_array_equal(batch["noise"], benchmark.pair_noise(0, rows))
+        np.testing.assert_array_equal(batch["noise"], benchmark.pair_noise(rows))
         assert len(rows) == 4
+    others = benchmark.PairBatches(targets, [str(i) for i in range(6)], lambda c: {"tokens": np.array([int(x) for x in c])}, 4, 1)
+    assert any((others(i)["cond"]["tokens"] != batches(i)["cond"]["tokens"]).any() for i in range(5))  # seeds have orders of their own
+
+
+def test_pairs_bring_the_scenes_of_the_same_step_as_reals():
+    targets, embed = np.zeros((6, 1, 1, 1), np.float32), lambda captions: captions
+    scenes = lambda i: {"x0": f"images {i}", "cond": f"captions {i}"}  # noqa: E731
+    batch = benchmark.PairBatches(targets, "abcdef", embed, 4, 0, scenes)(7)
+    assert (batch["real"], batch["real_cond"]) == ("images 7", "captions 7") and set(batch["cond"]) <= set("abcdef")
 
 
 def shared(workdir):
