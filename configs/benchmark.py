@@ -53,7 +53,7 @@ def get_config(size: str = "") -> ConfigDict:
         }
     )
     config.recogniser = ConfigDict({"channels": (16, 32, 64), "features": 64, "steps": 3000, "batch_size": 128, "learning_rate": 2e-3})
-    config.methods = ("imagine_flash", "anchored", "direct", "step_distillation", "lcm", "add", "lightning", "dmd2", "tdm")
+    config.methods = ("imagine_flash", "matched", "direct", "step_distillation", "lcm", "add", "lightning", "dmd2", "tdm")
     config.student = ConfigDict(
         {
             "budget": 12_000,  # network calls on a batch that each method may spend, backward counts two
@@ -106,7 +106,8 @@ def get_config(size: str = "") -> ConfigDict:
             "tdm": {"learning_rate": 1e-4, "fake_learning_rate": 5e-4, "guidance": guidance},
         }
     )
-    variants(config, {"anchored": {"anchors": 1}})
+    matching = {"share": 0.5, "flash_weight": 4.0, **config.method_settings.tdm.to_dict()}
+    variants(config, {"anchored": {"anchors": 1}, "matched": {"method": "matched", "matching": matching}})
     config.eval = ConfigDict(
         {
             "split": "test",  # test | validation; tune on validation only
@@ -127,6 +128,7 @@ def get_config(size: str = "") -> ConfigDict:
         config.methods = variants(
             config,
             {
+                "matched_half": {"method": "matched", "matching": matching},
                 "if_k2": {},
                 "if_k3": {"teacher_steps": 3},
                 "if_k4": {"teacher_steps": 4},

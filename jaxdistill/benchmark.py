@@ -449,7 +449,7 @@ class Benchmark:
                 current = checkpoint.load_export(folder)[0]
             else:
                 batches: Stream = SceneBatches(self.sources["train"], self.embeddings, size, seed + 1)
-                if pairs:
+                if stage.data != "scenes":
                     reals = batches if stage.data == "pairs and scenes" else None
                     targets, captions = pairs
                     batches = PairBatches(targets, captions, self.embeddings, size, seed, reals)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 from flax import linen as nn
@@ -154,19 +155,16 @@ class Setting:
         }
 
 
-def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
-    """Imagine Flash, with every part a setting."""
-    sampler = setting.sampler(correct_noise=block.noise_correction, **setting.nested(block))
-    adversary = setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None
+def flash_loss(setting: Setting, block: ConfigDict, sampler: card.Sampler, steps: Sequence[int], adversary: Any) -> LossFn:
+    """Imagine Flash's loss for these step counts, with every part a setting."""
     shift = card.choose(SHIFTS, block.shift, "shift")(setting.schedule.T, **block.shift_settings.to_dict())
     noise = card.choose(NOISE_SOURCES, block.noise, "noise") if block.srl else None
-    reconstruction = flash.Reconstruction(shift=shift, noise_source=noise, steps=block.teacher_steps, guidance_scale=block.guidance)
-    loss = flash.imagine_flash(
+    return flash.imagine_flash(
         setting.network,
         setting.network,
-        grids=[sampler.grid(n) for n in setting.steps],
+        grids=[sampler.grid(n) for n in steps],
         null_cond=setting.null_cond,
-        reconstruction=reconstruction,
+        reconstruction=flash.Reconstruction(shift=shift, noise_source=noise, steps=block.teacher_steps, guidance_scale=block.guidance),
         backward=block.backward,
         whole_trajectory=block.whole_trajectory,
         correct_noise=block.noise_correction,
@@ -174,10 +172,17 @@ def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -
         adversary_states=block.adversary_states,
         perceptual=setting.perceptual(block.perceptual_low, block.perceptual_high) if block.perceptual_weight > 0 else None,
         perceptual_weight=block.perceptual_weight,
-        anchors=block.anchors,
+        anchors=block.anchors if len(steps) > 1 else 0,
         constrain=setting.constrain,
         unroll=True,
     )
+
+
+def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
+    """Imagine Flash."""
+    sampler = setting.sampler(correct_noise=block.noise_correction, **setting.nested(block))
+    adversary = setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None
+    loss = flash_loss(setting, block, sampler, setting.steps, adversary)
     groups = ("student", "discriminator") if adversary else ("student",)
     others = {"discriminator": setting.discriminator_optimizer()} if adversary else {}
     data = "pairs and scenes" if block.anchors else "scenes"
@@ -312,23 +317,64 @@ def lightning_method(setting: Setting, block: ConfigDict, iterations: int) -> Me
     return Method(stages, setting.sampler())
 
 
-def tdm_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
-    """TDM."""
-    loss = tdm(
+def tdm_loss(setting: Setting, block: ConfigDict, grids: Sequence[np.ndarray]) -> LossFn:
+    """TDM's loss on these grids."""
+    return tdm(
         setting.network,
         setting.network,
-        grids=[setting.trailing(n) for n in setting.steps],
+        grids=grids,
         null_cond=setting.null_cond,
         guidance_scale=block.guidance,
         constrain=setting.constrain,
         unroll=True,
     )
+
+
+def tdm_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
+    """TDM."""
+    loss = tdm_loss(setting, block, [setting.trailing(n) for n in setting.steps])
     tx = setting.optimizer(block, iterations, fake=setting.fake_optimizer(block))
     return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "fake"))], setting.sampler())
 
 
+def matched_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
+    """Ours: Imagine Flash, then for `block.matching.share` of the budget TDM on its grids of several steps.
+
+    A regression leaves soft what is uncertain, and matching distributions sharpens it; but where all is uncertain, in one step, matching
+    finds the modes first. So the first step goes on with Imagine Flash's loss, `block.matching.flash_weight` times.
+    """
+    method, matching = imagine_flash_method(setting, block, iterations), block.matching
+    if not 0 < matching.share < 1:
+        raise ValueError(f"matching.share must be above 0 and below 1, got {matching.share:g}")
+    counts = [n for n in setting.steps if n > 1] or list(setting.steps)
+    size, different = setting.config.student.batch_size, len(counts)
+    while len(counts) < size and size % len(counts):  # the grids share a batch: some come twice
+        counts.append(counts[len(counts) % different])
+    loss = added(
+        tdm_loss(setting, matching, [method.sampler.grid(n) for n in counts]),
+        flash_loss(setting, block, method.sampler, [1], None),
+        weight=matching.flash_weight,
+    )
+    tx = setting.optimizer(matching, iterations, fake=setting.fake_optimizer(matching))
+    second = Stage("matching", loss, setting.steps, tx, matching.share, ("student", "fake"))
+    return method._replace(stages=[method.stages[0]._replace(name="flash", share=1 - matching.share, serves=()), second])
+
+
+def added(first: LossFn, second: LossFn, *, weight: float) -> LossFn:
+    """The first loss and `weight` times the second, each with a key of its own."""
+
+    def loss(params: Any, teacher_params: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        keys = jax.random.split(key)
+        value, metrics = first(params, teacher_params, batch, keys[0])
+        more, others = second(params, teacher_params, batch, keys[1])
+        return value + weight * more, {**others, **metrics}
+
+    return loss
+
+
 METHODS: dict[str, Callable[[Setting, ConfigDict, int], Method]] = {
     "imagine_flash": imagine_flash_method,
+    "matched": matched_method,
     "direct": direct_method,
     "step_distillation": step_distillation_method,
     "lcm": consistency_method,

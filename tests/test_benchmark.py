@@ -197,21 +197,50 @@ def test_teacher_is_scored_on_real_and_on_the_students_states(smoke, tmp_path):
     assert found.returncode == 2 and "'step_distillation', which has no shift" in found.stderr and "Traceback" not in found.stderr
 
 
+def setting_of(config):
+    """What the methods of a config share, without data or text."""
+    model = card.build_model(config.model.to_dict())
+    parameterization, _ = card.PREDICTIONS[config.prediction]
+    built = card.build_schedule(config.schedule.to_dict())
+    return contenders.Setting(config, model, built, parameterization, sampling.unconstrained, image_shape=benchmark.SHAPE, text={})
+
+
 @pytest.mark.parametrize("size", ["ablation", "leakage"])
 def test_every_variant_of_the_studies_can_be_built(size):
     config = config_file.get_config(size)
     benchmark.check(config)
-    model = card.build_model(config.model.to_dict())
-    parameterization, _ = card.PREDICTIONS[config.prediction]
-    built = card.build_schedule(config.schedule.to_dict())
-    cards: dict = {"image_shape": benchmark.SHAPE, "text": {}}
-    setting = contenders.Setting(config, model, built, parameterization, sampling.unconstrained, **cards)
+    setting = setting_of(config)
     full = config_file.get_config().method_settings.imagine_flash
     for name in config.methods:
         method = benchmark.choose_method(config, name)(setting, config.method_settings[name], 100)
         assert method.sampler.grid(3)[0] == 1.0
         changes = {k for k, v in config.method_settings[name].items() if k != "method" and v != full.get(k)}
         assert size == "leakage" or len(changes - {"shift_settings"}) == (name != "full"), (name, changes)
+
+
+def test_matched_is_imagine_flash_and_then_tdm_with_one_sampler():
+    config = config_file.get_config()
+    build, block = benchmark.choose_method(config, "matched"), config.method_settings.matched
+    flash, matched = (
+        benchmark.choose_method(config, name)(setting_of(config), config.method_settings[name], 100)
+        for name in ("imagine_flash", "matched")
+    )
+    assert [stage.share for stage in matched.stages] == [0.5, 0.5]
+    assert [tuple(stage.serves) for stage in matched.stages] == [(), (1, 2, 3, 4)]
+    assert [tuple(stage.groups) for stage in matched.stages] == [("student", "discriminator"), ("student", "fake")]
+    assert matched.sampler.card == flash.sampler.card
+    for share in (0.0, 1.0, -0.5):
+        block.matching.share = share
+        with pytest.raises(ValueError, match=r"matching\.share must be"):
+            build(setting_of(config), block, 100)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_for_pairs_that_leaves_nothing_is_refused(share):
+    config = config_file.get_config()
+    config.method_settings.direct.pairs_share = share
+    with pytest.raises(ValueError, match="pairs_share must be above 0 and below 1"):
+        benchmark.choose_method(config, "direct")(setting_of(config), config.method_settings.direct, 100)
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
