@@ -4,6 +4,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from idx import write_fashion
@@ -233,6 +234,14 @@ def test_matched_is_imagine_flash_and_then_tdm_with_one_sampler():
         block.matching.share = share
         with pytest.raises(ValueError, match=r"matching\.share must be"):
             build(setting_of(config), block, 100)
+
+
+def test_added_losses_have_keys_of_their_own_and_the_weight():
+    first, second = (lambda p, t, b, key, n=n: (p * jax.random.uniform(key), {n: p, "both": n}) for n in ("a", "b"))
+    value, metrics = contenders.added(first, second, weight=3.0)(2.0, None, {}, jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0))
+    np.testing.assert_allclose(value, 2.0 * jax.random.uniform(keys[0]) + 6.0 * jax.random.uniform(keys[1]), rtol=1e-6)
+    assert metrics == {"a": 2.0, "b": 2.0, "both": "a"}
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
