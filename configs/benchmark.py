@@ -2,7 +2,7 @@
 
     python -m jaxdistill.benchmark --config=configs/benchmark.py --config.data.source=FOLDER --workdir=runs/benchmark
 
-FOLDER holds Fashion-MNIST's four idx files. `configs/benchmark.py:smoke` is the same in three minutes, on little data.
+FOLDER holds Fashion-MNIST's four idx files. `configs/benchmark.py:smoke` is the same in a few minutes, on little data.
 With `--config.base=runs/benchmark`, on that benchmark's teacher: `configs/benchmark.py:tuning` tries settings of Imagine Flash and
 scores them on validation, `configs/benchmark.py:ablation` takes Imagine Flash apart, and `configs/benchmark.py:leakage` trains it forward
 and backward at times of more and less signal.
