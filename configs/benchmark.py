@@ -194,6 +194,7 @@ def get_config(size: str = "") -> ConfigDict:
         config.teacher.health_every = 30
         config.recogniser.update({"channels": (8, 8, 16), "features": 8, "steps": 30})
         config.student.update({"budget": 200, "batch_size": 8, "steps": (1, 2)})
+        config.method_settings.direct.pairs_steps = 4
         config.method_settings.step_distillation.first = 2
         config.method_settings.lightning.update({"first": 2, "substeps": 2, "counts": (1,)})
         config.eval.update({"samples": 50, "unseen": 50, "diversity_captions": 10, "repeats": 4, "batch_size": 50})
