@@ -46,7 +46,7 @@ def test_gradient_reaches_the_first_image_alone():
     distance = distance_of(model)
     gradients = jax.grad(lambda *inputs: jnp.sum(distance(*inputs, jnp.arange(4), KEY)), argnums=(0, 1, 2))(teacher, images(0), images(1))
     assert all(not np.any(g) for g in jax.tree.leaves((gradients[0], gradients[2])))
-    assert np.abs(gradients[1]).min(axis=(1, 2, 3)).size == 4 and np.abs(gradients[1]).max() > 1e-4
+    assert np.abs(gradients[1]).max(axis=(1, 2, 3)).min() > 1e-4  # in every row
 
 
 def test_it_is_added_to_the_loss_with_its_weight():
