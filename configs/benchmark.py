@@ -79,15 +79,8 @@ def get_config(size: str = "") -> ConfigDict:
                 "shift": "table",
                 "shift_settings": {"times": (0.3, 0.5, 0.75, 1.0), "values": (0.52, 0.65, 0.77, 0.87)},
                 "teacher_steps": 2,
-                "anchors": 0,  # states, from the first, that take the teacher's stored image (ours); 0 is the paper's form
-                "pairs_share": 0.3,  # with anchors: of the budget, for these images
-                "pairs_solver": "dpm_solver_pp_2m",
-                "pairs_steps": 10,
                 "adversarial_weight": 0.05,
                 "adversary_states": "all",  # of the student's states, which the discriminator judges: all | one a row
-                "perceptual_weight": 0.0,  # of a distance in the teacher's features (ours)
-                "perceptual_low": 0.05,  # its noise levels, shares of T
-                "perceptual_high": 0.6,
             },
             "direct": {"learning_rate": 1e-3, "pairs_share": 0.5, "pairs_solver": "ddim", "pairs_steps": 50},
             "step_distillation": {"learning_rate": 5e-4, "guidance": guidance, "first": 16},
@@ -95,6 +88,7 @@ def get_config(size: str = "") -> ConfigDict:
             "add": {"learning_rate": 5e-4, "guidance": guidance, "distillation_weight": 2.5, "adversarial_weight": 0.05},
             "lightning": {
                 "learning_rate": 3e-4,
+                "adversarial_learning_rate": 3e-5,  # of the stages after the first
                 "guidance": guidance,
                 "first": 16,
                 "substeps": 4,
@@ -106,8 +100,15 @@ def get_config(size: str = "") -> ConfigDict:
             "tdm": {"learning_rate": 1e-4, "fake_learning_rate": 5e-4, "guidance": guidance},
         }
     )
-    matching = {"share": 0.5, "flash_weight": 4.0, **config.method_settings.tdm.to_dict()}
-    variants(config, {"anchored": {"anchors": 1}, "matched": {"method": "matched", "matching": matching}})
+    matching = config.method_settings.tdm.to_dict() | {
+        "share": 0.5,  # of the budget, after Imagine Flash
+        "grid": "listed",  # listed | nested (Imagine Flash's times) | trailing
+        "times": ((1.0,), (1.0, 0.5), (1.0, 0.75, 0.5), (1.0, 0.75, 0.5, 0.3)),  # tuned
+        "counts": (2, 3),  # steps of the trajectories that share a batch; tuned
+        "shortcut": 1.0,
+        "flash_weight": 0.0,  # of Imagine Flash's loss at x_T, beside the matching
+    }
+    variants(config, {"matched": {"method": "matched", "matching": matching}})
     config.eval = ConfigDict(
         {
             "split": "test",  # test | validation; tune on validation only
@@ -125,30 +126,23 @@ def get_config(size: str = "") -> ConfigDict:
     if size == "tuning":
         config.seeds = (0,)
         config.eval.update({"split": "validation", "samples": 1000, "unseen": 100, "diversity_captions": 25})
+        all_counts = matching | {"counts": (2, 3, 4, 2)}
+        lightning = config.method_settings.lightning.to_dict()
         config.methods = variants(
             config,
             {
-                "matched_half": {"method": "matched", "matching": matching},
+                "matched_nested": {"method": "matched", "matching": all_counts | {"grid": "nested", "shortcut": 0.0, "flash_weight": 4.0}},
+                "matched_trailing": {"method": "matched", "matching": all_counts | {"grid": "trailing"}},
+                "matched_listed": {"method": "matched", "matching": all_counts},
+                "matched_rate_3": {"method": "matched", "matching": all_counts | {"learning_rate": 3e-4}},
+                "matched_counts": {"method": "matched", "matching": matching},
+                "matched_share": {"method": "matched", "matching": matching | {"share": 0.75}},
+                "lightning_rate_1": {"method": "lightning", **lightning, "adversarial_learning_rate": 1e-5},
+                "lightning_rate_3": {"method": "lightning", **lightning, "adversarial_learning_rate": 3e-5},
                 "if_k2": {},
                 "if_k3": {"teacher_steps": 3},
                 "if_k4": {"teacher_steps": 4},
                 "if_adversary_4": {"adversarial_weight": 0.2},
-                "if_perceptual": {"perceptual_weight": 0.1},
-                "anchored_1": {"anchors": 1},
-                "anchored_2": {"anchors": 2},
-                "anchored_rate_2": {"anchors": 1, "learning_rate": 2e-3},
-                "anchored_perceptual": {
-                    "anchors": 1,
-                    "adversarial_weight": 0.02,
-                    "perceptual_weight": 0.2,
-                    "perceptual_low": 0.0,
-                    "perceptual_high": 0.4,
-                },
-                "anchored_later": {
-                    "anchors": 1,
-                    "times": (1.0, 0.65, 0.4, 0.2),
-                    "shift_settings": {"times": (0.2, 0.4, 0.65, 1.0), "values": (0.45, 0.58, 0.72, 0.87)},
-                },
             },
         )
     if size == "ablation":
@@ -196,6 +190,7 @@ def get_config(size: str = "") -> ConfigDict:
         config.student.update({"budget": 200, "batch_size": 8, "steps": (1, 2)})
         config.method_settings.direct.pairs_steps = 4
         config.method_settings.step_distillation.first = 2
+        config.method_settings.matched.matching.counts = (2,)
         config.method_settings.lightning.update({"first": 2, "substeps": 2, "counts": (1,)})
         config.eval.update({"samples": 50, "unseen": 50, "diversity_captions": 10, "repeats": 4, "batch_size": 50})
         config.log.update({"health_samples": 50, "teacher_steps": 4})

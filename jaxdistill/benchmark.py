@@ -61,16 +61,10 @@ class SceneBatches:
 
 
 class PairBatches:
-    """An endless stream of {"noise", "target" [b, h, w, c], "x0", "cond"} from stored pairs, shuffled by `seed`.
+    """An endless stream of {"noise", "target" [b, h, w, c], "x0", "cond"} from stored pairs, shuffled by `seed`."""
 
-    With `reals`, a stream of scenes, each batch also holds its batch's "real" and "real_cond".
-    """
-
-    def __init__(
-        self, targets: np.ndarray, captions: Sequence[str], embeddings: Embed, size: int, seed: int, reals: Stream | None = None
-    ) -> None:
+    def __init__(self, targets: np.ndarray, captions: Sequence[str], embeddings: Embed, size: int, seed: int) -> None:
         self._targets, self._captions, self._embeddings, self._size, self._seed = targets, captions, embeddings, size, seed
-        self._reals = reals
 
     def __call__(self, i: int) -> dict[str, Any]:
         """Batch i."""
@@ -79,9 +73,7 @@ class PairBatches:
         rows = np.resize(order[(i % per_epoch) * self._size :], self._size)
         noise = np.asarray(pair_noise(rows))
         targets = self._targets[rows]
-        made = {"noise": noise, "target": targets, "x0": targets, "cond": self._embeddings([self._captions[int(r)] for r in rows])}
-        real = self._reals(i) if self._reals else {}
-        return made | {{"x0": "real", "cond": "real_cond"}[name]: value for name, value in real.items()}
+        return {"noise": noise, "target": targets, "x0": targets, "cond": self._embeddings([self._captions[int(r)] for r in rows])}
 
 
 def pair_noise(rows: np.ndarray) -> jax.Array:
@@ -449,10 +441,9 @@ class Benchmark:
                 current = checkpoint.load_export(folder)[0]
             else:
                 batches: Stream = SceneBatches(self.sources["train"], self.embeddings, size, seed + 1)
-                if stage.data != "scenes":
-                    reals = batches if stage.data == "pairs and scenes" else None
+                if stage.data == "pairs":
                     targets, captions = pairs
-                    batches = PairBatches(targets, captions, self.embeddings, size, seed, reals)
+                    batches = PairBatches(targets, captions, self.embeddings, size, seed)
                 params = self.group_params(stage, current, teacher, seed)
                 cost = self.calls_per_step(stage, batches(0), previous, params)
                 iterations = max(1, int(stage.share * (1 - (method.pairs.share if method.pairs else 0)) * config.student.budget / cost))

@@ -96,8 +96,14 @@ def build_grid(block: Mapping[str, Any], steps: int, T: float) -> sampling.TimeG
     """The grid for `steps` network calls of a sampler block {"grid", "times"}. Raises ValueError.
 
     "nested" takes the first `steps` of the block's times (fractions of T, first 1), so that a shorter sampler is
-    the beginning of a longer one; past their number it falls back to the trailing grid.
+    the beginning of a longer one; "listed" takes the one of the block's lists of times that has `steps` of them. Past what these hold both
+    fall back to the trailing grid.
     """
+    if block["grid"] == "listed":
+        for listed in block["times"]:
+            if len(listed) == steps:
+                return sampling.check_grid(np.asarray(listed, np.float32) * np.float32(T), T)
+        return sampling.trailing_grid(steps, T)
     if block["grid"] == "nested":
         times = np.asarray(block["times"], np.float32) * np.float32(T)
         if steps < 1:

@@ -21,7 +21,6 @@ from jaxdistill.methods.progressive_adversarial import lightning
 from jaxdistill.methods.step_distillation import step_distillation
 from jaxdistill.methods.trajectory_matching import tdm
 from jaxdistill.models.discriminator import FeatureHeads
-from jaxdistill.perceptual import perceptual_distance
 from jaxdistill.prediction import LossFn
 from jaxdistill.schedule import NoiseSchedule
 
@@ -29,8 +28,8 @@ from jaxdistill.schedule import NoiseSchedule
 class Stage(NamedTuple):
     """One training of a student. `serves` are the step counts that its result is evaluated at.
 
-    `teacher` is "teacher", "previous" or "both" (a dict "original", "previous"): what is passed as teacher_params. `data` is "scenes",
-    "pairs", or both. With `pair_states` the discriminator sees the states of two inputs.
+    `teacher` is "teacher", "previous" or "both" (a dict "original", "previous"): what is passed as teacher_params. `data` is "scenes" or
+    "pairs". With `pair_states` the discriminator sees the states of two inputs.
     """
 
     name: str
@@ -90,9 +89,12 @@ class Setting:
         self.heads = FeatureHeads(config.adversarial.width)
         self.steps = tuple(config.student.steps)
 
-    def optimizer(self, block: ConfigDict, iterations: int, **others: optax.GradientTransformation) -> optax.GradientTransformation:
-        """The student's AdamW with warm-up and cosine decay, beside other groups' optimizers."""
-        schedule = {"iterations": iterations, "learning_rate": block.learning_rate, "warmup": min(50, iterations // 10)}
+    def optimizer(
+        self, block: ConfigDict, iterations: int, *, learning_rate: float | None = None, **others: optax.GradientTransformation
+    ) -> optax.GradientTransformation:
+        """The student's AdamW with warm-up and cosine decay from `learning_rate` (the block's), beside other groups' optimizers."""
+        rate = block.learning_rate if learning_rate is None else learning_rate
+        schedule = {"iterations": iterations, "learning_rate": rate, "warmup": min(50, iterations // 10)}
         groups = {"student": make_optimizer({**schedule, "weight_decay": 0.0, "adam_b2": 0.999}), **others}
         return optax.multi_transform(groups, {name: name for name in groups})
 
@@ -106,15 +108,6 @@ class Setting:
             weight=weight,
             noise_time=adversarial.uniform_time(block.low * self.schedule.T, block.high * self.schedule.T),
             loss=card.choose(GAN_LOSSES, block.loss, "adversarial.loss"),
-            constrain=self.constrain,
-        )
-
-    def perceptual(self, low: float, high: float) -> Any:
-        """The perceptual distance at noise levels between two shares of T."""
-        return perceptual_distance(
-            self.features,
-            schedule=self.schedule,
-            noise_time=adversarial.uniform_time(low * self.schedule.T, high * self.schedule.T),
             constrain=self.constrain,
         )
 
@@ -170,9 +163,6 @@ def flash_loss(setting: Setting, block: ConfigDict, sampler: card.Sampler, steps
         correct_noise=block.noise_correction,
         adversary=adversary,
         adversary_states=block.adversary_states,
-        perceptual=setting.perceptual(block.perceptual_low, block.perceptual_high) if block.perceptual_weight > 0 else None,
-        perceptual_weight=block.perceptual_weight,
-        anchors=block.anchors if len(steps) > 1 else 0,
         constrain=setting.constrain,
         unroll=True,
     )
@@ -185,9 +175,8 @@ def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -
     loss = flash_loss(setting, block, sampler, setting.steps, adversary)
     groups = ("student", "discriminator") if adversary else ("student",)
     others = {"discriminator": setting.discriminator_optimizer()} if adversary else {}
-    data = "pairs and scenes" if block.anchors else "scenes"
-    stage = Stage("", loss, setting.steps, setting.optimizer(block, iterations, **others), 1.0, groups, data=data)
-    return Method([stage], sampler, pairs_of(block) if block.anchors else None)
+    stage = Stage("", loss, setting.steps, setting.optimizer(block, iterations, **others), 1.0, groups)
+    return Method([stage], sampler)
 
 
 def direct_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
@@ -309,7 +298,8 @@ def lightning_method(setting: Setting, block: ConfigDict, iterations: int) -> Me
                 constrain=setting.constrain,
                 unroll=True,
             )
-            tx = setting.optimizer(block, iterations, discriminator=setting.discriminator_optimizer())
+            others = {"discriminator": setting.discriminator_optimizer()}
+            tx = setting.optimizer(block, iterations, learning_rate=block.adversarial_learning_rate, **others)
             share = rest / (2 * len(counts))
             name = f"{count}-{'flow' if keep_flow else 'relaxed'}"
             serves = () if keep_flow else served
@@ -317,7 +307,7 @@ def lightning_method(setting: Setting, block: ConfigDict, iterations: int) -> Me
     return Method(stages, setting.sampler())
 
 
-def tdm_loss(setting: Setting, block: ConfigDict, grids: Sequence[np.ndarray]) -> LossFn:
+def tdm_loss(setting: Setting, block: ConfigDict, grids: Sequence[np.ndarray], *, shortcut: float = 0.0) -> LossFn:
     """TDM's loss on these grids."""
     return tdm(
         setting.network,
@@ -325,6 +315,7 @@ def tdm_loss(setting: Setting, block: ConfigDict, grids: Sequence[np.ndarray]) -
         grids=grids,
         null_cond=setting.null_cond,
         guidance_scale=block.guidance,
+        shortcut=shortcut,
         constrain=setting.constrain,
         unroll=True,
     )
@@ -338,26 +329,23 @@ def tdm_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
 
 
 def matched_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
-    """Ours: Imagine Flash, then for `block.matching.share` of the budget TDM on its grids of several steps.
+    """Ours: Imagine Flash, then for `block.matching.share` of the budget TDM on the grids of `block.matching.counts`, with its shortcut.
 
     A regression leaves soft what is uncertain, and matching distributions sharpens it; but where all is uncertain, in one step, matching
-    finds the modes first. So the first step goes on with Imagine Flash's loss, `block.matching.flash_weight` times.
+    finds the modes first. So one step learns from several: its target is the end of the trajectory, `block.matching.shortcut` times, or
+    as before it Imagine Flash's, `block.matching.flash_weight` times.
     """
     method, matching = imagine_flash_method(setting, block, iterations), block.matching
     if not 0 < matching.share < 1:
         raise ValueError(f"matching.share must be above 0 and below 1, got {matching.share:g}")
-    counts = [n for n in setting.steps if n > 1] or list(setting.steps)
-    size, different = setting.config.student.batch_size, len(counts)
-    while len(counts) < size and size % len(counts):  # the grids share a batch: some come twice
-        counts.append(counts[len(counts) % different])
-    loss = added(
-        tdm_loss(setting, matching, [method.sampler.grid(n) for n in counts]),
-        flash_loss(setting, block, method.sampler, [1], None),
-        weight=matching.flash_weight,
-    )
+    grid = setting.nested(block) if matching.grid == "nested" else {"grid": matching.grid, "times": [list(t) for t in matching.times]}
+    sampler = setting.sampler(correct_noise=block.noise_correction, **grid)
+    loss = tdm_loss(setting, matching, [sampler.grid(n) for n in matching.counts], shortcut=matching.shortcut)
+    if matching.flash_weight > 0:
+        loss = added(loss, flash_loss(setting, block, sampler, [1], None), weight=matching.flash_weight)
     tx = setting.optimizer(matching, iterations, fake=setting.fake_optimizer(matching))
     second = Stage("matching", loss, setting.steps, tx, matching.share, ("student", "fake"))
-    return method._replace(stages=[method.stages[0]._replace(name="flash", share=1 - matching.share, serves=()), second])
+    return method._replace(sampler=sampler, stages=[method.stages[0]._replace(name="flash", share=1 - matching.share, serves=()), second])
 
 
 def added(first: LossFn, second: LossFn, *, weight: float) -> LossFn:

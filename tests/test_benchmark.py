@@ -229,11 +229,23 @@ def test_matched_is_imagine_flash_and_then_tdm_with_one_sampler():
     assert [stage.share for stage in matched.stages] == [0.5, 0.5]
     assert [tuple(stage.serves) for stage in matched.stages] == [(), (1, 2, 3, 4)]
     assert [tuple(stage.groups) for stage in matched.stages] == [("student", "discriminator"), ("student", "fake")]
-    assert matched.sampler.card == flash.sampler.card
+    assert [list(matched.sampler.grid(n)) for n in (1, 2)] == [[1.0], [1.0, 0.5]]
+    assert {**matched.sampler.card["sampler"], "grid": "nested", "times": [1.0, 0.75, 0.5, 0.3]} == flash.sampler.card["sampler"]
+    block.matching.grid = "nested"
+    assert build(setting_of(config), block, 100).sampler.card == flash.sampler.card
     for share in (0.0, 1.0, -0.5):
         block.matching.share = share
         with pytest.raises(ValueError, match=r"matching\.share must be"):
             build(setting_of(config), block, 100)
+
+
+def test_listed_grids_are_chosen_by_their_length_and_checked():
+    block = {"grid": "listed", "times": [[1.0], [1.0, 0.5], [1.0, 0.75, 0.5]]}
+    for n in (1, 2, 3):
+        np.testing.assert_allclose(card.build_grid(block, n, 1000.0), 1000.0 * np.float32(block["times"][n - 1]))
+    np.testing.assert_array_equal(card.build_grid(block, 4, 1.0), sampling.trailing_grid(4, 1.0))
+    with pytest.raises(ValueError, match="must start at T"):
+        card.build_grid({**block, "times": [[0.9]]}, 1, 1.0)
 
 
 def test_added_losses_have_keys_of_their_own_and_the_weight():
@@ -310,13 +322,6 @@ def test_pairs_of_noise_and_target_stay_together():
         assert len(rows) == 4
     others = benchmark.PairBatches(targets, [str(i) for i in range(6)], lambda c: {"tokens": np.array([int(x) for x in c])}, 4, 1)
     assert any((others(i)["cond"]["tokens"] != batches(i)["cond"]["tokens"]).any() for i in range(5))  # seeds have orders of their own
-
-
-def test_pairs_bring_the_scenes_of_the_same_step_as_reals():
-    targets, embed = np.zeros((6, 1, 1, 1), np.float32), lambda captions: captions
-    scenes = lambda i: {"x0": f"images {i}", "cond": f"captions {i}"}  # noqa: E731
-    batch = benchmark.PairBatches(targets, "abcdef", embed, 4, 0, scenes)(7)
-    assert (batch["real"], batch["real_cond"]) == ("images 7", "captions 7") and set(batch["cond"]) <= set("abcdef")
 
 
 def shared(workdir):

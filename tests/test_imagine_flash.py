@@ -29,90 +29,44 @@ def teacher_by_hand(model, teacher, x, t, cond, k, scale):
     return x0
 
 
-def loss_by_hand(model, student, teacher, data, *, grid, shift, source, k, scale, anchors=0):
+def loss_by_hand(model, student, teacher, data, *, grid, shift, source, k, scale):
     """Backward distillation with SRL as the paper's equations say it, in Python loops."""
-    noise = data["noise"] if anchors else drawn_noise(len(data["x0"]))
-    x, losses, visited, targets = noise, [], [], []
+    noise = drawn_noise(len(data["x0"]))
+    x, losses, visited = noise, [], []
     for i, t in enumerate(grid):
         x0, eps = predict(model, student, jax.lax.stop_gradient(x), t, data["cond"])
         visited.append((x, x0, eps))
         if i + 1 < len(grid):
             x = ddim_step(x0, noise if i == 0 else eps, grid[i + 1])
-    fresh = jax.random.normal(jax.random.fold_in(jax.random.split(KEY, 4)[2], 0), (len(grid) - anchors, *noise.shape))
+    fresh = jax.random.normal(jax.random.fold_in(jax.random.split(KEY, 4)[2], 0), (len(grid), *noise.shape))
     for i, t in enumerate(grid):
         x, x0, eps = visited[i]
         gamma = float(shift(jnp.asarray(t)))
         if source is None:
             start, gamma = x, t
         else:
-            start = ddim_step(
-                x0, {"trajectory": noise if i == 0 else eps, "initial": noise, "fresh": fresh[max(0, i - anchors)]}[source], gamma
-            )
-        targets.append(teacher_by_hand(model, teacher, start, gamma, data["cond"], k, scale))
-    targets = [data["target"]] * anchors + targets[anchors:]
-    for target, (_, x0, _) in zip(targets, visited, strict=True):
+            start = ddim_step(x0, {"trajectory": noise if i == 0 else eps, "initial": noise, "fresh": fresh[i]}[source], gamma)
+        target = teacher_by_hand(model, teacher, start, gamma, data["cond"], k, scale)
         losses.append(jnp.mean((jax.lax.stop_gradient(target) - x0) ** 2))
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize(
-    ("source", "k", "scale", "anchors"),
-    [
-        (None, 1, 1.0, 0),
-        (None, 2, 1.5, 1),
-        ("trajectory", 1, 1.0, 0),
-        ("trajectory", 3, 1.0, 0),
-        ("trajectory", 2, 1.5, 1),
-        ("initial", 3, 1.5, 0),
-        ("initial", 2, 1.0, 2),
-        ("fresh", 3, 1.5, 0),
-        ("fresh", 2, 1.0, 2),
-    ],
-)
-def test_loss_and_gradient_equal_the_equations_written_out(source, k, scale, anchors):
+@pytest.mark.parametrize("source", [None, "trajectory", "initial", "fresh"])
+@pytest.mark.parametrize(("k", "scale"), [(1, 1.0), (3, 1.0), (2, 1.5)])
+def test_loss_and_gradient_equal_the_equations_written_out(source, k, scale):
     model, teacher = make()
     _, student = make(seed=4)
     shift = flash_module.power_shift(1.0, strength=0.3, power=2.0)
     sources = {None: None, "trajectory": trajectory_noise, "initial": initial_noise, "fresh": fresh_noise}
-    loss_fn = flash(model, reconstruction=Reconstruction(shift, sources[source], k, scale), anchors=anchors)
-    data = batch() | {name: jax.random.normal(jax.random.key(i), (6, *SHAPE)) for i, name in enumerate(("noise", "target"))}
-    ours = jax.value_and_grad(lambda p: loss_fn({"student": p}, teacher, data, KEY)[0])(student)
+    loss_fn = flash(model, reconstruction=Reconstruction(shift, sources[source], k, scale))
+    ours = jax.value_and_grad(lambda p: loss_fn({"student": p}, teacher, batch(), KEY)[0])(student)
     grid = [float(t) for t in NESTED[-1]]
-    # Operation by operation: their compilations are shared by all cases.
     by_hand = jax.value_and_grad(
-        lambda p: loss_by_hand(model, p, teacher, data, grid=grid, shift=shift, source=source, k=k, scale=scale, anchors=anchors)
+        lambda p: loss_by_hand(model, p, teacher, batch(), grid=grid, shift=shift, source=source, k=k, scale=scale)
     )(student)
     np.testing.assert_allclose(ours[0], by_hand[0], rtol=2e-5)
     for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(by_hand[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()) + 1e-7)
-
-
-@pytest.mark.parametrize(
-    ("count", "options"),
-    [
-        (3, {}),
-        (-1, {}),
-        (1, {"backward": False}),
-        (1, {"whole_trajectory": False}),
-        (1, {"grids": [sampling.trailing_grid(n, 1.0) for n in (2, 3)]}),
-    ],
-)
-def test_anchors_need_one_whole_trajectory_and_a_state_left(count, options):
-    model, _ = make()
-    with pytest.raises(ValueError, match=f"anchors = {count} "):
-        flash(model, anchors=count, **options)
-
-
-def test_anchored_states_cost_no_teacher_call():
-    model, teacher = make()
-    costs = []
-    data = batch() | dict.fromkeys(("noise", "target"), batch()["x0"])
-    for anchors in (0, 2):
-        loss_fn = flash(model, anchors=anchors, unroll=True)
-        step = jax.jit(jax.grad(lambda p, f=loss_fn: f({"student": p}, teacher, data, KEY)[0]))
-        costs.append(step.lower(teacher).cost_analysis()["flops"])
-    one = jax.jit(lambda p: model.apply(p, batch()["x0"], jnp.ones(6), batch()["cond"])).lower(teacher).cost_analysis()["flops"]
-    assert (costs[0] - costs[1]) / one == pytest.approx(4, rel=0.05)  # two states of two steps
 
 
 def test_one_random_step_agrees_with_the_whole_trajectory():

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "jaxdistill"
-CORE = ("schedule", "prediction", "sampling", "adversarial", "perceptual", "methods", "train")
+CORE = ("schedule", "prediction", "sampling", "adversarial", "methods", "train")
 SHELL = (
     "distributed",
     "checkpoint",

@@ -402,8 +402,35 @@ def test_tdm_never_looks_at_data():
     assert float(loss(params, None, batch, KEY)[0]) == float(loss(params, None, other, KEY)[0])
 
 
+@pytest.mark.parametrize("grids", [(2,), (1, 2), (2, 2, 1, 1)])
+def test_tdms_shortcut_pulls_the_first_state_to_the_end_of_its_trajectory(grids):
+    """x̂0 = p x at T and 0.3 x after: the end of two steps is 0.3 (α p + σ) x_T, and p = 0.3 σ / (1 - 0.3 α) draws it at once."""
+    a, sigma = float(COSINE.alpha(0.5)), float(COSINE.sigma(0.5))
+
+    def apply(params, x, t, cond):
+        return jnp.where(expand(t) >= 1.0, params * x, 0.3 * x)
+
+    def gradient(p, shortcut):
+        kept = [trailing_grid(n, 1.0) for n in grids]
+        loss = tdm(network(apply), TEACHER, grids=kept, null_cond=null, guidance_scale=1.0, shortcut=shortcut)
+        params = {"student": jnp.float32(p), "fake": jnp.float32(0.1)}
+        return float(jax.grad(lambda q: loss(q, None, gaussian_batch(2**12), KEY)[0])(params)["student"])
+
+    there = 0.3 * sigma / (1 - 0.3 * a)
+    for p in (0.1, there, 0.6):
+        expected = 2 * (p - 0.3 * (a * p + sigma))  # E x_T² = 1, and no gradient through the end
+        np.testing.assert_allclose(gradient(p, 1.5) - gradient(p, 0.0), 1.5 * expected, rtol=0.06, atol=1e-5)
+
+
 @pytest.mark.parametrize(
-    ("options", "words"), [({"low": 0.0}, "0 < low"), ({"high": 1.0}, "high < 1"), ({"grids": (1, 2, 3)}, "multiple of the 3")]
+    ("options", "words"),
+    [
+        ({"low": 0.0}, "0 < low"),
+        ({"high": 1.0}, "high < 1"),
+        ({"grids": (1, 2, 3)}, "multiple of the 3"),
+        ({"shortcut": -1.0}, "shortcut must be at least 0"),
+        ({"grids": (1,), "shortcut": 1.0}, "needs a grid of several steps"),
+    ],
 )
 def test_tdm_refuses_what_it_cannot_train(options, words):
     with pytest.raises(ValueError, match=words):

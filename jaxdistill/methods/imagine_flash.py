@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill.adversarial import Adversary
-from jaxdistill.perceptual import PerceptualDistance
 from jaxdistill.prediction import ApplyFn, Batch, Denoiser, LossFn, Parameterization, as_denoiser, diffuse, expand
 from jaxdistill.sampling import (
     Constrain,
@@ -187,17 +186,6 @@ def unique_grids(grids: Sequence[TimeGrid]) -> list[TimeGrid]:
     return kept
 
 
-def check_anchors(count: int, grids: Sequence[TimeGrid], *, own_trajectory: bool) -> None:
-    """Raise ValueError where the first `count` states of a trajectory can't take the teacher's image from its x_T."""
-    if not own_trajectory:
-        raise ValueError(f"anchors = {count} needs whole trajectories of the student's own: backward and whole_trajectory must be True")
-    if len(grids) > 1 or not 0 < count < len(grids[0]):
-        raise ValueError(
-            f"anchors = {count} must be from 0 to one less than the states of one trajectory, which all step counts share; "
-            f"the grids that are no prefix of another have {', '.join(str(len(grid)) for grid in grids)} states"
-        )
-
-
 class Slots(NamedTuple):
     """How a batch of rows walks several grids in one loop: row r has grid r mod G, and starts anew when it has come to its end.
 
@@ -242,9 +230,6 @@ def imagine_flash(
     solver: Step | None = None,
     adversary: Adversary | None = None,
     adversary_states: str = "all",
-    perceptual: PerceptualDistance | None = None,
-    perceptual_weight: float = 1.0,
-    anchors: int = 0,
     constrain: Constrain = unconstrained,
     unroll: bool = False,
 ) -> LossFn:
@@ -269,11 +254,6 @@ def imagine_flash(
       solver: the student's solver; DDIM by default.
       adversary: the adversarial term, or None.
       adversary_states: which of the student's predictions it judges: "all", or "one" state of each row, drawn at random.
-      perceptual: not in the paper: a distance of x̂0 and its target that is added to the mean square, under the same w.
-      perceptual_weight: its factor.
-      anchors: not in the paper: the first that many states of a trajectory take batch["target"], the teacher's image of many steps from
-        x_T = batch["noise"], and no call of the teacher is made for them (Luhman & Luhman 2021). SRL shows an early state no more
-        than what a few steps find from there; where the pairs are made once and used often, the way to the end costs less.
       constrain: sharding constraint put on every random batch.
       unroll: as of `rollout`.
 
@@ -293,8 +273,6 @@ def imagine_flash(
         raise ValueError(f"the teacher needs k >= 1 steps, got {reconstruction.steps}")
     for grid in grids:
         check_shift(reconstruction.shift, grid, T)
-    if anchors:
-        check_anchors(anchors, grids, own_trajectory=backward and whole_trajectory)
     student_step = ddim(student.schedule) if solver is None else solver
     teacher_step = ddim(teacher.schedule)
 
@@ -359,7 +337,7 @@ def imagine_flash(
             slots = slots_of(grids, shape[0])
             noise = jax.vmap(constrain)(jax.random.normal(key_noise, (len(slots.t), *shape), dtype))
             return [Visited(*slotted(params, batch["cond"], noise, slots), batch["cond"], grids)]
-        noise = constrain(batch["noise"] if anchors else jax.random.normal(key_noise, shape, dtype))
+        noise = constrain(jax.random.normal(key_noise, shape, dtype))
         parts = []
         for i, grid in enumerate(grids):
             # Strided, not blocked: with a sharded batch each device keeps its own rows.
@@ -376,7 +354,7 @@ def imagine_flash(
 
     def teacher_start(part: Visited, key: Array) -> tuple[Array, Array]:
         """Where the teacher starts: (x [b n, ...], t [b n])."""
-        fixed: Trajectory = jax.tree.map(lambda a: a[anchors:], jax.lax.stop_gradient(part.trajectory))
+        fixed: Trajectory = jax.lax.stop_gradient(part.trajectory)
         t = _flat(fixed.t)
         if reconstruction.noise_source is None:
             return _flat(fixed.x), t
@@ -394,22 +372,11 @@ def imagine_flash(
         # One call of the teacher for all that was visited: one copy of its network in the program.
         x, t = jax.tree.map(lambda *a: jnp.concatenate(a), *starts)
         x0 = jnp.concatenate([_flat(part.trajectory.x0) for part in parts])
-        counts = [part.trajectory.t.shape[0] for part in parts]
-        cond, taught = (
-            jax.tree.map(lambda *c: jnp.concatenate(c), *(_tile(part.cond, n - less) for part, n in zip(parts, counts, strict=True)))
-            for less in (0, anchors)
-        )
-        target = jax.lax.stop_gradient(teacher_x0(teacher_params, x, t, taught))
-        if anchors:  # one grid, so one part
-            target = _flat(jnp.concatenate([batch["target"][None]] * anchors + [_states(target, counts[0] - anchors)]))
+        cond = jax.tree.map(lambda *c: jnp.concatenate(c), *(_tile(part.cond, part.trajectory.t.shape[0]) for part in parts))
+        target = jax.lax.stop_gradient(teacher_x0(teacher_params, x, t, cond))
         error = jnp.mean((target - x0) ** 2, axis=tuple(range(1, target.ndim)))
-        weights = weight(jnp.concatenate([_flat(part.trajectory.t) for part in parts]))
-        value = jnp.mean(weights * error)
+        value = jnp.mean(weight(jnp.concatenate([_flat(part.trajectory.t) for part in parts])) * error)
         metrics = {"reconstruction": value}
-        if perceptual is not None:
-            apart = jnp.mean(weights * perceptual(teacher_params, x0, target, cond, jax.random.fold_in(key_srl, len(parts))))
-            value += perceptual_weight * apart
-            metrics |= {"perceptual": apart}
         if whole_trajectory:
             metrics |= errors_by_step(error, parts)
         if adversary is not None:

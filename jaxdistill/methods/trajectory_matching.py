@@ -35,6 +35,7 @@ def tdm(
     low: float = 0.02,
     high: float = 0.98,
     fake_weight: float = 1.0,
+    shortcut: float = 0.0,
     constrain: Constrain = unconstrained,
     unroll: bool = False,
 ) -> LossFn:
@@ -48,6 +49,10 @@ def tdm(
     The fake score of q(x_τ | x_s), in x0 form D, is learned by (b/σ_τ²)² ‖D - D*‖², D* = (x_τ - ε σ_τ²/b)/α_τ: the
     denoising loss at s = 0, of bounded variance as τ -> s.
 
+    With `shortcut` (ours) x̂0 of the trajectory's first state also takes ‖x̂0(x_T) - stopgrad(x_end)‖², x_end the image at the end of the
+    same trajectory: one step goes where several do, for no network call more. Matching alone is at its worst there, as it may choose
+    among the modes of a state that leaves all open; the end of the trajectory is a function of x_T.
+
     Args:
       student: the generator.
       teacher: the real score; also the architecture of the fake one.
@@ -57,6 +62,7 @@ def tdm(
       low: lowest time of the scores, share of T.
       high: highest.
       fake_weight: of the fake score's loss.
+      shortcut: weight of the first state's distance to the trajectory's end; grids of one step have none. 0 is the paper's form.
       constrain: sharding constraint of random batches.
       unroll: as of `rollout`.
 
@@ -64,21 +70,24 @@ def tdm(
       loss(params, teacher_params, batch, key), params {"student", "fake"}, batch {"x0" (its shape alone), "cond"}.
 
     Raises:
-      ValueError: a bad grid, not 0 < low < high < 1, or a batch that does not divide among the grids.
+      ValueError: a bad grid, not 0 < low < high < 1, a shortcut below 0 or without a grid of several steps, or a batch that does not
+        divide among the grids.
     """
     T, schedule = student.schedule.T, student.schedule
     kept = [check_grid(grid, T) for grid in grids]
     if not 0 < low < high < 1:
         raise ValueError(f"tdm needs 0 < low < high < 1, got {low:g} and {high:g}")
+    if shortcut < 0 or (shortcut > 0 and all(len(grid) == 1 for grid in kept)):
+        raise ValueError(f"tdm's shortcut must be at least 0, and above 0 needs a grid of several steps, got {shortcut:g}")
     step = ddim(schedule)
 
-    def ends(params: Any, cond: Any, x_T: Array, grid: TimeGrid) -> tuple[Array, Array, Array, Array]:
-        """Of every interval of one trajectory, in one batch: x_s and x̂0 with gradient, t and s."""
-        visited = rollout(step, student.denoiser(params, cond), start(x_T), grid, stop_gradient=True, unroll=unroll)[1]
+    def ends(params: Any, cond: Any, x_T: Array, grid: TimeGrid) -> tuple[Array, Array, Array, Array, Array]:
+        """Of every interval of one trajectory, in one batch: x_s and x̂0 with gradient, t and s; and the trajectory's end."""
+        end, visited = rollout(step, student.denoiser(params, cond), start(x_T), grid, stop_gradient=True, unroll=unroll)
         n, b = visited.x.shape[:2]
         t, s = (jnp.repeat(jnp.asarray(times, jnp.float32), b) for times in (grid, np.append(grid[1:], 0.0)))
         x0, eps = (a.reshape(n * b, *x_T.shape[1:]) for a in (visited.x0, visited.eps))
-        return expand(schedule.alpha(s), x0) * x0 + expand(schedule.sigma(s), x0) * eps, x0, t, s
+        return expand(schedule.alpha(s), x0) * x0 + expand(schedule.sigma(s), x0) * eps, x0, t, s, end.x
 
     def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         n = batch["x0"].shape[0]
@@ -92,7 +101,7 @@ def tdm(
             parts.append(ends(params["student"], cond, noise[i :: len(kept)], grid))
             copies = len(grid)
             conds.append(jax.tree.map(lambda a, copies=copies: jnp.concatenate([a] * copies), cond))
-        x_s, x0, t, s = (jnp.concatenate(column) for column in zip(*parts, strict=True))
+        x_s, x0, t, s, _ = (jnp.concatenate(column) for column in zip(*parts, strict=True))
         cond = jax.tree.map(lambda *c: jnp.concatenate(c), *conds)
         fixed = jax.lax.stop_gradient(x_s)
 
@@ -112,7 +121,14 @@ def tdm(
         scale = b / expand(schedule.sigma(tau), fixed) ** 2
         denoised = student.denoiser(params["fake"], cond)(x_tau, tau).x0
         fake_loss = jnp.mean((scale * denoised - (scale * x_tau - eps) / expand(schedule.alpha(tau), fixed)) ** 2)
+        total = matching + fake_weight * fake_loss
         metrics = {"matching": matching, "fake": fake_loss, "gradient": jnp.sqrt(jnp.mean(gradient**2))}
-        return matching + fake_weight * fake_loss, metrics
+        if shortcut > 0:
+            # Of each trajectory of several steps: x̂0 of its first state beside its end.
+            firsts = [(x0[: len(end)], end) for grid, (_, x0, _, _, end) in zip(kept, parts, strict=True) if len(grid) > 1]
+            first, last = (jnp.concatenate(column) for column in zip(*firsts, strict=True))
+            metrics["shortcut"] = jnp.mean((first - last) ** 2)
+            total = total + shortcut * metrics["shortcut"]
+        return total, metrics
 
     return loss
