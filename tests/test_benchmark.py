@@ -70,13 +70,18 @@ def test_methods_spend_the_same_budget(smoke):
 
 
 @pytest.mark.slow
-def test_second_start_repeats_nothing_and_other_settings_are_refused(smoke):
+def test_rows_alone_carry_a_finished_benchmark_and_other_settings_are_refused(smoke, tmp_path):
     workdir, flags = smoke
-    before = {p: p.stat().st_mtime_ns for p in (workdir / "students").rglob("*")}
-    rows = (workdir / "rows.json").read_bytes()
-    found = run_command("jaxdistill.benchmark", *flags, timeout=300)
-    assert found.returncode == 0 and {p: p.stat().st_mtime_ns for p in (workdir / "students").rglob("*")} == before
-    assert (workdir / "rows.json").read_bytes() == rows
+    bare = tmp_path / "bare"
+    shutil.copytree(workdir, bare, ignore=shutil.ignore_patterns("students", "checkpoints", "pictures"))
+    (bare / "results.json").unlink()
+    found = run_command("jaxdistill.benchmark", *(f.replace(str(workdir), str(bare)) for f in flags), timeout=300)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert not (bare / "students").exists() and not (bare / "pictures").exists()  # nothing was trained or scored again
+    assert (bare / "rows.json").read_bytes() == (workdir / "rows.json").read_bytes()
+    again, first = (json.loads((folder / "results.json").read_text()) for folder in (bare, workdir))
+    assert again["rows"] == first["rows"] and again["ceiling"] == first["ceiling"]
+    assert Image.open(bare / "results.png").size[0] == 1200  # with grey in place of the pictures
     found = run_command("jaxdistill.benchmark", *flags, "--config.eval.samples=40")
     # Libraries may warn at import (Grain does with an older jaxlib); of ours there is one line.
     errors = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
@@ -348,6 +353,15 @@ def test_processes_leave_each_other_their_tasks_and_take_over_what_is_left(tmp_p
     two.share(tasks)
     thread.join()
     assert done == ["b", "c", "a"]
+
+
+def test_a_signal_ends_what_is_watched(tmp_path):
+    made, seen = shared(tmp_path), []
+    with pytest.raises(loop.Stopped, match="SIGTERM; start the same command"):
+        for step in made.watched("images", range(0, 9, 3)):
+            seen.append(step)
+            made.stop.received = "SIGTERM" if step == 3 else None
+    assert seen == [0, 3]
 
 
 def test_a_signal_ends_the_wait_for_another_process(tmp_path):
