@@ -138,7 +138,7 @@ def get_config(size: str = "") -> ConfigDict:
                 "matched_counts": {"method": "matched", "matching": matching},
                 "matched_share": {"method": "matched", "matching": matching | {"share": 0.75}},
                 "lightning_rate_1": {"method": "lightning", **lightning, "adversarial_learning_rate": 1e-5},
-                "lightning_rate_3": {"method": "lightning", **lightning, "adversarial_learning_rate": 3e-5},
+                "lightning_rate_3": {"method": "lightning", **lightning},
                 "if_k2": {},
                 "if_k3": {"teacher_steps": 3},
                 "if_k4": {"teacher_steps": 4},

@@ -70,11 +70,13 @@ def tdm(
       loss(params, teacher_params, batch, key), params {"student", "fake"}, batch {"x0" (its shape alone), "cond"}.
 
     Raises:
-      ValueError: a bad grid, not 0 < low < high < 1, a shortcut below 0 or without a grid of several steps, or a batch that does not
-        divide among the grids.
+      ValueError: no grid or a bad one, not 0 < low < high < 1, a shortcut below 0 or without a grid of several steps, or a batch that
+        does not divide among the grids.
     """
     T, schedule = student.schedule.T, student.schedule
     kept = [check_grid(grid, T) for grid in grids]
+    if not kept:
+        raise ValueError("tdm needs at least one grid of times, got none")
     if not 0 < low < high < 1:
         raise ValueError(f"tdm needs 0 < low < high < 1, got {low:g} and {high:g}")
     if shortcut < 0 or (shortcut > 0 and all(len(grid) == 1 for grid in kept)):
