@@ -122,6 +122,8 @@ def get_config(size: str = "") -> ConfigDict:
         }
     )
     config.log = ConfigDict({"every": 50, "checkpoint_every": 250, "health_samples": 250, "teacher_steps": 20})
+    # Of results.png: methods against steps | variants against the first one | by an axis, for methods named CURVE_AXIS_VALUE.
+    config.chart = ConfigDict({"kind": "methods", "axis": "", "label": ""})
 
     if size == "tuning":
         config.seeds = (0,)
@@ -146,6 +148,8 @@ def get_config(size: str = "") -> ConfigDict:
             },
         )
     if size == "ablation":
+        config.chart.kind = "variants"
+        config.student.budget //= 2
         config.methods = variants(
             config,
             {
@@ -168,6 +172,7 @@ def get_config(size: str = "") -> ConfigDict:
     if size == "leakage":
         # The paper's argument alone: a plain target from the state itself, no discriminator. Names give the SNR ratio in percent (of α/σ).
         plain = {"srl": False, "adversarial_weight": 0.0}
+        config.chart = ConfigDict({"kind": "axis", "axis": "snr", "label": "α/σ of the student's times, in % of the trailing grid's"})
         config.student.steps = (3,)
         config.student.budget //= 2
         config.methods = variants(

@@ -21,7 +21,7 @@ from absl import logging
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
-from jaxdistill import card, checkpoint, loop, main, partition, report, scenes
+from jaxdistill import card, checkpoint, loop, main, partition, report, sampling, scenes
 from jaxdistill.contenders import METHODS, Method, Pairs, Setting, Stage
 from jaxdistill.data import DataError, fashion_mnist
 from jaxdistill.evaluate import class_spread
@@ -104,12 +104,10 @@ class Benchmark:
             self.embeddings = sentence_encoder.cached_embeddings(
                 encoder, everything, self.caches / "text", length=config.text.length, watch=partial(self.watched, "captions")
             )
-        self.model = card.build_model(config.model.to_dict())
-        self.null_cond: Any = self.model.null_cond
-        self.schedule = card.build_schedule(config.schedule)
-        self.parameterization, self.target = card.PREDICTIONS[config.prediction]
-        text = {"sha256": encoder.hash, "length": config.text.length}
-        self.setting = Setting(config, self.model, self.schedule, self.parameterization, self.constrain, image_shape=SHAPE, text=text)
+        self.setting = setting_of(config, self.constrain, {"sha256": encoder.hash, "length": config.text.length})
+        self.model, self.schedule = self.setting.model, self.setting.schedule
+        self.null_cond: Any = self.setting.null_cond
+        self.target = card.PREDICTIONS[config.prediction][1]
         self.programs: dict[tuple[float, str, bool], Any] = {}
         (workdir / "samples").mkdir(exist_ok=True)
 
@@ -545,7 +543,10 @@ class Benchmark:
         with self.claim("results"):
             checkpoint.write_json(self.workdir / "results.json", results)
             (self.workdir / "results.md").write_text(table(results))
-            report.methods_picture(self.workdir / "results.png", results, self.captions[split][:PICTURED], self.pictured(rows))
+            shown = self.pictured(rows)
+            report.methods_picture(
+                self.workdir / "results.png", results, self.captions[split][:PICTURED], shown, chart=config.chart.to_dict()
+            )
         return results
 
     def in_order(self, rows: Sequence[Any]) -> list[Any]:
@@ -603,6 +604,13 @@ def table(results: Mapping[str, Any]) -> str:
     )
 
 
+def setting_of(config: ConfigDict, constrain: sampling.Constrain, text: Mapping[str, Any]) -> Setting:
+    """What the config's methods share. Raises ValueError."""
+    model, schedule = card.build_model(config.model.to_dict()), card.build_schedule(config.schedule)
+    parameterization, _ = card.choose(card.PREDICTIONS, config.prediction, "config.prediction")
+    return Setting(config, model, schedule, parameterization, constrain, image_shape=SHAPE, text=text)
+
+
 def choose_method(config: ConfigDict, name: str) -> Callable[[Setting, ConfigDict, int], Method]:
     """The method of that name, or the one that the settings of a variant name. Raises ValueError."""
     settings = config.method_settings
@@ -636,17 +644,28 @@ def check_base(config: ConfigDict) -> None:
 
 def check(config: ConfigDict) -> None:
     """Raise ValueError for what can be known before any work."""
+    if not config.student.steps or min(config.student.steps) < 1:
+        raise ValueError(f"config.student.steps must hold step counts of at least 1, got {tuple(config.student.steps)}")
+    setting = setting_of(config, sampling.unconstrained, {})
     for name in config.methods:
-        choose_method(config, name)
+        build = choose_method(config, name)
+        try:
+            build(setting, config.method_settings[name], 1)
+        except ValueError as error:
+            raise ValueError(f"config.method_settings.{name}: {error}") from error
     check_base(config)
     if config.eval.samples <= config.recogniser.features:
         raise ValueError(
             f"config.eval.samples = {config.eval.samples} is too few for a Frechet distance of {config.recogniser.features} features; "
             f"at least {config.recogniser.features + 1} are needed"
         )
-    if not config.student.steps or min(config.student.steps) < 1:
-        raise ValueError(f"config.student.steps must hold step counts of at least 1, got {tuple(config.student.steps)}")
     card.choose({"validation": 0, "test": 0}, config.eval.split, "config.eval.split")
+    card.choose(report.CHARTS, config.chart.kind, "config.chart.kind")
+    if config.chart.kind == "axis":
+        for name in config.methods:
+            value = name.rpartition(f"_{config.chart.axis}_")[2]
+            if value == name or not value.replace(".", "", 1).isdigit():
+                raise ValueError(f"config.methods holds {name!r}; a chart by an axis needs names like CURVE_{config.chart.axis}_100")
 
 
 def cli() -> None:

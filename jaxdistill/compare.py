@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 from PIL import Image
 from tqdm import tqdm
 
@@ -282,7 +281,7 @@ def page(path: Path, rows: Sequence[Row], items: Sequence[Mapping[str, Any]], *,
 
     grid = report.image_grid(np.stack([np.stack([tile(row.files[i]) for i in chosen]) for row in rows]), scale=1, gap=6)
     dpi = 128
-    figure = plt.figure(figsize=(grid.shape[1] / dpi + 2.0, grid.shape[0] / dpi + 1.5), layout="constrained")
+    figure = report.new_figure(grid.shape[1] / dpi + 2.0, grid.shape[0] / dpi + 1.5)
     axes = figure.subplots()
     axes.imshow(grid, interpolation="nearest", aspect="equal")
     down, across = grid.shape[0] / len(rows), grid.shape[1] / len(chosen)
@@ -295,7 +294,6 @@ def page(path: Path, rows: Sequence[Row], items: Sequence[Mapping[str, Any]], *,
     for spine in axes.spines.values():
         spine.set_visible(False)
     figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.1)
-    plt.close(figure)
 
 
 def write(out: Path, results: Mapping[str, Any], rows: Sequence[Row], items: Sequence[Mapping[str, Any]], singles: Sequence[Any]) -> None:

@@ -338,8 +338,14 @@ def matched_method(setting: Setting, block: ConfigDict, iterations: int) -> Meth
     method, matching = imagine_flash_method(setting, block, iterations), block.matching
     if not 0 < matching.share < 1:
         raise ValueError(f"matching.share must be above 0 and below 1, got {matching.share:g}")
-    grid = setting.nested(block) if matching.grid == "nested" else {"grid": matching.grid, "times": [list(t) for t in matching.times]}
-    sampler = setting.sampler(correct_noise=block.noise_correction, **grid)
+    if matching.flash_weight < 0:
+        raise ValueError(f"matching.flash_weight must be at least 0, got {matching.flash_weight:g}")
+    listed = [list(times) for times in matching.times]
+    grids = {"listed": {"grid": "listed", "times": listed}, "nested": setting.nested(block), "trailing": {"grid": "trailing"}}
+    there = {"listed": {len(times) for times in listed}, "nested": set(range(1, len(grids["nested"]["times"]) + 1))}
+    if lost := set(matching.counts) - there.get(matching.grid, set(matching.counts)):
+        raise ValueError(f"matching.counts holds {min(lost)}, but the {matching.grid} times have no grid of that many; add one")
+    sampler = setting.sampler(correct_noise=block.noise_correction, **card.choose(grids, matching.grid, "matching.grid"))
     loss = tdm_loss(setting, matching, [sampler.grid(n) for n in matching.counts], shortcut=matching.shortcut)
     if matching.flash_weight > 0:
         loss = added(loss, flash_loss(setting, block, sampler, [1], None), weight=matching.flash_weight)

@@ -15,7 +15,6 @@ import numpy as np
 import optax
 from scipy import linalg
 from scipy.spatial.distance import cdist
-from sklearn.neighbors import NearestNeighbors
 
 from jaxdistill.data import Dataset, Split
 from jaxdistill.models.classifier import ConvClassifier
@@ -137,8 +136,15 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, *, k: int = 3) -> tuple
     return float(np.mean(precisions)), float(np.mean(recalls))
 
 
+def neighbours(k: int) -> Any:
+    """A search for the k nearest. Scikit-learn is imported here: it takes a second, and most commands score nothing."""
+    from sklearn.neighbors import NearestNeighbors
+
+    return NearestNeighbors(n_neighbors=k)
+
+
 def _kth_neighbour(x: np.ndarray, k: int) -> np.ndarray:
-    return NearestNeighbors(n_neighbors=k + 1).fit(x).kneighbors(x)[0][:, -1]
+    return neighbours(k + 1).fit(x).kneighbors(x)[0][:, -1]
 
 
 def class_spread(images: np.ndarray, labels: np.ndarray) -> float:
@@ -153,7 +159,7 @@ def class_spread(images: np.ndarray, labels: np.ndarray) -> float:
 
 def nearest_neighbour_distance(images: np.ndarray, train: np.ndarray) -> float:
     """Median L2 pixel distance to the nearest training image."""
-    tree = NearestNeighbors(n_neighbors=1).fit(train.reshape(len(train), -1))
+    tree = neighbours(1).fit(train.reshape(len(train), -1))
     return float(np.median(tree.kneighbors(images.reshape(len(images), -1))[0]))
 
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from jaxdistill import chips, distributed
@@ -269,6 +268,8 @@ def train_loop(
     best = Best(f"{folder}/{name}-best", keep_best, state.ema_params) if keep_best else None
     start, began = int(state.step), time.perf_counter()
     curve = Curve(workdir / "curves" / f"{name}.jsonl", start)
+    from tensorboardX import SummaryWriter  # imports torch where it finds it: two seconds, for those who train only
+
     writer = SummaryWriter(str(workdir / "tensorboard" / name), purge_step=start + 1, write_to_disk=distributed.writes())
     meter, trace = Meter(examples, flops), Trace(workdir / "tensorboard" / name, start + 10, profile)
     pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()

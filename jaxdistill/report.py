@@ -5,12 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 from jaxdistill import distributed
 
@@ -26,6 +22,13 @@ COLUMNS = {
     "nearest_neighbour": ("distance to train (real = 1)", "{:.2f}"),
     "images_per_second": ("images/s", "{:,.0f}"),
 }
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of this size in inches. Matplotlib is imported here: it takes a second, and most commands draw nothing."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def image_grid(rows: np.ndarray, *, scale: int = 4, gap: int = 2) -> np.ndarray:
@@ -74,7 +77,7 @@ def results_picture(path: Path, results: Mapping[str, Any], pictures: Mapping[tu
     grid = image_grid(np.stack([pictures[name] for name in names]))
     width = 11.0
     height = width * 0.9 * grid.shape[0] / grid.shape[1]
-    figure = plt.figure(figsize=(width, height + 3.6), layout="constrained")
+    figure = new_figure(width, height + 3.6)
     parts: Any = figure.subfigures(2, 1, height_ratios=[height, 3.4])
     upper, lower = parts
     top = upper.subplots()
@@ -91,7 +94,6 @@ def results_picture(path: Path, results: Mapping[str, Any], pictures: Mapping[tu
     table.set_fontsize(9)
     table.scale(0.8, 1.4)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def show_rows(axes: Any, grid: np.ndarray, names: Sequence[tuple[str, int]]) -> None:
@@ -139,27 +141,30 @@ LINES = [f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", 
 
 
 def methods_picture(
-    path: Path, results: Mapping[str, Any], captions: Sequence[str], pictures: Mapping[tuple[str, int], np.ndarray]
+    path: Path,
+    results: Mapping[str, Any],
+    captions: Sequence[str],
+    pictures: Mapping[tuple[str, int], np.ndarray],
+    chart: Mapping[str, str] | None = None,
 ) -> None:
-    """FD and all-right against steps, a curve a method and the teacher as a line; below, a row of images a method, a caption a column.
+    """The chart of a benchmark's scores; below, a row of images a method, a caption a column.
 
     Args:
       path: PNG to write.
       results: as in a benchmark's results.json.
       captions: of the columns.
       pictures: {(method, steps): images [c, h, w, ch]} in row order.
+      chart: {"kind", "axis", "label"}: one of CHARTS, and of an axis its name within the methods' names and its title. Default: "methods".
     """
+    chart = chart or {"kind": "methods"}
     names = list(pictures)
     grid = image_grid(np.stack([pictures[name] for name in names]))
     width = 12.0
     height = width * 0.85 * grid.shape[0] / grid.shape[1]
-    figure = plt.figure(figsize=(width, height + 6.2), layout="constrained")
+    figure = new_figure(width, height + 6.2)
     parts: Any = figure.subfigures(2, 1, height_ratios=[5.0, height + 1.2])
     upper, lower = parts
-    for axes, key, title in zip(upper.subplots(1, 2), ("fd", "all_right"), ("Fréchet distance ↓", "caption all right ↑"), strict=True):
-        method_curves(axes, results, key)
-        axes.set_ylabel(title)
-    upper.legend(*upper.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    CHARTS[chart["kind"]](upper, results, chart)
     axes = lower.subplots()
     show_rows(axes, grid, names)
     column = grid.shape[1] / len(captions)
@@ -168,7 +173,72 @@ def methods_picture(
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
+
+
+SCORES = {"fd": "Fréchet distance ↓", "all_right": "caption all right ↑"}
+
+
+def methods_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, str]) -> None:
+    """FD and all-right against steps, a curve a method and the teacher as a line."""
+    for axes, (key, title) in zip(figure.subplots(1, 2), SCORES.items(), strict=True):
+        method_curves(axes, results, key)
+        axes.set_ylabel(title)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+
+
+def variants_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, str]) -> None:
+    """FD of each variant as a multiple of the first one's mean, a point a seed, a panel a step count."""
+    rows = [r for r in results["rows"] if r["method"] != "teacher"]
+    methods, counts = list(dict.fromkeys(r["method"] for r in rows)), sorted({r["steps"] for r in rows})
+    for axes, n in zip(np.atleast_1d(figure.subplots(1, len(counts), sharey=True)), counts, strict=True):
+        values = {m: [r["fd"] for r in rows if (r["method"], r["steps"]) == (m, n)] for m in methods}
+        first = np.mean(values[methods[0]])
+        for place, found in enumerate(values.values()):
+            axes.plot(np.asarray(found) / first, [place] * len(found), "o", ms=4, alpha=0.6, c="tab:blue")
+            axes.plot(np.mean(found) / first, place, "|", ms=12, c="k")
+        axes.axvline(1.0, ls="--", c="k", lw=1)
+        axes.set(xscale="log", xlabel=f"FD / that of {methods[0]}", title=f"{n} step{'s' * (n > 1)}")
+        plain_log_ticks(axes.xaxis)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_yticks(range(len(methods)), methods)
+    figure.axes[0].invert_yaxis()
+
+
+def axis_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, str]) -> None:
+    """Scores at the most steps against a number in the methods' names (CURVE_AXIS_VALUE), a curve a CURVE, a point a seed."""
+    rows = [r for r in results["rows"] if r["method"] != "teacher"]
+    rows = [r for r in rows if r["steps"] == max(r["steps"] for r in rows)]
+    curves: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        curve, _, value = row["method"].partition(f"_{chart['axis']}_")
+        curves.setdefault(curve, {}).setdefault(float(value), []).append(row)
+    reference = results["reference"]
+    for axes, (key, title) in zip(figure.subplots(1, 2), SCORES.items(), strict=True):
+        for place, (curve, points) in enumerate(curves.items()):
+            at = sorted(points)
+            axes.plot(at, [np.mean([r[key] for r in points[x]]) for x in at], c=LINES[place], lw=1.2, label=curve)
+            axes.plot(*zip(*((x, r[key]) for x in at for r in points[x]), strict=True), "o", ms=4, c=LINES[place])
+        axes.axhline(reference[key], ls="--", c="k", lw=1, label=f"teacher, {reference['steps']} steps")
+        ticks = sorted({x for points in curves.values() for x in points})
+        axes.set(xscale="log", xlabel=chart["label"], ylabel=f"{title}, {rows[0]['steps']} steps")
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_yscale("log")
+    plain_log_ticks(figure.axes[0].yaxis)
+    figure.axes[0].legend(fontsize=8)
+
+
+def plain_log_ticks(axis: Any) -> None:
+    """Numbers as people write them on a logarithmic axis that spans less than a few decades."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+CHARTS = {"methods": methods_chart, "variants": variants_chart, "axis": axis_chart}
 
 
 def method_curves(axes: Any, results: Mapping[str, Any], key: str) -> None:
@@ -207,9 +277,8 @@ PANELS = {
 
 def curves_picture(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Loss and quality of each phase against its step: one row a phase, one panel a kind of number."""
-    figure, axes = plt.subplots(
-        len(curves), len(PANELS), figsize=(4.2 * len(PANELS), 4.2 * len(curves)), squeeze=False, layout="constrained"
-    )
+    figure = new_figure(4.2 * len(PANELS), 4.2 * len(curves))
+    axes = figure.subplots(len(curves), len(PANELS), squeeze=False)
     for row, (phase, records) in enumerate(curves.items()):
         keys = sorted({k for r in records for k in r})
         for axis, (title, prefixes) in zip(axes[row], PANELS.items(), strict=True):
@@ -229,4 +298,3 @@ def curves_picture(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]
             axis.grid(alpha=0.3, which="both")
             axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     figure.savefig(path, dpi=90)
-    plt.close(figure)

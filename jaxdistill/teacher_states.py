@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
-from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
-from jaxdistill import card, checkpoint, loop, main, sampling
+from jaxdistill import card, checkpoint, loop, main, report, sampling
 from jaxdistill.benchmark import SHAPE, Benchmark, check, choose_method
 from jaxdistill.contenders import imagine_flash_method
 from jaxdistill.data import DataError
@@ -96,7 +95,8 @@ def measure(bench: Benchmark, name: str, samples: int, steps: int) -> list[dict[
 
 def picture(path: Path, rows: list[dict[str, Any]]) -> None:
     """FD and all-right of the teacher's images against the time of the state, a curve a source."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = report.new_figure(10.0, 4.0)
+    panels = figure.subplots(1, 2)
     for axes, key, title in zip(panels, ("fd", "all_right"), ("Fréchet distance ↓", "caption all right ↑"), strict=True):
         for source in SOURCES:
             points = [(r["t"], r[key]) for r in rows if r["source"] == source]
@@ -105,7 +105,6 @@ def picture(path: Path, rows: list[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def cli() -> None:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from idx import write_fashion
+from matplotlib import pyplot as plt
 from PIL import Image
 from shell import run_command
 
@@ -204,11 +205,8 @@ def test_teacher_is_scored_on_real_and_on_the_students_states(smoke, tmp_path):
 
 
 def setting_of(config):
-    """What the methods of a config share, without data or text."""
-    model = card.build_model(config.model.to_dict())
-    parameterization, _ = card.PREDICTIONS[config.prediction]
-    built = card.build_schedule(config.schedule.to_dict())
-    return contenders.Setting(config, model, built, parameterization, sampling.unconstrained, image_shape=benchmark.SHAPE, text={})
+    """What the methods of a config share, without text."""
+    return benchmark.setting_of(config, sampling.unconstrained, {})
 
 
 @pytest.mark.parametrize("size", ["ablation", "leakage"])
@@ -290,6 +288,54 @@ def test_picture_of_methods_has_a_row_for_each(tmp_path):
         report.methods_picture(tmp_path / "p.png", results, ["a red bag above a blue bag"] * 3, pictures)
         sizes.append(Image.open(tmp_path / "p.png").size)
     assert sizes[0][0] == sizes[1][0] and sizes[1][1] > sizes[0][1] + 100
+
+
+def test_chart_of_variants_shows_each_as_a_multiple_of_the_first():
+    scores = (("full", 1.0), ("full", 3.0), ("forward", 4.0), ("forward", 4.0))
+    rows = [{"method": method, "steps": 3, "guidance": 1.0, "fd": fd} for method, fd in scores]
+    figure = plt.figure()
+    report.variants_chart(figure, {"rows": [{"method": "teacher", "steps": 50, "fd": 9.0}, *rows]}, {})
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["full", "forward"]
+    points = [line.get_xdata() for line in axes.get_lines() if line.get_marker() == "o"]
+    np.testing.assert_allclose(points, [[0.5, 1.5], [2.0, 2.0]])
+    plt.close(figure)
+
+
+def test_chart_by_an_axis_reads_the_number_in_the_name():
+    scores = {"forward_snr_25": 3.0, "forward_snr_400": 5.0, "backward_snr_25": 2.0, "backward_snr_400": 1.0}
+    rows = [{"method": m, "steps": 3, "seed": 0, "guidance": 1.0, "fd": fd, "all_right": 0.5} for m, fd in scores.items()]
+    results = {"rows": rows, "reference": {"fd": 0.9, "all_right": 0.8, "steps": 50}}
+    figure = plt.figure()
+    report.axis_chart(figure, results, {"axis": "snr", "label": "SNR"})
+    curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
+    assert curves["forward"] == [[25, 3.0], [400, 5.0]] and curves["backward"] == [[25, 2.0], [400, 1.0]]
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"flash_weight": -1.0}, "matching.flash_weight must be at least 0, got -1"),
+        ({"counts": (2, 5)}, "counts holds 5, but the listed times have no grid"),
+        ({"grid": "nested", "counts": (2, 5)}, "counts holds 5, but the nested times have no grid"),
+        ({"grid": "leading"}, "matching.grid = 'leading' is not known; choose one of 'listed', 'nested', 'trailing'"),
+    ],
+)
+def test_bad_settings_of_a_method_are_refused_before_any_work(change, said):
+    config = config_file.get_config()
+    config.method_settings.matched.matching.update(change)
+    with pytest.raises(ValueError, match=r"config\.method_settings\.matched: ") as refused:
+        benchmark.check(config)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("pie", "config.chart.kind = 'pie'"), ("axis", "CURVE_snr_100")])
+def test_a_chart_that_cannot_be_drawn_is_refused_before_any_work(kind, said):
+    config = config_file.get_config("smoke")
+    config.chart.update({"kind": kind, "axis": "snr"})
+    with pytest.raises(ValueError, match=said):
+        benchmark.check(config)
 
 
 def test_unknown_size_of_the_config_is_refused():
