@@ -88,7 +88,7 @@ def get_config(size: str = "") -> ConfigDict:
             "add": {"learning_rate": 5e-4, "guidance": guidance, "distillation_weight": 2.5, "adversarial_weight": 0.05},
             "lightning": {
                 "learning_rate": 3e-4,
-                "adversarial_learning_rate": 3e-5,  # of the stages after the first
+                "adversarial_learning_rate": 1e-5,  # of the stages after the first; tuned
                 "guidance": guidance,
                 "first": 16,
                 "substeps": 4,
@@ -139,8 +139,8 @@ def get_config(size: str = "") -> ConfigDict:
                 "matched_rate_3": {"method": "matched", "matching": all_counts | {"learning_rate": 3e-4}},
                 "matched_counts": {"method": "matched", "matching": matching},
                 "matched_share": {"method": "matched", "matching": matching | {"share": 0.75}},
-                "lightning_rate_1": {"method": "lightning", **lightning, "adversarial_learning_rate": 1e-5},
-                "lightning_rate_3": {"method": "lightning", **lightning},
+                "lightning_rate_1": {"method": "lightning", **lightning},
+                "lightning_rate_3": {"method": "lightning", **lightning, "adversarial_learning_rate": 3e-5},
                 "if_k2": {},
                 "if_k3": {"teacher_steps": 3},
                 "if_k4": {"teacher_steps": 4},

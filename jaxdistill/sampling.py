@@ -347,6 +347,18 @@ class Trajectory(NamedTuple):
     eps: Array
 
 
+def scan(body: Callable[[Any, Any], tuple[Any, Any]], first: Any, inputs: Any, *, unroll: bool) -> tuple[Any, Any]:
+    """`lax.scan` that with `unroll` leaves no loop, one step included.
+
+    `lax.scan(unroll=True)` keeps a loop of one step as a loop, and XLA's CPU backend runs the gradient of a convolution's weights inside a
+    loop many times slower.
+    """
+    if not unroll or len(jax.tree.leaves(inputs)[0]) != 1:
+        return jax.lax.scan(body, first, inputs, unroll=unroll)
+    last, output = body(first, jax.tree.map(lambda x: x[0], inputs))
+    return last, jax.tree.map(lambda x: x[None], output)
+
+
 def rollout(
     step: Step,
     denoiser: Denoiser,
@@ -385,5 +397,5 @@ def rollout(
         prediction = denoiser(state.x, t)
         return step(prediction, state, t, t_next), Trajectory(t, state.x, *prediction)
 
-    final, trajectory = jax.lax.scan(body, state, (times, next_times), unroll=unroll)
+    final, trajectory = scan(body, state, (times, next_times), unroll=unroll)
     return (jax.lax.stop_gradient(final) if stop_gradient else final), trajectory

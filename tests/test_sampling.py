@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -449,6 +450,21 @@ def test_rollout_calls_the_network_once_at_each_time_of_the_grid():
     rollout(ddim(cosine()), watched, start(normal(15)), GRID)
     jax.effects_barrier()
     assert called == GRID.tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_unrolled_rollout_has_no_loop_and_the_same_result(steps):
+    grid = trailing_grid(steps, 1.0)
+
+    def loss(params, unroll):
+        final, trajectory = rollout(ddim(cosine()), network_denoiser(params), start(normal(15)), grid, unroll=unroll)
+        return jnp.sum(final.x**2) + jnp.sum(trajectory.x0**3), trajectory
+
+    gradients = [jax.jit(partial(jax.grad(loss, has_aux=True), unroll=unroll)) for unroll in (False, True)]
+    loops = ["while" in gradient.lower(PARAMS).as_text() for gradient in gradients]
+    assert loops == [True, False]
+    looped, unrolled = (gradient(PARAMS) for gradient in gradients)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), looped, unrolled)
 
 
 def test_stopped_final_state_has_exactly_no_gradient():

@@ -23,6 +23,7 @@ from jaxdistill.sampling import (
     guided_denoiser,
     noise_correction,
     rollout,
+    scan,
     start,
     unconstrained,
 )
@@ -304,7 +305,7 @@ def imagine_flash(
             return (student_step(prediction, state, t, t_next), x_T), (Trajectory(t, state.x, *prediction), x_T)
 
         first = (start(noise[0]), noise[0])
-        return jax.lax.scan(body, first, (*map(jnp.asarray, slots), noise), unroll=unroll)[1]
+        return scan(body, first, (*map(jnp.asarray, slots), noise), unroll=unroll)[1]
 
     def one_step(params: Any, cond: Any, x_T: Array, grid: TimeGrid, key: Array) -> Trajectory:
         """A trajectory of length one: a state drawn for each example, uniformly over the grid."""
