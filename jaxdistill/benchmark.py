@@ -606,7 +606,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def setting_of(config: ConfigDict, constrain: sampling.Constrain, text: Mapping[str, Any]) -> Setting:
     """What the config's methods share. Raises ValueError."""
-    model, schedule = card.build_model(config.model.to_dict()), card.build_schedule(config.schedule)
+    model, schedule = card.build_model(config.model.to_dict()), card.build_schedule(config.schedule.to_dict())
     parameterization, _ = card.choose(card.PREDICTIONS, config.prediction, "config.prediction")
     return Setting(config, model, schedule, parameterization, constrain, image_shape=SHAPE, text=text)
 
