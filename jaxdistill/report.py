@@ -100,7 +100,11 @@ def show_rows(axes: Any, grid: np.ndarray, names: Sequence[tuple[str, int]]) -> 
     """A picture of `image_grid` with its rows labelled by (model, steps)."""
     axes.imshow(grid, interpolation="nearest", aspect="equal")
     row, longest = grid.shape[0] / len(names), max(len(model) for model, _ in names)
-    axes.set_yticks([row * (i + 0.5) for i in range(len(names))], [f"{m},\n{s} step{'s' * (s > 1)}" for m, s in names], fontsize=10 if longest < 17 else 8)
+    axes.set_yticks(
+        [row * (i + 0.5) for i in range(len(names))],
+        [f"{m},\n{s} step{'s' * (s > 1)}" for m, s in names],
+        fontsize=10 if longest < 17 else 8,
+    )
     axes.set_xticks([])
     axes.tick_params(length=0)
     for side in axes.spines.values():
