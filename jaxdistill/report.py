@@ -103,7 +103,7 @@ def show_rows(axes: Any, grid: np.ndarray, names: Sequence[tuple[str, int]]) -> 
     axes.set_yticks(
         [row * (i + 0.5) for i in range(len(names))],
         [f"{m},\n{s} step{'s' * (s > 1)}" for m, s in names],
-        fontsize=10 if longest < 17 else 8,
+        fontsize=10 if longest < 15 else 8,
     )
     axes.set_xticks([])
     axes.tick_params(length=0)
