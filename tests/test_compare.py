@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from test_image_metrics import write_clip
 
@@ -333,7 +334,7 @@ def test_page_has_a_row_a_model_and_spread_prompts_as_columns(place, monkeypatch
 
 def test_captions_are_whole_and_no_formulas(place, monkeypatch):
     shown = []
-    save = compare.plt.Figure.savefig
+    save = Figure.savefig
 
     def keep(figure, *arguments, **options):
         axes = figure.axes[0]
@@ -341,7 +342,7 @@ def test_captions_are_whole_and_no_formulas(place, monkeypatch):
         assert not axes.get_xticklabels()[0].get_parse_math()
         return save(figure, *arguments, **options)
 
-    monkeypatch.setattr(compare.plt.Figure, "savefig", keep)
+    monkeypatch.setattr(Figure, "savefig", keep)
     run(*DRAW)
     assert [text.replace("\n", " ") for text in shown[0][0]] == PROMPTS
     assert shown[0][1] == ["teacher, 50 steps", "student, 1 step", "student, 2 steps", "student, 3 steps"]
