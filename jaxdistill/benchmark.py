@@ -663,9 +663,7 @@ def check(config: ConfigDict) -> None:
     card.choose(report.CHARTS, config.chart.kind, "config.chart.kind")
     if config.chart.kind == "axis":
         for name in config.methods:
-            value = name.rpartition(f"_{config.chart.axis}_")[2]
-            if value == name or not value.replace(".", "", 1).isdigit():
-                raise ValueError(f"config.methods holds {name!r}; a chart by an axis needs names like CURVE_{config.chart.axis}_100")
+            report.on_axis(name, config.chart.axis)
 
 
 def cli() -> None:

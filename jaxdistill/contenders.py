@@ -340,12 +340,17 @@ def matched_method(setting: Setting, block: ConfigDict, iterations: int) -> Meth
         raise ValueError(f"matching.share must be above 0 and below 1, got {matching.share:g}")
     if matching.flash_weight < 0:
         raise ValueError(f"matching.flash_weight must be at least 0, got {matching.flash_weight:g}")
-    listed = [list(times) for times in matching.times]
-    grids = {"listed": {"grid": "listed", "times": listed}, "nested": setting.nested(block), "trailing": {"grid": "trailing"}}
-    there = {"listed": {len(times) for times in listed}, "nested": set(range(1, len(grids["nested"]["times"]) + 1))}
-    if lost := set(matching.counts) - there.get(matching.grid, set(matching.counts)):
+    nested, listed = setting.nested(block), [list(times) for times in matching.times]
+    # A sampler's grid, and the step counts that it has times for.
+    grids: dict[str, tuple[dict[str, Any], Sequence[int]]] = {
+        "listed": ({"grid": "listed", "times": listed}, [len(times) for times in listed]),
+        "nested": (nested, range(1, len(nested["times"]) + 1)),
+        "trailing": ({"grid": "trailing"}, matching.counts),
+    }
+    grid, there = card.choose(grids, matching.grid, "matching.grid")
+    if lost := set(matching.counts).difference(there):
         raise ValueError(f"matching.counts holds {min(lost)}, but the {matching.grid} times have no grid of that many; add one")
-    sampler = setting.sampler(correct_noise=block.noise_correction, **card.choose(grids, matching.grid, "matching.grid"))
+    sampler = setting.sampler(correct_noise=block.noise_correction, **grid)
     loss = tdm_loss(setting, matching, [sampler.grid(n) for n in matching.counts], shortcut=matching.shortcut)
     if matching.flash_weight > 0:
         loss = added(loss, flash_loss(setting, block, sampler, [1], None), weight=matching.flash_weight)

@@ -136,7 +136,7 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, *, k: int = 3) -> tuple
     return float(np.mean(precisions)), float(np.mean(recalls))
 
 
-def neighbours(k: int) -> Any:
+def _neighbours(k: int) -> Any:
     """A search for the k nearest. Scikit-learn is imported here: it takes a second, and most commands score nothing."""
     from sklearn.neighbors import NearestNeighbors
 
@@ -144,7 +144,7 @@ def neighbours(k: int) -> Any:
 
 
 def _kth_neighbour(x: np.ndarray, k: int) -> np.ndarray:
-    return neighbours(k + 1).fit(x).kneighbors(x)[0][:, -1]
+    return _neighbours(k + 1).fit(x).kneighbors(x)[0][:, -1]
 
 
 def class_spread(images: np.ndarray, labels: np.ndarray) -> float:
@@ -159,7 +159,7 @@ def class_spread(images: np.ndarray, labels: np.ndarray) -> float:
 
 def nearest_neighbour_distance(images: np.ndarray, train: np.ndarray) -> float:
     """Median L2 pixel distance to the nearest training image."""
-    tree = neighbours(1).fit(train.reshape(len(train), -1))
+    tree = _neighbours(1).fit(train.reshape(len(train), -1))
     return float(np.median(tree.kneighbors(images.reshape(len(images), -1))[0]))
 
 

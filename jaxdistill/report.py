@@ -1,5 +1,6 @@
 """Tables and pictures of a run."""
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,11 @@ def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def counted(steps: int) -> str:
+    """A number of steps in words."""
+    return f"{steps} step{'s' * (steps > 1)}"
 
 
 def image_grid(rows: np.ndarray, *, scale: int = 4, gap: int = 2) -> np.ndarray:
@@ -87,7 +93,7 @@ def results_picture(path: Path, results: Mapping[str, Any], pictures: Mapping[tu
     fd_curve(left, results)
     shown = ("fd", "accuracy", "precision", "recall", "diversity")
     texts = [[COLUMNS[key][1].format(r[key]) for key in shown] for r in results["rows"]]
-    labels = [f"{r['model']}, {r['steps']} step{'s' * (r['steps'] > 1)}" for r in results["rows"]]
+    labels = [f"{r['model']}, {counted(r['steps'])}" for r in results["rows"]]
     right.axis("off")
     table = right.table(texts, rowLabels=labels, colLabels=[*shown], loc="center right", cellLoc="center", edges="horizontal")
     table.auto_set_font_size(False)
@@ -102,7 +108,7 @@ def show_rows(axes: Any, grid: np.ndarray, names: Sequence[tuple[str, int]]) -> 
     row, longest = grid.shape[0] / len(names), max(len(model) for model, _ in names)
     axes.set_yticks(
         [row * (i + 0.5) for i in range(len(names))],
-        [f"{m},\n{s} step{'s' * (s > 1)}" for m, s in names],
+        [f"{model},\n{counted(steps)}" for model, steps in names],
         fontsize=10 if longest < 15 else 8,
     )
     axes.set_xticks([])
@@ -194,28 +200,37 @@ def variants_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, 
     """FD of each variant as a multiple of the first one's mean, a point a seed, a panel a step count."""
     rows = [r for r in results["rows"] if r["method"] != "teacher"]
     methods, counts = list(dict.fromkeys(r["method"] for r in rows)), sorted({r["steps"] for r in rows})
-    for axes, n in zip(np.atleast_1d(figure.subplots(1, len(counts), sharey=True)), counts, strict=True):
+    for axes, n in zip(figure.subplots(1, len(counts), sharey=True, squeeze=False)[0], counts, strict=True):
         values = {m: [r["fd"] for r in rows if (r["method"], r["steps"]) == (m, n)] for m in methods}
         first = np.mean(values[methods[0]])
         for place, found in enumerate(values.values()):
             axes.plot(np.asarray(found) / first, [place] * len(found), "o", ms=4, alpha=0.6, c="tab:blue")
             axes.plot(np.mean(found) / first, place, "|", ms=12, c="k")
         axes.axvline(1.0, ls="--", c="k", lw=1)
-        axes.set(xscale="log", xlabel=f"FD / that of {methods[0]}", title=f"{n} step{'s' * (n > 1)}")
+        axes.set(xscale="log", xlabel=f"FD / that of {methods[0]}", title=counted(n))
         plain_log_ticks(axes.xaxis)
         axes.grid(alpha=0.3)
     figure.axes[0].set_yticks(range(len(methods)), methods)
     figure.axes[0].invert_yaxis()
 
 
+def on_axis(name: str, axis: str) -> tuple[str, float]:
+    """("CURVE", 100.0) of a method called CURVE_AXIS_100. Raises ValueError for another form."""
+    found = re.fullmatch(rf"(.*)_{re.escape(axis)}_(\d+\.?\d*|\.\d+)", name)
+    if not found:
+        raise ValueError(f"config.methods holds {name!r}; a chart by an axis needs names like CURVE_{axis}_100")
+    return found[1], float(found[2])
+
+
 def axis_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, str]) -> None:
-    """Scores at the most steps against a number in the methods' names (CURVE_AXIS_VALUE), a curve a CURVE, a point a seed."""
+    """Scores at the most steps against a number in the methods' names, a curve a CURVE of `on_axis`, a point a seed."""
     rows = [r for r in results["rows"] if r["method"] != "teacher"]
-    rows = [r for r in rows if r["steps"] == max(r["steps"] for r in rows)]
+    most = max(r["steps"] for r in rows)
     curves: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        curve, _, value = row["method"].partition(f"_{chart['axis']}_")
-        curves.setdefault(curve, {}).setdefault(float(value), []).append(row)
+        if row["steps"] == most:
+            curve, value = on_axis(row["method"], chart["axis"])
+            curves.setdefault(curve, {}).setdefault(value, []).append(row)
     reference = results["reference"]
     for axes, (key, title) in zip(figure.subplots(1, 2), SCORES.items(), strict=True):
         for place, (curve, points) in enumerate(curves.items()):
@@ -224,7 +239,7 @@ def axis_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, str]
             axes.plot(*zip(*((x, r[key]) for x in at for r in points[x]), strict=True), "o", ms=4, c=LINES[place])
         axes.axhline(reference[key], ls="--", c="k", lw=1, label=f"teacher, {reference['steps']} steps")
         ticks = sorted({x for points in curves.values() for x in points})
-        axes.set(xscale="log", xlabel=chart["label"], ylabel=f"{title}, {rows[0]['steps']} steps")
+        axes.set(xscale="log", xlabel=chart["label"], ylabel=f"{title}, {counted(most)}")
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

@@ -97,7 +97,7 @@ def picture(path: Path, rows: list[dict[str, Any]]) -> None:
     """FD and all-right of the teacher's images against the time of the state, a curve a source."""
     figure = report.new_figure(10.0, 4.0)
     panels = figure.subplots(1, 2)
-    for axes, key, title in zip(panels, ("fd", "all_right"), ("Fréchet distance ↓", "caption all right ↑"), strict=True):
+    for axes, (key, title) in zip(panels, report.SCORES.items(), strict=True):
         for source in SOURCES:
             points = [(r["t"], r[key]) for r in rows if r["source"] == source]
             axes.plot(*zip(*points, strict=True), marker="o", label=source.replace("_", " "))
