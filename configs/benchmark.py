@@ -4,8 +4,8 @@
 
 FOLDER holds Fashion-MNIST's four idx files. `configs/benchmark.py:smoke` is the same in a few minutes, on little data.
 With `--config.base=runs/benchmark`, on that benchmark's teacher: `configs/benchmark.py:tuning` tries settings of Imagine Flash and
-scores them on validation, `configs/benchmark.py:ablation` takes Imagine Flash apart, and `configs/benchmark.py:leakage` trains it forward
-and backward at times of more and less signal.
+scores them on validation, `configs/benchmark.py:search` the competitors' learning rates, `configs/benchmark.py:ablation` takes Imagine
+Flash apart, and `configs/benchmark.py:leakage` trains it forward and backward at times of more and less signal.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-SIZES = ("", "smoke", "tuning", "ablation", "leakage")
+SIZES = ("", "smoke", "tuning", "search", "ablation", "leakage")
 
 
 def get_config(size: str = "") -> ConfigDict:
@@ -147,6 +147,19 @@ def get_config(size: str = "") -> ConfigDict:
                 "if_adversary_4": {"adversarial_weight": 0.2},
             },
         )
+    if size == "search":
+        # Are the competitors held back by their learning rates? On validation, at half of the budget.
+        config.seeds = (0,)
+        config.student.budget //= 2
+        config.eval.update({"split": "validation", "samples": 1000, "unseen": 100, "diversity_captions": 25})
+        found: list[str] = []
+        for factor, suffix in ((3.0, "_faster"), (1 / 3, "_slower"), (1.0, "")):
+            for method in ("tdm", "dmd2", "step_distillation", "direct", "lcm", "add"):
+                given = config.method_settings[method].to_dict()
+                rates = {key: value * factor for key, value in given.items() if key.endswith("learning_rate")}
+                config.method_settings[method + suffix] = ConfigDict({"method": method, **given, **rates})
+                found.append(method + suffix)
+        config.methods = tuple(found)
     if size == "ablation":
         config.chart.kind = "variants"
         config.student.budget //= 2

@@ -1,8 +1,8 @@
 """`python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2`: does the job fit, and how fast can it be?
 
-Compiles the run's own train step for a TPU slice that is not here, with the compiler of the TPU (libtpu), and reports memory, arithmetic
-and communication. No TPU, no weights and no prompts are needed; without config.teacher.folder the published architecture
-config.teacher.architecture stands for the teacher.
+Compiles the run's own train step, or the student's sampler, for a TPU slice that is not here, with the compiler of the TPU (libtpu), and
+reports memory, arithmetic and communication. No TPU, no weights and no prompts are needed; without config.teacher.folder the published
+architecture config.teacher.architecture stands for the teacher.
 """
 
 import importlib.metadata
@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxdistill import checkpoint, hlo, main
+from jaxdistill import checkpoint, hlo, main, partition
 from jaxdistill.chips import CHIPS, Chip
 from jaxdistill.workdir import missing_extra
 
@@ -98,6 +98,37 @@ def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
         "batch": batch,
     }
     return Program(made.step, (state, batch, made.teacher), kinds, setup.step_flops(), config.student.batch_size)
+
+
+def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
+    """The student's sampler with the decoder: config.student.batch_size images, in the most of config.student.steps. Raises ValueError."""
+    from jaxdistill.interop import diffusers_folder
+    from jaxdistill.text_setup import DTYPES, TextSetup, open_teacher
+
+    rows = config.student.batch_size
+    setup = TextSetup(config, open_teacher(config), devices=devices)
+    layout, steps = setup.layout, max(setup.grids)
+    place = partition.batch_sharding(layout.mesh)
+
+    def weights(part: Any) -> Any:
+        dtype = DTYPES[config.compute.teacher_dtype]
+        return layout.describe(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), diffusers_folder.abstract_params(part)))
+
+    noise = jax.ShapeDtypeStruct((rows, *setup.latent_shape), np.float32)
+    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), (noise, setup.abstract_cond(rows)))
+
+    def sample(unet: Any, vae: Any, noise: Any, cond: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):  # the flash kernel asks for it
+            return setup.sample(unet, vae, noise, cond, steps=steps)
+
+    unet, vae = weights(setup.folder.unet), weights(setup.folder.vae)
+    flops = rows * (steps * setup.call_flops() + setup.decode_flops())
+    kinds = {"student": unet, "decoder": vae, "batch": batch}
+    return Program(jax.jit(sample, out_shardings=place), (unet, vae, *batch), kinds, flops, rows)
+
+
+PROGRAMS: Mapping[str, Callable[[ConfigDict, Sequence[Any]], Program]] = {"step": text_program, "sampler": sampler_program}
+"""What can be planned: the train step, or the student's sampler."""
 
 
 def bytes_a_device(tree: Any) -> int:
@@ -192,7 +223,7 @@ def text_of(report: Mapping[str, Any]) -> str:
     collectives = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in sorted(report["collective_bytes_a_chip"].items())) or "none"
     roofline = ", ".join(f"{name} {value:.1f}" for name, value in report["roofline_ms"].items())
     lines = [
-        f"{report['topology']}: {report['chips']} chips, {report['rows']} rows a step, {report['rows_a_chip']:g} a chip",
+        f"{report['topology']}: {report['compiled']}, {report['chips']} chips, {report['rows']} rows, {report['rows_a_chip']:g} a chip",
         f"  memory a chip, GiB   {gib}",
         f"                       {memory['needed']:.2f} of {memory['chip']:.0f}: {verdict}",
         f"  FLOPs a chip         {report['flops_a_chip']:.4g}, {report['flops_ratio']:.3f} x the analytic count",
@@ -250,8 +281,8 @@ def search(make: Callable[[int], Program], chip: Chip, devices: int, step: int, 
     return best, found
 
 
-def plan(config: ConfigDict, name: str, *, find: bool, slices: int) -> dict[str, Any]:
-    """The report of a config on a topology. Raises ValueError, AotError, DoesNotFit."""
+def plan(config: ConfigDict, name: str, *, find: bool, slices: int, program: str = "step") -> dict[str, Any]:
+    """The report of one of PROGRAMS on a topology. Raises ValueError, AotError, DoesNotFit."""
     if config.get("task") != "text_to_image":
         raise AotError("jaxdistill.aot plans text-to-image configs, as configs/tpu_v4.py or configs/sd15.py")
     chip, devices = topology(name, slices=slices)
@@ -259,7 +290,7 @@ def plan(config: ConfigDict, name: str, *, find: bool, slices: int) -> dict[str,
     def make(rows: int) -> Program:
         changed = config.copy_and_resolve_references()
         changed.student.batch_size = rows
-        return text_program(changed, devices)
+        return PROGRAMS[program](changed, devices)
 
     if find:
         step = int(config.student.accumulate)  # a micro-batch then has a row a chip
@@ -269,12 +300,15 @@ def plan(config: ConfigDict, name: str, *, find: bool, slices: int) -> dict[str,
         print(f"the largest batch: {rows} rows a chip, config.student.batch_size = {rows * len(devices)}")
     else:
         report = measure(make(config.student.batch_size), chip, len(devices))
-    return {"topology": name if slices == 1 else f"{slices} x {name}", **report}
+    return {"topology": name if slices == 1 else f"{slices} x {name}", "compiled": program, **report}
 
 
 TOPOLOGY = flags.DEFINE_string("topology", None, f"CHIP:SHAPE, as {KNOWN}.")
 SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data-center network.")
 JSON = flags.DEFINE_string("json", None, "File for the report as JSON.")
+PROGRAM = flags.DEFINE_enum(
+    "program", "step", list(PROGRAMS), "The train step, or the student's sampler of config.student.batch_size images, decoded."
+)
 SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch a chip that fits; compiles several times.")
 
 
@@ -290,7 +324,7 @@ def cli() -> None:
     config = main.given_config(workdir=False)
     jax.config.update("jax_platforms", "cpu")  # the devices of this machine play no part
     try:
-        report = plan(config, TOPOLOGY.value, find=SEARCH.value, slices=SLICES.value)
+        report = plan(config, TOPOLOGY.value, find=SEARCH.value, slices=SLICES.value, program=PROGRAM.value)
     except DoesNotFit as error:
         print(f"error: {error}; {knobs(config)}", file=sys.stderr)
         print("\n".join(largest_buffers(error.report)), file=sys.stderr)

@@ -1,10 +1,12 @@
 """`python -m jaxdistill.benchmark --config=configs/benchmark.py --workdir=DIR`: few-step methods on one teacher, one table.
 
 Text to image on scenes. Every method gets the same budget in network calls and the same batch; a killed benchmark goes on where it
-stopped, and finished students are not trained again. The same command in several processes, each on its own cores, shares the work.
+stopped, and finished students are not trained again. On a CPU several processes share the work, each on its own cores (`--processes`).
 """
 
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
+from absl import flags, logging
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
-from jaxdistill import card, checkpoint, loop, main, partition, report, sampling, scenes
+from jaxdistill import card, checkpoint, loop, main, partition, report, sampling, scenes, workers
 from jaxdistill.contenders import METHODS, Method, Pairs, Setting, Stage
 from jaxdistill.data import DataError, fashion_mnist
 from jaxdistill.evaluate import class_spread
@@ -475,13 +477,28 @@ class Benchmark:
 
     # -- the whole
 
-    def run(self) -> dict[str, Any]:
-        """Teacher, students, scores, files."""
-        config = self.config
+    def scored(self, rows: Sequence[Mapping[str, Any]], name: str, seed: int) -> bool:
+        """Whether the rows hold all step counts of a method's seed."""
+        found = {row["steps"] for row in rows if (row["method"], row["seed"]) == (name, seed)}
+        return found >= {n for stage in self.make(name)(1).stages for n in stage.serves}
+
+    def unscored(self) -> int:
+        """How many students are still to be trained or scored."""
+        path = self.workdir / "rows.json"
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        return sum(not self.scored(rows, name, seed) for name in self.config.methods for seed in self.config.seeds)
+
+    def prepare(self) -> tuple[SceneRecogniser, SceneEvaluator, Any]:
+        """Recogniser, scores on validation, the teacher's parameters: trained at the first start."""
         with self.claim("teacher", folder=self.caches):
             recogniser = self.recogniser()
             validation = self.evaluator(recogniser, "validation")
-            teacher = self.teacher(validation)
+            return recogniser, validation, self.teacher(validation)
+
+    def run(self, *, helper: bool = False) -> dict[str, Any]:
+        """Teacher, students, scores, files; a `helper` leaves the files to another process, and its result is empty."""
+        config = self.config
+        recogniser, validation, teacher = self.prepare()
         split = config.eval.split
         evaluator = self.evaluator(recogniser, split)
         path = self.workdir / "rows.json"
@@ -513,10 +530,9 @@ class Benchmark:
             add_row(key, partial(self.score, evaluator, key, program, teacher, sampler.grid(count)))
 
         def make_student(name: str, seed: int) -> None:
-            method = self.make(name)(1)
-            scored = {row["steps"] for row in known_rows() if (row["method"], row["seed"]) == (name, seed)}
-            if scored >= {n for stage in method.stages for n in stage.serves}:
+            if self.scored(known_rows(), name, seed):
                 return  # rows.json alone is enough: of a finished student nothing else is needed
+            method = self.make(name)(1)
             students = self.student(name, seed, teacher, validation)
             program = self.sample_fn(method.sampler)
             for count, params in students.items():
@@ -528,6 +544,8 @@ class Benchmark:
         samplers = [(g, config.teacher.steps) for g in guidances] + [(config.teacher.guidance, n) for n in config.student.steps]
         tasks = {f"teacher-{guidance:g}-{count}": partial(score_teacher, guidance, count) for guidance, count in samplers}
         self.share(tasks | {f"{name}-{seed}": partial(make_student, name, seed) for seed in config.seeds for name in config.methods})
+        if helper:
+            return {}
         rows = self.in_order(known_rows())
         seconds = self.workdir / "seconds.json"
         results = {
@@ -666,6 +684,20 @@ def check(config: ConfigDict) -> None:
             report.on_axis(name, config.chart.axis)
 
 
+PROCESSES = flags.DEFINE_integer("processes", 0, "Processes that share the work on a CPU, each on its own cores; 0: one a core, at most 4.")
+HELPER = flags.DEFINE_integer("helper", 0, "Set by the command itself: the process that this one helps.")
+
+
+def processes_of() -> int:
+    """How many processes --processes asks for. Raises ValueError where that cannot be."""
+    wanted, cpu = PROCESSES.value, jax.default_backend() == "cpu"
+    if wanted < 0:
+        raise ValueError(f"--processes must be at least 0, got {wanted}")
+    if wanted > 1 and not cpu:
+        raise ValueError(f"--processes = {wanted} shares the cores of a CPU; a {jax.default_backend()} takes one process")
+    return wanted or (min(len(workers.cores()), workers.MOST) if cpu else 1)
+
+
 def cli() -> None:
     """Parse the flags and run."""
     main.parse_flags()
@@ -674,13 +706,30 @@ def cli() -> None:
     workdir = Path(main.WORKDIR.value)
     try:
         check(config)
+        count = processes_of()
         main.prepare_workdir(workdir, config)
         with loop.StopSignal().installed() as stop:
-            results = Benchmark(config, workdir, stop).run()
+            bench = Benchmark(config, workdir, stop)
+            if HELPER.value:
+                workers.end_with(HELPER.value)
+                bench.run(helper=True)
+                return
+            count = min(count, bench.unscored())
+            if count > 1:
+                bench.prepare()  # one training is faster with all cores
+                main.say(f"{count} processes share the rest; all but the first write to {workdir / 'logs'}")
+                workers.run(
+                    [sys.executable, "-m", "jaxdistill.benchmark", *sys.argv[1:], f"--helper={os.getpid()}"], count, workdir / "logs", stop
+                )
+                bench.heed_stop()
+            results = bench.run()  # what a process that failed has left, and the files
     except loop.Stopped as stopped:
         print(stopped)
         return
     except (main.UserError, loop.NonFiniteError, DataError, ValueError) as error:
+        if HELPER.value:
+            print(f"process {os.getpid()} has failed: {error}")  # the error is that of the process it helps, which comes to the same place
+            sys.exit(2)
         main.fail(str(error))
     print(table(results))
 

@@ -17,7 +17,7 @@ from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.models.discriminator import FeatureHeads
 from jaxdistill.models.latent_layers import ATTENTION
 from jaxdistill.models.unet_condition import REMAT_POLICIES, STACK
-from jaxdistill.prediction import LossFn, v_prediction
+from jaxdistill.prediction import LossFn, as_denoiser, v_prediction
 from jaxdistill.sampling import TimeGrid, check_grid, trailing_grid
 from jaxdistill.workdir import Programs, programs
 
@@ -45,6 +45,12 @@ def open_teacher(config: ConfigDict) -> Folder:
         return diffusers_folder.open_folder(config.teacher.folder, **options)
     name = config.teacher.get("architecture", "")
     return architectures.folder(card.choose(architectures.PIPELINES, name, "config.teacher.architecture"), **options)
+
+
+def _flops(function: Any, *arguments: Any) -> float:
+    """Of the dots and convolutions of a function as it is written."""
+    program: Any = jax.jit(function).lower(*arguments).compiler_ir(dialect="hlo")
+    return hlo.count(program.as_hlo_text()).flops
 
 
 class TextSetup:
@@ -177,15 +183,31 @@ class TextSetup:
         self.null = {name: np.zeros(a.shape, np.float32) for name, a in self.abstract_cond(1).items() if name != "time_ids"}
         return self
 
+    def sample(self, unet: Any, vae: Any, noise: jax.Array, cond: Any, *, steps: int) -> jax.Array:
+        """Images [b, h, w, 3] from standard normal latents in `steps` calls without guidance: what the trained student is for."""
+        run = self.scheduler.run(steps)
+
+        def step(state: Any, times: Any) -> tuple[Any, None]:
+            denoiser = as_denoiser(self.unet.apply, unet, cond, schedule=self.schedule, parameterization=self.scheduler.parameterization)
+            return self.scheduler.step(self.scheduler.transform(denoiser, noise)(state.x, times[0]), state, *times), None
+
+        pairs = (jnp.asarray(run.times, jnp.float32), jnp.asarray(run.next_times, jnp.float32))
+        state, _ = jax.lax.scan(step, self.scheduler.start(noise * run.scale), pairs)
+        return self.folder.vae.module.apply(vae, state.x, method="decode")
+
+    def decode_flops(self) -> float:
+        """FLOPs of the dots and convolutions of decoding one image."""
+        decode = partial(self.folder.vae.module.clone(attention="plain").apply, method="decode")
+        z = jax.ShapeDtypeStruct((1, *self.latent_shape), np.float32)
+        return _flops(decode, diffusers_folder.abstract_params(self.folder.vae), z)
+
     def call_flops(self, *, features: bool = False) -> float:
         """FLOPs of the dots and convolutions of one call of the network on one example, or of its hidden states alone."""
         x = jax.ShapeDtypeStruct((1, *self.latent_shape), np.float32)
         t = jax.ShapeDtypeStruct((1,), np.float32)
         plain = self.unet.clone(scan=False, remat="none", attention="plain")
         abstract = jax.eval_shape(lambda: plain.init(jax.random.key(0), *diffusers_folder.example_inputs(self.folder.unet)))
-        lowered = jax.jit(partial(plain.apply, features=features)).lower(abstract, x, t, self.abstract_cond(1))
-        program: Any = lowered.compiler_ir(dialect="hlo")
-        return hlo.count(program.as_hlo_text()).flops
+        return _flops(partial(plain.apply, features=features), abstract, x, t, self.abstract_cond(1))
 
     def step_flops(self) -> float:
         """Analytic FLOPs of a step on all devices, with nothing computed twice.

@@ -1,6 +1,8 @@
 """Runs before the package is imported: shapes of annotated arguments are checked in every test."""
 
+import json
 import os
+import shutil
 import tempfile
 from collections import Counter
 
@@ -21,6 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     if _cores:
         os.sched_setaffinity(0, _cores)
 
+from filelock import FileLock
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -39,10 +42,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """(workdir, results) of one very small run from beginning to end."""
+    """(workdir, results) of one very small run from beginning to end; trained once, each worker has a copy."""
     import tiny
 
     from jaxdistill import main
 
-    folder = tmp_path_factory.mktemp("finished")
-    return folder, main.run(tiny.get_config(), folder)
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with FileLock(shared / "finished.lock"):
+        if not (shared / "finished" / "results.json").exists():
+            main.run(tiny.get_config(), shared / "finished")
+    folder = shutil.copytree(shared / "finished", tmp_path_factory.mktemp("copy") / "finished")
+    return folder, json.loads((folder / "results.json").read_text())

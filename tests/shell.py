@@ -1,4 +1,4 @@
-"""What the tests of files and commands share: the tiny config, one finished run, and commands as subprocesses."""
+"""What the tests of files and commands share: the tiny config, and commands as subprocesses."""
 
 import os
 import subprocess
@@ -16,7 +16,6 @@ import jax  # noqa: E402
 import tiny  # noqa: E402
 
 TINY = Path(tiny.__file__)
-_FINISHED: list[Path] = []
 
 
 def tiny_config(**changes):
@@ -24,17 +23,6 @@ def tiny_config(**changes):
     config = tiny.get_config()
     config.update_from_flattened_dict(changes)
     return config
-
-
-def finished_run(tmp_path_factory) -> Path:
-    """The folder of one finished run of the tiny config. Shared by all tests: copy it before changing anything."""
-    from jaxdistill import main
-
-    if not _FINISHED:
-        folder = tmp_path_factory.mktemp("finished") / "run"
-        main.run(tiny.get_config(), folder)
-        _FINISHED.append(folder)
-    return _FINISHED[0]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -10,8 +10,8 @@ import pytest
 import text_config
 from shell import assert_one_error_line, run_command
 
-from jaxdistill import aot, chips, hlo, partition
-from jaxdistill.interop import architectures
+from jaxdistill import aot, card, chips, hlo, partition, pipeline
+from jaxdistill.interop import architectures, diffusers_scheduler
 from jaxdistill.text_setup import TextSetup, open_teacher
 
 TINY = {
@@ -48,7 +48,7 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_here(tiny):
     assert report["memory_gib"]["chip"] == 16 and report["memory_gib"]["needed"] > 0
     assert report["bound"] in report["roofline_ms"] and report["step_ms_at_least"] == max(report["roofline_ms"].values())
     text = aot.text_of(report)
-    assert "v5e:2x2: 4 chips, 16 rows a step, 4 a chip" in text and "of 16: fits" in text
+    assert "v5e:2x2: step, 4 chips, 16 rows, 4 a chip" in text and "of 16: fits" in text
 
 
 def test_the_analytic_count_is_what_xla_counts(tiny):
@@ -62,6 +62,38 @@ def test_the_analytic_count_is_what_xla_counts(tiny):
     lowered = jax.jit(gradient).lower(shapes[0].params, teacher, shapes[1])
     counted = hlo.count(lowered.compiler_ir(dialect="hlo").as_hlo_text()).flops
     assert counted / setup.step_flops() == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.slow
+def test_the_planned_sampler_draws_the_pipelines_images():
+    folders = pytest.importorskip("folders")
+    pipe = pipeline.load(folders.folder("sd"))
+    config = make_config(**{"teacher.folder": str(folders.folder("sd")), "compute.dtype": "float32", "data.height": 64, "data.width": 64})
+    setup = TextSetup(config, open_teacher(config))
+    start = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    plain = diffusers_scheduler.student_config(pipe.folder.scheduler, noise_correction=False)
+    pipe.scheduler = diffusers_scheduler.of_folder(pipe.folder._replace(scheduler=plain), noise_correction=True)
+    expected = pipe(folders.PROMPTS, steps=3, guidance=1.0, height=64, width=64, latents=start)
+    found = setup.sample(
+        pipe.params,
+        pipe.vae_params,
+        jnp.asarray(start.transpose(0, 2, 3, 1)),
+        jax.tree.map(jnp.asarray, pipe.text(folders.PROMPTS)),
+        steps=3,
+    )
+    np.testing.assert_allclose(card.to_unit(found), expected, atol=1e-4)
+    assert expected.std() > 0.05
+
+
+def test_the_sampler_is_counted_as_it_is_written(tiny):
+    config = make_config(**{"student.batch_size": 6, "student.steps": (1, 3)})
+    program = aot.sampler_program(config, jax.devices())
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), program.arguments)
+    counted = hlo.count(program.function.lower(*shapes).compiler_ir(dialect="hlo").as_hlo_text()).flops
+    assert counted == pytest.approx(program.analytic_flops, rel=0.02) and program.rows == 6
+    setup = TextSetup(config, open_teacher(config))
+    assert program.analytic_flops == pytest.approx(6 * (3 * setup.call_flops() + setup.decode_flops()))
+    assert set(program.kinds) == {"student", "decoder", "batch"}
 
 
 def test_the_sum_of_the_kinds_is_what_the_arguments_weigh():
@@ -114,6 +146,7 @@ def test_a_job_that_does_not_fit_names_its_buffers_and_the_knobs():
         (["--config=configs/tpu_v4.py"], "--topology is missing: CHIP:SHAPE, as v4:2x2x1"),
         (["--config=configs/tpu_v4.py", "--topology=v9:2x2"], "--topology = 'v9:2x2' is not known; use CHIP:SHAPE"),
         (["--config=configs/digits.py", "--topology=v4:2x2x1"], "plans text-to-image configs"),
+        (["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--program=all"], "--program=all"),
         (["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--json=/nowhere/x.json"], "the folder /nowhere does not exist"),
     ],
 )

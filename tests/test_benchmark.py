@@ -222,6 +222,17 @@ def test_every_variant_of_the_studies_can_be_built(size):
         assert size == "leakage" or len(changes - {"shift_settings"}) == (name != "full"), (name, changes)
 
 
+def test_the_search_changes_a_competitors_rates_and_nothing_else():
+    config, shipped = config_file.get_config("search"), config_file.get_config().method_settings
+    benchmark.check(config)
+    assert config.eval.split == "validation" and len(config.methods) == 3 * 6
+    for name in config.methods:
+        found, method = config.method_settings[name].to_dict(), config.method_settings[name].method
+        factor = {"faster": 3.0, "slower": 1 / 3}.get(name.rpartition("_")[2], 1.0)
+        for key, value in shipped[method].to_dict().items():
+            assert found[key] == (value * factor if key.endswith("learning_rate") else value), (name, key)
+
+
 def test_matched_is_imagine_flash_and_then_tdm_with_one_sampler():
     config = config_file.get_config()
     build, block = benchmark.choose_method(config, "matched"), config.method_settings.matched

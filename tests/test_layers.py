@@ -16,6 +16,7 @@ SHELL = (
     "card",
     "report",
     "loop",
+    "workers",
     "experiment",
     "workdir",
     "pipeline",
