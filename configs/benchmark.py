@@ -139,6 +139,8 @@ def get_config(size: str = "") -> ConfigDict:
                 "matched_rate_3": {"method": "matched", "matching": all_counts | {"learning_rate": 3e-4}},
                 "matched_counts": {"method": "matched", "matching": matching},
                 "matched_share": {"method": "matched", "matching": matching | {"share": 0.75}},
+                "matched_one_state": {"method": "matched", "whole_trajectory": False, "matching": matching},
+                "matched_guidance": {"method": "matched", "guidance": 2.5, "matching": matching | {"guidance": 2.5}},
                 "lightning_rate_1": {"method": "lightning", **lightning},
                 "lightning_rate_3": {"method": "lightning", **lightning, "adversarial_learning_rate": 3e-5},
                 "if_k2": {},

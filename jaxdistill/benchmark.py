@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from absl import flags, logging
 from filelock import FileLock, Timeout
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from jaxdistill import card, checkpoint, loop, main, partition, report, sampling, scenes, workers
@@ -698,6 +699,15 @@ def processes_of() -> int:
     return wanted or (min(len(workers.cores()), workers.MOST) if cpu else 1)
 
 
+def keep_programs(folder: Path) -> None:
+    """Compile once what several processes run; a cache that the environment names has precedence."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        compilation_cache.reset_cache()  # what was compiled before has settled that there is none
+
+
 def cli() -> None:
     """Parse the flags and run."""
     main.parse_flags()
@@ -709,9 +719,12 @@ def cli() -> None:
         count = processes_of()
         main.prepare_workdir(workdir, config)
         with loop.StopSignal().installed() as stop:
-            bench = Benchmark(config, workdir, stop)
             if HELPER.value:
                 workers.end_with(HELPER.value)
+            if HELPER.value or count > 1:
+                keep_programs(workdir / "cache")
+            bench = Benchmark(config, workdir, stop)
+            if HELPER.value:
                 bench.run(helper=True)
                 return
             count = min(count, bench.unscored())

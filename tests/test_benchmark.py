@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 from idx import write_fashion
+from jax.experimental.compilation_cache import compilation_cache
 from matplotlib import pyplot as plt
 from PIL import Image
-from shell import run_command
+from shell import assert_one_error_line, run_command
 
 from jaxdistill import benchmark, card, contenders, loop, main, report, sample, sampling, schedule, teacher_states
 from jaxdistill.scenes import open_scenes
@@ -220,6 +221,40 @@ def test_every_variant_of_the_studies_can_be_built(size):
         assert method.sampler.grid(3)[0] == 1.0
         changes = {k for k, v in config.method_settings[name].items() if k != "method" and v != full.get(k)}
         assert size == "leakage" or len(changes - {"shift_settings"}) == (name != "full"), (name, changes)
+
+
+def test_what_is_left_to_train_is_known_from_the_rows(tmp_path):
+    class Fake(benchmark.Benchmark):
+        def __init__(self):
+            self.config, self.workdir = config_file.get_config("smoke"), tmp_path
+            self.config.methods, self.config.seeds = ("imagine_flash", "direct"), (0, 1)
+            self.setting = setting_of(self.config)
+
+    assert Fake().unscored() == 4
+    rows = [{"method": "direct", "seed": seed, "steps": n} for seed, n in ((0, 1), (0, 2), (1, 1))]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    assert Fake().unscored() == 3  # seed 1 of `direct` lacks two steps
+
+
+def test_programs_are_kept_for_the_other_processes_unless_the_environment_names_a_place(tmp_path, monkeypatch):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
+    before = {name: getattr(jax.config, name) for name in names}
+    benchmark.keep_programs(tmp_path / "first")  # the tests' own cache
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    try:
+        benchmark.keep_programs(tmp_path / "second")
+        jax.jit(lambda x: x * 3.25)(np.ones(7, np.float32)).block_until_ready()
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert not (tmp_path / "first").exists() and any((tmp_path / "second").iterdir())
+
+
+def test_processes_below_none_are_refused(tmp_path):
+    flags = ["--config=configs/benchmark.py:smoke", f"--workdir={tmp_path / 'run'}", "--processes=-1"]
+    assert_one_error_line(run_command("jaxdistill.benchmark", *flags), "--processes must be at least 0, got -1")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_search_changes_a_competitors_rates_and_nothing_else():
