@@ -515,6 +515,11 @@ class Benchmark:
             stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"protocol": protocol, "rows": []}
             if stored["protocol"] != protocol:
                 raise main.UserError(f"{path} holds rows of another protocol ({stored['protocol']}); remove it or use another workdir")
+            unknown = {row["method"] for row in stored["rows"]} - {"teacher", *config.methods}
+            if unknown:
+                raise main.UserError(
+                    f"{path} holds rows of {sorted(unknown)[0]}, which config.methods does not name; take them out or add it"
+                )
             return stored["rows"]
 
         def add_row(key: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> None:

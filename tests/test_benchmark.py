@@ -394,17 +394,20 @@ def test_stored_rows_of_another_recogniser_are_never_mixed(tmp_path, monkeypatch
         def __init__(self):
             self.config, self.workdir, self.caches = config_file.get_config("smoke"), tmp_path, tmp_path
 
-        def recogniser(self):
-            return type("R", (), {"hash": "this"})()
+        def prepare(self):
+            return type("R", (), {"hash": "this"})(), None, None
 
         def evaluator(self, recogniser, split):
             return None
 
-        def teacher(self, evaluator):
-            return None
-
     (tmp_path / "rows.json").write_text(json.dumps({"protocol": {"recogniser_sha256": "that"}, "rows": []}))
     with pytest.raises(main.UserError, match="another protocol"):
+        Fake().run()
+    config = Fake().config
+    protocol = {"split": config.eval.split, "recogniser_sha256": "this", "samples": config.eval.samples, "sampling_seed": config.eval.seed}
+    stored = {"protocol": {**protocol, "pixel_range": [0.0, 1.0]}, "rows": [{"method": "mine", "seed": 0, "steps": 1}]}
+    (tmp_path / "rows.json").write_text(json.dumps(stored))
+    with pytest.raises(main.UserError, match="rows of mine, which"):
         Fake().run()
 
 
