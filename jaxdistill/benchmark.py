@@ -496,10 +496,13 @@ class Benchmark:
             validation = self.evaluator(recogniser, "validation")
             return recogniser, validation, self.teacher(validation)
 
-    def run(self, *, helper: bool = False) -> dict[str, Any]:
-        """Teacher, students, scores, files; a `helper` leaves the files to another process, and its result is empty."""
+    def run(self, prepared: tuple[SceneRecogniser, SceneEvaluator, Any] | None = None, *, helper: bool = False) -> dict[str, Any]:
+        """Teacher, students, scores, files; a `helper` leaves the files to another process, and its result is empty.
+
+        `prepared` is what `prepare` gave, where it has been called.
+        """
         config = self.config
-        recogniser, validation, teacher = self.prepare()
+        recogniser, validation, teacher = prepared or self.prepare()
         split = config.eval.split
         evaluator = self.evaluator(recogniser, split)
         path = self.workdir / "rows.json"
@@ -732,15 +735,15 @@ def cli() -> None:
             if HELPER.value:
                 bench.run(helper=True)
                 return
-            count = min(count, bench.unscored())
+            count, prepared = min(count, bench.unscored()), None
             if count > 1:
-                bench.prepare()  # one training is faster with all cores
+                prepared = bench.prepare()  # one training is faster with all cores
                 main.say(f"{count} processes share the rest; all but the first write to {workdir / 'logs'}")
                 workers.run(
                     [sys.executable, "-m", "jaxdistill.benchmark", *sys.argv[1:], f"--helper={os.getpid()}"], count, workdir / "logs", stop
                 )
                 bench.heed_stop()
-            results = bench.run()  # what a process that failed has left, and the files
+            results = bench.run(prepared)  # what a process that failed has left, and the files
     except loop.Stopped as stopped:
         print(stopped)
         return

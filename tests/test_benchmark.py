@@ -240,6 +240,7 @@ def test_programs_are_kept_for_the_other_processes_unless_the_environment_names_
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
     before = {name: getattr(jax.config, name) for name in names}
     benchmark.keep_programs(tmp_path / "first")  # the tests' own cache
+    jax.jit(lambda x: x * 2.25)(np.ones(7, np.float32)).block_until_ready()
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     try:
         benchmark.keep_programs(tmp_path / "second")
