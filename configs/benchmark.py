@@ -25,6 +25,7 @@ def get_config(size: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seeds = (0, 1, 2)  # of the students; the teacher is trained once, with seed 0
     config.base = ""  # workdir of another benchmark, to use its scenes, embeddings, recogniser and teacher
+    config.optimize = True  # False: without XLA's costly passes, for programs that take longer to compile than to run
 
     config.data = ConfigDict({"source": "", "scale": 1.0})  # folder of the idx files; factor on the number of scenes
     config.text = ConfigDict({"folder": "", "length": 32})  # folder of a MiniLM ("": the installed package's); tokens a caption
@@ -200,14 +201,16 @@ def get_config(size: str = "") -> ConfigDict:
         )
     if size == "smoke":
         config.seeds = (0,)
+        config.optimize = False
         config.data.scale = 0.01
         config.model.channels = (8,)
         config.model.patch = 4
         config.teacher.iterations = 30
+        config.teacher.batch_size = 16
         config.teacher.steps = 4
         config.teacher.health_every = 30
-        config.recogniser.update({"channels": (8, 8, 16), "features": 8, "steps": 30})
-        config.student.update({"budget": 200, "batch_size": 8, "steps": (1, 2)})
+        config.recogniser.update({"channels": (8, 8, 16), "features": 8, "steps": 30, "batch_size": 32})
+        config.student.update({"budget": 120, "batch_size": 8, "steps": (1, 2)})
         config.method_settings.direct.pairs_steps = 4
         config.method_settings.step_distillation.first = 2
         config.method_settings.matched.matching.counts = (2,)

@@ -395,9 +395,10 @@ class Benchmark:
         for group in stage.groups:
             if group == "discriminator":
                 cond = self.embeddings(self.captions["train"][:1])
-                states = self.model.apply(teacher, jnp.zeros((1, *SHAPE)), jnp.zeros((1,)), cond, features=True)
+                shapes = jax.eval_shape(self.setting.features, teacher, jnp.zeros((1, *SHAPE)), jnp.zeros((1,)), cond)
+                states = [jnp.zeros(s.shape, s.dtype) for s in shapes]
                 states = pair_states(states, states) if stage.pair_states else states
-                params[group] = self.setting.heads.init(jax.random.key(seed + 2), states, None)
+                params[group] = jax.jit(self.setting.heads.init)(jax.random.key(seed + 2), states, None)
             else:
                 params[group] = jax.tree.map(jnp.array, teacher if group == "fake" else student)
         return params
@@ -716,6 +717,12 @@ def keep_programs(folder: Path) -> None:
         compilation_cache.reset_cache()  # what was compiled before has settled that there is none
 
 
+def choose_optimizations(config: ConfigDict) -> None:
+    """Leave XLA's costly passes out where config.optimize is False."""
+    if not config.optimize:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 def cli() -> None:
     """Parse the flags and run."""
     main.parse_flags()
@@ -726,6 +733,7 @@ def cli() -> None:
         check(config)
         count = processes_of()
         main.prepare_workdir(workdir, config)
+        choose_optimizations(config)
         with loop.StopSignal().installed() as stop:
             if HELPER.value:
                 workers.end_with(HELPER.value)

@@ -60,8 +60,9 @@ class Experiment(NamedTuple):
         params = {"student": jax.tree.map(jnp.array, teacher_params), "discriminator": {}}
         if self.adversarial_on:
             key, labels = jax.random.key(self.config.seed + 2), jnp.zeros((1,), jnp.int32)
-            states = self.model.apply(teacher_params, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,)), labels, features=True)
-            params["discriminator"] = self.heads.init(key, states, labels)
+            example = jnp.zeros((1, *self.image_shape)), jnp.zeros((1,)), labels
+            states = jax.eval_shape(partial(self.model.apply, features=True), teacher_params, *example)
+            params["discriminator"] = jax.jit(self.heads.init)(key, [jnp.zeros(s.shape, s.dtype) for s in states], labels)
         return params
 
 

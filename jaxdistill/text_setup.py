@@ -151,7 +151,7 @@ class TextSetup:
             return {}
         x, t, cond = diffusers_folder.example_inputs(self.folder.unet)
         states = jax.eval_shape(partial(self.unet.apply, features=True), self.abstract, x, t, cond)
-        return self.heads.init(jax.random.key(self.config.seed + 2), [jnp.zeros(s.shape, s.dtype) for s in states], cond)
+        return jax.jit(self.heads.init)(jax.random.key(self.config.seed + 2), [jnp.zeros(s.shape, s.dtype) for s in states], cond)
 
     # -- what a compiler needs to know
 

@@ -16,6 +16,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# Most programs of the tests run for moments and take far longer to compile: XLA leaves its costly passes out (`.ci/run` has commands with
+# all of them). The second flag is the CPU compiler's alone, and the TPU's ends a process that has it: it is read at once, and goes.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+
 # Two workers whose XLA has threads on both cores get in each other's way: each has its own share of the cores, as have its commands.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _worker, _workers = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
@@ -23,9 +28,13 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     if _cores:
         os.sched_setaffinity(0, _cores)
 
+import jax
 from filelock import FileLock
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+jax.devices()
+del os.environ["XLA_FLAGS"]
 
 install_import_hook("jaxdistill", "beartype.beartype")
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=25)

@@ -1,5 +1,7 @@
 """A small class-conditional model and a loss built on it, shared by the tests of the method."""
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,13 +17,24 @@ NESTED = [np.asarray((1.0, 0.6, 0.3)[:n], np.float32) for n in (1, 2, 3)]
 COSINE = schedule.cosine()
 
 
+@partial(jax.jit, static_argnums=0)
+def trained(model, key, *inputs):
+    """Parameters whose output is not the zero of a fresh network."""
+    leaves, tree = jax.tree.flatten(model.init(key, *inputs))
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+    return tree.unflatten([a + 0.05 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)])
+
+
+@cache
 def make(width=32, depth=2, seed=0):
-    """(model, params) whose output is not the zero of a fresh network."""
+    """(model, params)."""
     model = ResidualMLP(width, depth, 10, 1000.0)
-    params = model.init(jax.random.key(seed), jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return model, tree.unflatten([a + 0.05 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)])
+    return model, trained(model, jax.random.key(seed), jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+
+
+def compiled(method):
+    """The method, with its loss in one program: op by op, each of hundreds would be compiled by itself."""
+    return lambda *networks, **options: jax.jit(method(*networks, **options))
 
 
 def network(model):
@@ -41,7 +54,8 @@ def make_adversary(model, weight=0.1, **options):
     """(adversary, head parameters)."""
     heads = FeatureHeads(16)
     _, params = make(model.width, model.depth)
-    states = model.apply(params, jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros(1, jnp.int32), features=True)
+    shapes = jax.eval_shape(partial(model.apply, features=True), params, jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    states = [jnp.zeros(s.shape) for s in shapes]
     made = adversarial.adversary(
         lambda *inputs: model.apply(*inputs, features=True),
         heads.apply,
@@ -50,13 +64,14 @@ def make_adversary(model, weight=0.1, **options):
         noise_time=adversarial.uniform_time(0.0, 1.0),
         **options,
     )
-    return made, heads.init(jax.random.key(3), states, jnp.zeros(1, jnp.int32))
+    return made, jax.jit(heads.init)(jax.random.key(3), states, jnp.zeros(1, jnp.int32))
 
 
 def ddim_step(x0, eps, s):
     return COSINE.alpha(s) * x0 + COSINE.sigma(s) * eps
 
 
+@partial(jax.jit, static_argnums=0)
 def predict(model, params, x, t, cond):
     """(x0, eps) of the v network at one time for the whole batch."""
     v = model.apply(params, x, jnp.full(len(x), t), cond)

@@ -39,18 +39,6 @@ def tiny(monkeypatch):
     monkeypatch.setattr(architectures, "PIPELINES", {"tiny": TINY})
 
 
-@pytest.mark.slow
-def test_a_step_is_compiled_for_a_slice_that_is_not_here(tiny):
-    pytest.importorskip("libtpu")
-    report = aot.plan(make_config(**{"compute.attention": "flash", "mesh.data": 2, "mesh.fsdp": 2}), "v5e:2x2", find=False, slices=1)
-    assert report["chips"] == 4 and report["rows_a_chip"] == 4 and report["fits"] and report["unknown_loops"] == 0
-    assert not [g for g in report["gathered"] if re.match(r"\w+\[(48|32|16),", g["shape"])]  # no activations
-    assert report["memory_gib"]["chip"] == 16 and report["memory_gib"]["needed"] > 0
-    assert report["bound"] in report["roofline_ms"] and report["step_ms_at_least"] == max(report["roofline_ms"].values())
-    text = aot.text_of(report)
-    assert "v5e:2x2: step, 4 chips, 16 rows, 4 a chip" in text and "of 16: fits" in text
-
-
 def test_the_analytic_count_is_what_xla_counts(tiny):
     """The step as it is written, its loops counted as often as they run: N states of 3 student and k c teacher calls each."""
     setup = TextSetup(make_config(**{"method.teacher_steps": 2}), open_teacher(make_config()))

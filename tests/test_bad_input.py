@@ -1,12 +1,12 @@
 """Each mistake is one clear line, before anything long starts."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from shell import quick
 
 from jaxdistill import ablate, experiment, sample
 
@@ -57,7 +57,7 @@ def test_a_model_that_does_not_fit_the_images_is_refused():
 
 
 def command(module, *flags):
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+    environment = quick(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     return subprocess.run(
         [sys.executable, "-m", f"jaxdistill.{module}", *flags], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240
     )

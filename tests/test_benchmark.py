@@ -252,6 +252,17 @@ def test_programs_are_kept_for_the_other_processes_unless_the_environment_names_
     assert not (tmp_path / "first").exists() and any((tmp_path / "second").iterdir())
 
 
+def test_the_smoke_size_compiles_without_costly_passes_and_the_others_with_them():
+    before = jax.config.read("jax_disable_most_optimizations")
+    try:
+        for size, left_out in (("", False), ("smoke", True), ("search", False)):
+            jax.config.update("jax_disable_most_optimizations", False)
+            benchmark.choose_optimizations(config_file.get_config(size))
+            assert jax.config.read("jax_disable_most_optimizations") == left_out
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 def test_processes_below_none_are_refused(tmp_path):
     flags = ["--config=configs/benchmark.py:smoke", f"--workdir={tmp_path / 'run'}", "--processes=-1"]
     assert_one_error_line(run_command("jaxdistill.benchmark", *flags), "--processes must be at least 0, got -1")

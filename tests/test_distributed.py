@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pod_job
 import pytest
-from shell import ROOT, environment, wait_until
+from shell import ROOT, quick, wait_until
 
 from jaxdistill import distributed, loop
 
@@ -23,7 +23,7 @@ def free_port():
 
 def begin(workdir, i, devices, *command):
     """One process with so many CPU devices; its output goes to a file."""
-    env = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    env = quick(f"--xla_force_host_platform_device_count={devices}", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     with (workdir.parent / f"log-{workdir.name}-{i}").open("a") as file:
         return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
 

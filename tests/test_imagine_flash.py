@@ -1,8 +1,11 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import COSINE, NESTED, SHAPE, batch, ddim_step, flash, make, make_adversary, predict
+import small
+from small import COSINE, NESTED, SHAPE, batch, compiled, ddim_step, make, make_adversary, predict
 
 from jaxdistill import sampling
 from jaxdistill.methods import imagine_flash as flash_module
@@ -10,6 +13,7 @@ from jaxdistill.methods.imagine_flash import Reconstruction, fresh_noise, initia
 from jaxdistill.prediction import Prediction, v_prediction
 
 KEY = jax.random.key(5)
+flash = compiled(small.flash)
 
 
 def drawn_noise(size=6):
@@ -41,7 +45,8 @@ def loss_by_hand(model, student, teacher, data, *, grid, shift, source, k, scale
     fresh = jax.random.normal(jax.random.fold_in(jax.random.split(KEY, 4)[2], 0), (len(grid), *noise.shape))
     for i, t in enumerate(grid):
         x, x0, eps = visited[i]
-        gamma = float(shift(jnp.asarray(t)))
+        with jax.ensure_compile_time_eval():
+            gamma = float(shift(jnp.asarray(t)))
         if source is None:
             start, gamma = x, t
         else:
@@ -61,9 +66,8 @@ def test_loss_and_gradient_equal_the_equations_written_out(source, k, scale):
     loss_fn = flash(model, reconstruction=Reconstruction(shift, sources[source], k, scale))
     ours = jax.value_and_grad(lambda p: loss_fn({"student": p}, teacher, batch(), KEY)[0])(student)
     grid = [float(t) for t in NESTED[-1]]
-    by_hand = jax.value_and_grad(
-        lambda p: loss_by_hand(model, p, teacher, batch(), grid=grid, shift=shift, source=source, k=k, scale=scale)
-    )(student)
+    expected = partial(loss_by_hand, model, grid=grid, shift=shift, source=source, k=k, scale=scale)
+    by_hand = jax.jit(jax.value_and_grad(expected))(student, teacher, batch())
     np.testing.assert_allclose(ours[0], by_hand[0], rtol=2e-5)
     for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(by_hand[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()) + 1e-7)
@@ -77,8 +81,7 @@ def test_one_random_step_agrees_with_the_whole_trajectory():
     options = {"reconstruction": Reconstruction(steps=2)}
     whole, one = (flash(model, grids=single, whole_trajectory=w, **options)(params, teacher, batch(), KEY)[0] for w in (True, False))
     np.testing.assert_allclose(whole, one, rtol=1e-6)
-    whole = jax.jit(flash(model, **options))
-    one = jax.jit(flash(model, whole_trajectory=False, **options))
+    whole, one = flash(model, **options), flash(model, whole_trajectory=False, **options)
     keys = jax.random.split(jax.random.key(0), 400)
     means = [np.mean([float(f(params, teacher, batch(), k)[0]) for k in keys]) for f in (whole, one)]
     np.testing.assert_allclose(means[1], means[0], rtol=0.05)
@@ -198,8 +201,6 @@ def test_a_shift_that_leaves_the_range_or_falls_is_refused(shift, message):
 
 
 def test_one_compile_serves_all_steps():
-    from functools import partial
-
     import optax
 
     from jaxdistill.train import init_state, train_step

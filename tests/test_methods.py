@@ -1,25 +1,30 @@
 """The competing methods on data with a known answer: x_0 ~ N(0, s²) in each element, whose exact denoiser and flow are linear."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import make, make_adversary
+from small import compiled, make, make_adversary
 
 from jaxdistill import schedule as schedules
-from jaxdistill.methods.adversarial_distillation import add
-from jaxdistill.methods.consistency import consistency_distillation, consistency_function
-from jaxdistill.methods.direct import direct
-from jaxdistill.methods.distribution_matching import dmd2, matching_gradient
+from jaxdistill.methods import adversarial_distillation, consistency, distribution_matching, trajectory_matching
+from jaxdistill.methods import direct as direct_module
+from jaxdistill.methods import step_distillation as step_module
+from jaxdistill.methods.consistency import consistency_function
+from jaxdistill.methods.distribution_matching import matching_gradient
 from jaxdistill.methods.imagine_flash import Model
 from jaxdistill.methods.progressive_adversarial import lightning
-from jaxdistill.methods.step_distillation import step_distillation
-from jaxdistill.methods.trajectory_matching import diffuse_on, tdm
+from jaxdistill.methods.trajectory_matching import diffuse_on
 from jaxdistill.prediction import Prediction, v_prediction, x0_prediction
 from jaxdistill.sampling import renoise, rollout, start, trailing_grid
 from jaxdistill.train import init_state, train_step
 
+add, direct, dmd2 = map(compiled, (adversarial_distillation.add, direct_module.direct, distribution_matching.dmd2))
+step_distillation, tdm = map(compiled, (step_module.step_distillation, trajectory_matching.tdm))
+consistency_distillation = compiled(consistency.consistency_distillation)
 COSINE = schedules.cosine()
 S = 0.7
 KEY = jax.random.key(3)
@@ -161,9 +166,10 @@ def test_consistency_target_is_the_moving_average_of_the_student():
     groups = {"student": optax.sgd(0.1), "target": optax.sgd(1 - 0.9)}
     tx = optax.multi_transform(groups, {"student": "student", "target": "target"})
     state = init_state({"student": jnp.float32(0.2), "target": jnp.float32(0.8)}, tx, KEY)
+    step = jax.jit(partial(train_step, loss_fn=loss, tx=tx, ema_decay=0.9))
     for _ in range(3):
         before = state.params
-        state, metrics = train_step(state, gaussian_batch(), None, loss_fn=loss, tx=tx, ema_decay=0.9)
+        state, metrics = step(state, gaussian_batch(), None)
         np.testing.assert_allclose(state.params["target"], 0.9 * before["target"] + 0.1 * before["student"], rtol=1e-6)
         np.testing.assert_allclose(metrics["loss"], metrics["consistency"], rtol=1e-6)
 
@@ -232,7 +238,7 @@ def test_dmd2s_backward_simulation_visits_the_students_own_states():
         return 0.0 * x + (params["level"] if isinstance(params, dict) else 0.0)
 
     grid = np.float32([1.0, 0.5])
-    loss = dmd2(network(apply), network(apply), grid=grid, null_cond=null, guidance_scale=1.0)
+    loss = distribution_matching.dmd2(network(apply), network(apply), grid=grid, null_cond=null, guidance_scale=1.0)
     params = {"student": {"level": jnp.float32(5.0)}, "fake": {"level": jnp.float32(0.0)}}
     loss(params, None, gaussian_batch(4000), KEY)
     # The second call of the student is on states at random times: x_T, or 5 α + σ ε.
@@ -262,7 +268,7 @@ def test_add_is_its_two_terms_each_pulling_on_its_own_player():
 
     def run(distillation_weight):
         loss = add(network, network, grid=grid, adversary=adversary, null_cond=model.null_cond, distillation_weight=distillation_weight)
-        return jax.value_and_grad(lambda p, t: loss(p, t, batch, KEY), argnums=(0, 1), has_aux=True)(params, teacher)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, teacher, batch, KEY)
 
     ((with_term, metrics), (gradient, to_teacher)), ((without, _), (adversarial_only, _)) = run(2.5), run(0.0)
     np.testing.assert_allclose(with_term - without, 2.5 * metrics["distillation"], rtol=1e-4)

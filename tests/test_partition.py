@@ -1,7 +1,6 @@
 """Eight CPU devices against one, in a process of its own: values and compiled cost on every kind of mesh."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from shell import quick
 
 from jaxdistill import partition
 
@@ -58,7 +58,7 @@ print(json.dumps(out))
 
 @pytest.fixture(scope="module")
 def eight():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = quick("--xla_force_host_platform_device_count=8")
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=root, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]

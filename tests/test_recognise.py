@@ -39,7 +39,7 @@ def trained():
     drawn = [scenes.draw_scene(np.random.default_rng(i), unseen=False) for i in range(1500)]
     images = np.stack([scenes.render(s, sprites, np.random.default_rng((1, i))) for i, s in enumerate(drawn)])
     labels = np.stack([s.labels() for s in drawn])
-    options = {"channels": (16, 16, 32), "features": 16, "steps": 250, "batch_size": 64, "learning_rate": 5e-3}
+    options = {"channels": (16, 16, 32), "features": 16, "steps": 130, "batch_size": 32, "learning_rate": 5e-3}
     return train_recogniser(images[:1200], labels[:1200], unit(images[:1200]), **options), unit(images[1200:]), labels[1200:]
 
 

@@ -1,6 +1,5 @@
 """Killed with SIGKILL in both phases and once with SIGTERM, a run ends in the bits of one that was never stopped."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from shell import quick
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +27,7 @@ def start(workdir):
         "--config.log.checkpoint_every=20",
         "--config.student.health_every=200",
     ]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+    environment = quick(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -156,7 +156,7 @@ def test_second_start_of_the_real_command_makes_lost_results_again_and_leaves_ev
         (copy / name).unlink()
     kept = {name: folder_bytes(copy / name) for name in ("student", "teacher", "extractor", "checkpoints", "curves")}
     stamps = {p: p.stat().st_mtime_ns for p in (copy / "student").rglob("*")}
-    found = run_command("jaxdistill.main", f"--config={TINY}", f"--workdir={copy}", optimized=True)
+    found = run_command("jaxdistill.main", f"--config={TINY}", f"--workdir={copy}")
     assert found.returncode == 0, found.stderr
     assert "| student | 3 |" in found.stdout
     again = json.loads((copy / "results.json").read_text())

@@ -17,7 +17,7 @@ import pytest
 import websockets
 from PIL import Image
 from running import CAPTION, GOLDEN, Running, open_all
-from shell import ROOT, assert_one_error_line, environment, run_command, wait_until
+from shell import ROOT, assert_one_error_line, quick, run_command, wait_until
 
 from jaxdistill import serve
 from jaxdistill.text_export import TextExport
@@ -80,7 +80,7 @@ for rows in (1, 3, 4):
 
 @pytest.mark.slow
 def test_rows_of_a_batch_are_divided_among_devices(exports):
-    env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=2", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    env = quick("--xla_force_host_platform_device_count=2", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     command = [sys.executable, "-c", TWO_DEVICES, str(exports["student"])]
     found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert found.returncode == 0, found.stderr

@@ -1,0 +1,21 @@
+"""python tests/plans.py REPORT.json ...: what every report of `jaxdistill.aot` on a train step must say. Used by .ci/run."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from jaxdistill import aot
+
+for name in sys.argv[1:]:
+    report = json.loads(Path(name).read_text())
+    rows = report["rows"]
+    assert report["compiled"] == "step" and report["fits"] and report["unknown_loops"] == 0, name
+    assert rows == report["rows_a_chip"] * report["chips"] and 0 < report["memory_gib"]["needed"] < report["memory_gib"]["chip"], name
+    assert 0.85 < report["flops_ratio"] < 1.05, (name, report["flops_ratio"])
+    # No activations: nothing with a batch's rows in front, or those of N states or of two guided calls.
+    front = "|".join(str(n * rows) for n in (1, 2, 3))
+    assert not [g for g in report["gathered"] if re.match(rf"\w+\[({front}),", g["shape"])], (name, report["gathered"])
+    assert report["bound"] in report["roofline_ms"] and report["step_ms_at_least"] == max(report["roofline_ms"].values()), name
+    assert f"{report['topology']}: step, {report['chips']} chips, {rows} rows" in aot.text_of(report), name
+    print(f"{name}: as it must be")
