@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from collections import Counter
 
+import quick
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -16,10 +18,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# Most programs of the tests run for moments and take far longer to compile: XLA leaves its costly passes out (`.ci/run` has commands with
-# all of them). The second flag is the CPU compiler's alone, and the TPU's ends a process that has it: it is read at once, and goes.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+os.environ.update(quick.VARIABLES)
 
 # Two workers whose XLA has threads on both cores get in each other's way: each has its own share of the cores, as have its commands.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
@@ -33,7 +32,7 @@ from filelock import FileLock
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-jax.devices()
+jax.devices()  # reads the flags
 del os.environ["XLA_FLAGS"]
 
 install_import_hook("jaxdistill", "beartype.beartype")

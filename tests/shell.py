@@ -14,6 +14,7 @@ if str(ROOT) not in sys.path:
 
 import jax  # noqa: E402
 import tiny  # noqa: E402
+from quick import VARIABLES  # noqa: E402
 
 TINY = Path(tiny.__file__)
 
@@ -33,11 +34,8 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def quick(*flags: str, **more: str) -> dict[str, str]:
-    """`environment` where XLA compiles in half of the time, as in this process (conftest.py); `flags` are XLA's own.
-
-    The TPU's compiler ends a process that has this flag of the CPU's.
-    """
-    return environment(JAX_DISABLE_MOST_OPTIMIZATIONS="1", XLA_FLAGS=" ".join(("--xla_cpu_use_fusion_emitters=false", *flags)), **more)
+    """`environment` where XLA compiles in half of the time, as in this process; `flags` are XLA's own."""
+    return environment(**{**VARIABLES, "XLA_FLAGS": " ".join((VARIABLES["XLA_FLAGS"], *flags))}, **more)
 
 
 def command(module: str, *arguments: object) -> list[str]:
