@@ -32,6 +32,7 @@ from jaxdistill.experiment import flatten, make_optimizer, student_of
 from jaxdistill.interop import sentence_encoder
 from jaxdistill.methods.denoising import denoising
 from jaxdistill.methods.progressive_adversarial import pair_states
+from jaxdistill.models.discriminator import fresh_heads
 from jaxdistill.prediction import Denoiser, LossFn
 from jaxdistill.recognise import SCALE_IMAGES, SceneEvaluator, SceneRecogniser, train_recogniser, unit
 from jaxdistill.train import TrainState, everything
@@ -395,10 +396,13 @@ class Benchmark:
         for group in stage.groups:
             if group == "discriminator":
                 cond = self.embeddings(self.captions["train"][:1])
-                shapes = jax.eval_shape(self.setting.features, teacher, jnp.zeros((1, *SHAPE)), jnp.zeros((1,)), cond)
-                states = [jnp.zeros(s.shape, s.dtype) for s in shapes]
-                states = pair_states(states, states) if stage.pair_states else states
-                params[group] = jax.jit(self.setting.heads.init)(jax.random.key(seed + 2), states, None)
+                inputs = teacher, jnp.zeros((1, *SHAPE)), jnp.zeros((1,)), cond
+
+                def states_of(*inputs: Any) -> Any:
+                    states = self.setting.features(*inputs)
+                    return pair_states(states, states) if stage.pair_states else states
+
+                params[group] = fresh_heads(self.setting.heads, jax.random.key(seed + 2), states_of, *inputs, cond=None)
             else:
                 params[group] = jax.tree.map(jnp.array, teacher if group == "fake" else student)
         return params

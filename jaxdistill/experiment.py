@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from jaxdistill import adversarial, card, data, partition
 from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.methods.denoising import denoising
-from jaxdistill.models.discriminator import FeatureHeads
+from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.prediction import LossFn, check_pair
 from jaxdistill.sampling import Constrain, check_grid
 from jaxdistill.schedule import NoiseSchedule
@@ -60,9 +60,8 @@ class Experiment(NamedTuple):
         params = {"student": jax.tree.map(jnp.array, teacher_params), "discriminator": {}}
         if self.adversarial_on:
             key, labels = jax.random.key(self.config.seed + 2), jnp.zeros((1,), jnp.int32)
-            example = jnp.zeros((1, *self.image_shape)), jnp.zeros((1,)), labels
-            states = jax.eval_shape(partial(self.model.apply, features=True), teacher_params, *example)
-            params["discriminator"] = jax.jit(self.heads.init)(key, [jnp.zeros(s.shape, s.dtype) for s in states], labels)
+            inputs = teacher_params, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,)), labels
+            params["discriminator"] = fresh_heads(self.heads, key, partial(self.model.apply, features=True), *inputs, cond=labels)
         return params
 
 

@@ -14,7 +14,7 @@ from jaxdistill.experiment import check_keep_best, check_numbers, make_adversary
 from jaxdistill.interop import architectures, diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.interop.diffusers_folder import Folder
 from jaxdistill.methods import imagine_flash as flash
-from jaxdistill.models.discriminator import FeatureHeads
+from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.models.latent_layers import ATTENTION
 from jaxdistill.models.unet_condition import REMAT_POLICIES, STACK
 from jaxdistill.prediction import LossFn, as_denoiser, v_prediction
@@ -150,8 +150,8 @@ class TextSetup:
         if not self.adversarial:
             return {}
         x, t, cond = diffusers_folder.example_inputs(self.folder.unet)
-        states = jax.eval_shape(partial(self.unet.apply, features=True), self.abstract, x, t, cond)
-        return jax.jit(self.heads.init)(jax.random.key(self.config.seed + 2), [jnp.zeros(s.shape, s.dtype) for s in states], cond)
+        states_of = partial(self.unet.apply, features=True)
+        return fresh_heads(self.heads, jax.random.key(self.config.seed + 2), states_of, self.abstract, x, t, cond, cond=cond)
 
     # -- what a compiler needs to know
 

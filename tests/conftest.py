@@ -32,8 +32,9 @@ from filelock import FileLock
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-jax.devices()  # reads the flags
-del os.environ["XLA_FLAGS"]
+jax.devices()  # has read them; commands that want them ask (shell.quick)
+for name in quick.VARIABLES:
+    del os.environ[name]
 
 install_import_hook("jaxdistill", "beartype.beartype")
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=25)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from jaxdistill import aot
+from jaxdistill.chips import CHIPS
 
 for name in sys.argv[1:]:
     report = json.loads(Path(name).read_text())
@@ -17,5 +18,8 @@ for name in sys.argv[1:]:
     front = "|".join(str(n * rows) for n in (1, 2, 3))
     assert not [g for g in report["gathered"] if re.match(rf"\w+\[({front}),", g["shape"])], (name, report["gathered"])
     assert report["bound"] in report["roofline_ms"] and report["step_ms_at_least"] == max(report["roofline_ms"].values()), name
-    assert f"{report['topology']}: step, {report['chips']} chips, {rows} rows" in aot.text_of(report), name
+    assert report["memory_gib"]["chip"] * 2**30 == CHIPS[report["topology"].split(":")[0]].hbm, name
+    text = aot.text_of(report)
+    assert f"{report['topology']}: step, {report['chips']} chips, {rows} rows, {rows // report['chips']} a chip" in text, name
+    assert f"of {report['memory_gib']['chip']:g}: fits" in text, name
     print(f"{name}: as it must be")

@@ -28,8 +28,7 @@ def tiny_config(**changes):
 
 def environment(**more: str) -> dict[str, str]:
     """For a command: one CPU device, whatever this process was given."""
-    dropped = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_DISABLE_MOST_OPTIMIZATIONS")
-    env = {k: v for k, v in os.environ.items() if k not in dropped}
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     return env | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"} | more
 
 

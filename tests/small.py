@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdistill import adversarial, schedule
 from jaxdistill.methods.imagine_flash import Model, Reconstruction, imagine_flash
-from jaxdistill.models.discriminator import FeatureHeads
+from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.models.mlp import ResidualMLP
 from jaxdistill.prediction import v_prediction
 
@@ -54,17 +54,17 @@ def make_adversary(model, weight=0.1, **options):
     """(adversary, head parameters)."""
     heads = FeatureHeads(16)
     _, params = make(model.width, model.depth)
-    shapes = jax.eval_shape(partial(model.apply, features=True), params, jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
-    states = [jnp.zeros(s.shape) for s in shapes]
+    features, labels = partial(model.apply, features=True), jnp.zeros(1, jnp.int32)
     made = adversarial.adversary(
-        lambda *inputs: model.apply(*inputs, features=True),
+        features,
         heads.apply,
         schedule=COSINE,
         weight=weight,
         noise_time=adversarial.uniform_time(0.0, 1.0),
         **options,
     )
-    return made, jax.jit(heads.init)(jax.random.key(3), states, jnp.zeros(1, jnp.int32))
+    example = jnp.zeros((1, *SHAPE)), jnp.zeros(1), labels
+    return made, fresh_heads(heads, jax.random.key(3), features, params, *example, cond=labels)
 
 
 def ddim_step(x0, eps, s):

@@ -1,16 +1,10 @@
 """Each mistake is one clear line, before anything long starts."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import tiny
-from shell import quick
+from shell import run_command
 
 from jaxdistill import ablate, experiment, sample
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -56,13 +50,6 @@ def test_a_model_that_does_not_fit_the_images_is_refused():
         experiment.build(config)
 
 
-def command(module, *flags):
-    environment = quick(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
-    return subprocess.run(
-        [sys.executable, "-m", f"jaxdistill.{module}", *flags], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
@@ -77,7 +64,7 @@ def command(module, *flags):
 )
 def test_the_command_answers_a_mistake_in_one_line(flags, message, tmp_path):
     (tmp_path / "file").write_text("")
-    run = command("main", *(flag.format(dir=tmp_path) for flag in flags))
+    run = run_command("jaxdistill.main", *(flag.format(dir=tmp_path) for flag in flags))
     lines = [line for line in run.stderr.splitlines() if not line.startswith(("W", "I", "E0"))]
     assert run.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], run.stderr
 

@@ -1,8 +1,9 @@
 """Discriminator heads for the hidden states of a frozen network."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
@@ -27,3 +28,9 @@ class FeatureHeads(nn.Module):
             h = nn.silu(nn.Dense(self.width)(h.mean(axis=1)))
             logits.append(nn.Dense(1)(h)[:, 0])
         return jnp.stack(logits, axis=-1)
+
+
+def fresh_heads(heads: FeatureHeads, key: Array, states_of: Callable[..., Any], *inputs: Any, cond: Any) -> Any:
+    """First parameters of heads for the hidden states that `states_of(*inputs)` gives, which is traced and not computed."""
+    states = [jnp.zeros(state.shape, state.dtype) for state in jax.eval_shape(states_of, *inputs)]
+    return jax.jit(heads.init)(key, states, cond)
