@@ -80,6 +80,7 @@ def get_config() -> ConfigDict:
             "noise": "trajectory",  # trajectory | initial | fresh
             "shift": "table",  # none | power | linear | table
             "weight_power": 0.0,
+            "shortcut": 0.0,  # ours: weight of the first state's distance to the end of its trajectory
             "teacher_steps": 2,  # k
             "guidance": 7.5,  # scale of the teacher that is distilled
         }

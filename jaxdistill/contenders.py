@@ -163,6 +163,7 @@ def flash_loss(setting: Setting, block: ConfigDict, sampler: card.Sampler, steps
         correct_noise=block.noise_correction,
         adversary=adversary,
         adversary_states=block.adversary_states,
+        shortcut=block.shortcut,
         constrain=setting.constrain,
         unroll=True,
     )
@@ -353,7 +354,8 @@ def matched_method(setting: Setting, block: ConfigDict, iterations: int) -> Meth
     sampler = setting.sampler(correct_noise=block.noise_correction, **grid)
     loss = tdm_loss(setting, matching, [sampler.grid(n) for n in matching.counts], shortcut=matching.shortcut)
     if matching.flash_weight > 0:
-        loss = added(loss, flash_loss(setting, block, sampler, [1], None), weight=matching.flash_weight)
+        one_step = ConfigDict({**block.to_dict(), "shortcut": 0.0})
+        loss = added(loss, flash_loss(setting, one_step, sampler, [1], None), weight=matching.flash_weight)
     tx = setting.optimizer(matching, iterations, fake=setting.fake_optimizer(matching))
     second = Stage("matching", loss, setting.steps, tx, matching.share, ("student", "fake"))
     return method._replace(sampler=sampler, stages=[method.stages[0]._replace(name="flash", share=1 - matching.share, serves=()), second])

@@ -124,6 +124,7 @@ class TextSetup:
             correct_noise=config.method.noise_correction,
             adversary=adversary,
             adversary_states=config.adversarial.states,
+            shortcut=config.method.shortcut,
             constrain=constrain,
         )
 

@@ -1,4 +1,5 @@
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from small import COSINE, NESTED, SHAPE, batch, compiled, ddim_step, make, make_
 from jaxdistill import sampling
 from jaxdistill.methods import imagine_flash as flash_module
 from jaxdistill.methods.imagine_flash import Reconstruction, fresh_noise, initial_noise, trajectory_noise
-from jaxdistill.prediction import Prediction, v_prediction
+from jaxdistill.prediction import Prediction, expand, v_prediction, x0_prediction
 
 KEY = jax.random.key(5)
 flash = compiled(small.flash)
@@ -291,3 +292,47 @@ def test_the_adversary_may_judge_one_state_of_each_row():
     assert seen == [18, 6]
     with pytest.raises(ValueError, match="adversary_states must be 'all' or 'one'"):
         flash(model, adversary_states="some")
+
+
+@pytest.mark.parametrize("grids", [[(1.0, 0.5)], [(1.0, 0.7, 0.2), (1.0, 0.5), (1.0,)], [(1.0, 0.7, 0.5, 0.2), (1.0, 0.3)]])
+def test_the_shortcut_pulls_first_states_to_the_ends_of_their_trajectories(grids):
+    """x̂0 = p x at T and 0.3 x after: the ends are known multiples of x_T, and every trajectory that has an end counts once."""
+
+    def apply(params, x, t, cond):
+        return jnp.where(expand(t, x) >= 1.0, params * x, 0.3 * x)
+
+    def end_of(grid, p):
+        x, x0 = 1.0, p
+        for t, s in pairwise(grid):
+            eps = (x - float(COSINE.alpha(t)) * x0) / float(COSINE.sigma(t))
+            x = float(COSINE.alpha(s)) * x0 + float(COSINE.sigma(s)) * eps
+            x0 = 0.3 * x
+        return x0
+
+    def gradient(p, shortcut):
+        network = flash_module.Model(apply, COSINE, x0_prediction)
+        kept = [np.asarray(grid, np.float32) for grid in grids]
+        loss = flash_module.imagine_flash(network, network, grids=kept, null_cond=lambda cond: cond, shortcut=shortcut)
+        data = {"x0": jnp.zeros((2**12, *SHAPE)), "cond": jnp.zeros((2**12,))}
+        return float(jax.grad(lambda q: loss({"student": q}, jnp.float32(p), data, KEY)[0])(jnp.float32(p)))
+
+    kept = [grid for grid in grids if len(grid) > 1]
+    slots = max(map(len, kept))
+    for p in (0.1, 0.6):
+        ends = [end_of(grid, p) for grid in kept for _ in range(slots // len(grid))]
+        expected = 2 * (p - np.mean(ends))  # E x_T² = 1, and no gradient through the ends
+        np.testing.assert_allclose(gradient(p, 1.5) - gradient(p, 0.0), 1.5 * expected, rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shortcut": -1.0},
+        {"shortcut": 1.0, "grids": NESTED[:1]},
+        {"shortcut": 1.0, "backward": False},
+        {"shortcut": 1.0, "whole_trajectory": False},
+    ],
+)
+def test_a_shortcut_needs_trajectories_with_an_end(options):
+    with pytest.raises(ValueError, match="the shortcut must be at least 0"):
+        small.flash(make()[0], **options)

@@ -231,6 +231,7 @@ def imagine_flash(
     solver: Step | None = None,
     adversary: Adversary | None = None,
     adversary_states: str = "all",
+    shortcut: float = 0.0,
     constrain: Constrain = unconstrained,
     unroll: bool = False,
 ) -> LossFn:
@@ -238,6 +239,9 @@ def imagine_flash(
 
     The student's x̂0 at each state carries the gradient, the state does not. The loss is the mean over
     states and examples of the mean square over an image's elements.
+
+    With `shortcut` (ours) the first state's x̂0 also takes ‖x̂0(x_T) - stopgrad(x_end)‖², x_end the image at the end of the same
+    trajectory: one step goes where several do, for no network call more.
 
     Args:
       student: the network that learns; its parameters are an argument of the loss.
@@ -255,6 +259,7 @@ def imagine_flash(
       solver: the student's solver; DDIM by default.
       adversary: the adversarial term, or None.
       adversary_states: which of the student's predictions it judges: "all", or "one" state of each row, drawn at random.
+      shortcut: weight of the first state's distance to its trajectory's end; grids of one step have none. 0 is the paper's form.
       constrain: sharding constraint put on every random batch.
       unroll: as of `rollout`.
 
@@ -264,7 +269,8 @@ def imagine_flash(
       reals are x0 with cond, or "real" [r, ...] with "real_cond" where the batch holds them.
 
     Raises:
-      ValueError: a bad grid or shift, k < 1, or a batch that does not divide among the grids.
+      ValueError: a bad grid or shift, k < 1, a shortcut below 0 or without whole trajectories of several steps, or a batch that does not
+        divide among the grids.
     """
     if adversary_states not in ("all", "one"):
         raise ValueError(f"adversary_states must be 'all' or 'one', got {adversary_states!r}")
@@ -274,6 +280,10 @@ def imagine_flash(
         raise ValueError(f"the teacher needs k >= 1 steps, got {reconstruction.steps}")
     for grid in grids:
         check_shift(reconstruction.shift, grid, T)
+    if shortcut < 0 or (shortcut > 0 and not (backward and whole_trajectory and max(map(len, grids)) > 1)):
+        raise ValueError(
+            f"the shortcut must be at least 0, and above 0 needs whole backward trajectories of several steps, got {shortcut:g}"
+        )
     student_step = ddim(student.schedule) if solver is None else solver
     teacher_step = ddim(teacher.schedule)
 
@@ -380,6 +390,9 @@ def imagine_flash(
         metrics = {"reconstruction": value}
         if whole_trajectory:
             metrics |= errors_by_step(error, parts)
+        if shortcut > 0:
+            metrics["shortcut"] = distance_to_end(parts)
+            value += shortcut * metrics["shortcut"]
         if adversary is not None:
             if adversary_states == "one":
                 # Every row once, at a slot of its own: the adversary's cost no longer grows with the steps.
@@ -401,6 +414,17 @@ def imagine_flash(
             for i, grid in enumerate(part.grids):
                 found |= {f"reconstruction/{len(grid)}_{j + 1}": jnp.mean(errors[j, i :: len(part.grids)]) for j in range(len(grid))}
         return found
+
+    def distance_to_end(parts: Sequence[Visited]) -> Array:
+        """Mean square of x̂0 of the first states against the ends of their trajectories, of all grids of several steps."""
+        distances = []
+        for part in parts:
+            x0 = part.trajectory.x0
+            for i, grid in enumerate(part.grids):
+                firsts = range(0, len(x0) - len(grid) + 1, len(grid)) if len(grid) > 1 else ()  # a trajectory cut short has no end
+                rows = x0[:, i :: len(part.grids)]
+                distances += [(rows[at] - jax.lax.stop_gradient(rows[at + len(grid) - 1])) ** 2 for at in firsts]
+        return jnp.mean(jnp.concatenate(distances))
 
     def one_state(x0: Array, parts: Sequence[Visited], key: Array) -> tuple[Array, Any]:
         """One random state of each row, from the flattened states of all parts."""
