@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict({"name": "digits", "folder": ""})  # name: digits | fashion; folder: of fashion's idx files
 
-    # One constructor of jaxdistill.models: "mlp" (width, depth) or "unet" (channels, blocks, patch).
-    config.model = ConfigDict({"name": "mlp", "width": 384, "depth": 3, "time_scale": 1000.0})
+    # One constructor of jaxdistill.models: "mlp" (width, depth, cond_width) or "unet" (channels, blocks, patch).
+    config.model = ConfigDict({"name": "mlp", "width": 384, "depth": 3, "cond_width": 128, "time_scale": 1000.0})
 
     config.schedule = ConfigDict(
         {
@@ -54,11 +54,11 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "smallest": 65536, "rules": ()})
     config.student = ConfigDict(
         {
-            "iterations": 1000,
-            "health_every": 200,
+            "iterations": 900,
+            "health_every": 180,
             "keep_best": "",  # a health number, such as fd_3 or distance_1: export the averages of the step where it was lowest
             "batch_size": 128,
-            "learning_rate": 2e-3,
+            "learning_rate": 4e-3,
             "warmup": 20,
             "weight_decay": 0.0,
             "adam_b2": 0.999,
@@ -79,8 +79,9 @@ def get_config() -> ConfigDict:
             "noise": "trajectory",  # SRL's noise: trajectory | initial | fresh
             "shift": "table",  # SRL's gamma: none | power | linear | table, with its arguments in config.shifts
             "weight_power": 0.0,  # w(t) = (t/T)^power
-            "teacher_steps": 2,  # k
-            "guidance": 1.25,  # scale of the teacher that is distilled
+            "shortcut": 0.0,  # ours: weight of the first state's distance to the end of its trajectory
+            "teacher_steps": 3,  # k
+            "guidance": 1.5,  # scale of the teacher that is distilled
         }
     )
     config.shifts = ConfigDict(
@@ -93,7 +94,7 @@ def get_config() -> ConfigDict:
 
     config.adversarial = ConfigDict(
         {
-            "weight": 0.05,  # 0 switches it off
+            "weight": 0.025,  # 0 switches it off
             "loss": "hinge",  # hinge | non_saturating
             "learning_rate": 1e-3,
             "width": 128,  # of a head
@@ -106,6 +107,7 @@ def get_config() -> ConfigDict:
 
     config.eval = ConfigDict(
         {
+            "split": "test",  # test | validation; tune on validation only
             "samples": 10_000,
             "batch_size": 2000,
             "models": ("teacher", "student"),  # what to score; the ratios need the teacher

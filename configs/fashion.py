@@ -34,8 +34,10 @@ def get_config() -> ConfigDict:
     config.shifts.table.times = (0.37, 0.7, 1.0)
     config.shifts.table.values = (0.6, 0.75, 0.86)
 
+    config.method.teacher_steps = 2
     config.method.guidance = 1.0
     config.method.unroll = True
+    config.adversarial.weight = 0.05
 
     config.eval.samples = 3000
     config.eval.batch_size = 500

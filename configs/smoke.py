@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config = digits.get_config()
     config.model.width = 96
     config.model.depth = 2
+    config.model.cond_width = 96
     config.teacher.iterations = 300
     config.teacher.steps = 20
     config.student.iterations = 60

@@ -210,6 +210,7 @@ def build(config: ConfigDict) -> Experiment:
         whole_trajectory=method.whole_trajectory,
         correct_noise=method.noise_correction,
         adversary=adversary,
+        shortcut=method.shortcut,
         constrain=constrain,
         unroll=method.unroll,
     )
@@ -311,10 +312,12 @@ def check_numbers(config: ConfigDict) -> None:
 
 def check_counts(config: ConfigDict, dataset: data.Dataset) -> None:
     """Raise ValueError where the metrics cannot be computed from so few images."""
-    count, features = len(dataset.test.labels), config.eval.features
+    split = card.choose({"test": dataset.test, "validation": dataset.validation}, config.eval.split, "eval.split")
+    count, features = len(split.labels), config.eval.features
     if features >= count // 2:
         raise ValueError(
-            f"config.eval.features = {features} is too many for halves of the {count} test images; at most {count // 2 - 1} can be used"
+            f"config.eval.features = {features} is too many for halves of the {count} {config.eval.split} images; "
+            f"at most {count // 2 - 1} can be used"
         )
 
 

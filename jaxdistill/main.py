@@ -265,32 +265,32 @@ class Run:
         os.replace(path.with_suffix(".tmp"), path)
 
     def write_results(self, teacher_params: Any, student_params: Any, evaluator: evaluate.Evaluator) -> dict[str, Any]:
-        """Score teacher and student on the test split and write results.json, results.md, results.png and curves.png."""
+        """Score teacher and student on config.eval.split and write results.json, results.md, results.png and curves.png."""
         with self.timed("evaluation"):
             rows, pictures = self.score(teacher_params, student_params, evaluator)
         teachers = [row for row in rows if row["model"] == "teacher"]
         reference = {k: teachers[0][k] for k in ("model", "steps", "guidance", "fd", "fd_noise")} if teachers else None
         for row in rows:
             row["ratio"] = round(row["fd"] / reference["fd"], 4) if reference else None
-        ev, dataset = self.config.eval, self.experiment.dataset
+        ev, dataset, reals = self.config.eval, self.experiment.dataset, evaluator.reference
         results = {
             "rows": rows,
             "reference": reference,
             "floor_fd": round(evaluator.floor_fd(), 5),
             "train_fd": round(evaluator.floor_fd_train(), 5),
             "protocol": {
-                "reference_set": f"{dataset.name} test split",
-                "reference_count": len(dataset.test.labels),
-                "reference_sha256": data.fingerprint(dataset.test),
+                "reference_set": f"{dataset.name} {ev.split} split",
+                "reference_count": len(reals.labels),
+                "reference_sha256": data.fingerprint(reals),
                 "extractor_sha256": evaluator.extractor.hash,
-                "extractor_accuracy_on_test": round(evaluator.classifier_accuracy, 4),
+                "extractor_accuracy": round(evaluator.classifier_accuracy, 4),
                 "features": ev.features,
                 "samples": ev.samples,
                 "sampling_seed": ev.seed,
                 "pixel_range": [0.0, 1.0],
                 "fd_noise": "standard error over eight blocks of the samples",
-                "floor_fd": "between two halves of the test split (half as many images as any row's reference)",
-                "train_fd": "of the training images to the test split",
+                "floor_fd": f"between two halves of the {ev.split} split (half as many images as any row's reference)",
+                "train_fd": f"of the training images to the {ev.split} split",
             },
             "seed": self.config.seed,
             "seconds": self.seconds,
@@ -357,9 +357,9 @@ class Run:
         protocol = results["protocol"]
         return (
             f"# {self.experiment.dataset.name}, seed {results['seed']}\n\n{report.markdown_table(results['rows'])}\n"
-            f"FD of {protocol['samples']:,} samples to the {protocol['reference_count']} test images; two real halves are "
-            f"{results['floor_fd']:.3f} apart, the training images score {results['train_fd']:.3f}. Feature extractor "
-            f"{protocol['extractor_sha256']}, accuracy {protocol['extractor_accuracy_on_test']:.3f} on the test images.\n\n"
+            f"FD of {protocol['samples']:,} samples to the {protocol['reference_count']} images of the {protocol['reference_set']}; "
+            f"two real halves are {results['floor_fd']:.3f} apart, the training images score {results['train_fd']:.3f}. Feature extractor "
+            f"{protocol['extractor_sha256']}, accuracy {protocol['extractor_accuracy']:.3f} on the same images.\n\n"
             f"Wall time: {seconds}; {results['versions']['machine']}.\n"
         )
 
@@ -439,8 +439,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         return {}  # process 0 draws and scores
     # Exports and checkpoints are on disk; a signal from here on may end the process at once.
     job.write_program(student_params)
-    say("evaluation on the test split")
-    return job.write_results(teacher_params, student_params, evaluate.Evaluator(experiment.dataset, experiment.dataset.test, extractor))
+    say(f"evaluation on the {config.eval.split} split")
+    reference = {"test": experiment.dataset.test, "validation": experiment.dataset.validation}[config.eval.split]
+    return job.write_results(teacher_params, student_params, evaluate.Evaluator(experiment.dataset, reference, extractor))
 
 
 def main(argv: list[str]) -> None:

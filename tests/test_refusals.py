@@ -24,6 +24,7 @@ NO_DROP = {"teacher.drop_cond": 0.0, "method.guidance": 1.0}
 BAD = {
     # (changes, words of the message)
     "more features than half the reference holds": ({"eval.features": 200, "log.health_samples": 300}, ("eval.features", "200")),
+    "a split to tune and report on": ({"eval.split": "train"}, ("eval.split", "train", "validation")),
     "nothing to score": ({"eval.models": ()}, ("eval.models",)),
     "no step count": ({"student.steps": ()}, ("student.steps", "at least")),
     "no width": ({"model.width": 0}, ("model", "width")),

@@ -79,6 +79,20 @@ def test_results_and_protocol_say_what_the_numbers_depend_on(results, folder, co
     assert protocol["extractor_sha256"] == json.loads((folder / "extractor" / "card.json").read_text())["hash"]
 
 
+def test_the_other_split_is_scored_on_request(results, folder, tmp_path):
+    """One teacher on both splits: its distance to validation is known from the table on test."""
+    shutil.copytree(folder / "extractor", tmp_path / "run" / "extractor")
+    changes = {"eval.split": "validation", "eval.models": ("teacher",), "teacher.path": str(folder / "teacher"), "student.iterations": 1}
+    found = main.run(tiny_config(**changes), tmp_path / "run")
+    rows = {(row["steps"], row["guidance"]): row for row in results["rows"] if row["model"] == "teacher"}
+    for row in found["rows"]:
+        assert row["fd"] == row["fd_validation"] == rows[row["steps"], row["guidance"]]["fd_validation"]
+        assert row["fd"] != rows[row["steps"], row["guidance"]]["fd"]
+    protocol = found["protocol"]
+    assert protocol["reference_set"] == "digits validation split" and protocol["reference_count"] == 359
+    assert protocol["reference_sha256"] != results["protocol"]["reference_sha256"]
+
+
 def test_results_md_is_the_same_table_with_its_protocol(results, folder):
     text = (folder / "results.md").read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
@@ -191,6 +205,8 @@ FLAGS = {
     "another power shift": {"method.shift": "power", "shifts.power.strength": 0.2},
     "another table": {"shifts.table.values": (0.1, 0.2, 0.3)},
     "weighted": {"method.weight_power": 1.0},
+    "shortcut": {"method.shortcut": 0.5},
+    "narrower conditioning": {"model.cond_width": 16},
     "no guidance": {"method.guidance": 1.0},
     "more guidance": {"method.guidance": 3.0},
     "two teacher steps": {"method.teacher_steps": 2},

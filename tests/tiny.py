@@ -9,6 +9,7 @@ def get_config() -> ConfigDict:
     config = smoke.get_config()
     config.model.width = 32
     config.model.depth = 1
+    config.model.cond_width = 32
     config.teacher.iterations = 40
     config.teacher.warmup = 5
     config.teacher.steps = 5

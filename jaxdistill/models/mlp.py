@@ -38,12 +38,14 @@ class ResidualMLP(nn.Module):
       depth: number of blocks.
       num_classes: classes 0..num_classes-1; num_classes itself is the null class.
       time_scale: factor on t, such that t * time_scale spans about [0, 1000].
+      cond_width: of the vector of time and class, None for `width`. Every block's norm reads it: at `width` it costs more than the blocks.
     """
 
     width: int = 512
     depth: int = 3
     num_classes: int = 10
     time_scale: float = 1000.0
+    cond_width: int | None = None
 
     @nn.nowrap
     def null_cond(self, cond: Array) -> Array:
@@ -53,7 +55,7 @@ class ResidualMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Array, features: bool = False) -> Array | Sequence[Array]:
         """X [b, ...], t [b], cond int [b] -> output of x's shape; or with `features` the state after each block."""
-        c = Conditioning(self.width, self.num_classes, self.time_scale)(t, cond)
+        c = Conditioning(self.cond_width or self.width, self.num_classes, self.time_scale)(t, cond)
         h, states = nn.Dense(self.width)(x.reshape(x.shape[0], -1)), []
         for _ in range(self.depth):
             h = MLPBlock(self.width)(h, c)
