@@ -81,6 +81,7 @@ def get_config(size: str = "") -> ConfigDict:
                 "shift_settings": {"times": (0.3, 0.5, 0.75, 1.0), "values": (0.52, 0.65, 0.77, 0.87)},
                 "teacher_steps": 2,
                 "adversarial_weight": 0.05,
+                "shortcut": 0.0,  # ours: weight of the first state's distance to the end of its trajectory
                 "adversary_states": "all",  # of the student's states, which the discriminator judges: all | one a row
             },
             "direct": {"learning_rate": 1e-3, "pairs_share": 0.5, "pairs_solver": "ddim", "pairs_steps": 50},
@@ -130,6 +131,7 @@ def get_config(size: str = "") -> ConfigDict:
         config.seeds = (0,)
         config.eval.update({"split": "validation", "samples": 1000, "unseen": 100, "diversity_captions": 25})
         all_counts = matching | {"counts": (2, 3, 4, 2)}
+        stronger = matching | {"guidance": 2.5}
         lightning = config.method_settings.lightning.to_dict()
         config.methods = variants(
             config,
@@ -141,7 +143,9 @@ def get_config(size: str = "") -> ConfigDict:
                 "matched_counts": {"method": "matched", "matching": matching},
                 "matched_share": {"method": "matched", "matching": matching | {"share": 0.75}},
                 "matched_one_state": {"method": "matched", "whole_trajectory": False, "matching": matching},
-                "matched_guidance": {"method": "matched", "guidance": 2.5, "matching": matching | {"guidance": 2.5}},
+                "matched_guidance": {"method": "matched", "guidance": 2.5, "matching": stronger},
+                "matched_one": {"method": "matched", "guidance": 2.5, "matching": stronger | {"counts": (1, 2, 3, 2)}},
+                "matched_shortcut": {"method": "matched", "guidance": 2.5, "matching": stronger | {"shortcut": 4.0}},
                 "lightning_rate_1": {"method": "lightning", **lightning},
                 "lightning_rate_3": {"method": "lightning", **lightning, "adversarial_learning_rate": 3e-5},
                 "if_k2": {},

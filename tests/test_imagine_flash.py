@@ -296,17 +296,17 @@ def test_the_adversary_may_judge_one_state_of_each_row():
 
 @pytest.mark.parametrize("grids", [[(1.0, 0.5)], [(1.0, 0.7, 0.2), (1.0, 0.5), (1.0,)], [(1.0, 0.7, 0.5, 0.2), (1.0, 0.3)]])
 def test_the_shortcut_pulls_first_states_to_the_ends_of_their_trajectories(grids):
-    """x̂0 = p x at T and 0.3 x after: the ends are known multiples of x_T, and every trajectory that has an end counts once."""
+    """x̂0 = p x at T and p x / 2 after: the ends are known multiples of x_T, and every trajectory that has an end counts once."""
 
     def apply(params, x, t, cond):
-        return jnp.where(expand(t, x) >= 1.0, params * x, 0.3 * x)
+        return jnp.where(expand(t, x) >= 1.0, params * x, 0.5 * params * x)
 
     def end_of(grid, p):
         x, x0 = 1.0, p
         for t, s in pairwise(grid):
             eps = (x - float(COSINE.alpha(t)) * x0) / float(COSINE.sigma(t))
             x = float(COSINE.alpha(s)) * x0 + float(COSINE.sigma(s)) * eps
-            x0 = 0.3 * x
+            x0 = 0.5 * p * x
         return x0
 
     def gradient(p, shortcut):
