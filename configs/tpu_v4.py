@@ -8,9 +8,10 @@ divides its parameters. Whether a slice is large enough is told, without a TPU a
 
     python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2
 
-What it says of this config there, at 8 rows a chip (docs/results/aot_v4_step.json): 29.5 of 32 GiB a chip, of which the student, its average and the
-optimizer 12.8, the teacher 1.6, temporaries 14.5; FLOPs 1.07 times the analytic count; bound by compute, 535 ms a step, at most 15 images a
-second a chip; it collects 3.2 GiB of gradients and gathers nothing. The other three have no report at full size: their rows are guesses.
+What it says of this config there, at 8 rows a chip (docs/results/aot_v4_step.json): 29.5 of 32 GiB a chip, of which the student, its
+average and the optimizer 12.8, the teacher 1.6, temporaries 14.5; FLOPs 1.07 times the analytic count; bound by compute, 535 ms a step, at
+most 15 images a second a chip; it reduces 3.2 GiB of gradients and gathers nothing. The other three have no report at full size: their
+rows are guesses.
 
 Nothing here has been run on a TPU yet: rates are a start, not a result.
 """

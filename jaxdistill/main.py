@@ -288,7 +288,7 @@ class Run:
                 "samples": ev.samples,
                 "sampling_seed": ev.seed,
                 "pixel_range": [0.0, 1.0],
-                "fd_noise": "standard error over eight blocks of the samples",
+                "fd_noise": "standard error over samples, by a jackknife over 50 blocks of them",
                 "floor_fd": f"between two halves of the {ev.split} split (half as many images as any row's reference)",
                 "train_fd": f"of the training images to the {ev.split} split",
             },

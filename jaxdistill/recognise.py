@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxdistill import scenes
-from jaxdistill.evaluate import class_spread, frechet_distance, precision_recall, weights_hash
+from jaxdistill.evaluate import class_spread, fd_noise, frechet_distance, precision_recall, weights_hash
 from jaxdistill.models.recogniser import Recogniser
 
 CLASSES = (len(scenes.AXES), len(scenes.COLOURS), len(scenes.GARMENTS), len(scenes.COLOURS), len(scenes.GARMENTS))
@@ -180,15 +180,13 @@ class SceneEvaluator:
     def __call__(self, images: np.ndarray, unseen: np.ndarray, repeated: np.ndarray) -> SceneScores:
         """Score images of the first captions, of the unseen ones, and `repeats` in a row for each caption of the diversity set."""
         found, features = self.recogniser(images)
-        blocks = np.array_split(features, 4) if len(features) // 4 > features.shape[1] else []
-        noise = np.std([frechet_distance(block, self._real) for block in blocks], ddof=1) / 2 if blocks else np.nan
         n = min(len(features), len(self._real), 2000)
         precision, recall = precision_recall(self._real[:n], features[:n])
         shares: Mapping[str, float] = compare(found, self.labels[: len(images)])
         groups = np.arange(len(repeated)) // self.repeats
         return SceneScores(
             fd=frechet_distance(features, self._real),
-            fd_noise=float(noise),
+            fd_noise=fd_noise(features, self._real),
             precision=precision,
             recall=recall,
             unseen_all_right=compare(self.recogniser(unseen)[0], self.unseen_labels[: len(unseen)])["all_right"],

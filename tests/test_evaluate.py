@@ -318,12 +318,14 @@ def test_evaluator_fd_noise_is_the_spread_of_fd_over_draws_and_halves_with_four_
 
     few, many = ([draw(n) for _ in range(16)] for n in (200, 800))
     for scores in (few, many):
-        assert 0.5 < np.mean([s.fd_noise for s in scores]) / np.std([s.fd for s in scores], ddof=1) < 2
-    assert 1.4 < np.mean([s.fd_noise for s in few]) / np.mean([s.fd_noise for s in many]) < 2.8
+        found = [s.fd_noise for s in scores]
+        assert 0.6 < np.mean(found) / np.std([s.fd for s in scores], ddof=1) < 1.6
+        assert np.std(found, ddof=1) < 0.2 * np.mean(found)  # the noise of the noise
+    assert 1.6 < np.mean([s.fd_noise for s in few]) / np.mean([s.fd_noise for s in many]) < 2.5
 
 
-def test_evaluator_leaves_fd_noise_open_where_an_eighth_of_the_samples_has_no_covariance(toy):
-    images = np.random.default_rng(0).uniform(0, 1, (20, 4, 4, 1)).astype(np.float32)
+def test_evaluator_leaves_fd_noise_open_where_less_samples_have_no_covariance(toy):
+    images = np.random.default_rng(0).uniform(0, 1, (4, 4, 4, 1)).astype(np.float32)
     split = Split(images, pixels().predict(images).astype(np.int32))
     scores = Evaluator(toy, split, pixels())(images, split.labels)
     assert np.isnan(scores.fd_noise) and np.isfinite(scores.fd)
