@@ -108,7 +108,7 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict(
         {
             "split": "test",  # test | validation; tune on validation only
-            "samples": 16_000,  # FD is then known to 3 %
+            "samples": 18_000,  # FD is then known to 3 %
             "batch_size": 2000,
             "models": ("teacher", "student"),  # what to score; the ratios need the teacher
             "seed": 12345,  # of the sampling noise

@@ -310,10 +310,14 @@ def check_numbers(config: ConfigDict) -> None:
             )
 
 
+def scored_split(config: ConfigDict, dataset: data.Dataset) -> data.Split:
+    """The split that config.eval.split names. Raises ValueError."""
+    return card.choose({"test": dataset.test, "validation": dataset.validation}, config.eval.split, "eval.split")
+
+
 def check_counts(config: ConfigDict, dataset: data.Dataset) -> None:
     """Raise ValueError where the metrics cannot be computed from so few images."""
-    split = card.choose({"test": dataset.test, "validation": dataset.validation}, config.eval.split, "eval.split")
-    count, features = len(split.labels), config.eval.features
+    count, features = len(scored_split(config, dataset).labels), config.eval.features
     if features >= count // 2:
         raise ValueError(
             f"config.eval.features = {features} is too many for halves of the {count} {config.eval.split} images; "

@@ -21,7 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from jaxdistill import card, checkpoint, data, distributed, evaluate, loop, partition, report
-from jaxdistill.experiment import Experiment, build, flatten, student_of
+from jaxdistill.experiment import Experiment, build, flatten, scored_split, student_of
 from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.prediction import LossFn
 from jaxdistill.train import TrainState, everything
@@ -440,8 +440,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     # Exports and checkpoints are on disk; a signal from here on may end the process at once.
     job.write_program(student_params)
     say(f"evaluation on the {config.eval.split} split")
-    reference = {"test": experiment.dataset.test, "validation": experiment.dataset.validation}[config.eval.split]
-    return job.write_results(teacher_params, student_params, evaluate.Evaluator(experiment.dataset, reference, extractor))
+    evaluator = evaluate.Evaluator(experiment.dataset, scored_split(config, experiment.dataset), extractor)
+    return job.write_results(teacher_params, student_params, evaluator)
 
 
 def main(argv: list[str]) -> None:
