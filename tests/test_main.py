@@ -69,7 +69,7 @@ def test_a_second_start_evaluates_and_leaves_the_student_alone(finished):
 def test_another_configs_workdir_is_refused(finished):
     config = tiny.get_config()
     config.student.learning_rate = 5e-4
-    with pytest.raises(main.UserError, match=r"student\.learning_rate = 0\.002 there, 0\.0005 here"):
+    with pytest.raises(main.UserError, match=r"student\.learning_rate = 0\.004 there, 0\.0005 here"):
         main.run(config, finished[0])
 
 

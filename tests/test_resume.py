@@ -22,10 +22,10 @@ def start(workdir):
         "jaxdistill.main",
         "--config=tests/tiny.py",
         f"--workdir={workdir}",
-        "--config.teacher.iterations=200",
-        "--config.student.iterations=200",
+        "--config.teacher.iterations=120",
+        "--config.student.iterations=120",
         "--config.log.checkpoint_every=20",
-        "--config.student.health_every=100",
+        "--config.student.health_every=60",
     ]
     environment = quick(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -62,7 +62,7 @@ def test_a_stopped_run_ends_in_the_same_bits(tmp_path):
     assert process.returncode == 0 and "student: resumes at step" in text, text
     for phase in ("teacher", "student"):
         (step_a, a), (step_b, b) = leaves(whole, phase), leaves(broken, phase)
-        assert step_a == step_b == 200 and len(a) == len(b) > 20
+        assert step_a == step_b == 120 and len(a) == len(b) > 20
         for x, y in zip(a, b, strict=True):
             x, y = (jax.random.key_data(v) if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key) else v for v in (x, y))
             np.testing.assert_array_equal(x, y)
