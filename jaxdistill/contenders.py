@@ -148,7 +148,9 @@ class Setting:
         }
 
 
-def flash_loss(setting: Setting, block: ConfigDict, sampler: card.Sampler, steps: Sequence[int], adversary: Any) -> LossFn:
+def flash_loss(
+    setting: Setting, block: ConfigDict, sampler: card.Sampler, steps: Sequence[int], adversary: Any, *, shortcut: float = 0.0
+) -> LossFn:
     """Imagine Flash's loss for these step counts, with every part a setting."""
     shift = card.choose(SHIFTS, block.shift, "shift")(setting.schedule.T, **block.shift_settings.to_dict())
     noise = card.choose(NOISE_SOURCES, block.noise, "noise") if block.srl else None
@@ -163,7 +165,7 @@ def flash_loss(setting: Setting, block: ConfigDict, sampler: card.Sampler, steps
         correct_noise=block.noise_correction,
         adversary=adversary,
         adversary_states=block.adversary_states,
-        shortcut=block.shortcut,
+        shortcut=shortcut,
         constrain=setting.constrain,
         unroll=True,
     )
@@ -173,7 +175,7 @@ def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -
     """Imagine Flash."""
     sampler = setting.sampler(correct_noise=block.noise_correction, **setting.nested(block))
     adversary = setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None
-    loss = flash_loss(setting, block, sampler, setting.steps, adversary)
+    loss = flash_loss(setting, block, sampler, setting.steps, adversary, shortcut=block.shortcut)
     groups = ("student", "discriminator") if adversary else ("student",)
     others = {"discriminator": setting.discriminator_optimizer()} if adversary else {}
     stage = Stage("", loss, setting.steps, setting.optimizer(block, iterations, **others), 1.0, groups)
@@ -354,8 +356,7 @@ def matched_method(setting: Setting, block: ConfigDict, iterations: int) -> Meth
     sampler = setting.sampler(correct_noise=block.noise_correction, **grid)
     loss = tdm_loss(setting, matching, [sampler.grid(n) for n in matching.counts], shortcut=matching.shortcut)
     if matching.flash_weight > 0:
-        one_step = ConfigDict({**block.to_dict(), "shortcut": 0.0})
-        loss = added(loss, flash_loss(setting, one_step, sampler, [1], None), weight=matching.flash_weight)
+        loss = added(loss, flash_loss(setting, block, sampler, [1], None), weight=matching.flash_weight)
     tx = setting.optimizer(matching, iterations, fake=setting.fake_optimizer(matching))
     second = Stage("matching", loss, setting.steps, tx, matching.share, ("student", "fake"))
     return method._replace(sampler=sampler, stages=[method.stages[0]._replace(name="flash", share=1 - matching.share, serves=()), second])

@@ -208,6 +208,12 @@ def slots_of(grids: Sequence[TimeGrid], batch_size: int) -> Slots:
     return Slots(*(np.stack(rows, axis=1)[:, columns] for rows in (t, t_next, [i == 0 for i in at])))
 
 
+def shortcut_distance(pairs: Sequence[tuple[Array, Array]]) -> Array:
+    """Mean of ‖x̂0(x_T) - stopgrad(x_end)‖² over pairs of a trajectory's first x̂0 and its end, each [b, ...]."""
+    first, end = (jnp.concatenate(column) for column in zip(*pairs, strict=True))
+    return jnp.mean((first - jax.lax.stop_gradient(end)) ** 2)
+
+
 class Visited(NamedTuple):
     """States of b rows: row r walked grids[r mod G]. cond [b], x_T as the trajectory's rows or one for each state."""
 
@@ -416,15 +422,14 @@ def imagine_flash(
         return found
 
     def distance_to_end(parts: Sequence[Visited]) -> Array:
-        """Mean square of x̂0 of the first states against the ends of their trajectories, of all grids of several steps."""
-        distances = []
+        """`shortcut_distance` of all grids of several steps."""
+        pairs = []
         for part in parts:
-            x0 = part.trajectory.x0
             for i, grid in enumerate(part.grids):
-                firsts = range(0, len(x0) - len(grid) + 1, len(grid)) if len(grid) > 1 else ()  # a trajectory cut short has no end
-                rows = x0[:, i :: len(part.grids)]
-                distances += [(rows[at] - jax.lax.stop_gradient(rows[at + len(grid) - 1])) ** 2 for at in firsts]
-        return jnp.mean(jnp.concatenate(distances))
+                rows = part.trajectory.x0[:, i :: len(part.grids)]
+                firsts = range(0, len(rows) - len(grid) + 1, len(grid)) if len(grid) > 1 else ()  # a trajectory cut short has no end
+                pairs += [(rows[at], rows[at + len(grid) - 1]) for at in firsts]
+        return shortcut_distance(pairs)
 
     def one_state(x0: Array, parts: Sequence[Visited], key: Array) -> tuple[Array, Any]:
         """One random state of each row, from the flattened states of all parts."""

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill.methods.distribution_matching import matching_gradient
-from jaxdistill.methods.imagine_flash import Model
+from jaxdistill.methods.imagine_flash import Model, shortcut_distance
 from jaxdistill.prediction import LossFn, expand
 from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, rollout, start, unconstrained
 from jaxdistill.schedule import NoiseSchedule
@@ -128,8 +128,7 @@ def tdm(
         if shortcut > 0:
             # Of each trajectory of several steps: x̂0 of its first state beside its end.
             firsts = [(x0[: len(end)], end) for grid, (_, x0, _, _, end) in zip(kept, parts, strict=True) if len(grid) > 1]
-            first, last = (jnp.concatenate(column) for column in zip(*firsts, strict=True))
-            metrics["shortcut"] = jnp.mean((first - last) ** 2)
+            metrics["shortcut"] = shortcut_distance(firsts)
             total = total + shortcut * metrics["shortcut"]
         return total, metrics
 

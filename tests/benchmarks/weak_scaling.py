@@ -8,6 +8,7 @@ a chip should stay as they are while the slice grows.
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -25,10 +26,7 @@ SHARED = ("--config.compute.dtype=bfloat16", "--config.compute.attention=flash",
 
 def chips(topology: str) -> int:
     """Of CHIP:AxBxC."""
-    count = 1
-    for part in topology.partition(":")[2].split("x"):
-        count *= int(part)
-    return count
+    return math.prod(map(int, topology.partition(":")[2].split("x")))
 
 
 def report(topology: str, mesh: dict[str, int], rows: int, teacher: Path) -> dict[str, Any]:
