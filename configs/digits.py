@@ -81,6 +81,7 @@ def get_config() -> ConfigDict:
             "weight_power": 0.0,  # w(t) = (t/T)^power
             "shortcut": 0.0,  # ours: weight of the first state's distance to the end of its trajectory
             "teacher_steps": 3,  # k
+            "teacher_solver": "ddim",  # ddim | dpm_solver_pp_2m
             "guidance": 1.5,  # scale of the teacher that is distilled
         }
     )

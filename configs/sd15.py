@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
             "weight_power": 0.0,
             "shortcut": 0.0,  # ours: weight of the first state's distance to the end of its trajectory
             "teacher_steps": 2,  # k
+            "teacher_solver": "ddim",  # ddim | dpm_solver_pp_2m
             "guidance": 7.5,  # scale of the teacher that is distilled
         }
     )

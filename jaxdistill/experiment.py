@@ -99,6 +99,7 @@ def make_reconstruction(config: ConfigDict, T: float) -> flash.Reconstruction:
         noise_source=card.choose(NOISE_SOURCES, method.noise, "method.noise") if method.srl else None,
         steps=method.teacher_steps,
         guidance_scale=method.guidance,
+        solver=card.choose(card.SOLVERS, method.teacher_solver, "method.teacher_solver"),
     )
 
 

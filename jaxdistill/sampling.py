@@ -225,9 +225,9 @@ Step = Callable[[Prediction, Any, Array, Array], Any]
 """(prediction at t, state, t, t_next) -> state at t_next, a `SamplerState` or the solver's own; t and t_next scalar or [b]."""
 
 
-def start(x: Batch) -> SamplerState:
-    """The state before the first step, from x at the first time of the grid."""
-    return SamplerState(x, jnp.zeros_like(x), jnp.zeros((), jnp.float32), jnp.ones((), bool))
+def start(x: Batch, *, own_times: bool = False) -> SamplerState:
+    """The state before the first step, from x at the first time of the grid; `own_times` where each example has times of its own."""
+    return SamplerState(x, jnp.zeros_like(x), jnp.zeros(x.shape[:1] if own_times else (), jnp.float32), jnp.ones((), bool))
 
 
 def ddim(schedule: NoiseSchedule) -> Step:
@@ -245,22 +245,21 @@ def dpm_solver_pp_2m(schedule: NoiseSchedule) -> Step:
     """DPM-Solver++(2M): x_s = (σ_s/σ_t) x - α_s (e^{-h} - 1) D, h = λ_s - λ_t (Lu et al. 2022, alg. 2). Second order.
 
     D = x̂0 + (x̂0 - x̂0_prev) h / (2 h_prev); the first step, the step from zero SNR and the step to t = 0 are of
-    first order (h is infinite there, and the limit is the DDIM step).
-    Raises ValueError for times of each example: t is one time for the whole batch.
+    first order (h is infinite there, and the limit is the DDIM step). Times of each example need `start(x, own_times=True)`.
     """
     first_order = ddim(schedule)
 
     def step(prediction: Prediction, state: SamplerState, t: Array, t_next: Array) -> SamplerState:
-        if jnp.ndim(t) or jnp.ndim(t_next):
-            raise ValueError(f"dpm_solver_pp_2m takes one time for the whole batch, got times of shape {jnp.shape(t)}; use ddim")
+        if jnp.ndim(t) != jnp.ndim(state.previous_log_snr):
+            raise ValueError(f"dpm_solver_pp_2m got times of shape {jnp.shape(t)}; start with start(x, own_times={jnp.ndim(t) > 0})")
         lam, lam_next = log_snr(schedule, t), log_snr(schedule, t_next)
         h, h_previous = lam_next - lam, lam - state.previous_log_snr
         usable = ~state.first & jnp.isfinite(h) & jnp.isfinite(h_previous)
-        ratio = jnp.where(usable, h / jnp.where(usable, h_previous, 1.0), 0.0)
+        ratio = expand(jnp.where(usable, h / jnp.where(usable, h_previous, 1.0), 0.0), state.x)
         data = prediction.x0 + 0.5 * ratio * (prediction.x0 - state.previous_x0)
         # The ε̂ that makes the first-order step carry D instead of x̂0; α_s x̂0 + σ_s ε̂ is exact in both limits of h.
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        eps = jnp.where(usable, (state.x - alpha * data) / sigma, prediction.eps)
+        alpha, sigma = expand(schedule.alpha(t), state.x), expand(schedule.sigma(t), state.x)
+        eps = jnp.where(expand(usable, state.x), (state.x - alpha * data) / sigma, prediction.eps)
         out = first_order(Prediction(data, eps), state, t, t_next)
         return out._replace(previous_x0=prediction.x0.astype(state.x.dtype), previous_log_snr=lam)
 

@@ -173,11 +173,19 @@ def test_linspace_grid_refuses_an_end_outside_the_schedule(end):
         linspace_grid(4, 1.0, end=end)
 
 
-def test_dpm_solver_refuses_times_of_each_example():
-    schedule = cosine()
+@both_solvers
+def test_times_of_each_example_are_each_examples_own_run(solver):
+    schedule, x = cosine(), normal(3, (2, 4))
+    grid = np.float32([[1.0, 0.8], [0.6, 0.5], [0.3, 0.1], [0.05, 0.04]])
+    together = rollout(solver(schedule), network_denoiser(), start(x, own_times=True), grid)[0].x
+    alone = [rollout(solver(schedule), network_denoiser(), start(x[i : i + 1]), grid[:, i])[0].x[0] for i in (0, 1)]
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_dpm_solver_refuses_a_start_that_has_not_the_times_shape():
     grid = np.float32([[1.0, 1.0], [0.5, 0.4]])
-    with pytest.raises(ValueError, match="one time for the whole batch"):
-        rollout(dpm_solver_pp_2m(schedule), lambda x, t: Prediction(x, x), start(jnp.zeros((2, 3))), grid)
+    with pytest.raises(ValueError, match=r"times of shape \(2,\); start with start\(x, own_times=True\)"):
+        rollout(dpm_solver_pp_2m(cosine()), lambda x, t: Prediction(x, x), start(jnp.zeros((2, 3))), grid)
 
 
 @pytest.mark.parametrize("make", [trailing_grid, leading_grid, linspace_grid])

@@ -154,6 +154,7 @@ class Reconstruction(NamedTuple):
     noise_source: NoiseSource | None = trajectory_noise
     steps: int = 4
     guidance_scale: float = 1.0
+    solver: Callable[[NoiseSchedule], Step] = ddim
 
 
 PLAIN = Reconstruction()
@@ -256,7 +257,7 @@ def imagine_flash(
         nothing (`unique_grids`); where several remain, the batch is divided among them, and all walk in one loop (`slots_of`), so that
         the program holds one copy of the network.
       null_cond: cond -> null conditioning of the same structure (used where guidance_scale != 1).
-      reconstruction: γ, noise source, k and the guidance scale of the teacher.
+      reconstruction: γ, noise source, k, the guidance scale and the solver of the teacher (DDIM in the paper).
       weight: w(t).
       backward: False trains on x_t = q(x_0, ε, t) of real data instead (forward distillation).
       whole_trajectory: every visited state is an example, with no call of its own; False draws one
@@ -291,7 +292,7 @@ def imagine_flash(
             f"the shortcut must be at least 0, and above 0 needs whole backward trajectories of several steps, got {shortcut:g}"
         )
     student_step = ddim(student.schedule) if solver is None else solver
-    teacher_step = ddim(teacher.schedule)
+    teacher_step = reconstruction.solver(teacher.schedule)
 
     def student_denoiser(params: Any, cond: Any, noise: Array) -> Denoiser:
         denoiser = student.denoiser(params, cond)
@@ -302,7 +303,7 @@ def imagine_flash(
         denoiser = teacher.guided(teacher_params, cond, null_cond, reconstruction.guidance_scale)
         k = reconstruction.steps
         grid = t[None] * (jnp.arange(k, 0, -1, dtype=t.dtype) / k)[:, None]
-        return rollout(teacher_step, denoiser, start(x), grid, unroll=unroll)[0].x
+        return rollout(teacher_step, denoiser, start(x, own_times=True), grid, unroll=unroll)[0].x
 
     def whole(params: Any, cond: Any, x_T: Array, grid: TimeGrid) -> Trajectory:
         denoiser = student_denoiser(params, cond, x_T)
