@@ -82,14 +82,14 @@ def get_config() -> ConfigDict:
             "shortcut": 0.0,  # ours: weight of the first state's distance to the end of its trajectory
             "teacher_steps": 3,  # k
             "teacher_solver": "ddim",  # ddim | dpm_solver_pp_2m
-            "guidance": 1.5,  # scale of the teacher that is distilled
+            "guidance": 1.25,  # scale of the teacher that is distilled
         }
     )
     config.shifts = ConfigDict(
         {
             "power": {"strength": 0.3, "power": 3.0},
             "linear": {"low": 0.1, "high": 0.9},
-            "table": {"times": (0.2, 0.5, 1.0), "values": (0.4, 0.55, 0.72)},
+            "table": {"times": (0.2, 0.5, 1.0), "values": (0.7, 0.7, 0.7)},  # tuned, as k and the guidance
         }
     )
 
