@@ -66,12 +66,12 @@ def get_config(size: str = "") -> ConfigDict:
     )
     config.adversarial = ConfigDict({"loss": "hinge", "learning_rate": 1e-3, "width": 128, "low": 0.0, "high": 1.0})
     # What each method's paper recommends; tuned on validation where a comment says so.
-    guidance = config.teacher.guidance
+    follow = config.teacher.get_oneway_ref  # the teacher's value, unless the method's own is set
     config.method_settings = ConfigDict(
         {
             "imagine_flash": {
                 "learning_rate": 1e-3,  # tuned
-                "guidance": guidance,
+                "guidance": follow("guidance"),
                 "backward": True,
                 "whole_trajectory": True,
                 "noise_correction": True,
@@ -84,25 +84,25 @@ def get_config(size: str = "") -> ConfigDict:
                 "shortcut": 0.0,  # ours: weight of the first state's distance to the end of its trajectory
                 "adversary_states": "all",  # of the student's states, which the discriminator judges: all | one a row
             },
-            "direct": {"learning_rate": 1e-3, "pairs_share": 0.5, "pairs_solver": "ddim", "pairs_steps": 50},
-            "step_distillation": {"learning_rate": 5e-4, "guidance": guidance, "first": 16},
-            "lcm": {"learning_rate": 5e-4, "guidance": guidance, "intervals": 50, "huber": 0.001, "target_decay": 0.95},
-            "add": {"learning_rate": 5e-4, "guidance": guidance, "distillation_weight": 2.5, "adversarial_weight": 0.05},
+            "direct": {"learning_rate": 1e-3, "pairs_share": 0.5, "pairs_solver": "ddim", "pairs_steps": follow("steps")},
+            "step_distillation": {"learning_rate": 5e-4, "guidance": follow("guidance"), "first": 16},
+            "lcm": {"learning_rate": 5e-4, "guidance": follow("guidance"), "intervals": 50, "huber": 0.001, "target_decay": 0.95},
+            "add": {"learning_rate": 5e-4, "guidance": follow("guidance"), "distillation_weight": 2.5, "adversarial_weight": 0.05},
             "lightning": {
                 "learning_rate": 3e-4,
                 "adversarial_learning_rate": 1e-5,  # of the stages after the first; tuned
-                "guidance": guidance,
+                "guidance": follow("guidance"),
                 "first": 16,
                 "substeps": 4,
                 "first_share": 0.25,
                 "counts": (4, 2, 1),
                 "regression": 0.0,
             },
-            "dmd2": {"learning_rate": 1e-4, "fake_learning_rate": 5e-4, "guidance": guidance, "adversarial_weight": 0.003},
-            "tdm": {"learning_rate": 1e-4, "fake_learning_rate": 5e-4, "guidance": guidance},
+            "dmd2": {"learning_rate": 1e-4, "fake_learning_rate": 5e-4, "guidance": follow("guidance"), "adversarial_weight": 0.003},
+            "tdm": {"learning_rate": 1e-4, "fake_learning_rate": 5e-4, "guidance": follow("guidance")},
         }
     )
-    matching = config.method_settings.tdm.to_dict() | {
+    matching = settings_of(config, "tdm") | {
         "share": 0.5,  # of the budget, after Imagine Flash
         "grid": "listed",  # listed | nested (Imagine Flash's times) | trailing
         "times": ((1.0,), (1.0, 0.5), (1.0, 0.75, 0.5), (1.0, 0.75, 0.5, 0.3)),  # tuned
@@ -132,7 +132,7 @@ def get_config(size: str = "") -> ConfigDict:
         config.eval.update({"split": "validation", "samples": 1000, "unseen": 100, "diversity_captions": 25})
         all_counts = matching | {"counts": (2, 3, 4, 2)}
         stronger = matching | {"guidance": 2.5}
-        lightning = config.method_settings.lightning.to_dict()
+        lightning = settings_of(config, "lightning")
         config.methods = variants(
             config,
             {
@@ -162,7 +162,7 @@ def get_config(size: str = "") -> ConfigDict:
         found: list[str] = []
         for factor, suffix in ((3.0, "_faster"), (1 / 3, "_slower"), (1.0, "")):
             for method in ("tdm", "dmd2", "step_distillation", "direct", "lcm", "add"):
-                given = config.method_settings[method].to_dict()
+                given = settings_of(config, method)
                 rates = {key: value * factor for key, value in given.items() if key.endswith("learning_rate")}
                 config.method_settings[method + suffix] = ConfigDict({"method": method, **given, **rates})
                 found.append(method + suffix)
@@ -185,8 +185,8 @@ def get_config(size: str = "") -> ConfigDict:
                 "shift_power": {"shift": "power", "shift_settings": {}},
                 "k_1": {"teacher_steps": 1},
                 "k_4": {"teacher_steps": 4},
-                "guidance_less": {"guidance": 1.0 + 0.5 * (guidance - 1.0)},
-                "guidance_more": {"guidance": 1.0 + 1.5 * (guidance - 1.0)},
+                "guidance_less": {"guidance": 0.5 + 0.5 * follow("guidance")},
+                "guidance_more": {"guidance": 1.5 * follow("guidance") - 0.5},
             },
         )
     if size == "leakage":
@@ -215,7 +215,6 @@ def get_config(size: str = "") -> ConfigDict:
         config.teacher.health_every = 30
         config.recogniser.update({"channels": (8, 8, 16), "features": 8, "steps": 30, "batch_size": 32})
         config.student.update({"budget": 120, "batch_size": 8, "steps": (1, 2)})
-        config.method_settings.direct.pairs_steps = 4
         config.method_settings.step_distillation.first = 2
         config.method_settings.matched.matching.counts = (2,)
         config.method_settings.lightning.update({"first": 2, "substeps": 2, "counts": (1,)})
@@ -224,9 +223,15 @@ def get_config(size: str = "") -> ConfigDict:
     return config
 
 
+def settings_of(config: ConfigDict, method: str) -> dict[str, Any]:
+    """A method's settings, to change; what follows the teacher still does."""
+    block = config.method_settings[method]
+    return block.to_dict() | {key: block.get_oneway_ref(key) for key in ("guidance", "pairs_steps") if key in block}
+
+
 def variants(config: ConfigDict, changes: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     """Add settings of Imagine Flash with these `changes`; their names."""
-    full = config.method_settings.imagine_flash.to_dict()
+    full = settings_of(config, "imagine_flash")
     for name, change in changes.items():
         config.method_settings[name] = ConfigDict({"method": "imagine_flash", **full, **change})
     return tuple(changes)

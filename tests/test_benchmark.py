@@ -269,6 +269,19 @@ def test_processes_below_none_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_methods_follow_the_teachers_guidance_and_steps_until_they_have_their_own():
+    config = config_file.get_config("ablation")
+    config.method_settings.lcm.guidance = 7.0
+    assert config.teacher.guidance == 2.0
+    config.teacher.update({"guidance": 4.0, "steps": 30})
+    settings = config.method_settings.to_dict()
+    assert settings["lcm"]["guidance"] == 7.0
+    assert {settings[name]["guidance"] for name in ("imagine_flash", "tdm", "step_distillation", "full")} == {4.0}
+    assert settings["matched"]["guidance"] == settings["matched"]["matching"]["guidance"] == 4.0
+    assert settings["direct"]["pairs_steps"] == 30
+    assert (settings["guidance_less"]["guidance"], settings["guidance_more"]["guidance"]) == (2.5, 5.5)
+
+
 def test_the_search_changes_a_competitors_rates_and_nothing_else():
     config, shipped = config_file.get_config("search"), config_file.get_config().method_settings
     benchmark.check(config)
