@@ -35,7 +35,7 @@ from jaxdistill.methods.progressive_adversarial import pair_states
 from jaxdistill.models.discriminator import fresh_heads
 from jaxdistill.prediction import Denoiser, LossFn
 from jaxdistill.recognise import SCALE_IMAGES, SceneEvaluator, SceneRecogniser, train_recogniser, unit
-from jaxdistill.train import TrainState, everything
+from jaxdistill.train import TrainState, everything, gradient_of
 from jaxdistill.workdir import train_phase
 
 SHAPE = (scenes.SIDE, scenes.SIDE, 3)
@@ -80,6 +80,12 @@ class PairBatches:
         return {"noise": noise, "target": targets, "x0": targets, "cond": self._embeddings([self._captions[int(r)] for r in rows])}
 
 
+def flops_of(function: Any, *inputs: Any) -> float:
+    """Of a jitted function, as XLA counts them before it compiles."""
+    analysis: Any = function.lower(*inputs).cost_analysis()
+    return float(analysis["flops"])
+
+
 def pair_noise(rows: np.ndarray) -> jax.Array:
     """The noise of the stored pairs `rows`: [n, h, w, c], each a function of its row."""
     return card.noise_of(300, jnp.asarray(rows), SHAPE)
@@ -113,6 +119,7 @@ class Benchmark:
         self.null_cond: Any = self.setting.null_cond
         self.target = card.PREDICTIONS[config.prediction][1]
         self.programs: dict[tuple[float, str, bool], Any] = {}
+        self.call_flops = 0.0  # of one forward call on a student's batch, counted at the first need
         (workdir / "samples").mkdir(exist_ok=True)
 
     # -- shared work
@@ -379,16 +386,15 @@ class Benchmark:
     def calls_per_step(self, stage: Stage, batch: Any, teacher: Any, params: Any) -> float:
         """The cost of one iteration in network calls on its batch: FLOPs of loss and gradient over those of one forward call.
 
-        Loops are unrolled in the methods' losses, so that the compiler's count holds them whole.
+        Loops are unrolled in the methods' losses, so that the compiler's count holds them whole. The inputs are placed as in training,
+        which then has no need to trace the loss again.
         """
-
-        def flops(function: Callable[..., Any], *inputs: Any) -> float:
-            analysis: Any = jax.jit(function).lower(*inputs).cost_analysis()
-            return float(analysis["flops"])
-
-        forward = flops(self.model.apply, params["student"], batch["x0"], jnp.ones((len(batch["x0"]),)), batch["cond"])
-        step = flops(lambda p, t, b: jax.value_and_grad(stage.loss, has_aux=True)(p, t, b, jax.random.key(0))[1], params, teacher, batch)
-        return step / forward
+        layout, key = self.layout, jax.random.key(0)
+        if not self.call_flops:
+            t = jnp.ones((len(batch["x0"]),))
+            self.call_flops = flops_of(self.setting.network.apply, params["student"], batch["x0"], t, batch["cond"])
+        inputs = layout.describe(params), layout.describe(teacher), partition.put_batch(batch, layout.mesh), layout.place(key)
+        return flops_of(gradient_of(stage.loss), *inputs) / self.call_flops
 
     def group_params(self, stage: Stage, student: Any, teacher: Any, seed: int) -> dict[str, Any]:
         """Start of each group: the student where it stands, a target or a fake score as the teacher, fresh heads."""
@@ -453,7 +459,7 @@ class Benchmark:
                 params = self.group_params(stage, current, teacher, seed)
                 cost = self.calls_per_step(stage, batches(0), previous, params)
                 iterations = max(1, int(stage.share * (1 - (method.pairs.share if method.pairs else 0)) * config.student.budget / cost))
-                stage = self.make(name)(iterations).stages[i]
+                stage = self.make(name)(iterations).stages[i]._replace(loss=stage.loss)  # which has been traced
                 main.say(f"{label}: {cost:.1f} network calls an iteration, {iterations} iterations")
                 program, grid = self.sample_fn(method.sampler), method.sampler.grid
                 health = self.health(label, evaluator, program, [grid(n) for n in stage.serves or (max(config.student.steps),)])

@@ -83,9 +83,10 @@ class Setting:
         self.config, self.model, self.schedule, self.constrain = config, model, schedule, constrain
         self.image_shape, self.text = tuple(image_shape), dict(text)  # for the cards
         built: Any = model
-        self.network = flash.Model(built.apply, schedule, parameterization)
+        # Jitted, so that a loss of many calls traces the network once.
+        self.network = flash.Model(jax.jit(built.apply), schedule, parameterization)
         self.null_cond: Any = built.null_cond
-        self.features = partial(built.apply, features=True)
+        self.features = jax.jit(partial(built.apply, features=True))
         self.heads = FeatureHeads(config.adversarial.width)
         self.steps = tuple(config.student.steps)
 

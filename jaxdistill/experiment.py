@@ -18,6 +18,7 @@ from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.prediction import LossFn, check_pair
 from jaxdistill.sampling import Constrain, check_grid
 from jaxdistill.schedule import NoiseSchedule
+from jaxdistill.train import gradient_of
 
 NOISE_SOURCES = {"trajectory": flash.trajectory_noise, "initial": flash.initial_noise, "fresh": flash.fresh_noise}
 SHIFTS = {"none": lambda T: flash.no_shift, "power": flash.power_shift, "linear": flash.linear_shift, "table": flash.table_shift}
@@ -335,14 +336,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_student_step(experiment: Experiment) -> None:
-    """Trace the student's loss without computing it, so that a mistake shows before the teacher is trained."""
+    """Trace the student's gradient as training will take it, so that a mistake shows before the teacher is trained."""
+    layout, size = experiment.layout, experiment.config.student.batch_size
+    x0, labels = jnp.zeros((1, *experiment.image_shape)), jnp.zeros((1,), jnp.int32)
+    teacher = jax.eval_shape(experiment.model.init, jax.random.key(0), x0, jnp.zeros((1,)), labels)
+    trees = jax.eval_shape(experiment.student_params, teacher), teacher, jax.eval_shape(jax.random.key, 0)
+    params, teacher, key = (layout.describe(tree) for tree in trees)
+    place = partition.batch_sharding(layout.mesh)
     batch = {
-        "x0": jnp.zeros((experiment.config.student.batch_size, *experiment.image_shape)),
-        "cond": jnp.zeros((experiment.config.student.batch_size,), jnp.int32),
+        name: jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype, sharding=place) for name, array in (("x0", x0), ("cond", labels))
     }
-
-    def loss() -> Any:
-        teacher = experiment.model.init(jax.random.key(0), batch["x0"][:1], jnp.zeros((1,)), batch["cond"][:1])
-        return experiment.student_loss(experiment.student_params(teacher), teacher, batch, jax.random.key(0))
-
-    jax.eval_shape(loss)
+    gradient_of(experiment.student_loss).trace(params, teacher, batch, key)

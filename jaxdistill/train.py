@@ -1,6 +1,7 @@
 """The training step that every method shares. Pure: no flags, files or logging."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,12 @@ def ema_decay_at(step: Int[Array, ""], decay: float) -> Float[Array, ""]:
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
+@lru_cache(maxsize=4)
+def gradient_of(loss_fn: LossFn) -> jax.stages.Wrapped:
+    """(params, teacher_params, batch, key) -> ((loss, metrics), gradient), traced once for all programs that ask for one loss's."""
+    return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+
+
 def train_step(
     state: TrainState,
     batch: Any,
@@ -66,7 +73,7 @@ def train_step(
       The state at step i + 1, and the metrics with `loss` and `grad_norm` added.
     """
     key = jax.random.fold_in(state.key, state.step)
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    gradient = gradient_of(loss_fn)
     if accumulate == 1:
         (loss, metrics), grads = gradient(state.params, teacher_params, batch, key)
     else:

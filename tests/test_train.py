@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill.train import init_state, train_step
+from jaxdistill.train import gradient_of, init_state, train_step
 
 
 def noisy_loss(params, teacher, batch, key):
@@ -31,6 +31,20 @@ def test_ema_is_of_the_student_alone_and_warms_up():
         expected = decay * expected + (1 - decay) * np.asarray(state.params["student"])
     assert state.ema_params.shape == (3,)
     np.testing.assert_allclose(state.ema_params, expected, rtol=1e-5)
+
+
+def test_programs_that_take_the_gradient_of_one_loss_trace_it_once():
+    traced = []
+
+    def loss(*inputs):
+        traced.append(1)
+        return noisy_loss(*inputs)
+
+    (state, _), tx = make(), optax.adam(0.1)
+    gradient_of(loss).lower(state.params, None, jnp.zeros(3), state.key)
+    for decay in (0.5, 0.9):
+        jax.jit(partial(train_step, loss_fn=loss, tx=tx, ema_decay=decay, ema_of=lambda p: p["student"])).lower(state, jnp.zeros(3), None)
+    assert len(traced) == 1
 
 
 def test_each_step_has_its_own_noise_and_repeats_bit_for_bit():
