@@ -229,7 +229,7 @@ class Benchmark:
         """Sample with the split's captions, score, and keep the first images."""
         ev = self.config.eval
         split, count = ev.split, ev.samples
-        params = jax.device_put(params)
+        params = self.layout.place(params)  # as in training, for one program
         draw = partial(self.draw, program, params, grid)
         draw(self.captions[split][:1], ev.seed)  # compiles
         began = time.perf_counter()
@@ -425,7 +425,7 @@ class Benchmark:
         captions = [self.captions["train"][i % len(self.captions["train"])] for i in range(count)]
         with self.claim("pairs", folder=self.caches):
             if not path.exists():
-                sampler = self.teacher_sampler(pairs.solver)
+                sampler, teacher = self.teacher_sampler(pairs.solver), self.layout.place(teacher)
                 program = self.sample_fn(sampler, guidance=block.guidance)
                 grid, size, out = jnp.asarray(sampler.grid(pairs.steps)), 64, []
                 for i in self.watched("pairs", range(0, count, size)):
