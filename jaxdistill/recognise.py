@@ -35,11 +35,12 @@ class SceneRecogniser:
         self._scale = float(np.sqrt(self(train_images)[1].var(axis=0, dtype=np.float64).mean()))
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Labels and features, in blocks of 500."""
+        """Labels and features, in blocks of 500, or of 50 where there are fewer."""
         labels, features = [], []
-        for i in range(0, len(images), 500):
-            block = np.asarray(images[i : i + 500], np.float32)
-            padded = np.concatenate([block, np.zeros((500 - len(block), *block.shape[1:]), np.float32)])
+        size = 500 if len(images) >= 500 else 50
+        for i in range(0, len(images), size):
+            block = np.asarray(images[i : i + size], np.float32)
+            padded = np.concatenate([block, np.zeros((size - len(block), *block.shape[1:]), np.float32)])
             logits, hidden = self._apply(self.params, padded)
             labels.append(np.stack([np.asarray(head).argmax(-1) for head in logits], axis=-1)[: len(block)])
             features.append(np.asarray(hidden)[: len(block)] / self._scale)
