@@ -107,6 +107,18 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def summary_writer() -> Any:
+    """The class of tensorboardX, imported for those who train only, and without torch: numbers do not need it, and it takes two seconds."""
+    hidden: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}  # no module: an ImportError, which tensorboardX expects
+    sys.modules.update(hidden)
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return SummaryWriter
+
+
 class Meter:
     """Where the time goes: seconds by kind since the last reading, and what the devices did in them."""
 
@@ -268,9 +280,7 @@ def train_loop(
     best = Best(f"{folder}/{name}-best", keep_best, state.ema_params) if keep_best else None
     start, began = int(state.step), time.perf_counter()
     curve = Curve(workdir / "curves" / f"{name}.jsonl", start)
-    from tensorboardX import SummaryWriter  # imports torch where it finds it: two seconds, for those who train only
-
-    writer = SummaryWriter(str(workdir / "tensorboard" / name), purge_step=start + 1, write_to_disk=distributed.writes())
+    writer = summary_writer()(str(workdir / "tensorboard" / name), purge_step=start + 1, write_to_disk=distributed.writes())
     meter, trace = Meter(examples, flops), Trace(workdir / "tensorboard" / name, start + 10, profile)
     pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
     last_saved = start

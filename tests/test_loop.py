@@ -285,6 +285,12 @@ def test_tensorboard_events_are_written(tmp_path):
     assert files and all(b"grad_norm" in f.read_bytes() and b"health/w0" in f.read_bytes() for f in files)
 
 
+def test_the_writer_is_imported_without_torch(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] in ("torch", "tensorboardX")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert loop.summary_writer().__name__ == "SummaryWriter" and "torch" not in sys.modules
+
+
 def test_tensorboard_keeps_the_checkpoints_own_step_on_resume(tmp_path, monkeypatch):
     """TensorBoard drops all events from `purge_step` on; the first step that is run again is the one after the checkpoint."""
     with pytest.raises(Killed):
