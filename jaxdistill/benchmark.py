@@ -727,10 +727,16 @@ def keep_programs(folder: Path) -> None:
         compilation_cache.reset_cache()  # what was compiled before has settled that there is none
 
 
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+"""Flags of XLA's CPU compiler: kernels without MLIR, and a program in one piece. The TPU's compiler ends a process that has them."""
+
+
 def choose_optimizations(config: ConfigDict) -> None:
-    """Leave XLA's costly passes out where config.optimize is False."""
+    """Leave XLA's costly passes out where config.optimize is False, before anything is compiled."""
     if not config.optimize:
         jax.config.update("jax_disable_most_optimizations", True)
+        if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]
+            os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()  # which the other processes inherit
 
 
 def cli() -> None:
@@ -740,10 +746,10 @@ def cli() -> None:
     config = main.given_config()
     workdir = Path(main.WORKDIR.value)
     try:
+        choose_optimizations(config)
         check(config)
         count = processes_of()
         main.prepare_workdir(workdir, config)
-        choose_optimizations(config)
         with loop.StopSignal().installed() as stop:
             if HELPER.value:
                 workers.end_with(HELPER.value)

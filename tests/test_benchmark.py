@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import sys
 import threading
@@ -252,13 +253,15 @@ def test_programs_are_kept_for_the_other_processes_unless_the_environment_names_
     assert not (tmp_path / "first").exists() and any((tmp_path / "second").iterdir())
 
 
-def test_the_smoke_size_compiles_without_costly_passes_and_the_others_with_them():
+def test_the_smoke_size_compiles_without_costly_passes_and_the_others_with_them(monkeypatch):
     before = jax.config.read("jax_disable_most_optimizations")
     try:
         for size, left_out in (("", False), ("smoke", True), ("search", False)):
             jax.config.update("jax_disable_most_optimizations", False)
+            monkeypatch.setenv("XLA_FLAGS", "--mine")
             benchmark.choose_optimizations(config_file.get_config(size))
             assert jax.config.read("jax_disable_most_optimizations") == left_out
+            assert os.environ["XLA_FLAGS"] == (f"{benchmark.QUICK} --mine" if left_out else "--mine")
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
 
