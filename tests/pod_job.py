@@ -12,7 +12,7 @@ from small import SHAPE, flash, make
 from jaxdistill import data, distributed, loop, partition
 from jaxdistill.workdir import say, train_phase
 
-STEPS, BATCH = 300, 32
+STEPS, BATCH = 120, 32
 
 
 def main(workdir: str, coordinator: str = "", processes: str = "1", process: str = "0") -> None:
