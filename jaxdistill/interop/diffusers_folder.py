@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -321,8 +322,15 @@ def _context_width(config: Mapping[str, Any]) -> int:
 
 def abstract_params(part: Part) -> Any:
     """The shapes of a part's parameters; nothing is computed."""
-    inputs = example_inputs(part)
-    return jax.eval_shape(lambda: part.module.init(jax.random.key(0), *inputs))
+    leaves, tree = jax.tree.flatten(example_inputs(part))
+    found = _initialised(part.module, tree, tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves))
+    return jax.tree.map(lambda a: a, found)  # a tree of its own
+
+
+@lru_cache(maxsize=16)
+def _initialised(module: nn.Module, tree: Any, inputs: Sequence[jax.ShapeDtypeStruct]) -> Any:
+    """The shapes of `module.init`, traced once: a run reads a folder's weights several times."""
+    return jax.eval_shape(module.init, jax.random.key(0), *jax.tree.unflatten(tree, inputs))
 
 
 def load_params(part: Part, *, dtype: Any = np.float32, shardings: Any = None) -> Any:
