@@ -24,6 +24,7 @@ from jaxdistill import ablate, experiment, sample
         ({"method.shift": "step"}, "method.shift = 'step' is not known"),
         ({"method.shift": "linear", "shifts.linear.high": 1.2}, "linear_shift needs 0 < low <= high <= 1, got"),
         ({"method.shift": "power", "shifts.power.strength": 1.5}, "power_shift needs 0 <= strength < 1"),
+        ({"method.teacher_solver": "heun"}, "method.teacher_solver = 'heun' is not known; choose one of 'ddim', 'dpm_solver_pp_2m'"),
         ({"teacher.solver": "euler"}, "sampler.solver = 'euler' is not known"),
         ({"adversarial.loss": "wasserstein"}, "adversarial.loss = 'wasserstein' is not known"),
         ({"adversarial.reals": "web"}, "adversarial.reals = 'web' is not known"),

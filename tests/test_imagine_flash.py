@@ -74,6 +74,18 @@ def test_loss_and_gradient_equal_the_equations_written_out(source, k, scale):
         np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()) + 1e-7)
 
 
+def test_a_second_order_teacher_comes_nearer_to_its_own_limit():
+    model, teacher = make()
+    _, student = make(seed=4)
+
+    def loss(k, solver=sampling.ddim):
+        reconstruction = Reconstruction(lambda t: 0.8 * t, steps=k, solver=solver)
+        return float(flash(model, grids=[NESTED[0]], reconstruction=reconstruction)({"student": student}, teacher, batch(), KEY)[0])
+
+    limit = loss(200)
+    assert abs(loss(8, sampling.dpm_solver_pp_2m) - limit) < 0.3 * abs(loss(8) - limit)
+
+
 def test_one_random_step_agrees_with_the_whole_trajectory():
     model, teacher = make()
     _, student = make(seed=4)

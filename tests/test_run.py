@@ -209,6 +209,7 @@ FLAGS = {
     "no guidance": {"method.guidance": 1.0},
     "more guidance": {"method.guidance": 3.0},
     "two teacher steps": {"method.teacher_steps": 2},
+    "two teacher steps of second order": {"method.teacher_steps": 2, "method.teacher_solver": "dpm_solver_pp_2m"},
     "trailing grid": {"student.grid": "trailing"},
     "other times": {"student.times": (1.0, 0.6, 0.3)},
     "fewer steps": {"student.steps": (1, 2)},
