@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
             "batch_size": 128,
             "learning_rate": 4e-3,
             "warmup": 20,
+            "decay_to": 0.02,  # share of the rate at which its cosine ends
             "weight_decay": 0.0,
             "adam_b2": 0.999,
             "ema_decay": 0.995,

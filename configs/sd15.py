@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
             "accumulate": 1,  # micro-batches a step: one is in memory at a time
             "learning_rate": 1e-5,
             "warmup": 200,
+            "decay_to": 0.02,  # share of the rate at which its cosine ends
             "weight_decay": 0.0,
             "adam_b2": 0.999,
             "ema_decay": 0.999,

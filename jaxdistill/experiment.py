@@ -76,10 +76,9 @@ def make_dataset(block: ConfigDict) -> data.Dataset:
 
 
 def make_optimizer(block: ConfigDict | Mapping[str, Any]) -> optax.GradientTransformation:
-    """AdamW, clipped, warmed up, cosine to a fiftieth: {"iterations", "learning_rate", "warmup", "weight_decay", ...}."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, block["learning_rate"], block["warmup"], max(block["iterations"], block["warmup"] + 1), block["learning_rate"] / 50
-    )
+    """AdamW, clipped, warmed up, cosine to `decay_to` of the rate (default: a fiftieth): {"iterations", "learning_rate", "warmup", ...}."""
+    top, end = block["learning_rate"], block.get("decay_to", 1 / 50)
+    rate = optax.warmup_cosine_decay_schedule(0.0, top, block["warmup"], max(block["iterations"], block["warmup"] + 1), end * top)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=block["adam_b2"], weight_decay=block["weight_decay"]))
 
 
@@ -276,6 +275,8 @@ def check_numbers(config: ConfigDict) -> None:
     for name in ("teacher.ema_decay", "student.ema_decay"):
         if name in flat and not 0 <= flat[name] < 1:
             raise ValueError(f"config.{name} must be in [0, 1), got {flat[name]}")
+    if not 0 <= flat.get("student.decay_to", 0.0) <= 1:
+        raise ValueError(f"config.student.decay_to must be in [0, 1] (1: no decay), got {flat['student.decay_to']:g}")
     if not config.student.steps or min(config.student.steps) < 1:
         raise ValueError(f"config.student.steps must hold step counts of at least 1, got {tuple(config.student.steps)}")
     drop_cond = flat.get("teacher.drop_cond", 1.0)  # a given teacher is taken to know the null conditioning

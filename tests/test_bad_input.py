@@ -31,6 +31,7 @@ from jaxdistill import ablate, experiment, sample
         ({"student.steps": (0, 1)}, "student.steps must hold step counts of at least 1"),
         ({"student.keep_best": "fd_9"}, "config.student.keep_best = 'fd_9' is not known; use one of fd_1, "),
         ({"method.teacher_steps": 0}, "config.method.teacher_steps must be at least 1, got 0"),
+        ({"student.decay_to": 1.5}, "config.student.decay_to must be in [0, 1] (1: no decay), got 1.5"),
         ({"student.batch_size": 0}, "config.student.batch_size = 0 must be a positive multiple"),
         ({"teacher.drop_cond": 0.0}, "needs a teacher trained with config.teacher.drop_cond > 0"),
         ({"eval.samples": 10}, "too few for a Frechet distance of 16 features; at least 17 are needed"),

@@ -240,6 +240,18 @@ def test_each_flag_changes_the_program_of_the_students_loss(monkeypatch):
         assert not same, f"{name} is the same as {same}"
 
 
+@pytest.mark.parametrize("decay_to", [1.0, 0.5, 0.02])
+def test_the_rate_ends_at_the_asked_share(decay_to):
+    """Of a gradient that never changes, Adam's step is the rate."""
+    block = {"iterations": 60, "learning_rate": 0.1, "warmup": 10, "weight_decay": 0.0, "adam_b2": 0.99, "decay_to": decay_to}
+    tx = experiment.make_optimizer(block)
+    state, sizes, update = tx.init(jnp.zeros(())), [], jax.jit(tx.update)
+    for _ in range(61):
+        step, state = update(jnp.ones(()), state, jnp.zeros(()))
+        sizes.append(-float(step))
+    np.testing.assert_allclose([sizes[0], sizes[10], max(sizes), sizes[-1]], [0.0, 0.1, 0.1, 0.1 * decay_to], atol=1e-6)
+
+
 def test_reals_from_the_teacher_are_its_own_images_in_the_unit_range(folder, tmp_path):
     config = tiny_config(**{"adversarial.reals": "teacher", "adversarial.pool": 30, "eval.batch_size": 20})
     split = main.Run(experiment.build(config), tmp_path, loop.StopSignal()).teacher_reals(checkpoint.load_export(folder / "teacher")[0])
