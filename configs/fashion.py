@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.student.iterations = 1000
     config.student.batch_size = 32
     config.student.learning_rate = 5e-4
+    config.student.decay_to = 0.02
 
     # Larger images hold more signal at a given time: the digits' times and shift move towards T.
     config.student.times = (1.0, 0.7, 0.37)
