@@ -2,7 +2,7 @@
 
 python -m jaxdistill.main --config=configs/smoke.py --workdir=runs/smoke
 
-Under a minute on 2 CPU cores; the images are not meant to be good (FD about 4 for the teacher, 6 at 3 steps).
+Under a minute on 2 CPU cores; the images are not meant to be good (FD about 4 for the teacher, 9 at 3 steps).
 """
 
 from ml_collections import ConfigDict
