@@ -103,14 +103,15 @@ def get_config(size: str = "") -> ConfigDict:
         }
     )
     matching = settings_of(config, "tdm") | {
-        "share": 0.5,  # of the budget, after Imagine Flash
+        "share": 0.35,  # of the budget, after Imagine Flash
         "grid": "listed",  # listed | nested (Imagine Flash's times) | trailing
         "times": ((1.0,), (1.0, 0.5), (1.0, 0.75, 0.5), (1.0, 0.75, 0.5, 0.3)),  # tuned
         "counts": (2, 3),  # steps of the trajectories that share a batch; tuned
         "shortcut": 1.0,
         "flash_weight": 0.0,  # of Imagine Flash's loss at x_T, beside the matching
     }
-    variants(config, {"matched": {"method": "matched", "matching": matching}})
+    one = {"share": 0.3, "steps": 3, "learning_rate": 3e-4}  # a student of one step, from the one of so many
+    variants(config, {"matched": {"method": "matched", "matching": matching, "one": one}})
     config.eval = ConfigDict(
         {
             "split": "test",  # test | validation; tune on validation only
@@ -130,22 +131,25 @@ def get_config(size: str = "") -> ConfigDict:
     if size == "tuning":
         config.seeds = (0,)
         config.eval.update({"split": "validation", "samples": 1000, "unseen": 100, "diversity_captions": 25})
-        all_counts = matching | {"counts": (2, 3, 4, 2)}
-        stronger = matching | {"guidance": 2.5}
+        halves = matching | {"share": 0.5}
+        all_counts = halves | {"counts": (2, 3, 4, 2)}
+        stronger = halves | {"guidance": 2.5}
+        two_stages = {"method": "matched", "one": one | {"share": 0.0}}
         lightning = settings_of(config, "lightning")
         config.methods = variants(
             config,
             {
-                "matched_nested": {"method": "matched", "matching": all_counts | {"grid": "nested", "shortcut": 0.0, "flash_weight": 4.0}},
-                "matched_trailing": {"method": "matched", "matching": all_counts | {"grid": "trailing"}},
-                "matched_listed": {"method": "matched", "matching": all_counts},
-                "matched_rate_3": {"method": "matched", "matching": all_counts | {"learning_rate": 3e-4}},
-                "matched_counts": {"method": "matched", "matching": matching},
-                "matched_share": {"method": "matched", "matching": matching | {"share": 0.75}},
-                "matched_one_state": {"method": "matched", "whole_trajectory": False, "matching": matching},
-                "matched_guidance": {"method": "matched", "guidance": 2.5, "matching": stronger},
-                "matched_one": {"method": "matched", "guidance": 2.5, "matching": stronger | {"counts": (1, 2, 3, 2)}},
-                "matched_shortcut": {"method": "matched", "guidance": 2.5, "matching": stronger | {"shortcut": 4.0}},
+                "matched_nested": {**two_stages, "matching": all_counts | {"grid": "nested", "shortcut": 0.0, "flash_weight": 4.0}},
+                "matched_trailing": {**two_stages, "matching": all_counts | {"grid": "trailing"}},
+                "matched_listed": {**two_stages, "matching": all_counts},
+                "matched_rate_3": {**two_stages, "matching": all_counts | {"learning_rate": 3e-4}},
+                "matched_counts": {**two_stages, "matching": halves},
+                "matched_share": {**two_stages, "matching": halves | {"share": 0.75}},
+                "matched_one_state": {**two_stages, "whole_trajectory": False, "matching": halves},
+                "matched_guidance": {**two_stages, "guidance": 2.5, "matching": stronger},
+                "matched_one": {**two_stages, "guidance": 2.5, "matching": stronger | {"counts": (1, 2, 3, 2)}},
+                "matched_shortcut": {**two_stages, "guidance": 2.5, "matching": stronger | {"shortcut": 4.0}},
+                "matched_three": {"method": "matched", "matching": matching, "one": one},
                 "lightning_rate_1": {"method": "lightning", **lightning},
                 "lightning_rate_3": {"method": "lightning", **lightning, "adversarial_learning_rate": 3e-5},
                 "if_k2": {},
@@ -217,6 +221,7 @@ def get_config(size: str = "") -> ConfigDict:
         config.student.update({"budget": 120, "batch_size": 8, "steps": (1, 2)})
         config.method_settings.step_distillation.first = 2
         config.method_settings.matched.matching.counts = (2,)
+        config.method_settings.matched.one.steps = 2
         config.method_settings.lightning.update({"first": 2, "substeps": 2, "counts": (1,)})
         config.eval.update({"samples": 50, "unseen": 50, "diversity_captions": 10, "repeats": 4, "batch_size": 50})
         config.log.update({"health_samples": 50, "teacher_steps": 4})

@@ -17,6 +17,7 @@ from jaxdistill.methods.adversarial_distillation import add
 from jaxdistill.methods.consistency import consistency_distillation
 from jaxdistill.methods.direct import direct
 from jaxdistill.methods.distribution_matching import dmd2
+from jaxdistill.methods.endpoint import endpoint
 from jaxdistill.methods.progressive_adversarial import lightning
 from jaxdistill.methods.step_distillation import step_distillation
 from jaxdistill.methods.trajectory_matching import tdm
@@ -333,15 +334,23 @@ def tdm_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
 
 
 def matched_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
-    """Ours: Imagine Flash, then for `block.matching.share` of the budget TDM on the grids of `block.matching.counts`, with its shortcut.
+    """Ours: Imagine Flash, for `block.matching.share` of the budget TDM with its shortcut, and for `block.one.share` one step from several.
 
     A regression leaves soft what is uncertain, and matching distributions sharpens it; but where all is uncertain, in one step, matching
-    finds the modes first. So one step learns from several: its target is the end of the trajectory, `block.matching.shortcut` times, or
-    as before it Imagine Flash's, `block.matching.flash_weight` times.
+    finds the modes first. So one step learns from several. While these are trained its target is the end of their trajectory,
+    `block.matching.shortcut` times (or as before it Imagine Flash's, `block.matching.flash_weight` times). Then a student of one step alone
+    goes on from there, towards what the student of `block.one.steps` steps draws of fresh noises.
     """
-    method, matching = imagine_flash_method(setting, block, iterations), block.matching
-    if not 0 < matching.share < 1:
-        raise ValueError(f"matching.share must be above 0 and below 1, got {matching.share:g}")
+    method, matching, one = imagine_flash_method(setting, block, iterations), block.matching, block.one
+    if not (matching.share > 0 and one.share >= 0 and matching.share + one.share < 1):
+        raise ValueError(
+            "matching.share must be above 0, one.share at least 0 and their sum below 1 (the rest is Imagine Flash's), "
+            f"got {matching.share:g} and {one.share:g}"
+        )
+    if one.share and 1 not in setting.steps:
+        raise ValueError(
+            f"one.share = {one.share:g} trains a student of one step, but config.student.steps = {setting.steps} has no 1; set it to 0"
+        )
     if matching.flash_weight < 0:
         raise ValueError(f"matching.flash_weight must be at least 0, got {matching.flash_weight:g}")
     nested, listed = setting.nested(block), [list(times) for times in matching.times]
@@ -352,15 +361,25 @@ def matched_method(setting: Setting, block: ConfigDict, iterations: int) -> Meth
         "trailing": ({"grid": "trailing"}, matching.counts),
     }
     grid, there = card.choose(grids, matching.grid, "matching.grid")
-    if lost := set(matching.counts).difference(there):
-        raise ValueError(f"matching.counts holds {min(lost)}, but the {matching.grid} times have no grid of that many; add one")
+    several = [one.steps] if one.share else []
+    if lost := {*matching.counts, *several}.difference(there):
+        key = "matching.counts" if min(lost) in matching.counts else "one.steps"
+        raise ValueError(f"{key} holds {min(lost)}, but the {matching.grid} times have no grid of that many; add one")
     sampler = setting.sampler(correct_noise=block.noise_correction, **grid)
     loss = tdm_loss(setting, matching, [sampler.grid(n) for n in matching.counts], shortcut=matching.shortcut)
     if matching.flash_weight > 0:
         loss = added(loss, flash_loss(setting, block, sampler, [1], None), weight=matching.flash_weight)
     tx = setting.optimizer(matching, iterations, fake=setting.fake_optimizer(matching))
-    second = Stage("matching", loss, setting.steps, tx, matching.share, ("student", "fake"))
-    return method._replace(sampler=sampler, stages=[method.stages[0]._replace(name="flash", share=1 - matching.share, serves=()), second])
+    stages = [
+        method.stages[0]._replace(name="flash", share=1 - matching.share - one.share, serves=()),
+        Stage("matching", loss, [n for n in setting.steps if n > 1 or not one.share], tx, matching.share, ("student", "fake")),
+    ]
+    if one.share:
+        loss = endpoint(
+            setting.network, grid=sampler.grid(one.steps), correct_noise=block.noise_correction, constrain=setting.constrain, unroll=True
+        )
+        stages.append(Stage("one", loss, [1], setting.optimizer(one, iterations), one.share, teacher="previous"))
+    return method._replace(sampler=sampler, stages=stages)
 
 
 def added(first: LossFn, second: LossFn, *, weight: float) -> LossFn:

@@ -297,21 +297,22 @@ def test_the_search_changes_a_competitors_rates_and_nothing_else():
             assert found[key] == (value * factor if key.endswith("learning_rate") else value), (name, key)
 
 
-def test_matched_is_imagine_flash_and_then_tdm_with_one_sampler():
+def test_matched_is_imagine_flash_then_tdm_then_one_step_with_one_sampler():
     config = config_file.get_config()
     build, block = benchmark.choose_method(config, "matched"), config.method_settings.matched
     flash, matched = (
         benchmark.choose_method(config, name)(setting_of(config), config.method_settings[name], 100)
         for name in ("imagine_flash", "matched")
     )
-    assert [stage.share for stage in matched.stages] == [0.5, 0.5]
-    assert [tuple(stage.serves) for stage in matched.stages] == [(), (1, 2, 3, 4)]
-    assert [tuple(stage.groups) for stage in matched.stages] == [("student", "discriminator"), ("student", "fake")]
+    np.testing.assert_allclose([stage.share for stage in matched.stages], [0.35, 0.35, 0.3])
+    assert [tuple(stage.serves) for stage in matched.stages] == [(), (2, 3, 4), (1,)]
+    assert [tuple(stage.groups) for stage in matched.stages] == [("student", "discriminator"), ("student", "fake"), ("student",)]
+    assert [stage.teacher for stage in matched.stages] == ["teacher", "teacher", "previous"]
     assert [list(matched.sampler.grid(n)) for n in (1, 2)] == [[1.0], [1.0, 0.5]]
     assert {**matched.sampler.card["sampler"], "grid": "nested", "times": [1.0, 0.75, 0.5, 0.3]} == flash.sampler.card["sampler"]
     block.matching.grid = "nested"
     assert build(setting_of(config), block, 100).sampler.card == flash.sampler.card
-    for share in (0.0, 1.0, -0.5):
+    for share in (0.0, 0.7, -0.5):
         block.matching.share = share
         with pytest.raises(ValueError, match=r"matching\.share must be"):
             build(setting_of(config), block, 100)
@@ -391,18 +392,32 @@ def test_chart_by_an_axis_reads_the_number_in_the_name():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"flash_weight": -1.0}, "matching.flash_weight must be at least 0, got -1"),
-        ({"counts": (2, 5)}, "counts holds 5, but the listed times have no grid"),
-        ({"grid": "nested", "counts": (2, 5)}, "counts holds 5, but the nested times have no grid"),
-        ({"grid": "leading"}, "matching.grid = 'leading' is not known; choose one of 'listed', 'nested', 'trailing'"),
+        ({"matching.flash_weight": -1.0}, "matching.flash_weight must be at least 0, got -1"),
+        ({"matching.counts": (2, 5)}, "matching.counts holds 5, but the listed times have no grid"),
+        ({"matching.grid": "nested", "matching.counts": (2, 5)}, "counts holds 5, but the nested times have no grid"),
+        ({"matching.grid": "leading"}, "matching.grid = 'leading' is not known; choose one of 'listed', 'nested', 'trailing'"),
+        ({"one.steps": 5}, "one.steps holds 5, but the listed times have no grid"),
+        ({"one.steps": 1}, "endpoint needs a grid of several steps"),
+        ({"one.share": 0.7}, "their sum below 1 (the rest is Imagine Flash's), got 0.35 and 0.7"),
+        ({"one.share": -0.1}, "one.share at least 0"),
     ],
 )
 def test_bad_settings_of_a_method_are_refused_before_any_work(change, said):
     config = config_file.get_config()
-    config.method_settings.matched.matching.update(change)
+    config.method_settings.matched.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=r"config\.method_settings\.matched: ") as refused:
         benchmark.check(config)
     assert said in str(refused.value)
+
+
+def test_a_student_of_one_step_that_nobody_asked_for_is_refused():
+    config = config_file.get_config()
+    config.student.steps = (2, 3)
+    with pytest.raises(ValueError, match=r"matched: one.share = 0.3 trains a student of one step.* \(2, 3\) has no 1; set it to 0"):
+        benchmark.check(config)
+    config.method_settings.matched.one.share = 0.0
+    stages = benchmark.choose_method(config, "matched")(setting_of(config), config.method_settings.matched, 1).stages
+    assert [tuple(stage.serves) for stage in stages] == [(), (2, 3)]
 
 
 @pytest.mark.parametrize(("kind", "said"), [("pie", "config.chart.kind = 'pie'"), ("axis", "CURVE_snr_100")])

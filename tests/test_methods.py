@@ -12,6 +12,7 @@ from small import compiled, make, make_adversary
 from jaxdistill import schedule as schedules
 from jaxdistill.methods import adversarial_distillation, consistency, distribution_matching, trajectory_matching
 from jaxdistill.methods import direct as direct_module
+from jaxdistill.methods import endpoint as endpoint_module
 from jaxdistill.methods import step_distillation as step_module
 from jaxdistill.methods.consistency import consistency_function
 from jaxdistill.methods.distribution_matching import matching_gradient
@@ -23,7 +24,7 @@ from jaxdistill.sampling import renoise, rollout, start, trailing_grid
 from jaxdistill.train import init_state, train_step
 
 add, direct, dmd2 = map(compiled, (adversarial_distillation.add, direct_module.direct, distribution_matching.dmd2))
-step_distillation, tdm = map(compiled, (step_module.step_distillation, trajectory_matching.tdm))
+step_distillation, tdm, endpoint = map(compiled, (step_module.step_distillation, trajectory_matching.tdm, endpoint_module.endpoint))
 consistency_distillation = compiled(consistency.consistency_distillation)
 COSINE = schedules.cosine()
 S = 0.7
@@ -442,6 +443,47 @@ def test_tdms_shortcut_pulls_the_first_state_to_the_end_of_its_trajectory(grids)
 def test_tdm_refuses_what_it_cannot_train(options, words):
     with pytest.raises(ValueError, match=words):
         tdm_gradient(0.1, 0.1, **options)
+
+
+# ------------------------------------------------------------------------------------------------- endpoint
+
+
+def switch(params, x, t, cond):
+    """x̂0 = p x at T and 0.3 x after it."""
+    return jnp.where(expand(t) >= 1.0, params * x, 0.3 * x)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_endpoint_learns_the_map_from_noise_to_the_frozen_students_end(steps):
+    """On an even grid from x_T = ε, with x̂0 = p x first: each state is a multiple of x_T, and so is the end."""
+    grid, first = trailing_grid(steps, 1.0), 0.8
+    at, x0, eps = 1.0, first, 1.0  # multiples of x_T; noise correction holds ε̂ = x_T at T
+    for s in map(float, grid[1:]):
+        at = float(COSINE.alpha(s)) * x0 + float(COSINE.sigma(s)) * eps
+        x0 = 0.3 * at
+        eps = (at - float(COSINE.alpha(s)) * x0) / float(COSINE.sigma(s))
+    loss, batch = endpoint(network(switch), grid=grid), gaussian_batch(2**12)
+
+    def value(p):
+        return loss({"student": jnp.float32(p)}, jnp.float32(first), batch, KEY)[0]
+
+    assert float(value(x0)) < 1e-12
+    np.testing.assert_allclose(float(value(x0 + 0.5)), 0.25, rtol=0.06)  # E x_T² = 1
+    np.testing.assert_allclose(float(jax.grad(value)(x0 + 0.5)), 1.0, rtol=0.06)
+
+
+def test_endpoint_draws_a_fresh_noise_for_each_key_and_never_looks_at_data():
+    loss, batch = endpoint(network(switch), grid=trailing_grid(2, 1.0)), gaussian_batch()
+    found = [
+        float(loss({"student": jnp.float32(0.9)}, jnp.float32(0.8), {**batch, "x0": batch["x0"] + shift}, key)[0])
+        for key, shift in ((KEY, 0.0), (KEY, 7.0), (jax.random.key(4), 0.0))
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+def test_endpoint_refuses_a_single_step():
+    with pytest.raises(ValueError, match=r"needs a grid of several steps, got \[1.0\]"):
+        endpoint(network(switch), grid=trailing_grid(1, 1.0))
 
 
 # ------------------------------------------------------------------------------------------------ lightning
