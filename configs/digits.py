@@ -10,9 +10,11 @@ The data are the 1,797 real digits of scikit-learn (1,078 to train, 359 to valid
 
 from ml_collections import ConfigDict
 
+from jaxdistill import variants
 
-def get_config() -> ConfigDict:
-    """The config; every key can be set as --config.key=value."""
+
+def get_config(name: str = "") -> ConfigDict:
+    """The config, or its variant `name`; every key can be set as --config.key=value."""
     config = ConfigDict()
     config.seed = 0  # of parameters, batches and noise; not of the splits or the feature extractor
 
@@ -72,6 +74,7 @@ def get_config() -> ConfigDict:
 
     config.method = ConfigDict(
         {
+            "name": "imagine_flash",  # imagine_flash | endpoint: ours, one step from another student's several (:one)
             "backward": True,  # False: forward distillation on data
             "whole_trajectory": True,  # False: one random state an example
             "noise_correction": True,
@@ -129,4 +132,4 @@ def get_config() -> ConfigDict:
             "checkpoint_every": 500,
         }
     )
-    return config
+    return variants.chosen(config, name, file="digits")

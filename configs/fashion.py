@@ -12,9 +12,10 @@ the student at 3, 2 and 1 steps; accuracy 0.79 and 0.71 to 0.74.
 from ml_collections import ConfigDict
 
 from configs import digits
+from jaxdistill import variants
 
 
-def get_config() -> ConfigDict:
+def get_config(name: str = "") -> ConfigDict:
     """The config; what is not set here is as in the digits config."""
     config = digits.get_config()
     config.data.name = "fashion"
@@ -52,4 +53,4 @@ def get_config() -> ConfigDict:
     config.log.health_samples = 160
     config.log.teacher_steps = 20
     config.log.checkpoint_every = 250
-    return config
+    return variants.chosen(config, name, file="fashion")

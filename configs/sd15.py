@@ -9,9 +9,11 @@ diffusers) and runs/sd15/student (Orbax). Not run at full size yet: the iteratio
 
 from ml_collections import ConfigDict
 
+from jaxdistill import variants
 
-def get_config() -> ConfigDict:
-    """The config; every key can be set as --config.key=value."""
+
+def get_config(name: str = "") -> ConfigDict:
+    """The config, or its variant `name`; every key can be set as --config.key=value."""
     config = ConfigDict()
     config.task = "text_to_image"
     config.seed = 0
@@ -74,6 +76,7 @@ def get_config() -> ConfigDict:
     )
     config.method = ConfigDict(
         {
+            "name": "imagine_flash",  # imagine_flash | endpoint: ours, one step from another student's several (:one)
             "backward": True,
             "whole_trajectory": True,  # False: one random state an example
             "noise_correction": True,
@@ -111,4 +114,4 @@ def get_config() -> ConfigDict:
     config.log = ConfigDict({"every": 10, "checkpoint_every": 500, "health_prompts": 4, "batch_size": 4})
     config.log.checkpoints = ""  # folder of the checkpoints, default: the workdir's; may be gs://bucket/path
     config.log.profile = 0  # steps of which a trace is written for TensorBoard
-    return config
+    return variants.chosen(config, name, file="sd15")

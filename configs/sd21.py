@@ -9,10 +9,11 @@ As configs/sd15.py. Not run at full size yet.
 from ml_collections import ConfigDict
 
 from configs import sd15
+from jaxdistill import variants
 
 
-def get_config() -> ConfigDict:
+def get_config(name: str = "") -> ConfigDict:
     """The 1.x config with a smaller batch."""
     config = sd15.get_config()
     config.student.batch_size = 24
-    return config
+    return variants.chosen(config, name, file="sd21")

@@ -9,9 +9,10 @@ As configs/sd15.py, with low-rank updates by default. Not run at full size yet.
 from ml_collections import ConfigDict
 
 from configs import sd15
+from jaxdistill import variants
 
 
-def get_config() -> ConfigDict:
+def get_config(name: str = "") -> ConfigDict:
     """The 1.x config with XL's guidance, LoRA and a loop over the blocks of a level."""
     config = sd15.get_config()
     config.teacher.guidance = 5.0
@@ -22,4 +23,4 @@ def get_config() -> ConfigDict:
     config.student.lora_rank = 64
     config.data.height = 1024
     config.data.width = 1024
-    return config
+    return variants.chosen(config, name, file="sdxl")

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 from jaxdistill import adversarial, card, data, partition
 from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.methods.denoising import denoising
+from jaxdistill.methods.endpoint import endpoint
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.prediction import LossFn, check_pair
-from jaxdistill.sampling import Constrain, check_grid
+from jaxdistill.sampling import Constrain, TimeGrid, check_grid
 from jaxdistill.schedule import NoiseSchedule
 from jaxdistill.train import gradient_of
 
@@ -103,6 +104,25 @@ def make_reconstruction(config: ConfigDict, T: float) -> flash.Reconstruction:
     )
 
 
+def from_student(config: ConfigDict) -> bool:
+    """Whether config.method.name asks for a student of one step that learns from one of several (`endpoint`), not for Imagine Flash.
+
+    Raises ValueError for a name that is not known, and for settings that such a student cannot have.
+    """
+    if not card.choose({"imagine_flash": False, "endpoint": True}, config.method.get("name", "imagine_flash"), "method.name"):
+        return False
+    about = "config.method.name = 'endpoint' trains a student of one step on where another student ends"
+    if tuple(config.student.steps) != (1,):
+        raise ValueError(f'{about}; set config.student.steps="(1,)", got {tuple(config.student.steps)}')
+    if config.teacher.steps < 2:
+        raise ValueError(f"{about}; set config.teacher.steps to the several steps of that one, got {config.teacher.steps}")
+    if config.teacher.guidance != 1.0:
+        raise ValueError(f"{about}, which needs no guidance; set config.teacher.guidance=1, got {config.teacher.guidance:g}")
+    if config.adversarial.weight > 0:
+        raise ValueError(f"{about}, without a discriminator; set config.adversarial.weight=0, got {config.adversarial.weight:g}")
+    return True
+
+
 def make_adversary(
     block: ConfigDict, features: adversarial.FeatureFn, heads: nn.Module, schedule: NoiseSchedule, constrain: Constrain
 ) -> adversarial.Adversary | None:
@@ -119,6 +139,40 @@ def make_adversary(
         noise_time=adversarial.uniform_time(block.low * schedule.T, block.high * schedule.T),
         loss=gan_loss,
         constrain=constrain,
+    )
+
+
+def make_student_loss(
+    config: ConfigDict,
+    network: flash.Model,
+    *,
+    grids: Sequence[TimeGrid],
+    several: TimeGrid,
+    null_cond: Callable[[Any], Any],
+    adversary: adversarial.Adversary | None,
+    constrain: Constrain,
+    adversary_states: str = "all",
+    unroll: bool = False,
+) -> LossFn:
+    """Of config.method.name: Imagine Flash on `grids`, or `endpoint` from a student's steps at the times `several`. Raises ValueError."""
+    method = config.method
+    if from_student(config):
+        return endpoint(network, grid=several, correct_noise=method.noise_correction, constrain=constrain, unroll=unroll)
+    return flash.imagine_flash(
+        network,
+        network,
+        grids=grids,
+        null_cond=null_cond,
+        reconstruction=make_reconstruction(config, network.schedule.T),
+        weight=flash.power_weight(network.schedule.T, power=method.weight_power),
+        backward=method.backward,
+        whole_trajectory=method.whole_trajectory,
+        correct_noise=method.noise_correction,
+        adversary=adversary,
+        adversary_states=adversary_states,
+        shortcut=method.shortcut,
+        constrain=constrain,
+        unroll=unroll,
     )
 
 
@@ -142,6 +196,7 @@ def make_cards(config: ConfigDict, dataset: data.Dataset) -> tuple[dict[str, Any
         },
     }
     teacher, student, method = config.teacher, config.student, config.method
+    learned = from_student(config)  # then the teacher is a student, too
     return (
         {
             **common,
@@ -149,10 +204,10 @@ def make_cards(config: ConfigDict, dataset: data.Dataset) -> tuple[dict[str, Any
             "sampler": {
                 "solver": teacher.solver,
                 "grid": teacher.grid,
-                "times": [1.0],
+                "times": list(student.times) if learned else [1.0],
                 "steps": teacher.steps,
                 "guidance": teacher.guidance,
-                "noise_correction": False,
+                "noise_correction": learned and method.noise_correction,
             },
         },
         {
@@ -173,6 +228,8 @@ def make_cards(config: ConfigDict, dataset: data.Dataset) -> tuple[dict[str, Any
 def build(config: ConfigDict) -> Experiment:
     """Check the whole config and make its functions. Raises ValueError with one clear line for what cannot be."""
     check_numbers(config)
+    if from_student(config) and not config.teacher.path:
+        raise ValueError("config.teacher.path is empty: config.method.name = 'endpoint' needs the student/ folder of a finished run")
     dataset = make_dataset(config.data)
     check_counts(config, dataset)
     layout = partition.layout(config.mesh.to_dict())
@@ -192,28 +249,20 @@ def build(config: ConfigDict) -> Experiment:
 
     constrain = partition.constrain_batch(mesh)
     null_cond: Any = model.null_cond
-    reconstruction = make_reconstruction(config, schedule.T)
     teacher_loss = denoising(
         model.apply, schedule=schedule, target=target, null_cond=null_cond, drop_cond=config.teacher.drop_cond, constrain=constrain
     )
-    method = config.method
     heads = FeatureHeads(config.adversarial.width)
-    adversary = make_adversary(config.adversarial, partial(model.apply, features=True), heads, schedule, constrain)
     network = flash.Model(model.apply, schedule, parameterization)
-    student_loss = flash.imagine_flash(
-        network,
+    student_loss = make_student_loss(
+        config,
         network,
         grids=list(grids.values()),
+        several=teacher_sampler.grid(config.teacher.steps),
         null_cond=null_cond,
-        reconstruction=reconstruction,
-        weight=flash.power_weight(schedule.T, power=method.weight_power),
-        backward=method.backward,
-        whole_trajectory=method.whole_trajectory,
-        correct_noise=method.noise_correction,
-        adversary=adversary,
-        shortcut=method.shortcut,
+        adversary=make_adversary(config.adversarial, partial(model.apply, features=True), heads, schedule, constrain),
         constrain=constrain,
-        unroll=method.unroll,
+        unroll=config.method.unroll,
     )
     student_tx = make_student_optimizer(config)
     experiment = Experiment(
@@ -299,7 +348,8 @@ def check_numbers(config: ConfigDict) -> None:
         return
     if not config.eval.models:
         raise ValueError("config.eval.models must name what to score: 'teacher', 'student' or both, got ()")
-    for phase, extra in (("teacher", ()), ("student", ("nested",))):
+    nested = ("nested",)
+    for phase, extra in (("teacher", nested if from_student(config) else ()), ("student", nested)):
         card.choose(dict.fromkeys((*extra, *card.GRIDS)), config[phase].grid, f"{phase}.grid")
     for name in config.eval.models:
         card.choose({"teacher": 0, "student": 0}, name, "eval.models")

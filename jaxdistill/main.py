@@ -21,7 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from jaxdistill import card, checkpoint, data, distributed, evaluate, loop, partition, report
-from jaxdistill.experiment import Experiment, build, flatten, scored_split, student_of
+from jaxdistill.experiment import Experiment, build, flatten, from_student, scored_split, student_of
 from jaxdistill.methods import imagine_flash as flash
 from jaxdistill.prediction import LossFn
 from jaxdistill.train import TrainState, everything
@@ -152,6 +152,15 @@ class Run:
                 raise UserError(
                     f"config.teacher.path={folder} was trained with {key} = {found[key]}, the config says {self.teacher_card[key]}"
                 )
+        if from_student(self.config):
+            if found["role"] != "student":
+                raise UserError(
+                    f"config.teacher.path={folder} holds a teacher; config.method.name = 'endpoint' needs the student/ folder of a run"
+                )
+            for key in ("solver", "grid", "times", "noise_correction"):
+                here, there = self.teacher_card["sampler"][key], found["sampler"][key]
+                if json.loads(json.dumps(here)) != there:
+                    raise UserError(f"config.teacher.path={folder} is drawn from with {key} = {there}, the config says {here}")
         return params
 
     def student(self, teacher_params: Any, evaluator: evaluate.Evaluator) -> Any:
@@ -374,7 +383,7 @@ class StudentHealth:
         self.programs: dict[str, Any] = {}
         self.noise, self.labels = run.noise(config.seed + 100, 0, count), run.labels(count)
         sampler = run.experiment.teacher_sampler
-        sample = run.sample_fn(sampler, guidance=config.teacher.guidance, correct_noise=False)
+        sample = run.sample_fn(sampler, guidance=config.teacher.guidance, correct_noise=sampler.card["sampler"]["noise_correction"])
         self.teacher = sample(teacher_params, self.noise, self.labels, sampler.grid(config.teacher.steps))
         say(
             f"health  teacher: FD {evaluator.quick_fd(self.teacher):.3f} on validation ({count} images, {config.teacher.steps} steps), "

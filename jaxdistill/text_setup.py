@@ -10,7 +10,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill import card, hlo, partition, pipeline
-from jaxdistill.experiment import check_keep_best, check_numbers, make_adversary, make_reconstruction, make_student_optimizer, student_of
+from jaxdistill.experiment import (
+    check_keep_best,
+    check_numbers,
+    from_student,
+    make_adversary,
+    make_student_loss,
+    make_student_optimizer,
+    student_of,
+)
 from jaxdistill.interop import architectures, diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.interop.diffusers_folder import Folder
 from jaxdistill.methods import imagine_flash as flash
@@ -68,8 +76,7 @@ class TextSetup:
         plain = diffusers_scheduler.student_config(self.folder.scheduler, noise_correction=False)
         scheduler = diffusers_scheduler.of_folder(self.folder._replace(scheduler=plain))
         self.schedule, self.unet = scheduler.schedule, self.folder.unet.module
-        T = self.schedule.T
-        self.grids: dict[int, TimeGrid] = {n: check_grid(trailing_grid(n, T, discrete=True), T) for n in sorted(student.steps)}
+        self.grids: dict[int, TimeGrid] = {n: self.grid(n) for n in sorted(student.steps)}
         check_keep_best(student.keep_best, ("distance",), self.grids)
         self.size = pipeline.image_size(self.folder, config.data.height or None, config.data.width or None)
         factor = self.folder.vae.module.factor
@@ -98,33 +105,43 @@ class TextSetup:
             lora.layers(self.abstract, student.lora_targets)
         self.layout.of(self.abstract)
         # For v-prediction from zero terminal SNR the corrected noise is the network's own.
-        exact = scheduler.parameterization is v_prediction and float(self.schedule.alpha(T)) < 1e-6
+        exact = scheduler.parameterization is v_prediction and float(self.schedule.alpha(self.schedule.T)) < 1e-6
         self.correct_noise = bool(config.method.noise_correction) and not exact
         self.scheduler = scheduler._replace(noise_correction=self.correct_noise)
+        if from_student(config):
+            self.check_student(config.teacher.folder)
         self.null: dict[str, Any] = {}
         self.heads = FeatureHeads(config.adversarial.width)
         self.loss = self.make_loss()
         self.tx = make_student_optimizer(config)
 
+    def grid(self, steps: int) -> TimeGrid:
+        """The student's times."""
+        return check_grid(trailing_grid(steps, self.schedule.T, discrete=True), self.schedule.T)
+
+    def check_student(self, path: str) -> None:
+        """Raise ValueError where the folder is not drawn from as a student is; a published architecture stands for one that is."""
+        found, correct = self.folder.scheduler, bool(self.config.method.noise_correction)
+        for key, value in diffusers_scheduler.student_config(found, noise_correction=self.correct_noise).items():
+            if path and found.get(key) != value:
+                raise ValueError(
+                    f"config.teacher.folder = {path} is no student with config.method.noise_correction = {correct}: its scheduler's {key} "
+                    f"is {found.get(key)!r}, not {value!r}; give the diffusers/ folder of a finished run"
+                )
+
     def make_loss(self) -> LossFn:
-        """Imagine Flash on this folder's network; with LoRA the student is the teacher's weights plus the updates."""
+        """The config's method on this folder's network; with LoRA the student is the teacher's weights plus the updates."""
         config, dtype = self.config, DTYPES[self.config.compute.dtype]
         constrain = partition.constrain_batch(self.layout.mesh)
         network = flash.Model(self.unet.apply, self.schedule, self.scheduler.parameterization)
-        adversary = make_adversary(config.adversarial, partial(self.unet.apply, features=True), self.heads, self.schedule, constrain)
-        loss = flash.imagine_flash(
-            network,
+        loss = make_student_loss(
+            config,
             network,
             grids=list(self.grids.values()),
+            several=self.grid(config.teacher.steps),
             null_cond=lambda cond: pipeline.with_null(self.null, cond),  # known once the text is encoded
-            reconstruction=make_reconstruction(config, self.schedule.T),
-            weight=flash.power_weight(self.schedule.T, power=config.method.weight_power),
-            backward=config.method.backward,
-            whole_trajectory=config.method.whole_trajectory,
-            correct_noise=config.method.noise_correction,
-            adversary=adversary,
+            adversary=make_adversary(config.adversarial, partial(self.unet.apply, features=True), self.heads, self.schedule, constrain),
             adversary_states=config.adversarial.states,
-            shortcut=config.method.shortcut,
             constrain=constrain,
         )
 
@@ -213,10 +230,13 @@ class TextSetup:
     def step_flops(self) -> float:
         """Analytic FLOPs of a step on all devices, with nothing computed twice.
 
+        Of `endpoint` a row costs the frozen student its steps, and the student 3 calls (with LoRA 2).
         A row visits N states. Each costs the student 3 calls (forward, and backward to inputs and weights; with LoRA 2) and the teacher k,
         twice that with guidance; the adversary computes the hidden states of s of them forward and backward to the input, and of a real.
         """
         method, student = self.config.method, self.config.student
+        if from_student(self.config):
+            return student.batch_size * ((2 if student.lora_rank else 3) + self.config.teacher.steps) * self.call_flops()
         grids = flash.unique_grids(list(self.grids.values()))
         longest = max(len(grid) for grid in grids)
         states = longest if method.whole_trajectory else 1

@@ -4,7 +4,8 @@ import pytest
 import tiny
 from shell import run_command
 
-from jaxdistill import ablate, experiment, sample
+from configs import digits, fashion, sd15, sd21, sdxl
+from jaxdistill import ablate, experiment, sample, variants
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,33 @@ def test_a_bad_config_is_refused_with_the_value_and_the_mend(changes, message):
     with pytest.raises(ValueError) as error:
         experiment.build(ablate.changed(tiny.get_config(), changes))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "config.teacher.path is empty: config.method.name = 'endpoint' needs the student/ folder"),
+        ({"method.name": "end"}, "method.name = 'end' is not known; choose one of 'imagine_flash', 'endpoint'"),
+        ({"student.steps": (1, 2)}, 'set config.student.steps="(1,)", got (1, 2)'),
+        ({"teacher.steps": 1}, "set config.teacher.steps to the several steps of that one, got 1"),
+        ({"teacher.guidance": 1.5}, "set config.teacher.guidance=1, got 1.5"),
+        ({"adversarial.weight": 0.1}, "set config.adversarial.weight=0, got 0.1"),
+    ],
+)
+def test_a_bad_config_of_one_step_from_several_is_refused(changes, message):
+    with pytest.raises(ValueError) as error:
+        experiment.build(ablate.changed(variants.chosen(tiny.get_config(), "one", file="tiny"), changes))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [digits, fashion, sd15, sd21, sdxl], ids=lambda config: config.__name__)
+def test_each_config_has_its_variant_of_one_step_and_no_other(config):
+    found, plain = config.get_config("one"), config.get_config()
+    assert experiment.from_student(found) and not experiment.from_student(plain)
+    assert found.teacher.steps == 3 and found.teacher.guidance == 1.0
+    file = config.__name__.removeprefix("configs.")
+    with pytest.raises(ValueError, match=rf"configs/{file}.py:two is not known; use one of configs/{file}.py, configs/{file}.py:one"):
+        config.get_config("two")
 
 
 def test_a_model_that_does_not_fit_the_images_is_refused():

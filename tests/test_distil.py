@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from shell import assert_one_error_line, assert_same_bits, run_command
 
-from jaxdistill import checkpoint, distil, loop, partition, pipeline, record_cache
+from jaxdistill import checkpoint, distil, loop, partition, pipeline, record_cache, variants
 from jaxdistill.interop import diffusers_folder, lora
 from jaxdistill.workdir import UserError
 
@@ -103,6 +103,28 @@ def test_what_a_run_leaves(finished):
         assert (folder / name).is_file(), name
     cards = json.loads((folder / "student" / "card.json").read_text())
     assert cards["role"] == "text-to-image student" and cards["components"] == "../diffusers"
+
+
+@pytest.mark.slow
+def test_a_student_of_one_step_learns_from_a_finished_one(finished, tmp_path):
+    config = variants.chosen(make_config(tmp_path), "one", file="text_config")
+    config.update_from_flattened_dict({"teacher.folder": str(finished / "diffusers"), "student.iterations": 20, "student.health_every": 20})
+    results = distil.run(config, tmp_path / "run")
+    assert [row["steps"] for row in results["rows"]] == [1]
+    curve = loop.read_curve(tmp_path / "run" / "curves" / "student.jsonl")
+    losses = [record["loss"] for record in curve if "loss" in record]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    drawn, saved = (
+        np.asarray(Image.open(f / "samples" / name)) for f, name in ((tmp_path / "run", "teacher.png"), (finished, "student_0000006.png"))
+    )
+    np.testing.assert_array_equal(drawn, saved[-len(drawn) :])  # the finished one at three steps
+    assert pipeline.load(tmp_path / "run" / "diffusers").steps == 1
+
+
+def test_a_folder_that_is_no_student_cannot_teach_one_step(tmp_path):
+    config = variants.chosen(make_config(tmp_path), "one", file="text_config")
+    with pytest.raises(UserError, match=r"is no student .* its scheduler's _class_name is .*; give the diffusers/ folder"):
+        distil.run(config, tmp_path / "run")
 
 
 @pytest.mark.slow

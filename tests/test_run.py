@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from shell import TINY, assert_same_bits, folder_bytes, run_command, tiny_config
 
-from jaxdistill import card, checkpoint, evaluate, experiment, loop, main, sample, train
+from jaxdistill import card, checkpoint, evaluate, experiment, loop, main, sample, train, variants
+from jaxdistill.workdir import UserError
 
 ROW_KEYS = {"model", "steps", "guidance", "fd", "accuracy", "precision", "recall", "diversity", "images_per_second"}
 
@@ -316,6 +317,48 @@ def test_teacher_of_another_run_is_taken_over(folder, tmp_path):
     job = main.Run(experiment.build(tiny_config(**{"teacher.path": str(folder / "teacher")})), tmp_path, loop.StopSignal())
     assert_same_bits(job.teacher(NoScores()), checkpoint.load_export(folder / "teacher")[0])
     assert_same_bits(checkpoint.load_export(tmp_path / "teacher")[0], checkpoint.load_export(folder / "teacher")[0])
+
+
+# ------------------------------------------------------------------------------- one step from several
+
+
+def one_step(folder, **changes):
+    """The tiny config's variant whose teacher is the student that `folder` holds."""
+    config = variants.chosen(tiny_config(), "one", file="tiny")
+    config.update_from_flattened_dict({"teacher.path": str(folder), **changes})
+    return config
+
+
+@pytest.mark.slow
+def test_a_student_of_one_step_learns_from_a_finished_one(folder, results, tmp_path):
+    found = main.run(one_step(folder / "student", **{"student.iterations": 60, "log.every": 10}), tmp_path / "run")
+    before, after = (without_rates(r["rows"]) for r in (results, found))
+    several, once = ({k: v for k, v in row.items() if k not in ("model", "ratio")} for row in after[:2])
+    same = [{k: v for k, v in row.items() if k not in ("model", "ratio")} for row in before if row["model"] == "student"]
+    assert several == same[2] and once == same[0]  # as that run scored it at three steps and at one
+    assert [(row["model"], row["steps"]) for row in after] == [("teacher", 3), ("teacher", 1), ("student", 1)]
+    assert after[2]["fd"] < after[1]["fd"]
+    curve = loop.read_curve(tmp_path / "run" / "curves" / "student.jsonl")
+    losses = [record["loss"] for record in curve if "loss" in record]
+    health = [record["health/distance_1"] for record in curve if "health/distance_1" in record]
+    assert losses[-1] < losses[0] and health[-1] < health[0]
+    assert checkpoint.load_export(tmp_path / "run" / "student")[1]["sampler"]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("role", "changes", "message"),
+    [
+        ("teacher", {}, "holds a teacher; config.method.name = 'endpoint' needs the student/ folder of a run"),
+        ("student", {"method.noise_correction": False}, "is drawn from with noise_correction = True, the config says False"),
+        ("student", {"student.times": (1.0, 0.6, 0.2)}, "is drawn from with times = [1.0, 0.5, 0.2], the config says [1.0, 0.6, 0.2]"),
+        ("student", {"teacher.grid": "trailing"}, "is drawn from with grid = nested, the config says trailing"),
+        ("student", {"teacher.solver": "dpm_solver_pp_2m"}, "is drawn from with solver = ddim, the config says dpm_solver_pp_2m"),
+    ],
+)
+def test_a_student_that_is_not_drawn_from_as_the_config_says_is_refused(folder, tmp_path, role, changes, message):
+    with pytest.raises(UserError) as refused:
+        main.run(one_step(folder / role, **changes), tmp_path / "run")
+    assert message in str(refused.value) and not (tmp_path / "run" / "extractor").exists()
 
 
 # -------------------------------------------------------------------------------------------- sampling
