@@ -159,7 +159,7 @@ def get_config(size: str = "") -> ConfigDict:
             },
         )
     if size == "search":
-        # Are the competitors held back by their learning rates? On validation, at half of the budget.
+        # Are the competitors held back by their learning rates, or by the guidance? On validation, at half of the budget.
         config.seeds = (0,)
         config.student.budget //= 2
         config.eval.update({"split": "validation", "samples": 1000, "unseen": 100, "diversity_captions": 25})
@@ -170,6 +170,10 @@ def get_config(size: str = "") -> ConfigDict:
                 rates = {key: value * factor for key, value in given.items() if key.endswith("learning_rate")}
                 config.method_settings[method + suffix] = ConfigDict({"method": method, **given, **rates})
                 found.append(method + suffix)
+        for method in ("tdm", "dmd2", "step_distillation", "lcm", "add"):  # and at the guidance that `matched` has
+            name, stronger = method + "_guided", {"guidance": 1.5 * follow("guidance") - 0.5}
+            config.method_settings[name] = ConfigDict({"method": method, **settings_of(config, method), **stronger})
+            found.append(name)
         config.methods = tuple(found)
     if size == "ablation":
         config.chart.kind = "variants"

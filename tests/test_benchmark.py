@@ -286,14 +286,17 @@ def test_methods_follow_the_teachers_guidance_and_steps_until_they_have_their_ow
     assert (settings["guidance_less"]["guidance"], settings["guidance_more"]["guidance"]) == (2.5, 5.5)
 
 
-def test_the_search_changes_a_competitors_rates_and_nothing_else():
+def test_the_search_changes_a_competitors_rates_or_its_guidance_and_nothing_else():
     config, shipped = config_file.get_config("search"), config_file.get_config().method_settings
     benchmark.check(config)
-    assert config.eval.split == "validation" and len(config.methods) == 3 * 6
+    assert config.eval.split == "validation" and len(config.methods) == 3 * 6 + 5
     for name in config.methods:
         found, method = config.method_settings[name].to_dict(), config.method_settings[name].method
-        factor = {"faster": 3.0, "slower": 1 / 3}.get(name.rpartition("_")[2], 1.0)
+        kind = name.rpartition("_")[2]
+        factor = {"faster": 3.0, "slower": 1 / 3}.get(kind, 1.0)
         for key, value in shipped[method].to_dict().items():
+            if key == "guidance" and kind == "guided":
+                value = 2.5
             assert found[key] == (value * factor if key.endswith("learning_rate") else value), (name, key)
 
 

@@ -3,9 +3,10 @@
 from ml_collections import ConfigDict
 
 from configs import sd15
+from jaxdistill import variants
 
 
-def get_config() -> ConfigDict:
+def get_config(name: str = "") -> ConfigDict:
     config = sd15.get_config()
     config.teacher.update({"steps": 4, "guidance": 3.0})
     config.method.update({"guidance": 3.0, "teacher_steps": 1})
@@ -14,4 +15,4 @@ def get_config() -> ConfigDict:
     config.adversarial.update({"width": 8, "pool": 5})
     config.export.dtype = "float32"
     config.log.update({"every": 1, "checkpoint_every": 2, "health_prompts": 1, "batch_size": 2})
-    return config
+    return variants.chosen(config, name, file="text_config")
