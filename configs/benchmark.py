@@ -111,7 +111,8 @@ def get_config(size: str = "") -> ConfigDict:
         "flash_weight": 0.0,  # of Imagine Flash's loss at x_T, beside the matching
     }
     one = {"share": 0.3, "steps": 3, "learning_rate": 3e-4}  # a student of one step, from the one of so many
-    variants(config, {"matched": {"method": "matched", "matching": matching, "one": one}})
+    more = {"guidance": 1.5 * follow("guidance") - 0.5}  # of both; tuned
+    variants(config, {"matched": {"method": "matched", **more, "matching": matching | more, "one": one}})
     config.eval = ConfigDict(
         {
             "split": "test",  # test | validation; tune on validation only
@@ -133,7 +134,7 @@ def get_config(size: str = "") -> ConfigDict:
         config.eval.update({"split": "validation", "samples": 1000, "unseen": 100, "diversity_captions": 25})
         halves = matching | {"share": 0.5}
         all_counts = halves | {"counts": (2, 3, 4, 2)}
-        stronger = halves | {"guidance": 2.5}
+        stronger = halves | more
         two_stages = {"method": "matched", "one": one | {"share": 0.0}}
         lightning = settings_of(config, "lightning")
         config.methods = variants(
@@ -146,10 +147,17 @@ def get_config(size: str = "") -> ConfigDict:
                 "matched_counts": {**two_stages, "matching": halves},
                 "matched_share": {**two_stages, "matching": halves | {"share": 0.75}},
                 "matched_one_state": {**two_stages, "whole_trajectory": False, "matching": halves},
-                "matched_guidance": {**two_stages, "guidance": 2.5, "matching": stronger},
-                "matched_one": {**two_stages, "guidance": 2.5, "matching": stronger | {"counts": (1, 2, 3, 2)}},
-                "matched_shortcut": {**two_stages, "guidance": 2.5, "matching": stronger | {"shortcut": 4.0}},
+                "matched_guidance": {**two_stages, **more, "matching": stronger},
+                "matched_one": {**two_stages, **more, "matching": stronger | {"counts": (1, 2, 3, 2)}},
+                "matched_shortcut": {**two_stages, **more, "matching": stronger | {"shortcut": 4.0}},
                 "matched_three": {"method": "matched", "matching": matching, "one": one},
+                "matched_three_one_state": {
+                    "method": "matched",
+                    "whole_trajectory": False,
+                    "matching": matching | {"share": 0.5},
+                    "one": one,
+                },
+                "matched_three_guidance": {"method": "matched", **more, "matching": matching | more, "one": one},
                 "lightning_rate_1": {"method": "lightning", **lightning},
                 "lightning_rate_3": {"method": "lightning", **lightning, "adversarial_learning_rate": 3e-5},
                 "if_k2": {},
@@ -171,9 +179,8 @@ def get_config(size: str = "") -> ConfigDict:
                 config.method_settings[method + suffix] = ConfigDict({"method": method, **given, **rates})
                 found.append(method + suffix)
         for method in ("tdm", "dmd2", "step_distillation", "lcm", "add"):  # and at the guidance that `matched` has
-            name, stronger = method + "_guided", {"guidance": 1.5 * follow("guidance") - 0.5}
-            config.method_settings[name] = ConfigDict({"method": method, **settings_of(config, method), **stronger})
-            found.append(name)
+            config.method_settings[method + "_guided"] = ConfigDict({"method": method, **settings_of(config, method), **more})
+            found.append(method + "_guided")
         config.methods = tuple(found)
     if size == "ablation":
         config.chart.kind = "variants"
