@@ -281,7 +281,7 @@ def test_methods_follow_the_teachers_guidance_and_steps_until_they_have_their_ow
     settings = config.method_settings.to_dict()
     assert settings["lcm"]["guidance"] == 7.0
     assert {settings[name]["guidance"] for name in ("imagine_flash", "tdm", "step_distillation", "full")} == {4.0}
-    assert settings["matched"]["guidance"] == settings["matched"]["matching"]["guidance"] == 4.0
+    assert settings["matched"]["guidance"] == settings["matched"]["matching"]["guidance"] == 5.5  # as much beyond 1, and a half more
     assert settings["direct"]["pairs_steps"] == 30
     assert (settings["guidance_less"]["guidance"], settings["guidance_more"]["guidance"]) == (2.5, 5.5)
 
