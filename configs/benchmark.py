@@ -178,7 +178,7 @@ def get_config(size: str = "") -> ConfigDict:
                 rates = {key: value * factor for key, value in given.items() if key.endswith("learning_rate")}
                 config.method_settings[method + suffix] = ConfigDict({"method": method, **given, **rates})
                 found.append(method + suffix)
-        for method in ("tdm", "dmd2", "step_distillation", "lcm", "add"):  # and at the guidance that `matched` has
+        for method in ("tdm", "dmd2"):  # the two that come near, at the guidance that `matched` has
             config.method_settings[method + "_guided"] = ConfigDict({"method": method, **settings_of(config, method), **more})
             found.append(method + "_guided")
         config.methods = tuple(found)

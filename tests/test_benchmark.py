@@ -289,7 +289,7 @@ def test_methods_follow_the_teachers_guidance_and_steps_until_they_have_their_ow
 def test_the_search_changes_a_competitors_rates_or_its_guidance_and_nothing_else():
     config, shipped = config_file.get_config("search"), config_file.get_config().method_settings
     benchmark.check(config)
-    assert config.eval.split == "validation" and len(config.methods) == 3 * 6 + 5
+    assert config.eval.split == "validation" and len(config.methods) == 3 * 6 + 2
     for name in config.methods:
         found, method = config.method_settings[name].to_dict(), config.method_settings[name].method
         kind = name.rpartition("_")[2]
