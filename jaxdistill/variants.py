@@ -17,6 +17,7 @@ def chosen(config: ConfigDict, name: str, *, file: str) -> ConfigDict:
     config.teacher.steps = max(config.student.steps)
     config.teacher.guidance = 1.0  # a student has it built in
     config.student.steps = (1,)
+    config.student.decay_to = 0.02  # its target stands still
     config.adversarial.weight = 0.0
     if "grid" in config.teacher:
         config.teacher.grid = config.student.grid
