@@ -10,7 +10,7 @@ import pytest
 import text_config
 from shell import assert_one_error_line, run_command
 
-from jaxdistill import aot, card, chips, hlo, partition, pipeline
+from jaxdistill import aot, card, chips, hlo, partition, pipeline, variants
 from jaxdistill.interop import architectures, diffusers_scheduler
 from jaxdistill.text_setup import TextSetup, open_teacher
 
@@ -39,9 +39,11 @@ def tiny(monkeypatch):
     monkeypatch.setattr(architectures, "PIPELINES", {"tiny": TINY})
 
 
-def test_the_analytic_count_is_what_xla_counts(tiny):
+@pytest.mark.parametrize("variant", ["", "one"])
+def test_the_analytic_count_is_what_xla_counts(tiny, variant):
     """The step as it is written, its loops counted as often as they run: N states of 3 student and k c teacher calls each."""
-    setup = TextSetup(make_config(**{"method.teacher_steps": 2}), open_teacher(make_config()))
+    config = variants.chosen(make_config(**{"method.teacher_steps": 2}), variant, file="text_config")
+    setup = TextSetup(config, open_teacher(config))
     setup.with_zero_null()
     made = setup.programs()
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (made.state, setup.abstract_batch()))

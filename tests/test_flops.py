@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import SHAPE, flash, make, make_adversary
+from small import NESTED, SHAPE, flash, make, make_adversary, network
 
+from jaxdistill.methods.endpoint import endpoint
 from jaxdistill.methods.imagine_flash import Reconstruction
 
 B, N, K, WIDTH = 32, 3, 2, 256
@@ -70,3 +71,17 @@ def test_one_random_step_costs_the_rollout_one_update_and_its_target(unrolled):
     data = {"x0": jnp.ones((B, *SHAPE)), "cond": jnp.zeros(B, jnp.int32)}
     measured = flops(jax.grad(lambda p, t, b, k: loss_fn(p, t, b, k)[0]), {"student": params}, params, data, jax.random.key(0))
     np.testing.assert_allclose(measured / ((N - 1) * forward + forward_backward + K * forward), 1.0, atol=0.02)
+
+
+def test_one_step_from_several_costs_the_frozen_students_steps_and_one_update(unrolled):
+    model, params = make(WIDTH, 2)
+    forward, forward_backward = units(model, params)
+    loss_fn = endpoint(network(model), grid=NESTED[N - 1])
+    measured = flops(
+        jax.grad(lambda p, t, b, k: loss_fn(p, t, b, k)[0]),
+        {"student": params},
+        params,
+        {"x0": jnp.ones((B, *SHAPE)), "cond": jnp.zeros(B, jnp.int32)},
+        jax.random.key(0),
+    )
+    np.testing.assert_allclose(measured / (N * forward + forward_backward), 1.0, atol=0.02)
