@@ -5,6 +5,10 @@
 About 4 minutes on 2 CPU cores. Expected on the test split (seeds 0-2): FD 0.182 for the teacher at 50 steps, 0.167, 0.183 and 0.198
 for the student at 3, 2 and 1 steps; accuracy 0.998 or more.
 
+    python -m jaxdistill.main --config=configs/digits.py:one --config.teacher.path=runs/digits/student --workdir=runs/one
+
+then trains a student of one step alone on where that one's three steps end: a minute more, FD 0.180 at one step.
+
 The data are the 1,797 real digits of scikit-learn (1,078 to train, 359 to validate, 360 to test).
 """
 

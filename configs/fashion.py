@@ -4,7 +4,7 @@
 
 FOLDER holds the four idx files (plain or .gz), e.g. /usr/share/datasets/fashion-mnist of Debian's dataset-fashion-mnist.
 About 45 minutes on 2 CPU cores. Expected on the test split (seed 0): FD 0.58 for the teacher at 50 steps, 0.56, 0.61 and 1.22 for
-the student at 3, 2 and 1 steps; accuracy 0.79 and 0.71 to 0.74.
+the student at 3, 2 and 1 steps; accuracy 0.79 and 0.71 to 0.74. `configs/fashion.py:one` (not run yet) is what the digits config says.
 
 50,000 images train, 10,000 validate, 10,000 test.
 """

@@ -5,6 +5,7 @@
 
 FOLDER is a pipeline as diffusers' `save_pretrained` writes it; no images are needed. Leaves runs/sd15/diffusers (a pipeline for
 diffusers) and runs/sd15/student (Orbax). Not run at full size yet: the iterations and rates below are a start, not a result.
+`configs/sd15.py:one` with --config.teacher.folder=runs/sd15/diffusers trains a student of one step alone on where that one's end.
 """
 
 from ml_collections import ConfigDict
