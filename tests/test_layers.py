@@ -6,6 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "jaxdistill"
 CORE = ("schedule", "prediction", "sampling", "adversarial", "methods", "train")
 SHELL = (
+    "variants",
     "distributed",
     "checkpoint",
     "interop",
