@@ -111,8 +111,10 @@ def get_config(size: str = "") -> ConfigDict:
         "flash_weight": 0.0,  # of Imagine Flash's loss at x_T, beside the matching
     }
     one = {"share": 0.3, "steps": 3, "learning_rate": 3e-4}  # a student of one step, from the one of so many
-    more = {"guidance": 1.5 * follow("guidance") - 0.5}  # of both; tuned
-    variants(config, {"matched": {"method": "matched", **more, "matching": matching | more, "one": one}})
+    more = {"guidance": 1.5 * follow("guidance") - 0.5}  # of the two stages that ask the teacher; tuned
+    three_stages = {"method": "matched", "one": one}
+    shipped = {**three_stages, **more, "matching": matching | more}
+    variants(config, {"matched": shipped})
     config.eval = ConfigDict(
         {
             "split": "test",  # test | validation; tune on validation only
@@ -135,7 +137,7 @@ def get_config(size: str = "") -> ConfigDict:
         halves = matching | {"share": 0.5}
         all_counts = halves | {"counts": (2, 3, 4, 2)}
         stronger = halves | more
-        two_stages = {"method": "matched", "one": one | {"share": 0.0}}
+        two_stages = three_stages | {"one": one | {"share": 0.0}}
         lightning = settings_of(config, "lightning")
         config.methods = variants(
             config,
@@ -150,14 +152,9 @@ def get_config(size: str = "") -> ConfigDict:
                 "matched_guidance": {**two_stages, **more, "matching": stronger},
                 "matched_one": {**two_stages, **more, "matching": stronger | {"counts": (1, 2, 3, 2)}},
                 "matched_shortcut": {**two_stages, **more, "matching": stronger | {"shortcut": 4.0}},
-                "matched_three": {"method": "matched", "matching": matching, "one": one},
-                "matched_three_one_state": {
-                    "method": "matched",
-                    "whole_trajectory": False,
-                    "matching": matching | {"share": 0.5},
-                    "one": one,
-                },
-                "matched_three_guidance": {"method": "matched", **more, "matching": matching | more, "one": one},
+                "matched_three": {**three_stages, "matching": matching},
+                "matched_three_one_state": {**three_stages, "whole_trajectory": False, "matching": matching | {"share": 0.5}},
+                "matched_three_guidance": shipped,
                 "lightning_rate_1": {"method": "lightning", **lightning},
                 "lightning_rate_3": {"method": "lightning", **lightning, "adversarial_learning_rate": 3e-5},
                 "if_k2": {},

@@ -147,17 +147,21 @@ def make_student_loss(
     network: flash.Model,
     *,
     grids: Sequence[TimeGrid],
-    several: TimeGrid,
+    several: Callable[[int], TimeGrid],
     null_cond: Callable[[Any], Any],
     adversary: adversarial.Adversary | None,
     constrain: Constrain,
     adversary_states: str = "all",
     unroll: bool = False,
 ) -> LossFn:
-    """Of config.method.name: Imagine Flash on `grids`, or `endpoint` from a student's steps at the times `several`. Raises ValueError."""
+    """Of config.method.name: Imagine Flash on `grids`, or `endpoint` from a student's steps, at the times `several` gives for their number.
+
+    Raises ValueError.
+    """
     method = config.method
     if from_student(config):
-        return endpoint(network, grid=several, correct_noise=method.noise_correction, constrain=constrain, unroll=unroll)
+        grid = several(config.teacher.steps)
+        return endpoint(network, grid=grid, correct_noise=method.noise_correction, constrain=constrain, unroll=unroll)
     return flash.imagine_flash(
         network,
         network,
@@ -258,7 +262,7 @@ def build(config: ConfigDict) -> Experiment:
         config,
         network,
         grids=list(grids.values()),
-        several=teacher_sampler.grid(config.teacher.steps),
+        several=teacher_sampler.grid,
         null_cond=null_cond,
         adversary=make_adversary(config.adversarial, partial(model.apply, features=True), heads, schedule, constrain),
         constrain=constrain,

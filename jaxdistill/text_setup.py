@@ -138,7 +138,7 @@ class TextSetup:
             config,
             network,
             grids=list(self.grids.values()),
-            several=self.grid(config.teacher.steps),
+            several=self.grid,
             null_cond=lambda cond: pipeline.with_null(self.null, cond),  # known once the text is encoded
             adversary=make_adversary(config.adversarial, partial(self.unet.apply, features=True), self.heads, self.schedule, constrain),
             adversary_states=config.adversarial.states,
