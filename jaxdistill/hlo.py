@@ -257,6 +257,15 @@ _FOLDED: dict[str, Callable[..., Any]] = {
 }
 
 
+def _foldable(of: _Instruction) -> bool:
+    """Whether a value can be known from its operands': an int or bool of one element, or a tuple."""
+    if not of.shape.startswith("("):
+        array = _arrays(of.shape)[0]
+        if array.elements != 1 or not re.fullmatch(r"[su]\d+|pred", array.dtype):
+            return False
+    return of.op in _FOLDED or of.op in ("parameter", "constant", "tuple", "get-tuple-element", "fusion", "call")
+
+
 def _sum(parts: Iterable[tuple[int, Counts]]) -> Counts:
     """Times and counts -> the sum of the products."""
     flops, moved, main, gathers = 0.0, 0.0, 0.0, []
@@ -479,23 +488,23 @@ class _Program:
 
     def value(self, computation: _Computation, name: str, arguments: tuple[Any, ...] | None, known: dict[str, Any]) -> Any:
         """An int or bool of one element, a tuple of such, or None for what is not known from the text alone."""
-        if name not in known:
-            known[name] = self.folded(computation, computation.instructions[name], arguments, known)
+        waiting = [name]  # a stack: in a large program the chains are longer than calls may nest
+        while waiting:
+            of = computation.instructions[waiting[-1]]
+            if missing := [operand for operand in of.operands if _foldable(of) and operand not in known]:
+                waiting += missing
+            else:
+                known[waiting.pop()] = self.folded(of, arguments, known) if _foldable(of) else None
         return known[name]
 
-    def folded(self, computation: _Computation, of: _Instruction, arguments: tuple[Any, ...] | None, known: dict[str, Any]) -> Any:
-        """`value` of an instruction that was not asked for before."""
-        arrays = _arrays(of.shape)
-        if not of.shape.startswith("(") and not (arrays[0].elements == 1 and re.fullmatch(r"[su]\d+|pred", arrays[0].dtype)):
-            return None
+    def folded(self, of: _Instruction, arguments: tuple[Any, ...] | None, known: dict[str, Any]) -> Any:
+        """`value` of a foldable instruction whose operands are known."""
         if of.op == "parameter":
             return arguments[int(of.inside)] if arguments else None
         if of.op == "constant":
             literal = of.inside.strip("{} ")
             return literal == "true" if literal in ("true", "false") else int(literal)
-        if of.op not in _FOLDED and of.op not in ("tuple", "get-tuple-element", "fusion", "call"):
-            return None
-        values = tuple(self.value(computation, operand, arguments, known) for operand in of.operands)
+        values = tuple(known[operand] for operand in of.operands)
         if of.op == "tuple":
             return values
         if of.op in ("fusion", "call"):

@@ -190,6 +190,13 @@ def test_the_rounds_follow_from_the_counter(body, condition, start, rounds):
     assert (found.flops, found.unknown_loops) == (rounds * PRODUCT, 0)
 
 
+def test_a_counter_behind_a_longer_chain_than_calls_may_nest():
+    links = [f"c{i} = s32[] copy({f'c{i - 1}' if i else 'i'})" for i in range(5_000)]
+    body = ["one = s32[] constant(1)", *links, "next = s32[] add(c4999, one)"]
+    found = count(loop(body, compared("LT", 7)))
+    assert (found.flops, found.unknown_loops) == (7 * PRODUCT, 0)
+
+
 def test_the_condition_runs_once_more():
     product, addition, comparison = 3 * 64, 3 * 4, 4 + 4 + 1
     assert count(loop(UP, compared("LT", 7))).bytes == 7 * (product + addition) + 8 * comparison
