@@ -352,6 +352,7 @@ class Benchmark:
         """The loop of `jaxdistill.loop` on the mesh."""
         trained, seconds = train_phase(
             name,
+            lambda: params,
             params,
             key,
             loss,

@@ -152,9 +152,9 @@ class TextRun(TextSetup):
 
     # -- weights
 
-    def weights(self, dtype: str) -> Any:
-        """The folder's UNet in a dtype of DTYPES, each tensor straight to its place on the mesh."""
-        shardings = self.layout.of(self.abstract) if jax.process_count() == 1 else None
+    def weights(self, dtype: str, *, on_mesh: bool = True) -> Any:
+        """The folder's UNet in a dtype of DTYPES, each tensor straight to its place on the mesh, or else on this process's first device."""
+        shardings = self.layout.of(self.abstract) if on_mesh else None
         return diffusers_folder.load_params(self.folder.unet, dtype=DTYPES[dtype], shardings=shardings)
 
     def student_params(self) -> dict[str, Any]:
@@ -250,16 +250,19 @@ class TextRun(TextSetup):
         (self.workdir / "samples").mkdir(exist_ok=True)
         began = time.perf_counter()
         teacher = self.weights(config.compute.teacher_dtype)
-        pipe = pipeline.TextToImage(self.folder, teacher, self.teacher_scheduler)
-        student_pipe = pipeline.TextToImage(self.folder, teacher, self.scheduler, share=pipe)
+        # Each process draws by itself. Where every device has a copy this takes one of them, and none more.
+        own = partition.local(teacher)
+        pipe = pipeline.TextToImage(self.folder, own, self.teacher_scheduler)
+        student_pipe = pipeline.TextToImage(self.folder, own, self.scheduler, share=pipe)
         self.seconds["load"] = time.perf_counter() - began
         began = time.perf_counter()
         self.open_data(pipe)
         self.seconds["cache"] = time.perf_counter() - began
-        health = TextHealth(self, pipe, student_pipe, teacher)
+        health = TextHealth(self, pipe, student_pipe, own)
         state, seconds = train_phase(
             "student",
-            self.student_params(),
+            self.student_params,
+            self.abstract_student(),
             jax.random.key(config.seed + 1),
             self.loss,
             self.tx,
@@ -294,7 +297,7 @@ class TextRun(TextSetup):
         """student/ (Orbax), diffusers/ (a pipeline folder) and with LoRA lora/ (diffusers' file)."""
         config = self.config
         settings = {"steps": max(self.grids), "guidance": 1.0, "noise_correction": self.correct_noise}
-        merged = lora.merge(self.weights("float32"), student) if config.student.lora_rank else student
+        merged = lora.merge(self.weights("float32", on_mesh=jax.process_count() == 1), student) if config.student.lora_rank else student
         if config.student.lora_rank:
             lora.save(self.workdir / "lora", student, stacked=self.stacked)
         scheduler = diffusers_scheduler.student_config(self.folder.scheduler, noise_correction=self.correct_noise)
@@ -375,6 +378,7 @@ class TextHealth:
             say(f"health  student {step}, {n} step{'s' * (n > 1)}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
             numbers |= {f"{k}_{n}": v for k, v in found.items()}
             rows.append(images)
+        self.pipe.params = self.params  # the averages may be gathered copies: the devices need their room again
         report.save_grid(self.run.workdir / "samples" / f"student_{step:07d}.png", np.concatenate(rows), columns=len(self.prompts), scale=1)
         return numbers
 

@@ -236,11 +236,12 @@ class Best:
 
 def train_loop(
     name: str,
-    state: TrainState,
+    first: Callable[[], TrainState],
     step_fn: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]],
     batches: Callable[[int], Any],
     teacher_params: Any,
     *,
+    like: TrainState,
     steps: int,
     workdir: Path,
     log_every: int,
@@ -255,7 +256,10 @@ def train_loop(
     profile: int = 0,
     keep_best: str = "",
 ) -> tuple[TrainState, float]:
-    """Train from the newest checkpoint, or from `state`, to `steps`. Returns the state and the seconds spent in all.
+    """Train from the newest checkpoint, or from `first()`, to `steps`. Returns the state and the seconds spent in all.
+
+    `like` describes the state: arrays, or ShapeDtypeStructs with their shardings. `first` is called only where there is no checkpoint, and
+    nothing but the loop may hold its result, so that the devices hold one state and not two.
 
     The step number is the data position and, with the state's key, the randomness: a resumed run ends in the same
     bits as one that was never stopped.
@@ -272,12 +276,14 @@ def train_loop(
     folder = checkpoint_folder or workdir / "checkpoints"
     checkpoints = Checkpoints(f"{folder}/{name}")
     seconds_before = 0.0
-    if checkpoints.latest is not None:
-        state, meta = checkpoints.restore(state)
+    if checkpoints.latest is None:
+        state = first()
+    else:
+        state, meta = checkpoints.restore(like)
         seconds_before = float(meta["seconds"])
         if distributed.is_main():
             print(f"{name}: resumes at step {int(state.step)} of {steps}")
-    best = Best(f"{folder}/{name}-best", keep_best, state.ema_params) if keep_best else None
+    best = Best(f"{folder}/{name}-best", keep_best, like.ema_params) if keep_best else None
     start, began = int(state.step), time.perf_counter()
     curve = Curve(workdir / "curves" / f"{name}.jsonl", start)
     writer = summary_writer()(str(workdir / "tensorboard" / name), purge_step=start + 1, write_to_disk=distributed.writes())

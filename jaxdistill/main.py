@@ -220,6 +220,7 @@ class Run:
         block = self.config[name]
         state, seconds = train_phase(
             name,
+            lambda: params,
             params,
             key,
             loss_fn,

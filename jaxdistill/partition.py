@@ -183,7 +183,9 @@ def layout(block: Mapping[str, Any] | None = None, *, devices: Sequence[Any] | N
 
 
 def put(value: Any, sharding: NamedSharding) -> Any:
-    """One array onto the mesh. In many processes each puts its own part of the same value."""
+    """One array onto the mesh. In many processes each puts its own part of the same value, which may be an array that is there already."""
+    if isinstance(value, jax.Array) and value.sharding == sharding:
+        return value
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
@@ -201,7 +203,7 @@ def local(tree: Any) -> Any:
             return leaf
         if not leaf.is_fully_replicated:
             assert isinstance(leaf.sharding, NamedSharding)
-            leaf = jax.jit(lambda a: a, out_shardings=replicated(leaf.sharding.mesh))(leaf)
+            leaf = jax.device_put(leaf, replicated(leaf.sharding.mesh))  # no program to compile for each shape
         return leaf.addressable_data(0)
 
     return jax.tree.map(one, tree)

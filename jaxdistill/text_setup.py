@@ -187,14 +187,17 @@ class TextSetup:
         place = partition.batch_sharding(self.layout.mesh)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), found)
 
+    def abstract_student(self) -> dict[str, Any]:
+        """Shapes of what is trained."""
+        student = jax.eval_shape(self.fresh_updates) if self.config.student.lora_rank else self.abstract
+        return {"student": student, "discriminator": jax.eval_shape(self.fresh_heads)}
+
     def programs(self) -> Programs:
         """The run's own programs with the shapes of their arguments."""
         config, dtype = self.config.student, DTYPES[self.config.compute.teacher_dtype]
-        student = jax.eval_shape(self.fresh_updates) if config.lora_rank else self.abstract
-        params = {"student": student, "discriminator": jax.eval_shape(self.fresh_heads)}
         teacher = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), self.abstract)
         options = {"ema_decay": config.ema_decay, "ema_of": student_of, "accumulate": config.accumulate}
-        return programs(self.layout, self.loss, self.tx, params, teacher, **options)
+        return programs(self.layout, self.loss, self.tx, self.abstract_student(), teacher, **options)
 
     def with_zero_null(self) -> "TextSetup":
         """Itself, with a null conditioning of zeros: for compiling without a text encoder."""

@@ -114,7 +114,8 @@ def programs(
 
 def train_phase(
     name: str,
-    params: Any,
+    params: Callable[[], Any],
+    shapes: Any,
     key: jax.Array,
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
@@ -134,18 +135,20 @@ def train_phase(
     accumulate: int = 1,
     **options: Any,
 ) -> tuple[TrainState, float]:
-    """`loop.train_loop` of a loss on a mesh, from `params` or the newest checkpoint: the last state and the seconds spent in all.
+    """`loop.train_loop` of a loss on a mesh, from `params()` or the newest checkpoint: the last state and the seconds spent in all.
 
+    `shapes` are those of the parameters (or any arrays like them); `params` is not called where there is a checkpoint.
     `log` gives "every" and "checkpoint_every"; batches: i -> this process's rows of batch i on the host; `options` go to the loop.
     The averages come back as arrays of this process alone.
     """
-    made = programs(layout, loss_fn, tx, params, teacher_params, ema_decay=ema_decay, ema_of=ema_of, accumulate=accumulate)
+    made = programs(layout, loss_fn, tx, shapes, teacher_params, ema_decay=ema_decay, ema_of=ema_of, accumulate=accumulate)
     state, seconds = loop.train_loop(
         name,
-        made.start(layout.place(params), key=key),
+        lambda: made.start(layout.place(params()), key=key),
         made.step,
         lambda i: partition.put_batch(batches(i), layout.mesh),
         None if teacher_params is None else layout.place(teacher_params),
+        like=made.state,
         steps=steps,
         workdir=workdir,
         log_every=log.every,

@@ -34,7 +34,8 @@ def main(workdir: str, coordinator: str = "", processes: str = "1", process: str
         try:
             state, _ = train_phase(
                 "student",
-                {"student": jax.tree.map(np.asarray, teacher)},
+                lambda: {"student": jax.tree.map(np.asarray, teacher)},
+                {"student": teacher},
                 jax.random.key(0),
                 loss,
                 optax.adam(1e-4),

@@ -1,3 +1,4 @@
+import gc
 import json
 import signal
 import sys
@@ -9,12 +10,14 @@ import numpy as np
 import optax
 import pytest
 import tensorboardX
+from ml_collections import ConfigDict
 from shell import assert_same_bits
 
-from jaxdistill import chips, loop
+from jaxdistill import chips, loop, partition
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.loop import Curve, NonFiniteError, Stopped, StopSignal, read_curve, train_loop
 from jaxdistill.train import init_state, train_step
+from jaxdistill.workdir import train_phase
 
 STEPS = 20
 TX = optax.adam(0.05)
@@ -41,7 +44,16 @@ def batch(i):
 def run(folder, *, batches=batch, step_fn=STEP, health=lambda params, step: {"w0": float(params["w"][0])}, stop=None, **changes):
     settings = {"steps": STEPS, "log_every": 2, "health_every": 5, "checkpoint_every": 4, "advice": "lower the learning rate"} | changes
     return train_loop(
-        "toy", fresh_state(), step_fn, batches, jnp.float32(0.5), workdir=folder, health=health, stop=stop or StopSignal(), **settings
+        "toy",
+        fresh_state,
+        step_fn,
+        batches,
+        jnp.float32(0.5),
+        like=jax.eval_shape(fresh_state),
+        workdir=folder,
+        health=health,
+        stop=stop or StopSignal(),
+        **settings,
     )
 
 
@@ -375,3 +387,38 @@ def test_numbers_that_are_no_numbers_are_never_the_best(tmp_path, uninterrupted)
 def test_an_unknown_health_number_is_named(tmp_path):
     with pytest.raises(ValueError, match="keep_best = 'fd_9' is no health number; use one of fd_1, w0"):
         run(tmp_path, health=valley, keep_best="fd_9")
+
+
+def test_the_devices_hold_one_state_at_a_first_start_and_at_a_resumed_one(tmp_path):
+    """Weight, average and Adam's two: neither the parameters that training starts from nor a fresh state that is restored over."""
+    width, counted = 137, []
+
+    def health(params, step):
+        gc.collect()
+        counted.append(sum(array.shape == (width,) for array in jax.live_arrays()))
+        return {}
+
+    def loss(params, teacher, batch, key):
+        return jnp.mean((params["w"] - batch) ** 2), {}
+
+    for steps in (2, 4):
+        train_phase(
+            "toy",
+            lambda: {"w": jnp.ones(width)},
+            {"w": jax.ShapeDtypeStruct((width,), jnp.float32)},
+            jax.random.key(0),
+            loss,
+            optax.adam(0.1),
+            lambda i: np.zeros((1, 1), np.float32),
+            None,
+            health,
+            layout=partition.layout(),
+            ema_decay=0.9,
+            steps=steps,
+            health_every=2,
+            log=ConfigDict({"every": 1, "checkpoint_every": 2}),
+            workdir=tmp_path,
+            stop=StopSignal(),
+            advice="",
+        )
+    assert counted == [4, 4]

@@ -13,6 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxdistill import partition
+
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 SHARD_BYTES = 10 * 2**30
 """Files larger than this are written in shards, as diffusers does."""
@@ -130,7 +132,8 @@ def load(
     for path, pairs in plan.items():
         tensors = (from_torch(path, files.read(name)) for name, _ in pairs)
         value = np.stack([*tensors]) if _is_stacked(path, stacked) else next(tensors)
-        loaded[path] = jax.device_put(np.ascontiguousarray(value, dtype), places[path])
+        whole, place = np.ascontiguousarray(value, dtype), places[path]
+        loaded[path] = jax.device_put(whole) if place is None else partition.put(whole, place)
     return {"params": unflatten_dict(loaded)}
 
 
