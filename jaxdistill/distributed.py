@@ -5,11 +5,12 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -59,12 +60,26 @@ def start(
         if process:
             _wait_for(host, int(port), timeout)
         options |= {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+    elif there := _detected(timeout):
+        _wait_for(*there, timeout)
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
         found = f"the coordinator {coordinator}" if coordinator else "the other processes"
         mend = "" if coordinator else "; outside a TPU pod, GKE or SLURM give --coordinator, --num_processes and --process_id"
         raise DistributedError(f"{found} could not be joined within {timeout} s ({str(error).splitlines()[0]}){mend}") from None
+
+
+def _detected(timeout: int) -> tuple[str, int] | None:
+    """Host and port of another process 0 that JAX finds by itself; None where this is process 0 or nothing is found."""
+    try:
+        from jax._src.clusters import ClusterEnv  # there is no public way to ask without joining
+
+        address, _, process, _ = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
+    except Exception:  # joining will say what is wrong
+        return None
+    host, _, port = (os.environ.get("JAX_COORDINATOR_ADDRESS") or address or "").rpartition(":")
+    return (host, int(port)) if process and host and port.isdigit() else None
 
 
 def _wait_for(host: str, port: int, timeout: int) -> None:
@@ -141,25 +156,56 @@ def check_same(values: Mapping[str, Any]) -> None:
             raise DistributedError(f"process {process} differs from process 0: {said}; start all with one config at one commit")
 
 
-@contextmanager
-def losing_a_peer_is_one_line() -> Iterator[None]:
-    """Of several processes: an error of the devices inside the block is mostly a peer that has died. Says so, and ends this process.
+LEAVE_SECONDS = 10
+"""How long a process that leaves for a mistake waits for the others to leave, too."""
 
-    A plain exit would wait for the others.
+
+def leave(line: str, code: int, *, wait: float = LEAVE_SECONDS) -> NoReturn:
+    """One line on stderr and out. Where all processes make one mistake they leave together, and after `wait` seconds this one alone.
+
+    A plain exit would wait for minutes, and end in an abort.
+    """
+    print(line, file=sys.stderr, flush=True)
+    if not jax.distributed.is_initialized():
+        sys.exit(code)
+    if wait:
+        together = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        together.start()
+        together.join(wait)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+OWN_FAULTS = ("INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND", "FAILED_PRECONDITION")
+"""Of the devices' errors those that no other process can cause: the next start would end in the same way."""
+
+
+@contextmanager
+def device_errors_are_one_line() -> Iterator[None]:
+    """Leave with one line where the devices raise: too little memory (exit code 2), a peer that has died or cannot be reached (3).
+
+    A single process's other errors pass through.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if "RESOURCE_EXHAUSTED" in str(error):
+            leave(
+                f"error: the devices have too little memory ({said}); make config.student.batch_size smaller or config.mesh.fsdp larger; "
+                "python -m jaxdistill.aot tells beforehand what fits a slice",
+                2,
+            )
         if jax.process_count() == 1:
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(
-            f"error: process {jax.process_index()} cannot go on, another one has died or cannot be reached ({lines[0][:200]}); start all "
+        if said.startswith(OWN_FAULTS):
+            leave(f"error: process {jax.process_index()}: the devices refuse the program ({said})", 2)
+        leave(
+            f"error: process {jax.process_index()} cannot go on, another one has died or cannot be reached ({said}); start all "
             "processes again: they resume at the newest checkpoint",
-            file=sys.stderr,
-            flush=True,
+            3,
+            wait=0,
         )
-        os._exit(3)
 
 
 def code_hash() -> str:

@@ -446,12 +446,15 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
             raise UserError(str(error)) from None
     distributed.barrier("exports are written")
     if not distributed.is_main():
-        return {}  # process 0 draws and scores
+        distributed.barrier("results are written")  # process 0 draws and scores; who left before would end it
+        return {}
     # Exports and checkpoints are on disk; a signal from here on may end the process at once.
     job.write_program(student_params)
     say(f"evaluation on the {config.eval.split} split")
     evaluator = evaluate.Evaluator(experiment.dataset, scored_split(config, experiment.dataset), extractor)
-    return job.write_results(teacher_params, student_params, evaluator)
+    results = job.write_results(teacher_params, student_params, evaluator)
+    distributed.barrier("results are written")
+    return results
 
 
 def main(argv: list[str]) -> None:
@@ -466,7 +469,7 @@ def main(argv: list[str]) -> None:
         distributed.check_same({**about, "workdir": WORKDIR.value, "the code": distributed.code_hash(), **versions(machine=False)})
     except distributed.DistributedError as error:
         fail(str(error))
-    with distributed.losing_a_peer_is_one_line(), full_disk_is_one_line():
+    with distributed.device_errors_are_one_line(), full_disk_is_one_line():
         job(config)
 
 
@@ -517,11 +520,11 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def fail(line: str) -> NoReturn:
     """One clear line, exit code 2."""
-    print(f"error: {line}", file=sys.stderr, flush=True)
     if checkpoint.FULL in line:
+        print(f"error: {line}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # other libraries' exit handlers would write again, and trace back
-    sys.exit(2)
+    distributed.leave(f"error: {line}", 2)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def main(workdir: str, coordinator: str = "", processes: str = "1", process: str
     folder = Path(workdir)
     folder.mkdir(exist_ok=True)
     distributed.share_folder(folder)
-    with distributed.losing_a_peer_is_one_line(), loop.StopSignal().installed() as stop:
+    with distributed.device_errors_are_one_line(), loop.StopSignal().installed() as stop:
         try:
             state, _ = train_phase(
                 "student",

@@ -160,6 +160,16 @@ def test_a_plan_that_cannot_be_is_refused(tiny, changes, words):
         TextSetup(config, open_teacher(config))
 
 
+def test_several_slices_divide_the_data_and_nothing_else():
+    _, devices = aot.topology("v4:2x2x1", slices=2)
+    for sizes in ((-1, 1, 1), (2, 4, 1), (4, 1, 2)):
+        mesh = partition.make_mesh(*sizes, devices=devices)
+        halves = np.split(np.vectorize(lambda device: device.slice_index)(mesh.devices), 2)
+        assert [np.unique(half).tolist() for half in halves] == [[0], [1]]
+    with pytest.raises(ValueError, match="must divide data over the 2 slices"):
+        partition.make_mesh(1, 8, 1, devices=devices)
+
+
 def test_published_architectures_have_their_published_size():
     for name, millions in (("sd15", 859.5), ("sd21", 865.9), ("sdxl", 2567.5)):
         part = architectures.folder(architectures.PIPELINES[name]).unet

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pod_job
 import pytest
@@ -97,6 +98,49 @@ def test_processes_of_different_configs_do_not_start(tmp_path):
         lines = [line for line in log_of(workdir, i).splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and "process 1 differs from process 0: config.student.learning_rate is 0.002 there, 0.001" in lines[0]
     assert not workdir.exists()
+
+
+ALONE = """
+import sys
+from jaxdistill import distributed, main
+distributed.start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+with distributed.device_errors_are_one_line():
+    if sys.argv[2] == sys.argv[3]:
+        main.fail("my own mistake")
+    distributed.barrier("the other never comes")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistaken", [0, 1])
+def test_a_mistake_of_one_process_ends_both_within_a_minute(tmp_path, mistaken):
+    workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    processes = [begin(workdir, i, 1, "-c", ALONE, coordinator, i, mistaken) for i in range(2)]
+    wait_until(lambda: "my own mistake" in log_of(workdir, mistaken), seconds=120, what="the mistake")
+    began = time.monotonic()
+    assert processes[mistaken].wait(timeout=60) == 2
+    assert processes[1 - mistaken].wait(timeout=60) not in (0, 2) and time.monotonic() - began < 60
+
+
+def test_too_little_memory_is_no_dead_peer(capsys):
+    with pytest.raises(SystemExit) as left, distributed.device_errors_are_one_line():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.count("\n") == 1
+    assert "too little memory (RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm)" in said and "jaxdistill.aot" in said
+
+
+def test_a_single_processs_other_errors_pass():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), distributed.device_errors_are_one_line():
+        raise jax.errors.JaxRuntimeError("INTERNAL: mine")
+
+
+def test_a_coordinator_that_the_environment_names_is_waited_for(monkeypatch):
+    for name, value in {"JOB_ID": 1, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": 1, "LOCALID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", str(free_port()))
+    with pytest.raises(distributed.DistributedError, match=r"the coordinator localhost:\d+ does not answer after 1 s"):
+        distributed.start(detect=True, timeout=1)
 
 
 @pytest.mark.parametrize(
