@@ -80,10 +80,12 @@ class Program(NamedTuple):
     kinds: Mapping[str, Any]
     analytic_flops: float
     rows: int
+    beside: Any = ()  # what the run keeps on a chip beside the program's arguments
 
 
 def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     """The train step of a text-to-image config. Raises ValueError."""
+    from jaxdistill.interop import diffusers_folder
     from jaxdistill.text_setup import TextSetup, open_teacher
 
     setup = TextSetup(config, open_teacher(config), devices=devices).with_zero_null()
@@ -97,7 +99,12 @@ def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
         "teacher": made.teacher,
         "batch": batch,
     }
-    return Program(made.step, (state, batch, made.teacher), kinds, setup.step_flops(), config.student.batch_size)
+    # The health line draws on one chip of each host: encoders and decoder, and a teacher of its own where the mesh divides it.
+    folder = setup.folder
+    beside = [diffusers_folder.abstract_params(part) for part in (*folder.text_encoders, folder.vae)]
+    if setup.layout.mesh.size > setup.layout.mesh.shape["data"]:
+        beside.append(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), made.teacher))
+    return Program(made.step, (state, batch, made.teacher), kinds, setup.step_flops(), config.student.batch_size, beside)
 
 
 def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
@@ -168,6 +175,7 @@ def measure(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
+        + (beside := bytes_a_device(program.beside))
     )
     collective = sum(counts.collectives.values())
     times = {
@@ -187,6 +195,7 @@ def measure(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
             **{kind: round(size / 2**30, 4) for kind, size in arguments.items()},
             "temporaries": round(memory.temp_size_in_bytes / 2**30, 4),
             "program": round(memory.generated_code_size_in_bytes / 2**30, 4),
+            "beside it": round(beside / 2**30, 4),
             "needed": round(needed / 2**30, 4),
             "chip": round(chip.hbm / 2**30, 4),
         },
@@ -214,11 +223,15 @@ def gathered(counts: hlo.Counts) -> list[dict[str, Any]]:
     return [{"shape": g.shape, "mib": round(g.bytes / 2**20, 3), "times": g.times, "op": g.op_name[-120:]} for g in ranked]
 
 
+def kinds_of(report: Mapping[str, Any]) -> list[str]:
+    """The kinds that make up the memory of a report."""
+    return [kind for kind in report["memory_gib"] if kind not in ("needed", "chip")]
+
+
 def text_of(report: Mapping[str, Any]) -> str:
     """The report as lines for a reader."""
     memory = report["memory_gib"]
-    kinds = [kind for kind in memory if kind not in ("needed", "chip")]
-    gib = ", ".join(f"{kind} {memory[kind]:.2f}" for kind in kinds)
+    gib = ", ".join(f"{kind} {memory[kind]:.2f}" for kind in kinds_of(report))
     verdict = "fits" if report["fits"] else "DOES NOT FIT"
     collectives = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in sorted(report["collective_bytes_a_chip"].items())) or "none"
     roofline = ", ".join(f"{name} {value:.1f}" for name, value in report["roofline_ms"].items())
@@ -338,6 +351,8 @@ def cli() -> None:
         whole = {"command": shlex.join(["python", "-m", "jaxdistill.aot", *sys.argv[1:]]), **report, "config": json.loads(config.to_json())}
         checkpoint.write_json(Path(JSON.value), whole)
     if not report["fits"]:
+        largest = sorted(kinds_of(report), key=lambda kind: -report["memory_gib"][kind])
+        print("\n".join(f"  {kind}: {report['memory_gib'][kind]:.2f} GiB" for kind in largest), file=sys.stderr)
         print(f"error: {report['memory_gib']['needed']} GiB a chip do not fit; {knobs(config)}", file=sys.stderr)
         sys.exit(1)
 

@@ -47,7 +47,15 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
         remote = "://" in str(folder)
-        self._manager = ocp.CheckpointManager(str(folder) if remote else Path(folder).absolute(), options=options)
+        try:
+            self._manager = ocp.CheckpointManager(str(folder) if remote else Path(folder).absolute(), options=options)
+        except Exception as error:  # a bucket's library has many
+            if not remote:
+                raise
+            mend = 'pip install ".[tpu]"' if isinstance(error, ImportError) else "check the bucket's name and this machine's rights to it"
+            raise CheckpointError(
+                f"{folder} cannot be opened ({(str(error).splitlines() or [type(error).__name__])[0][:200]}); {mend}"
+            ) from None
         self._folder = Path(self._manager.directory)
         self._manifests = None if remote else self._folder.with_name(self._folder.name + "-sha256")
         self._summing: threading.Thread | None = None

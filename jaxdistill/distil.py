@@ -139,6 +139,10 @@ class TextRun(TextSetup):
     def __init__(self, config: ConfigDict, workdir: Path) -> None:
         if not config.teacher.folder:
             raise ValueError("config.teacher.folder is empty: give the teacher's pipeline folder, as diffusers' save_pretrained writes it")
+        if "://" in config.data.cache:
+            raise ValueError(
+                f"config.data.cache = {config.data.cache!r} must be a folder; give one that outlives the machines, or leave it empty"
+            )
         super().__init__(config, open_teacher(config))
         self.workdir = workdir
         self.teacher_scheduler = diffusers_scheduler.of_folder(self.folder)
@@ -149,6 +153,19 @@ class TextRun(TextSetup):
                 "config.adversarial.reals = 'data' needs config.data.images; or let the teacher draw them: config.adversarial.reals=teacher"
             )
         self.seconds: dict[str, float] = {}
+
+    def agree(self) -> None:
+        """Raise ValueError where the processes were given different prompts, images or weights: each reads its own copies."""
+        if jax.process_count() == 1:
+            return
+        parts = [self.folder.unet, *self.folder.text_encoders, self.folder.vae]
+        distributed.check_same(
+            {
+                "the prompts' checksum": record_cache.key_of(self.prompts),
+                "the checksum of the images' captions": record_cache.key_of([pair.caption for pair in self.pairs]),
+                "the teacher's checksum": checkpoint.hash_files(file for part in parts for file in part.files()),
+            }
+        )
 
     # -- weights
 
@@ -248,6 +265,8 @@ class TextRun(TextSetup):
         """Caches, training, exports, results. Resumes where it was stopped."""
         config = self.config
         (self.workdir / "samples").mkdir(exist_ok=True)
+        if config.log.checkpoints:  # a bucket that cannot be opened is told before the weights are read
+            checkpoint.Checkpoints(f"{config.log.checkpoints}/student").close()
         began = time.perf_counter()
         teacher = self.weights(config.compute.teacher_dtype)
         # Each process draws by itself. Where every device has a copy this takes one of them, and none more.
@@ -391,6 +410,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         prepare_workdir(workdir, config)
         if config.compute.compilation_cache:
             jax.config.update("jax_compilation_cache_dir", config.compute.compilation_cache)
+        job.agree()
         with loop.StopSignal().installed() as stop:
             return job.run(stop)
     except (FolderError, ValueError) as error:

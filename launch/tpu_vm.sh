@@ -125,8 +125,11 @@ check_commit() { # sets `commit` to all its digits, and `repo`
 check_run() {
   check_flags "${flags[@]}"
   local flag kept=$shared
-  for flag in "--workdir=$workdir" "${flags[@]}"; do
-    case $flag in --workdir=gs://* | --config.*checkpoints=gs://*) kept=yes ;; esac
+  case $workdir in
+    *://*) fail "--workdir=$workdir must be a folder of the workers; checkpoints may go to a bucket: --config.log.checkpoints=gs://BUCKET/FOLDER" ;;
+  esac
+  for flag in "${flags[@]}"; do
+    case $flag in --config.*checkpoints=gs://*) kept=yes ;; esac
   done
   [ -n "$kept" ] || fail "--workdir=$workdir goes when the workers go, and the checkpoints with it; add --config.log.checkpoints=gs://BUCKET/FOLDER, or give --shared-disk"
 }

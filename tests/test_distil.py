@@ -216,6 +216,7 @@ REFUSALS = [
     ({"student.lora_rank": 2, "student.lora_targets": ("to_qq",)}, "LoRA target 'to_qq' matches no layer"),
     ({"student.lora_rank": -1}, "config.student.lora_rank must be at least 0"),
     ({"student.batch_size": 5}, "must be a multiple of the 2 time grids"),
+    ({"data.cache": "gs://bucket/cache"}, "config.data.cache = 'gs://bucket/cache' must be a folder"),
     ({"data.height": 60}, "height must be a positive multiple of 8"),
     ({"compute.attention": "fast"}, "config.compute.attention = 'fast' is not known"),
     ({"method.backward": False}, "config.method.backward = False needs images"),

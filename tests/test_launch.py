@@ -25,10 +25,11 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 TOOLS = "bash cat cp dirname env git grep ln mkdir mktemp mv nohup rm sed setsid sleep tail tee touch"
 
-NASTY = ["--config=a b.py", "--workdir=gs://b/it's", '--config.x="$HOME" `id` \\ * ; & | # é', "--config.y="]
-RUN = ["--config=configs/sd15.py", "--workdir=gs://bucket/run"]
+BUCKET = "--config.log.checkpoints=gs://bucket/run"
+NASTY = ["--config=a b.py", "--workdir=/runs/it's", '--config.x="$HOME" `id` \\ * ; & | # é', "--config.y=", BUCKET]
+RUN = ["--config=configs/sd15.py", "--workdir=/runs/run", BUCKET]
 TPU = ["--name=my-pod", "--zone=us-central2-b"]
-GKE = ["--name=my-run", "--accelerator=tpu-v4-podslice", "--topology=2x2x4"]
+GKE = ["--name=my-run", "--accelerator=tpu-v4-podslice", "--topology=2x2x4", "--claim=my-claim"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -137,7 +138,7 @@ STARTS = [
     ("slurm.sh", ["--nodes=2", "--dry-run"]),
     ("tpu_vm.sh", ["run", *TPU, "--dry-run"]),
     ("tpu_vm.sh", ["resume", *TPU, "--type=v4-8", f"--commit={COMMIT}", "--repo=u", "--dry-run"]),
-    ("gke_jobset.py", ["--name=n", "--accelerator=tpu-v4-podslice", "--topology=2x2x1", "--image=i"]),
+    ("gke_jobset.py", ["--name=n", "--accelerator=tpu-v4-podslice", "--topology=2x2x1", "--image=i", "--claim=c"]),
 ]
 
 
@@ -146,7 +147,7 @@ STARTS = [
     ("flags", "words"),
     [
         ([], ["--config is missing", "after --"]),
-        (["--workdir=gs://b"], ["--config is missing"]),
+        (["--workdir=/runs/b"], ["--config is missing"]),
         (["--config=c"], ["--workdir is missing", "after --"]),
         ([*RUN, "--distributed"], ["--distributed", "leave it out"]),
         ([*RUN, "--process_id=1"], ["--process_id", "leave it out"]),
@@ -162,7 +163,7 @@ def test_the_runs_flags_are_checked_first(scene, script, before, flags, words):
 
 @pytest.mark.parametrize(("script", "before"), STARTS)
 def test_flags_may_stand_apart_from_their_values(scene, script, before):
-    assert scene.run(script, *before, "--", "--config", "c", "--workdir", "gs://b").returncode == 0
+    assert scene.run(script, *before, "--", "--config", "c", "--workdir", "/runs/b", BUCKET).returncode == 0
 
 
 # ------------------------------------------------------------------------------------------------ tpu_vm.sh, dry
@@ -226,7 +227,7 @@ def test_follow_stop_status_delete(scene):
 
 def test_a_dry_resume_is_the_longest_way(scene):
     options = ["--type=v4-32", "--spot", f"--commit={COMMIT}", "--repo=https://e.org/r", "--watch", "--dry-run"]
-    lines = commands(scene.run("tpu_vm.sh", "resume", *TPU, *options, "--", *NASTY[:1], "--workdir=gs://b"))
+    lines = commands(scene.run("tpu_vm.sh", "resume", *TPU, *options, "--", *NASTY[:2], BUCKET))
     assert [words[3:5] for words in lines] == [
         ["queued-resources", "list"],
         ["tpu-vm", "list"],
@@ -239,7 +240,7 @@ def test_a_dry_resume_is_the_longest_way(scene):
         ["tpu-vm", "ssh"],
     ]
     assert "--spot" in lines[3] and COMMIT in flag_of(lines[-2], "command")
-    assert shlex.split(flag_of(lines[-1], "command"))[2:] == ["start", NASTY[0], "--workdir=gs://b"]
+    assert shlex.split(flag_of(lines[-1], "command"))[2:] == ["start", *NASTY[:2], BUCKET]
 
 
 @pytest.mark.parametrize(
@@ -261,6 +262,10 @@ def test_a_dry_resume_is_the_longest_way(scene):
         (["stop", *TPU, "--wait=soon"], ["--wait=soon", "whole number"]),
         (["resume", *TPU, "--every=0"], ["--every=0", "whole number"]),
         (["install", *TPU, "--commit=12", "--repo=u"], ["--commit=12", "all 40 digits"]),
+        (
+            ["run", *TPU, "--", "--config=c", "--workdir=gs://b/x"],
+            ["--workdir=gs://b/x must be a folder", "--config.log.checkpoints=gs://"],
+        ),
         (["run", *TPU, "--", "--config=c", "--workdir=runs/x"], ["--workdir=runs/x", "--config.log.checkpoints=gs://", "--shared-disk"]),
         (["stop", *TPU, "--", "--config=c"], ["stop takes no flags", "leave out -- --config=c"]),
         (["resume", *TPU, "--", *RUN], ["--type is missing"]),
@@ -610,7 +615,7 @@ def test_resume_brings_a_preempted_pod_back(pod):
         ["tpu-vm", "ssh"],
     ]
     assert pod.states() == ["w-0: running", "w-1: running"]
-    assert all((home / "arguments").read_text().splitlines()[2:4] == RUN for home in pod.homes)
+    assert all((home / "arguments").read_text().splitlines()[2:5] == RUN for home in pod.homes)
     pod.ok("stop")
     pod.ok("resume", "--", *RUN)
     assert pod.states() == ["w-0: running", "w-1: running"]
@@ -1028,7 +1033,14 @@ def test_the_template_itself_is_yaml():
     ],
 )
 def test_a_slice_has_as_many_workers_as_its_chips_make(scene, accelerator, topology, chips, workers):
-    options = ["--name=n", f"--accelerator={accelerator}", f"--topology={topology}", "--image=i", *([f"--chips={chips}"] if chips else [])]
+    options = [
+        "--name=n",
+        f"--accelerator={accelerator}",
+        f"--topology={topology}",
+        "--image=i",
+        "--claim=c",
+        *([f"--chips={chips}"] if chips else []),
+    ]
     document = jobset(scene.run("gke_jobset.py", *options, f"--workers={workers}", "--", *RUN))
     job = document["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (workers, workers, 0)
@@ -1045,7 +1057,6 @@ def test_the_whole_jobset(scene):
     policy = document["spec"]["failurePolicy"]
     assert policy == {"maxRestarts": 7, "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]}
     spec = pod_of(document)
-    assert "volumes" not in spec and "volumeMounts" not in spec["containers"][0]
     assert spec["serviceAccountName"] == "writer" and spec["restartPolicy"] == "Never"
     assert spec["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     (container,) = spec["containers"]
@@ -1065,7 +1076,7 @@ def test_the_workdir_lies_on_a_volume(scene):
     assert spec["containers"][0]["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
     for options in (["--claim=disk", "--", "--config=c", "--workdir=runs/x"], ["--", *flags]):
         assert_one_error_line(
-            scene.run("gke_jobset.py", *GKE, "--image=i", *options), "--workdir=", "--claim=CLAIM", "--workdir=/runs/NAME"
+            scene.run("gke_jobset.py", *GKE[:3], "--image=i", *options), "--workdir=", "--claim=CLAIM", "--workdir=/runs/NAME"
         )
 
 
@@ -1088,6 +1099,7 @@ def test_what_is_not_given_is_left_out(scene):
     ("options", "words"),
     [
         ([], ["--name", "--accelerator", "--topology"]),
+        ([*GKE, "--image=i", "--", "--config=c", "--workdir=gs://b/x"], ["--workdir=gs://b/x must be a folder", "--claim=CLAIM"]),
         ([*GKE, "--size=3", "--image=i"], ["--size=3", "--help"]),
         ([*GKE], ["--image is missing", "--commit and --repo"]),
         ([*GKE, "--repo=u", "--image=i"], ["--repo=u needs --commit"]),
