@@ -8,10 +8,16 @@ divides its parameters. Whether a slice is large enough is told, without a TPU a
 
     python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2
 
-What it says of this config there, at 8 rows a chip (docs/results/aot_v4_step.json): 29.5 of 32 GiB a chip, of which the student, its
-average and the optimizer 12.8, the teacher 1.6, temporaries 14.5; FLOPs 1.07 times the analytic count; bound by compute, 535 ms a step, at
-most 15 images a second a chip; it reduces 3.2 GiB of gradients and gathers nothing. The other three have no report at full size: their
-rows are guesses.
+What it says at full size (docs/results/aot_*_step.json), each bound by compute:
+
+    config  slice     rows a chip  GiB a chip    of them temporaries  FLOPs / analytic  ms a step  images a second a chip, at most
+            v4:2x2x2  8            29.5 of 32    14.5                 1.07              535        15.0
+    :v5e    v5e:4x4   4            15.0 of 16    10.7                 1.13              392        10.2
+    :sdxl   v4:2x2x4  4            24.4 of 32    21.3                 1.12              2434       1.6
+
+The first reduces 3.2 GiB of gradients a step and gathers nothing. :v5e, in groups of 4 chips, gathers 3.2 GiB of parameters and reduces 1.6;
+:sdxl, over all 16, gathers 9.6 and reduces 51.7, as each of its four micro-batches reduces its gradients: 219 ms of interconnect beside 2434
+of compute. :v6e has no report at full size: its rows are a guess.
 
 Nothing here has been run on a TPU yet: rates are a start, not a result.
 """
@@ -45,7 +51,7 @@ def get_config(size: str = "") -> ConfigDict:
     config = sd15.get_config()
     config.teacher.architecture = "sd15"
     config.compute.attention = "flash"  # with XLA's own, 8 rows need 32.15 GiB of temporaries where 30.75 are free
-    rows = {"": 8, "v5e": 2, "v6e": 8}[size]
+    rows = {"": 8, "v5e": 4, "v6e": 8}[size]
     config.student.batch_size = rows * CHIPS
     if size == "v5e":
         # 16 GiB a chip: the average and the optimizer's state do not fit beside the activations on every chip.

@@ -80,12 +80,10 @@ class Program(NamedTuple):
     kinds: Mapping[str, Any]
     analytic_flops: float
     rows: int
-    beside: Any = ()  # what the run keeps on a chip beside the program's arguments
 
 
 def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     """The train step of a text-to-image config. Raises ValueError."""
-    from jaxdistill.interop import diffusers_folder
     from jaxdistill.text_setup import TextSetup, open_teacher
 
     setup = TextSetup(config, open_teacher(config), devices=devices).with_zero_null()
@@ -99,12 +97,7 @@ def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
         "teacher": made.teacher,
         "batch": batch,
     }
-    # The health line draws on one chip of each host: encoders and decoder, and a teacher of its own where the mesh divides it.
-    folder = setup.folder
-    beside = [diffusers_folder.abstract_params(part) for part in (*folder.text_encoders, folder.vae)]
-    if setup.layout.mesh.size > setup.layout.mesh.shape["data"]:
-        beside.append(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), made.teacher))
-    return Program(made.step, (state, batch, made.teacher), kinds, setup.step_flops(), config.student.batch_size, beside)
+    return Program(made.step, (state, batch, made.teacher), kinds, setup.step_flops(), config.student.batch_size)
 
 
 def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
@@ -175,7 +168,6 @@ def measure(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
-        + (beside := bytes_a_device(program.beside))
     )
     collective = sum(counts.collectives.values())
     times = {
@@ -195,7 +187,6 @@ def measure(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
             **{kind: round(size / 2**30, 4) for kind, size in arguments.items()},
             "temporaries": round(memory.temp_size_in_bytes / 2**30, 4),
             "program": round(memory.generated_code_size_in_bytes / 2**30, 4),
-            "beside it": round(beside / 2**30, 4),
             "needed": round(needed / 2**30, 4),
             "chip": round(chip.hbm / 2**30, 4),
         },

@@ -270,14 +270,13 @@ class TextRun(TextSetup):
         began = time.perf_counter()
         teacher = self.weights(config.compute.teacher_dtype)
         # Each process draws by itself. Where every device has a copy this takes one of them, and none more.
-        own = partition.local(teacher)
-        pipe = pipeline.TextToImage(self.folder, own, self.teacher_scheduler)
-        student_pipe = pipeline.TextToImage(self.folder, own, self.scheduler, share=pipe)
+        pipe = pipeline.TextToImage(self.folder, partition.local(teacher), self.teacher_scheduler)
+        student_pipe = pipeline.TextToImage(self.folder, pipe.params, self.scheduler, share=pipe)
         self.seconds["load"] = time.perf_counter() - began
         began = time.perf_counter()
         self.open_data(pipe)
         self.seconds["cache"] = time.perf_counter() - began
-        health = TextHealth(self, pipe, student_pipe, own)
+        health = TextHealth(self, pipe, student_pipe)
         state, seconds = train_phase(
             "student",
             self.student_params,
@@ -369,12 +368,16 @@ class TextRun(TextSetup):
 
 
 class TextHealth:
-    """The health line: the student's images against the teacher's on fixed prompts, two noises a prompt."""
+    """The health line: the student's images against the teacher's on fixed prompts, two noises a prompt.
 
-    def __init__(self, run: TextRun, pipe: pipeline.TextToImage, student_pipe: pipeline.TextToImage, teacher: Any) -> None:
+    Between two lines the encoders and the decoder are in the host's memory, as is a teacher that was gathered for drawing: what the devices
+    hold then is what `jaxdistill.aot` has planned.
+    """
+
+    def __init__(self, run: TextRun, pipe: pipeline.TextToImage, student_pipe: pipeline.TextToImage) -> None:
         config = run.config
         count = min(config.log.health_prompts, len(run.prompts))
-        self.run, self.pipe, self.params = run, student_pipe, teacher
+        self.run, self.pipe = run, student_pipe
         self.prompts = [p for p in run.prompts[:count] for _ in range(2)]
         self.labels = np.repeat(np.arange(count), 2)
         self.options: dict[str, Any] = {
@@ -385,10 +388,21 @@ class TextHealth:
         }
         self.teacher = pipe(self.prompts, steps=config.teacher.steps, guidance=config.teacher.guidance, **self.options)
         report.save_grid(run.workdir / "samples" / "teacher.png", self.teacher, columns=len(self.prompts), scale=1)
+        gathered = jax.process_count() > 1 and run.layout.mesh.size > run.layout.mesh.shape["data"]
+        self.params = jax.device_get(pipe.params) if gathered else pipe.params
+        self.rest = jax.device_get((pipe.text.params, pipe.vae_params))
+        pipe.params, pipe.vae_params = None, None
+        self.leave()
+
+    def leave(self) -> None:
+        """Take from the devices what only drawing needs."""
+        self.pipe.params = None
+        self.pipe.text.params, self.pipe.vae_params = self.rest
 
     def __call__(self, student: Any, step: int) -> dict[str, float]:
         """Print a line a step count, save the picture, return the numbers."""
-        self.pipe.params = self.run.variables(student, self.params)
+        self.pipe.text.params, self.pipe.vae_params = jax.device_put(self.rest)
+        self.pipe.params = self.run.variables(student, jax.device_put(self.params))
         rows = [self.teacher]
         numbers: dict[str, float] = {}
         for n in self.run.grids:
@@ -397,7 +411,7 @@ class TextHealth:
             say(f"health  student {step}, {n} step{'s' * (n > 1)}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
             numbers |= {f"{k}_{n}": v for k, v in found.items()}
             rows.append(images)
-        self.pipe.params = self.params  # the averages may be gathered copies: the devices need their room again
+        self.leave()
         report.save_grid(self.run.workdir / "samples" / f"student_{step:07d}.png", np.concatenate(rows), columns=len(self.prompts), scale=1)
         return numbers
 

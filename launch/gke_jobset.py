@@ -112,9 +112,7 @@ def check_flags(flags: Sequence[str], claim: str | None) -> None:
             fail(f"{name} is given by this script; leave it out")
     workdir = given["--workdir"]
     if "://" in workdir:
-        fail(
-            f"--workdir={workdir} must be a folder (not so the checkpoints); give --claim=CLAIM and, after --, --workdir={MOUNT}/NAME"
-        )
+        fail(f"--workdir={workdir} must be a folder (not so the checkpoints); give --claim=CLAIM and, after --, --workdir={MOUNT}/NAME")
     if claim is None or not workdir.startswith(f"{MOUNT}/"):
         fail(f"--workdir={workdir} goes when the containers go; give --claim=CLAIM and, after --, --workdir={MOUNT}/NAME")
 

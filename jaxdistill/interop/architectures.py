@@ -1,10 +1,10 @@
-"""The published architectures of Stable Diffusion, to plan a run without a checkpoint: no weights or tokenizers."""
+"""The published architectures of Stable Diffusion, to plan a run without a checkpoint: no weights, tokenizers or text encoders."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.interop.diffusers_folder import Folder, Part, text_module, unet_module, vae_module
+from jaxdistill.interop.diffusers_folder import Folder, Part, unet_module, vae_module
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1}
 _LEVELS = {
@@ -32,21 +32,10 @@ _XL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 _HEADS = (5, 10, 20, 20)
-_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"}
-_CLIP_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-}
 
 PIPELINES: Mapping[str, Mapping[str, Any]] = {
     "sd15": {
         "unet": {**_LEVELS, "sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
-        "text": (_CLIP_L,),
         "scheduler": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **_BETAS},
     },
     "sd21": {
@@ -57,12 +46,11 @@ PIPELINES: Mapping[str, Mapping[str, Any]] = {
             "cross_attention_dim": 1024,
             "use_linear_projection": True,
         },
-        "text": (_CLIP_H,),
         "scheduler": {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "clip_sample": False, **_BETAS},
     },
-    "sdxl": {"unet": _XL, "text": (_CLIP_L, _CLIP_G), "scheduler": {"_class_name": "EulerDiscreteScheduler", **_BETAS}},
+    "sdxl": {"unet": _XL, "scheduler": {"_class_name": "EulerDiscreteScheduler", **_BETAS}},
 }
-"""Stable Diffusion 1.5 (512 px), 2.1 (768 px, v-prediction) and SDXL base (1024 px): the configs of UNet, text encoders and scheduler."""
+"""Stable Diffusion 1.5 (512 px), 2.1 (768 px, v-prediction) and SDXL base (1024 px): their UNet's and scheduler's configs."""
 
 _VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -85,9 +73,7 @@ def folder(pipeline: Mapping[str, Any], **options: Any) -> Folder:
         xl="addition_embed_type" in unet,
         unet=Part(unet_module(unet, nowhere, **options), unet, nowhere, ""),
         vae=Part(vae_module(_VAE, nowhere, **common), _VAE, nowhere, ""),
-        text_encoders=tuple(
-            Part(text_module(config, nowhere, projection="projection_dim" in config), config, nowhere, "") for config in pipeline["text"]
-        ),
+        text_encoders=(),
         tokenizers=(),
         scheduler=dict(pipeline["scheduler"]),
         zero_empty_prompt=False,

@@ -27,7 +27,7 @@ UNET = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "attention_head_dim": 2, "cross_attention_dim": 16,
 }  # fmt: skip
-PIPELINE = {"unet": UNET, "text": (), "scheduler": architectures.PIPELINES["sd15"]["scheduler"]}
+PIPELINE = {"unet": UNET, "scheduler": architectures.PIPELINES["sd15"]["scheduler"]}
 MESHES = ({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2})
 
 
