@@ -23,6 +23,7 @@ def get_config(name: str = "") -> ConfigDict:
         {
             "folder": "",  # the pipeline
             "architecture": "",  # instead of a folder, to plan a run (jaxdistill.aot): sd15 | sd21 | sdxl
+            "solver": "",  # ddim | dpm_solver_pp_2m | ...: of the teacher's own images instead of its folder's scheduler
             "steps": 50,  # of the teacher's own images: in the health lines, and for the discriminator
             "guidance": 7.5,
         }

@@ -145,7 +145,7 @@ class TextRun(TextSetup):
             )
         super().__init__(config, open_teacher(config))
         self.workdir = workdir
-        self.teacher_scheduler = diffusers_scheduler.of_folder(self.folder)
+        self.teacher_scheduler = diffusers_scheduler.of_folder(self.folder, solver=config.teacher.get("solver") or None)
         self.prompts = prompts_of(config.data.prompts, config.data.tfds_dir)
         self.pairs = captioned_images(config.data.images, config.data.tfds_dir) if config.data.images else []
         if self.adversarial and config.adversarial.reals == "data" and not self.pairs:
@@ -199,7 +199,9 @@ class TextRun(TextSetup):
     def open_data(self, pipe: pipeline.TextToImage) -> None:
         """The caches of prompts and of reals, made where they are missing."""
         config = self.config
-        encoder = checkpoint.hash_files(file for part in self.folder.text_encoders for file in part.files())
+        weights = checkpoint.hash_files(file for part in self.folder.text_encoders for file in part.files())
+        tokenizers = checkpoint.hash_files(file for folder in self.folder.tokenizers for file in sorted(folder.iterdir()) if file.is_file())
+        encoder = [weights, tokenizers, [dict(part.config) for part in self.folder.text_encoders], config.compute.dtype]
 
         def encode(prompts: Sequence[str]) -> Callable[[int, int], dict[str, np.ndarray]]:
             return lambda first, last: {k: v.astype(np.float16) for k, v in pipe.text(prompts[first:last]).items()}
@@ -226,13 +228,14 @@ class TextRun(TextSetup):
             captions = [self.prompts[i] for i in chosen]
             texts = encode(captions)
             sampler = {"steps": config.teacher.steps, "guidance": config.teacher.guidance, "seed": config.seed + 200}
+            solver = config.teacher.get("solver")
 
             def draw(first: int, last: int) -> dict[str, np.ndarray]:
                 options = {**sampler, "start": first, "height": height, "width": width, "batch_size": config.log.batch_size}
                 return {**texts(first, last), "latents": pipe(captions[first:last], decode=False, **options)}
 
             network = checkpoint.hash_files(self.folder.unet.files())
-            key = record_cache.key_of(encoder, network, captions, sampler, config.compute.dtype, dict(self.folder.scheduler), self.size)
+            key = record_cache.key_of(encoder, network, captions, sampler, solver, dict(self.folder.scheduler), self.size)
             self.reals = self.cache("teacher", key, len(captions), draw, "the teacher's images for the discriminator")
 
     def cond(self, record: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Text to image from a pipeline folder or a student's export: prompts in, images out."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -130,6 +131,11 @@ class TextEncoders:
         for i in range(0, len(prompts), batch_size):
             ids = [np.resize(t.ids[i : i + batch_size], (min(batch_size, len(prompts)), self.length)) for t in found]
             count = len(found[0].ids[i : i + batch_size])
+            for part, given, path in zip(self.folder.text_encoders, ids, self.folder.tokenizers, strict=True):
+                if given.max() >= part.module.vocab_size:
+                    raise ValueError(
+                        f"{path} gives the token {given.max()}, but its encoder knows {part.module.vocab_size}; copy the folder anew"
+                    )
             parts.append({k: np.asarray(v)[:count] for k, v in self._encode(self.params, ids).items()})
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
@@ -184,6 +190,9 @@ def decode_tiled(decode: Callable[[Array], Array], z: Array, *, tile: int, overl
 def image_size(folder: Folder, height: int | None, width: int | None) -> tuple[int, int]:
     """Pixels; None is the checkpoint's own. Raises ValueError where a side is no multiple of 8 or does not divide into latents."""
     native = folder.unet.config.get("sample_size") or 64
+    version = tuple(int(n) for n in re.findall(r"\d+", str(folder.unet.config.get("_diffusers_version", "")))[:3])
+    if not folder.xl and version and version < (0, 9, 0) and isinstance(native, int):
+        native = max(native, 64)  # as diffusers does: folders of that age give the training size of 1.x wrongly
     sides = native if isinstance(native, (list, tuple)) else (native, native)
     factor = folder.vae.module.factor
     found = [given if given is not None else side * factor for given, side in zip((height, width), sides, strict=True)]

@@ -161,6 +161,53 @@ def test_shards_halves_and_old_names_read_the_same(copy):
     assert all(v.dtype == np.float32 for v in folders_flat(half).values())
 
 
+def test_a_variant_in_shards_is_read_and_its_student_needs_no_variant(copy, tmp_path):
+    """As diffusers writes them; what is not read, and not there, does not stop stock diffusers from loading the student."""
+    root, pipe = copy("sd"), folders.torch_pipe("sd")
+    expected = folders_flat(diffusers_folder.load_params(diffusers_folder.open_folder(root).unet))
+    for name in ("unet", "vae", "text_encoder"):
+        shutil.rmtree(root / name)
+        getattr(pipe, name).save_pretrained(root / name, variant="fp16", max_shard_size="40KB")
+    assert list((root / "unet").glob("*fp16-*-of-*.safetensors")) and not (root / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    (root / "checker").mkdir()
+    (root / "checker" / "pytorch_model.bin").write_bytes(b"pickle")
+    change_json(root / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"], checker=["more", "Checker"])
+    found = diffusers_folder.open_folder(root)
+    params = diffusers_folder.load_params(found.unet)
+    assert not [k for k, v in folders_flat(params).items() if not np.array_equal(v, expected[k])]
+    diffusers_folder.save_student(found, tmp_path / "out", params, scheduler=found.scheduler)
+    assert (tmp_path / "out" / "checker" / "pytorch_model.bin").read_bytes() == b"pickle"
+    assert not list((tmp_path / "out").rglob("*fp16*"))
+    shutil.rmtree(tmp_path / "out" / "checker")
+    change_json(tmp_path / "out" / "model_index.json", checker=[None, None])
+    again = type(pipe).from_pretrained(tmp_path / "out")
+    for name in ("unet", "vae", "text_encoder"):
+        ours, theirs = getattr(again, name).state_dict(), getattr(pipe, name).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert again.safety_checker is None
+
+
+def test_what_says_nothing_of_the_network_is_taken(copy):
+    root = copy("sd")
+    plain = diffusers_folder.open_folder(root).unet.module
+    average = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 9, "power": 0.7, "update_after_step": 0}
+    change_json(root / "unet" / "config.json", **average, use_ema_warmup=False, only_cross_attention=[False, False])
+    assert diffusers_folder.open_folder(root).unet.module == plain
+
+
+def test_a_tensor_in_two_shards_is_named(copy):
+    root = copy("sd")
+    tensors = load_file(root / "unet" / "diffusion_pytorch_model.safetensors")
+    (root / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch_weights.save(root / "unet", "diffusion_pytorch_model", tensors, shard_bytes=40_000)
+    shards = sorted((root / "unet").glob("*-of-*.safetensors"))
+    stale = load_file(shards[0])
+    name = next(iter(stale))
+    save_file({**load_file(shards[1]), name: stale[name]}, shards[1])
+    with pytest.raises(WeightsError, match=f"both hold {name}"):
+        diffusers_folder.load_params(diffusers_folder.open_folder(root).unet)
+
+
 def folders_flat(params):
     from flax.traverse_util import flatten_dict
 
@@ -191,6 +238,19 @@ REFUSALS = {
     "no folder": (lambda root: shutil.rmtree(root), "is no folder"),
     "no pipeline": (lambda root: (root / "model_index.json").unlink(), "no model_index.json"),
     "other pipeline": (lambda root: change_json(root / "model_index.json", _class_name="FluxPipeline"), "'FluxPipeline' is not known"),
+    "custom pipeline": (
+        lambda root: change_json(root / "model_index.json", _class_name=["mine", "StableDiffusionPipeline"]),
+        "['mine', 'StableDiffusionPipeline'] is not known",
+    ),
+    "other encoder": (
+        lambda root: change_json(root / "unet" / "config.json", cross_attention_dim=20),
+        "the unet's cross_attention_dim is 20, but the text encoder gives",
+    ),
+    "heads": (lambda root: change_json(root / "unet" / "config.json", attention_head_dim=3), "[3, 3] heads do not divide"),
+    "depth": (
+        lambda root: change_json(root / "unet" / "config.json", transformer_layers_per_block=[[1], [1]]),
+        "transformer_layers_per_block = [[1], [1]] must hold positive whole numbers",
+    ),
     "other component": (
         lambda root: change_json(root / "model_index.json", unet=["diffusers", "SD3Transformer2DModel"]),
         "unet is of class 'SD3Transformer2DModel'; only UNet2DConditionModel",

@@ -117,6 +117,19 @@ def test_what_is_not_supported_is_named(changes, words):
     assert words in str(failure.value) and "\n" not in str(failure.value)
 
 
+def test_a_last_step_of_first_order_that_is_not_there_is_refused():
+    found = diffusers_scheduler.read({"_class_name": DPM, "final_sigmas_type": "sigma_min"}, Path("x"))
+    assert found.run(15) and found.run(1)
+    with pytest.raises(ValueError, match="'sigma_min' with 14 steps is not supported; take 15 or more"):
+        found.run(14)
+
+
+def test_a_chosen_solver_clips_only_where_the_folder_says_so():
+    for config, clip in (({}, 0.0), ({"clip_sample": True}, 1.0), ({"clip_sample": False}, 0.0)):
+        given = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear", **config}
+        assert diffusers_scheduler.read(given, Path("x"), xl=True, solver="ddim").clip == clip
+
+
 def test_too_many_or_few_steps_are_refused():
     found = diffusers_scheduler.read({"_class_name": DDIM, **LEADING}, WHERE)
     for steps in (0, 1001):

@@ -164,6 +164,23 @@ def test_prompts_keep_their_other_keys(tmp_path):
     assert [item["prompt"] for item in pipeline.read_prompts(tmp_path / "p.txt")] == ["one", "two"]
 
 
+def test_old_folders_of_a_small_sample_size_draw_as_diffusers_does():
+    found = diffusers_folder.open_folder(folders.folder("sd"))
+    for version, side in (("0.8.1", 64), ("0.9.0", 8), ("0.42.1", 8)):
+        config = {**found.unet.config, "_diffusers_version": version, "sample_size": 8}
+        size = pipeline.image_size(found._replace(unet=found.unet._replace(config=config)), None, None)
+        assert size == (side * found.vae.module.factor,) * 2, version
+
+
+def test_a_tokenizer_of_another_model_is_named():
+    found = diffusers_folder.open_folder(folders.folder("sd"))
+    (part,) = found.text_encoders
+    text = pipeline.TextEncoders(found)
+    text.folder = found._replace(text_encoders=(part._replace(module=part.module.clone(vocab_size=3)),))
+    with pytest.raises(ValueError, match=r"tokenizer gives the token \d+, but its encoder knows 3"):
+        text(["a cat"])
+
+
 def test_sizes_default_to_the_checkpoints():
     assert pipeline.image_size(diffusers_folder.open_folder(folders.folder("sd")), None, 80) == (64, 80)
 

@@ -1,5 +1,6 @@
 """A pipeline folder as diffusers writes it, read without torch: configs to modules, safetensors to parameters, and back."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -76,8 +77,10 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
     Raises FolderError where there are only .bin weights, nothing, or a shard is missing.
     """
-    pattern = re.compile(rf"{stem}\.([a-z0-9_]+)\.safetensors")
-    variants = sorted({match[1] for path in folder.glob(f"{stem}.*") if (match := pattern.fullmatch(path.name))})
+    start = re.escape(stem)
+    names = (rf"{start}\.(\w+)\.safetensors", rf"{start}\.safetensors\.index\.(\w+)\.json", rf"{start}\.(\w+)\.safetensors\.index\.json")
+    found = [match[1] for path in folder.glob(f"{stem}.*") for name in names if (match := re.fullmatch(name, path.name))]
+    variants = sorted({name for name in found if name not in ("safetensors", "index")})
     for name in ("", *variants):
         infix = f".{name}" if name else ""
         whole = folder / f"{stem}{infix}.safetensors"
@@ -85,15 +88,18 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             return [whole]
         for index in (folder / f"{stem}.safetensors.index{infix}.json", folder / f"{stem}{infix}.safetensors.index.json"):
             if index.is_file():
-                shards = sorted({folder / file for file in read_json(index).get("weight_map", {}).values()})
+                listed = read_json(index).get("weight_map")
+                if not isinstance(listed, dict) or not listed:
+                    raise FolderError(f"{index} has no weight_map; copy the folder anew")
+                shards = sorted({folder / str(file) for file in listed.values()})
                 for shard in shards:
                     if not shard.is_file():
                         raise FolderError(f"{shard} is missing, {index.name} names it; copy the folder anew")
                 return shards
-    found = sorted(p.name for p in folder.glob("*.bin")) or sorted(p.name for p in folder.glob("*.msgpack"))
-    if found:
+    pickles = sorted(p.name for p in folder.glob("*.bin")) or sorted(p.name for p in folder.glob("*.msgpack"))
+    if pickles:
         raise FolderError(
-            f"{folder} holds {found[0]} only; safetensors are read (pickles can run code): save the pipeline with safe_serialization=True"
+            f"{folder} holds {pickles[0]} only; safetensors are read (pickles can run code): save the pipeline with safe_serialization=True"
         )
     raise FolderError(f"{folder / stem}.safetensors is missing; copy the folder anew")
 
@@ -104,7 +110,9 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 def _check(config: Mapping[str, Any], where: Path, known: Sequence[str], fixed: Mapping[str, Sequence[Any]]) -> None:
     """Raise FolderError for a field with a value that the modules do not implement, or a set field that nobody knows."""
     for name, allowed in fixed.items():
-        if name in config and config[name] not in allowed:
+        value: Any = config.get(name)
+        alike = isinstance(value, (list, tuple)) and len(value) > 0 and all(item == value[0] for item in value)
+        if name in config and (value[0] if alike else value) not in allowed:
             shown = " or ".join(repr(value) for value in allowed)
             raise FolderError(f"{where}: {name} = {config[name]!r} is not supported, only {shown}")
     for name, value in config.items():
@@ -127,6 +135,8 @@ def unet_module(config: Mapping[str, Any], where: Path, **options: Any) -> UNetC
         "block_out_channels", "layers_per_block", "norm_num_groups", "norm_eps", "cross_attention_dim", "transformer_layers_per_block",
         "attention_head_dim", "num_attention_heads", "use_linear_projection", "addition_time_embed_dim", "upcast_attention", "dropout",
         "projection_class_embeddings_input_dim", "addition_embed_type_num_heads", "reverse_transformer_layers_per_block",
+        # What an average of a training leaves in the config: it says nothing about the network.
+        "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
     )  # fmt: skip
     fixed: dict[str, tuple[Any, ...]] = {
         "center_input_sample": (False,), "mid_block_type": ("UNetMidBlock2DCrossAttn",), "only_cross_attention": (False,),
@@ -146,6 +156,11 @@ def unet_module(config: Mapping[str, Any], where: Path, **options: Any) -> UNetC
     # The field is named for a head's width, but holds their number.
     heads = _each(config.get("num_attention_heads") or config.get("attention_head_dim", 8), count, "attention_head_dim", where)
     depth = _each(config.get("transformer_layers_per_block", 1), count, "transformer_layers_per_block", where)
+    for name, values in (("attention_head_dim", heads), ("transformer_layers_per_block", depth)):
+        if any(not isinstance(value, int) or value < 1 for value in values):
+            raise FolderError(f"{where}: {name} = {config.get(name)!r} must hold positive whole numbers")
+    if any(width % n for width, n in zip(channels, heads, strict=True)):
+        raise FolderError(f"{where}: attention_head_dim = {list(heads)} heads do not divide block_out_channels = {list(channels)}")
     up_depth = config.get("reverse_transformer_layers_per_block") or depth[::-1]
     return UNetCondition(
         in_channels=config.get("in_channels", 4),
@@ -255,7 +270,7 @@ def open_folder(path: str | Path, *, attention: str = "auto", remat: str = "none
         raise FolderError(f"{root} is no pipeline folder: it has no model_index.json")
     index = read_json(root / "model_index.json")
     name = index.get("_class_name")
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise FolderError(f"{root / 'model_index.json'}: the pipeline {name!r} is not known; known are {', '.join(PIPELINES)}")
     xl = PIPELINES[name]
     needed = ["unet", "vae", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if xl else ())]
@@ -280,6 +295,12 @@ def open_folder(path: str | Path, *, attention: str = "auto", remat: str = "none
     encoders = [part("text_encoder", "model", text_module, projection=False, dtype=dtype)]
     if xl:
         encoders.append(part("text_encoder_2", "model", text_module, projection=True, dtype=dtype))
+    unet = part("unet", "diffusion_pytorch_model", unet_module, remat=remat, scan=scan, **options)
+    width, wanted = sum(encoder.module.hidden_size for encoder in encoders), _context_width(unet.config)
+    if width != wanted:
+        raise FolderError(
+            f"{root}: the unet's cross_attention_dim is {wanted}, but the text encoder gives {width}; one of them is another model's"
+        )
     tokenizers = [root / component for component in needed if component.startswith("tokenizer")]
     for tokenizer in tokenizers:
         if not (tokenizer / "tokenizer.json").is_file() and not all((tokenizer / f).is_file() for f in ("vocab.json", "merges.txt")):
@@ -288,7 +309,7 @@ def open_folder(path: str | Path, *, attention: str = "auto", remat: str = "none
         path=root,
         components=index,
         xl=xl,
-        unet=part("unet", "diffusion_pytorch_model", unet_module, remat=remat, scan=scan, **options),
+        unet=unet,
         vae=part("vae", "diffusion_pytorch_model", vae_module, **options),
         text_encoders=tuple(encoders),
         tokenizers=tuple(tokenizers),
@@ -366,6 +387,28 @@ def _ignored(module: nn.Module) -> Any:
     return lambda name: name.endswith("position_ids") or (name.startswith("text_projection.") and not module.projection)
 
 
+def copy_component(source: Path, target: Path) -> None:
+    """Copy a component's folder so that stock diffusers loads it without naming a variant: its safetensors once, under plain names.
+
+    Other formats of the weights are left out where there are safetensors, and copied where there are none.
+    """
+    weights: list[Path] = []
+    for stem in ("model", "diffusion_pytorch_model"):
+        with contextlib.suppress(FolderError):
+            weights = weights or weight_files(source, stem)
+    others = ("*.safetensors", "*.index*.json", "*.bin", "*.msgpack", "*.ckpt", "*.onnx*", "openvino_*") if weights else ()
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*others))
+    names = {path: re.sub(r"\.\w+(?=(-\d+-of-\d+)?\.safetensors$)", "", path.name) for path in weights}
+    for path, name in names.items():
+        shutil.copy2(path, target / name)
+    if len(weights) > 1:
+        where = torch_weights.WeightFiles(weights).where
+        stem = next(iter(names.values())).partition("-")[0]
+        total = {"total_size": sum(path.stat().st_size for path in weights)}
+        weight_map = {name: names[path] for name, (path, _) in where.items()}
+        checkpoint.write_json(target / f"{stem}.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+
+
 def save_student(
     source: Folder,
     target: str | Path,
@@ -399,7 +442,7 @@ def save_student(
     for name, entry in source.components.items():
         # Only components: a repository often holds the whole model once more beside them.
         if isinstance(entry, list) and entry[0] and (source.path / name).is_dir() and name not in ("unet", "scheduler"):
-            shutil.copytree(source.path / name, temporary / name, ignore=shutil.ignore_patterns("*.bin", "*.msgpack", "*.ckpt"))
+            copy_component(source.path / name, temporary / name)
     (temporary / "unet").mkdir()
     stacked = STACK if getattr(source.unet.module, "scan", False) else ""
     torch_weights.save(temporary / "unet", source.unet.stem, torch_weights.torch_tensors(params, stacked=stacked, dtype=dtype))
@@ -407,6 +450,11 @@ def save_student(
     (temporary / "scheduler").mkdir()
     checkpoint.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
     index = dict(source.components)
+    for name, entry in source.components.items():
+        if isinstance(entry, list) and entry[0] and not (temporary / name).is_dir():
+            index[name] = [None, None]  # a safety checker that the teacher's folder names and does not hold
+            if name == "safety_checker":
+                index["requires_safety_checker"] = False
     if scheduler_code is None:
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     else:

@@ -1,5 +1,6 @@
 """A scheduler_config.json as a schedule, a solver and the times of a run; and the config and code of a student's scheduler."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "solver_order": (2,),
         "solver_type": ("midpoint",),
         "final_sigmas_type": ("zero", "sigma_min"),
+        "lambda_min_clipped": (-math.inf, "-Infinity"),
     },
 }
 """Settings whose values are implemented."""
@@ -115,7 +117,7 @@ def read(
       FolderError: a class or setting that is not supported, or eps prediction with zero terminal SNR.
     """
     name = str(config.get("_class_name"))
-    instead = f"choose --solver={' or '.join(SOLVERS)}"
+    instead = f"choose --solver={' or '.join(SOLVERS)} (in a run config.teacher.solver)"
     if solver is not None and solver not in SOLVERS:
         raise FolderError(f"solver = {solver!r} is not known; choose one of {', '.join(SOLVERS)}")
     if solver is None and name not in CLASSES:
@@ -146,11 +148,11 @@ def read(
         schedule = schedules.ddpm(betas)
     except FolderError:
         raise
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise FolderError(f"{where}: {error}") from None
     count = int(schedule.T)
     offset = int(config.get("steps_offset", 0))
-    clipping = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) and kind == "DDIMScheduler" else 0.0
+    clipping = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", solver is None) and kind == "DDIMScheduler" else 0.0
     if not xl:
         # Stable Diffusion's pipeline corrects two defaults of old configs: it never clips latents, and its leading grid starts at 1.
         offset, clipping = 1, 0.0
@@ -177,6 +179,8 @@ def read(
     def run(steps: int) -> Run:
         if not 1 <= steps <= count:
             raise ValueError(f"steps must be in 1..{count}, got {steps}")
+        if kind == "DPMSolverMultistepScheduler" and not ends_clean and 1 < steps < 15 and config.get("lower_order_final", True):
+            raise ValueError(f"{where}: final_sigmas_type = 'sigma_min' with {steps} steps is not supported; take 15 or more, or {instead}")
         times = timesteps(steps).astype(np.float64) + 1.0
         if kind in SIGMAS:
             following = np.append(times[1:], end)

@@ -62,6 +62,8 @@ class WeightFiles:
         for path in files:
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
+                    if rename(name) in self.where:
+                        raise WeightsError(f"{path} and {self.where[rename(name)][0]} both hold {name}; copy the folder anew")
                     self.where[rename(name)] = (path, name)
                     self.shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
 
