@@ -208,6 +208,45 @@ def device_errors_are_one_line() -> Iterator[None]:
         )
 
 
+HANG_SECONDS = 60
+"""Of several processes: no step may take longer, or else ten times the longest so far. A process that hangs still sends its heartbeat."""
+
+
+class Watchdog:
+    """Ends this process with one line where its steps do not come any more. Armed once two steps have ended: the first one compiles."""
+
+    def __init__(self, limit: float = HANG_SECONDS) -> None:
+        self._limit, self._longest, self._last, self._armed, self._ended = limit, 0.0, 0.0, False, 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def step(self) -> None:
+        """A step has ended on the devices."""
+        now = time.monotonic()
+        if self._armed or self._ended == 1:
+            self._longest = max(self._longest, now - self._last)
+        self._ended += 1
+        self._last, self._armed = now, self._ended > 1
+
+    def pause(self) -> None:
+        """What comes now may take its time; the next step goes on."""
+        self._armed = False
+
+    def close(self) -> None:
+        """No step will come."""
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(1.0):
+            limit = max(self._limit, 10 * self._longest)
+            if self._armed and time.monotonic() - self._last > limit:
+                said = f"error: process {jax.process_index()}: no step has ended for {limit:.0f} s, this process or another one hangs"
+                print(f"{said}; start all processes again: they resume at the newest checkpoint", file=sys.stderr, flush=True)
+                os._exit(3)
+
+
 def code_hash() -> str:
     """First 12 hex digits of the SHA-256 of this package's source."""
     digest = hashlib.sha256()

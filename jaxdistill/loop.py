@@ -288,6 +288,7 @@ def train_loop(
     curve = Curve(workdir / "curves" / f"{name}.jsonl", start)
     writer = summary_writer()(str(workdir / "tensorboard" / name), purge_step=start + 1, write_to_disk=distributed.writes())
     meter, trace = Meter(examples, flops), Trace(workdir / "tensorboard" / name, start + 10, profile)
+    watchdog = distributed.Watchdog() if jax.process_count() > 1 else None
     pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
     last_saved = start
 
@@ -297,14 +298,22 @@ def train_loop(
         while len(pending) > until:
             at, metrics = pending.popleft()
             values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            if watchdog is not None:
+                watchdog.step()
             if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
                 bad = ", ".join(f"{k} = {v:g}" for k, v in values.items() if not np.isfinite(v))
                 raise NonFiniteError(f"{name} step {at}: {bad}; the checkpoint of step {last_saved} is kept; {advice}")
         return values
 
+    def rest() -> None:
+        """Health lines and saves may take their time."""
+        if watchdog is not None:
+            watchdog.pause()
+
     def save(step: int) -> None:
         nonlocal last_saved
         check(0)
+        rest()
         if not all_finite((state.params, state.ema_params)):
             raise NonFiniteError(
                 f"{name} step {step - 1}: parameters are not finite; the checkpoint of step {last_saved} is kept; {advice}"
@@ -347,6 +356,7 @@ def train_loop(
                     writer.add_scalar(key, value, done)
             if done % health_every == 0 or done == steps:
                 check(0)
+                rest()
                 with meter.spent("health"):
                     report = health(state.ema_params, done)
                 curve.add(done, {f"health/{k}": v for k, v in report.items()})
@@ -367,6 +377,8 @@ def train_loop(
             if distributed.is_main() and best.step is not None:
                 print(f"{name}: its best averages are those of step {best.step} ({keep_best} {best.value:g})", flush=True)
     finally:
+        if watchdog is not None:
+            watchdog.close()
         bar.close()
         with suppress(OSError):  # a full disk: the checkpoint says so
             writer.close()

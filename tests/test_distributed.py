@@ -122,6 +122,32 @@ def test_a_mistake_of_one_process_ends_both_within_a_minute(tmp_path, mistaken):
     assert processes[1 - mistaken].wait(timeout=60) not in (0, 2) and time.monotonic() - began < 60
 
 
+HANGING = """
+import time
+from jaxdistill.distributed import Watchdog
+dog = Watchdog(2)
+time.sleep(4)  # the first step compiles
+dog.step()
+time.sleep(0.5)
+dog.step()
+dog.pause()
+time.sleep(4)  # a health line
+dog.step()
+print("armed", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_steps_that_do_not_come_any_more_end_the_process(tmp_path):
+    process = begin(tmp_path / "run", 0, 1, "-c", HANGING)
+    wait_until(lambda: "armed" in log_of(tmp_path / "run", 0), seconds=60, what="the last step")
+    began = time.monotonic()
+    assert process.wait(timeout=30) == 3 and time.monotonic() - began > 1
+    # Ten times the longest step before, half a second.
+    assert "no step has ended for 5 s, this process or another one hangs" in log_of(tmp_path / "run", 0)
+
+
 def test_too_little_memory_is_no_dead_peer(capsys):
     with pytest.raises(SystemExit) as left, distributed.device_errors_are_one_line():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
