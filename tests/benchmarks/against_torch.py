@@ -143,6 +143,7 @@ def jax_step(setup: Setup) -> Callable[[], float]:
         null_cond=lambda cond: {"context": jnp.broadcast_to(setup.null, cond["context"].shape)},
         reconstruction=Reconstruction(noise_source=None, steps=1, guidance_scale=3.0),
         correct_noise=False,
+        unroll=True,  # as the benchmark has it on CPUs, where XLA's convolutions inside a loop take many times as long
     )
     step = jax.jit(lambda state, batch, teacher: train_step(state, batch, teacher, loss_fn=loss_fn, tx=tx, ema_decay=0.0), donate_argnums=0)
     batch = {"x0": jnp.zeros(setup.noise.shape), "cond": {"context": jnp.asarray(setup.context)}}
