@@ -44,7 +44,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
         mend = f"make {free[0]} x {fixed} = {len(found)}" if free else f"their product must be {len(found)}"
         raise ValueError(f"the mesh ({shown}) does not divide the {len(found)} devices; {mend}")
     sizes |= {name: len(found) // fixed for name in free}
-    slices = len({device.slice_index for device in found}) if found[0].platform == "tpu" else 1
+    # Not every kind of chip says its slice where there is only one.
+    slices = len({getattr(device, "slice_index", 0) for device in found}) if found[0].platform == "tpu" else 1
     if sizes["data"] % slices:
         raise ValueError(f"the mesh ({shown}) must divide data over the {slices} slices: only gradients should travel between them")
     # Chips that are near on the torus become neighbours on the mesh; an axis of the torus may be divided among axes of the mesh.

@@ -160,6 +160,12 @@ def test_a_plan_that_cannot_be_is_refused(tiny, changes, words):
         TextSetup(config, open_teacher(config))
 
 
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_one_slice_of_every_kind_of_chip_makes_a_mesh(name):
+    _, devices = aot.topology(name)
+    assert partition.make_mesh(2, -1, 1, devices=devices).shape == {"data": 2, "fsdp": len(devices) // 2, "tensor": 1}
+
+
 def test_several_slices_divide_the_data_and_nothing_else():
     _, devices = aot.topology("v4:2x2x1", slices=2)
     for sizes in ((-1, 1, 1), (2, 4, 1), (4, 1, 2)):
