@@ -1080,6 +1080,11 @@ def test_the_workdir_lies_on_a_volume(scene):
         )
 
 
+def test_a_workdir_in_a_bucket_is_refused(scene):
+    found = scene.run("gke_jobset.py", *GKE, "--image=i", "--", "--config=c", "--workdir=gs://b/x")
+    assert_one_error_line(found, "--workdir=gs://b/x must be a folder", "--claim=CLAIM")
+
+
 def test_dollars_survive_kubernetes(scene):
     flags = [*RUN, "--config.x=$(HOME) $$ $HOME $"]
     (container,) = pod_of(jobset(scene.run("gke_jobset.py", *GKE, "--image=i", "--", *flags)))["containers"]
@@ -1099,7 +1104,6 @@ def test_what_is_not_given_is_left_out(scene):
     ("options", "words"),
     [
         ([], ["--name", "--accelerator", "--topology"]),
-        ([*GKE, "--image=i", "--", "--config=c", "--workdir=gs://b/x"], ["--workdir=gs://b/x must be a folder", "--claim=CLAIM"]),
         ([*GKE, "--size=3", "--image=i"], ["--size=3", "--help"]),
         ([*GKE], ["--image is missing", "--commit and --repo"]),
         ([*GKE, "--repo=u", "--image=i"], ["--repo=u needs --commit"]),
