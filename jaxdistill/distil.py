@@ -153,17 +153,23 @@ class TextRun(TextSetup):
                 "config.adversarial.reals = 'data' needs config.data.images; or let the teacher draw them: config.adversarial.reals=teacher"
             )
         self.seconds: dict[str, float] = {}
+        self.hashes: dict[Path, str] = {}
+
+    def hash_of(self, part: diffusers_folder.Part) -> str:
+        """Of a component's weights; each file is read once a run."""
+        if part.folder not in self.hashes:
+            self.hashes[part.folder] = checkpoint.hash_files(part.files())
+        return self.hashes[part.folder]
 
     def agree(self) -> None:
         """Raise ValueError where the processes were given different prompts, images or weights: each reads its own copies."""
         if jax.process_count() == 1:
             return
-        parts = [self.folder.unet, *self.folder.text_encoders, self.folder.vae]
         distributed.check_same(
             {
                 "the prompts' checksum": record_cache.key_of(self.prompts),
                 "the checksum of the images' captions": record_cache.key_of([pair.caption for pair in self.pairs]),
-                "the teacher's checksum": checkpoint.hash_files(file for part in parts for file in part.files()),
+                "the teacher's checksum": [self.hash_of(part) for part in (self.folder.unet, *self.folder.text_encoders, self.folder.vae)],
             }
         )
 
@@ -199,7 +205,7 @@ class TextRun(TextSetup):
     def open_data(self, pipe: pipeline.TextToImage) -> None:
         """The caches of prompts and of reals, made where they are missing."""
         config = self.config
-        weights = checkpoint.hash_files(file for part in self.folder.text_encoders for file in part.files())
+        weights = [self.hash_of(part) for part in self.folder.text_encoders]
         tokenizers = checkpoint.hash_files(file for folder in self.folder.tokenizers for file in sorted(folder.iterdir()) if file.is_file())
         encoder = [weights, tokenizers, [dict(part.config) for part in self.folder.text_encoders], config.compute.dtype]
 
@@ -221,7 +227,7 @@ class TextRun(TextSetup):
                 return {**texts(first, last), "latents": np.asarray(encode_image(pipe.vae_params, images), np.float32)}
 
             stamps = [pair.stamp for pair in self.pairs]
-            key = record_cache.key_of(encoder, checkpoint.hash_files(self.folder.vae.files()), captions, stamps, self.size)
+            key = record_cache.key_of(encoder, self.hash_of(self.folder.vae), captions, stamps, self.size)
             self.reals = self.cache("images", key, len(captions), read, "encoding images")
         elif self.adversarial:
             chosen = np.random.default_rng(config.seed).integers(0, len(self.prompts), config.adversarial.pool)
@@ -234,8 +240,9 @@ class TextRun(TextSetup):
                 options = {**sampler, "start": first, "height": height, "width": width, "batch_size": config.log.batch_size}
                 return {**texts(first, last), "latents": pipe(captions[first:last], decode=False, **options)}
 
-            network = checkpoint.hash_files(self.folder.unet.files())
-            key = record_cache.key_of(encoder, network, captions, sampler, solver, dict(self.folder.scheduler), self.size)
+            key = record_cache.key_of(
+                encoder, self.hash_of(self.folder.unet), captions, sampler, solver, dict(self.folder.scheduler), self.size
+            )
             self.reals = self.cache("teacher", key, len(captions), draw, "the teacher's images for the discriminator")
 
     def cond(self, record: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

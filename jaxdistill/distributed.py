@@ -176,6 +176,8 @@ def leave(line: str, code: int, *, wait: float = LEAVE_SECONDS) -> NoReturn:
     os._exit(code)
 
 
+AGAIN = "start all processes again: they resume at the newest checkpoint"
+
 OWN_FAULTS = ("INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND", "FAILED_PRECONDITION")
 """Of the devices' errors those that no other process can cause: the next start would end in the same way."""
 
@@ -201,8 +203,7 @@ def device_errors_are_one_line() -> Iterator[None]:
         if said.startswith(OWN_FAULTS):
             leave(f"error: process {jax.process_index()}: the devices refuse the program ({said})", 2)
         leave(
-            f"error: process {jax.process_index()} cannot go on, another one has died or cannot be reached ({said}); start all "
-            "processes again: they resume at the newest checkpoint",
+            f"error: process {jax.process_index()} cannot go on, another one has died or cannot be reached ({said}); {AGAIN}",
             3,
             wait=0,
         )
@@ -243,7 +244,7 @@ class Watchdog:
             limit = max(self._limit, 10 * self._longest)
             if self._armed and time.monotonic() - self._last > limit:
                 said = f"error: process {jax.process_index()}: no step has ended for {limit:.0f} s, this process or another one hangs"
-                print(f"{said}; start all processes again: they resume at the newest checkpoint", file=sys.stderr, flush=True)
+                print(f"{said}; {AGAIN}", file=sys.stderr, flush=True)
                 os._exit(3)
 
 

@@ -491,10 +491,12 @@ class _Program:
         waiting = [name]  # a stack: in a large program the chains are longer than calls may nest
         while waiting:
             of = computation.instructions[waiting[-1]]
-            if missing := [operand for operand in of.operands if _foldable(of) and operand not in known]:
+            if not _foldable(of):
+                known[waiting.pop()] = None
+            elif missing := [operand for operand in of.operands if operand not in known]:
                 waiting += missing
             else:
-                known[waiting.pop()] = self.folded(of, arguments, known) if _foldable(of) else None
+                known[waiting.pop()] = self.folded(of, arguments, known)
         return known[name]
 
     def folded(self, of: _Instruction, arguments: tuple[Any, ...] | None, known: dict[str, Any]) -> Any:

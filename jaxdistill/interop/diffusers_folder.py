@@ -79,8 +79,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     """
     start = re.escape(stem)
     names = (rf"{start}\.(\w+)\.safetensors", rf"{start}\.safetensors\.index\.(\w+)\.json", rf"{start}\.(\w+)\.safetensors\.index\.json")
-    found = [match[1] for path in folder.glob(f"{stem}.*") for name in names if (match := re.fullmatch(name, path.name))]
-    variants = sorted({name for name in found if name not in ("safetensors", "index")})
+    variants = sorted({match[1] for path in folder.glob(f"{stem}.*") for name in names if (match := re.fullmatch(name, path.name))})
     for name in ("", *variants):
         infix = f".{name}" if name else ""
         whole = folder / f"{stem}{infix}.safetensors"
@@ -404,9 +403,8 @@ def copy_component(source: Path, target: Path) -> None:
     if len(weights) > 1:
         where = torch_weights.WeightFiles(weights).where
         stem = next(iter(names.values())).partition("-")[0]
-        total = {"total_size": sum(path.stat().st_size for path in weights)}
         weight_map = {name: names[path] for name, (path, _) in where.items()}
-        checkpoint.write_json(target / f"{stem}.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+        torch_weights.save_index(target, stem, weight_map, sum(path.stat().st_size for path in weights))
 
 
 def save_student(

@@ -192,7 +192,11 @@ def save(folder: Path, stem: str, tensors: Mapping[str, np.ndarray], *, shard_by
         save_file(shard, temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / name)
     if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        save_index(folder, stem, weight_map, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def save_index(folder: Path, stem: str, weight_map: Mapping[str, str], size: int) -> None:
+    """Write the index of shards: {tensor: file} and the bytes of all."""
+    index = {"metadata": {"total_size": size}, "weight_map": dict(weight_map)}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
