@@ -315,6 +315,8 @@ def check_numbers(config: ConfigDict) -> None:
         "student.health_every",
         "log.checkpoint_every",
         "log.health_samples",
+        "log.health_prompts",
+        "log.batch_size",
         "log.teacher_steps",
         "adversarial.width",
         "adversarial.pool",

@@ -269,6 +269,7 @@ class TextToImage:
             parameterization=scheduler.parameterization,
             null_cond=partial(with_null, null),
             scale=guidance if guided else 1.0,
+            shared=True,
         )
         return scheduler.step(scheduler.transform(denoiser, noise)(state.x, t), state, t, t_next)
 

@@ -94,6 +94,7 @@ def as_denoiser(
     *,
     schedule: NoiseSchedule,
     parameterization: Parameterization,
+    copies: int = 1,
 ) -> Denoiser:
     """Close a network over its parameters and conditioning: (x, t) -> (x̂0, ε̂).
 
@@ -103,14 +104,18 @@ def as_denoiser(
       cond: conditioning of the batch, handed on as it is.
       schedule: the forward process that the network was trained on.
       parameterization: what the output means, e.g. `v_prediction`.
+      copies: rows of conditioning for each row of x, one after the other, where the network itself takes so many: x [b, ...] gives
+        predictions of copies · b rows.
 
     Raises:
-      ValueError: the network's output has another shape than x.
+      ValueError: the network's output has another shape than x (of so many copies).
     """
 
     def denoiser(x: Array, t: Array) -> Prediction:
         t = jnp.asarray(t, jnp.float32)
         output = apply(params, x, jnp.broadcast_to(schedule.network_time(t), x.shape[:1]), cond)
+        if copies > 1:
+            x, t = (jnp.repeat(a, copies, axis=0) if jnp.ndim(a) else a for a in (x, t))
         if output.shape != x.shape:
             raise ValueError(
                 f"the model returned shape {output.shape} for an input of shape {x.shape}; "

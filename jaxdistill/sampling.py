@@ -116,16 +116,18 @@ def chain(*transforms: Transform) -> Transform:
     return apply
 
 
-def guidance(scale: float | Array) -> Transform:
+def guidance(scale: float | Array, *, shared: bool = False) -> Transform:
     """Classifier-free guidance: p = u + scale (c - u) on both fields (Ho & Salimans 2022).
 
     The denoiser below must be closed over 2b rows of conditioning, each row's followed by its null (`with_null_rows`); the one above
-    takes b. One network call of twice the batch, and with a sharded batch nothing travels.
+    takes b. One network call of twice the batch, and with a sharded batch nothing travels. With `shared` the denoiser below takes b rows
+    as well and answers 2b (`as_denoiser` with copies=2).
     """
 
     def transform(denoiser: Denoiser) -> Denoiser:
         def guided(x: Array, t: Array) -> Prediction:
-            both = denoiser(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2, axis=0) if jnp.ndim(t) else t)
+            twice = 1 if shared else 2
+            both = denoiser(jnp.repeat(x, twice, axis=0), jnp.repeat(t, twice, axis=0) if jnp.ndim(t) else t)
 
             def guide(p: Array) -> Array:
                 pairs = p.reshape(x.shape[0], 2, *p.shape[1:])
@@ -152,6 +154,7 @@ def guided_denoiser(
     parameterization: Parameterization,
     null_cond: Callable[[Any], Any],
     scale: float | Array,
+    shared: bool = False,
 ) -> Denoiser:
     """`as_denoiser` under `guidance`; at scale 1 the plain denoiser, at half the cost.
 
@@ -163,11 +166,14 @@ def guided_denoiser(
       parameterization: what the output means.
       null_cond: cond -> the null conditioning of the same structure.
       scale: of the guidance; one that is traced always guides.
+      shared: `apply` takes b rows of x with 2b of conditioning, and computes once what does not depend on it.
     """
     if isinstance(scale, (int, float)) and scale == 1.0:
         return as_denoiser(apply, params, cond, schedule=schedule, parameterization=parameterization)
     both = with_null_rows(cond, null_cond(cond))
-    return guidance(scale)(as_denoiser(apply, params, both, schedule=schedule, parameterization=parameterization))
+    copies = 2 if shared else 1
+    below = as_denoiser(apply, params, both, schedule=schedule, parameterization=parameterization, copies=copies)
+    return guidance(scale, shared=shared)(below)
 
 
 def noise_correction(noise: Batch, T: float) -> Transform:

@@ -133,7 +133,7 @@ class TextSetup:
         """The config's method on this folder's network; with LoRA the student is the teacher's weights plus the updates."""
         config, dtype = self.config, DTYPES[self.config.compute.dtype]
         constrain = partition.constrain_batch(self.layout.mesh)
-        network = flash.Model(self.unet.apply, self.schedule, self.scheduler.parameterization)
+        network = flash.Model(self.unet.apply, self.schedule, self.scheduler.parameterization, shares=True)
         loss = make_student_loss(
             config,
             network,
@@ -222,20 +222,21 @@ class TextSetup:
         z = jax.ShapeDtypeStruct((1, *self.latent_shape), np.float32)
         return _flops(decode, diffusers_folder.abstract_params(self.folder.vae), z)
 
-    def call_flops(self, *, features: bool = False) -> float:
-        """FLOPs of the dots and convolutions of one call of the network on one example, or of its hidden states alone."""
+    def call_flops(self, *, features: bool = False, copies: int = 1) -> float:
+        """FLOPs of the dots and convolutions of one call on one example (with `copies` rows of conditioning), or of its states alone."""
         x = jax.ShapeDtypeStruct((1, *self.latent_shape), np.float32)
         t = jax.ShapeDtypeStruct((1,), np.float32)
         plain = self.unet.clone(scan=False, remat="none", attention="plain")
         abstract = jax.eval_shape(lambda: plain.init(jax.random.key(0), *diffusers_folder.example_inputs(self.folder.unet)))
-        return _flops(partial(plain.apply, features=features), abstract, x, t, self.abstract_cond(1))
+        return _flops(partial(plain.apply, features=features), abstract, x, t, self.abstract_cond(copies))
 
     def step_flops(self) -> float:
         """Analytic FLOPs of a step on all devices, with nothing computed twice.
 
         Of `endpoint` a row costs the frozen student its steps, and the student 3 calls (with LoRA 2).
         A row visits N states. Each costs the student 3 calls (forward, and backward to inputs and weights; with LoRA 2) and the teacher k,
-        twice that with guidance; the adversary computes the hidden states of s of them forward and backward to the input, and of a real.
+        with guidance for two rows of conditioning; the adversary computes the hidden states of s of them forward and backward to the
+        input, and of a real.
         """
         method, student = self.config.method, self.config.student
         if from_student(self.config):
@@ -245,8 +246,8 @@ class TextSetup:
         states = longest if method.whole_trajectory else 1
         rollout = 0.0 if method.whole_trajectory else sum(len(grid) for grid in grids) / len(grids) - 1
         guided = 2 if method.guidance != 1.0 else 1
-        calls = states * ((2 if student.lora_rank else 3) + guided * method.teacher_steps) + rollout
-        found = calls * self.call_flops()
+        found = (states * (2 if student.lora_rank else 3) + rollout) * self.call_flops()
+        found += states * method.teacher_steps * self.call_flops(copies=guided)
         if self.adversarial:
             judged = 1 if self.config.adversarial.states == "one" else states
             found += (2 * judged + 1) * self.call_flops(features=True)

@@ -74,6 +74,33 @@ def test_a_stopped_run_ends_in_the_bits_of_one_that_was_not(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_loss_of_an_xl_student_falls_and_a_stop_does_not_show(tmp_path):
+    """Without SRL: its targets move with the student, and those of a teacher of random weights anywhere."""
+    changes = {"student.iterations": 40, "student.health_every": 40, "student.learning_rate": 3e-3, "log.checkpoint_every": 20}
+    config = make_config(tmp_path, "sdxl", **changes, **{"adversarial.weight": 0.0, "method.srl": False})
+    put, calls = partition.put_batch, []
+
+    def put_batch(batch, mesh):
+        calls.append(1)
+        if len(calls) == 30:
+            signal.raise_signal(signal.SIGTERM)
+        return put(batch, mesh)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partition, "put_batch", put_batch)
+        with pytest.raises(loop.Stopped, match="saved at step 30 of 40"):
+            distil.run(config, tmp_path / "parts")
+    distil.run(config, tmp_path / "parts")
+    distil.run(config, tmp_path / "whole")
+    curves = [
+        [r["loss"] for r in loop.read_curve(tmp_path / name / "curves" / "student.jsonl") if "loss" in r] for name in ("parts", "whole")
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == 40
+    assert_same_bits(*(checkpoint.load_export(tmp_path / name / "student")[0] for name in ("parts", "whole")))
+    assert np.mean(curves[0][-8:]) < 0.8 * np.mean(curves[0][:8])
+
+
+@pytest.mark.slow
 def test_stock_diffusers_draws_our_students_images(finished):
     """Noise correction on, as it was trained: the class travels in the folder."""
     folder = finished
@@ -217,6 +244,8 @@ REFUSALS = [
     ({"student.lora_rank": -1}, "config.student.lora_rank must be at least 0"),
     ({"student.batch_size": 5}, "must be a multiple of the 2 time grids"),
     ({"data.cache": "gs://bucket/cache"}, "config.data.cache = 'gs://bucket/cache' must be a folder"),
+    ({"log.health_prompts": 0}, "config.log.health_prompts must be at least 1, got 0"),
+    ({"log.batch_size": 0}, "config.log.batch_size must be at least 1, got 0"),
     ({"data.height": 60}, "height must be a positive multiple of 8"),
     ({"compute.attention": "fast"}, "config.compute.attention = 'fast' is not known"),
     ({"method.backward": False}, "config.method.backward = False needs images"),

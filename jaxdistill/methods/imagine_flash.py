@@ -121,11 +121,12 @@ def mixed_noise(fraction: float) -> NoiseSource:
 
 
 class Model(NamedTuple):
-    """A network with what its output means."""
+    """A network with what its output means. `shares`: it takes several rows of conditioning for one of x (see `guided_denoiser`)."""
 
     apply: ApplyFn
     schedule: NoiseSchedule
     parameterization: Parameterization
+    shares: bool = False
 
     def denoiser(self, params: Any, cond: Any) -> Denoiser:
         """`as_denoiser` of these parameters for one batch."""
@@ -141,6 +142,7 @@ class Model(NamedTuple):
             parameterization=self.parameterization,
             null_cond=null_cond,
             scale=scale,
+            shared=self.shares,
         )
 
 

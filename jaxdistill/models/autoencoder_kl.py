@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from jaxdistill.models.latent_layers import Attention, Conv, Dtype, GroupNorm, ResnetBlock, nearest
+from jaxdistill.models.latent_layers import Attention, Conv, Dtype, GroupNorm, ResnetBlock
 
 EPS = 1e-6
 
@@ -83,8 +83,8 @@ class Decoder(Half):
             for i in range(self.layers + 1):
                 h = self.block(channels, f"up_blocks.{number}.resnets.{i}", h)
             if number < len(self.channels) - 1:
-                h = nearest(h, (2 * h.shape[1], 2 * h.shape[2]))
-                h = Conv(channels, dtype=self.dtype, name=f"up_blocks.{number}.upsamplers.0.conv")(h)
+                doubled = (2 * h.shape[1], 2 * h.shape[2])
+                h = Conv(channels, dtype=self.dtype, name=f"up_blocks.{number}.upsamplers.0.conv")(h, doubled)
         return self.last(h)
 
 

@@ -18,7 +18,6 @@ from jaxdistill.models.latent_layers import (
     LayerNorm,
     Linear,
     ResnetBlock,
-    nearest,
     sinusoidal,
 )
 
@@ -30,6 +29,12 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def like(a: Array, other: Array) -> Array:
+    """`a` with each row repeated until it has the rows of `other`."""
+    copies = other.shape[0] // a.shape[0]
+    return jnp.repeat(a, copies, axis=0) if copies > 1 else a
 
 
 class FeedForward(nn.Module):
@@ -54,9 +59,10 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, context: Array) -> Array:
-        """X [b, l, c], context [b, m, d] -> x's shape."""
+        """X [b, l, c], context [r b, m, d] -> [r b, l, c]: row i of x meets the rows r i to r i + r - 1 of the context."""
         attention = {"kernel": self.attention, "dtype": self.dtype}
         x = x + Attention(self.heads, name="attn1", **attention)(LayerNorm(name="norm1")(x))
+        x = like(x, context)
         x = x + Attention(self.heads, name="attn2", **attention)(LayerNorm(name="norm2")(x), context)
         return x + FeedForward(self.dtype, name="ff")(LayerNorm(name="norm3")(x))
 
@@ -84,7 +90,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, context: Array) -> Array:
-        """X [b, h, w, c], context [b, m, d] -> x's shape."""
+        """X [b, h, w, c], context [r b, m, d] -> [r b, h, w, c], as the blocks."""
         b, h, w, c = x.shape
         y = GroupNorm(self.groups, 1e-6, name="norm")(x)
         if self.linear_projection:
@@ -98,16 +104,16 @@ class Transformer(nn.Module):
             scanned = nn.scan(
                 body, variable_axes={"params": 0, LORA: 0}, split_rngs={"params": True}, length=self.depth, in_axes=nn.broadcast
             )
-            y = scanned(*sizes, name=STACK)(y, context)[0]
+            y = scanned(*sizes, name=STACK)(like(y, context), context)[0]
         else:
             block: Any = TransformerBlock if policy is None else nn.remat(TransformerBlock, policy=policy)
             for i in range(self.depth):
                 y = block(*sizes, name=f"{STACK}.{i}")(y, context)
         if self.linear_projection:
-            y = Linear(c, dtype=self.dtype, name="proj_out")(y).reshape(b, h, w, c)
+            y = Linear(c, dtype=self.dtype, name="proj_out")(y).reshape(-1, h, w, c)
         else:
-            y = Conv(c, 1, dtype=self.dtype, name="proj_out")(y.reshape(b, h, w, c))
-        return x + y
+            y = Conv(c, 1, dtype=self.dtype, name="proj_out")(y.reshape(-1, h, w, c))
+        return like(x, y) + y
 
 
 class UNetCondition(nn.Module):
@@ -154,14 +160,17 @@ class UNetCondition(nn.Module):
     def __call__(self, x: Array, t: Array, cond: Any, features: bool = False) -> Array | list[Array]:
         """One call of the network.
 
+        `cond` may have r rows for each of x, as guidance has two: what does not depend on it is then computed once. In 1.x and 2.x that is
+        all up to the first cross-attention; XL's `pooled` enters with the time.
+
         Args:
           x: latents [b, h, w, in_channels].
           t: the training step of each example, float [b].
-          cond: {"context" [b, m, d]}; with the text_time addition also "pooled" [b, p] and "time_ids" [b, 6].
+          cond: {"context" [r b, m, d]}; with the text_time addition also "pooled" [r b, p] and "time_ids" [r b, 6].
           features: return the hidden states at the end of each level going down and of the middle instead, for a discriminator.
 
         Returns:
-          [b, h, w, out_channels] in x's dtype, or the list of states.
+          [r b, h, w, out_channels] in x's dtype, or the list of states.
         """
         embed: dict[str, Any] = {"flip": self.flip_sin_to_cos, "shift": self.freq_shift}
         width = 4 * self.channels[0]
@@ -170,13 +179,13 @@ class UNetCondition(nn.Module):
             ids = cond["time_ids"]
             embedded = sinusoidal(ids.reshape(-1), self.addition_time_width, **embed).reshape(ids.shape[0], -1)
             added = jnp.concatenate([cond["pooled"].astype(jnp.float32), embedded], axis=-1)
-            time = time + Embedding(width, self.dtype, name="add_embedding")(added)
+            time = like(time, added) + Embedding(width, self.dtype, name="add_embedding")(added)
         context = cond["context"].astype(self.dtype)
         policy = REMAT_POLICIES[self.remat]
         resnet_module: Any = ResnetBlock if policy is None else nn.remat(ResnetBlock, policy=policy)
 
         def resnet(name: str, channels: int, h: Array) -> Array:
-            return resnet_module(channels, self.groups, self.eps, self.dtype, name=name)(h, time)
+            return resnet_module(channels, self.groups, self.eps, self.dtype, name=name)(like(h, time), like(time, h))
 
         def attend(name: str, level: int, depth: int, h: Array) -> Array:
             return Transformer(
@@ -205,11 +214,10 @@ class UNetCondition(nn.Module):
         for number, level in enumerate(reversed(range(last + 1))):
             at = f"up_blocks.{number}"
             for i in range(self.layers[level] + 1):
-                h = resnet(f"{at}.resnets.{i}", self.channels[level], jnp.concatenate([h, skips.pop()], axis=-1))
+                h = resnet(f"{at}.resnets.{i}", self.channels[level], jnp.concatenate([h, like(skips.pop(), h)], axis=-1))
                 if self.depth_up[level]:
                     h = attend(f"{at}.attentions.{i}", level, self.depth_up[level], h)
             if level > 0:
-                h = nearest(h, skips[-1].shape[1:3])
-                h = Conv(self.channels[level], dtype=self.dtype, name=f"{at}.upsamplers.0.conv")(h)
+                h = Conv(self.channels[level], dtype=self.dtype, name=f"{at}.upsamplers.0.conv")(h, skips[-1].shape[1:3])
         h = nn.silu(GroupNorm(self.groups, self.eps, name="conv_norm_out")(h))
         return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(h).astype(x.dtype)

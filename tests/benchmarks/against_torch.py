@@ -6,16 +6,20 @@ A UNet of about 100 M parameters of the 1.x layout with 64x64 latents, float32. 
 ratios of neighbours: the machine's other work then hits both. torch runs as it comes and compiled (`torch.compile`).
 
 Sampling: DDIM steps with guidance (a batch of 2 for one image). Distillation: a rollout of 2 student steps, one teacher step with guidance
-from each visited state, the squared error, its gradient and an AdamW step.
+from each visited state, the squared error, its gradient and an AdamW step. Profile: where the time of both goes, by kind, on one thread
+(start it on one core; the profilers cost time themselves).
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,15 +85,18 @@ def torch_sampler(setup: Setup, unet: Callable) -> Callable[[], np.ndarray]:
     return run
 
 
-def jax_sampler(setup: Setup) -> Callable[[], np.ndarray]:
-    """The same by this package, one program a step as `jaxdistill.pipeline` has it."""
+def jax_sampler(setup: Setup, texts: list[str] | None = None) -> Callable[[], np.ndarray]:
+    """The same by this package, one program a step as `jaxdistill.pipeline` has it; its compiled text is appended to `texts`."""
     step = sampling.ddim(SCHEDULE)
     both = {"context": np.concatenate([setup.context, setup.null])}
 
     @jax.jit
     def advance(params, state, t, t_next):
-        denoiser = as_denoiser(setup.apply, params, both, schedule=SCHEDULE, parameterization=eps_prediction)
-        return step(sampling.guidance(3.0)(denoiser)(state.x, t), state, t, t_next)
+        denoiser = as_denoiser(setup.apply, params, both, schedule=SCHEDULE, parameterization=eps_prediction, copies=2)
+        return step(sampling.guidance(3.0, shared=True)(denoiser)(state.x, t), state, t, t_next)
+
+    if texts is not None:
+        texts.append(advance.lower(setup.params, sampling.start(jnp.asarray(setup.noise)), TIMES[0], TIMES[1]).compile().as_text())
 
     def run() -> np.ndarray:
         state = sampling.start(jnp.asarray(setup.noise))
@@ -133,9 +140,9 @@ def torch_step(setup: Setup, compiled: bool) -> Callable[[], float]:
     return run
 
 
-def jax_step(setup: Setup) -> Callable[[], float]:
-    """The same by this package's own loss and training step."""
-    network, tx = Model(setup.apply, SCHEDULE, eps_prediction), optax.adamw(1e-5, weight_decay=0.0)
+def jax_step(setup: Setup, texts: list[str] | None = None) -> Callable[[], float]:
+    """The same by this package's own loss and training step; its compiled text is appended to `texts`."""
+    network, tx = Model(setup.apply, SCHEDULE, eps_prediction, shares=True), optax.adamw(1e-5, weight_decay=0.0)
     loss_fn = imagine_flash(
         network,
         network,
@@ -148,12 +155,78 @@ def jax_step(setup: Setup) -> Callable[[], float]:
     step = jax.jit(lambda state, batch, teacher: train_step(state, batch, teacher, loss_fn=loss_fn, tx=tx, ema_decay=0.0), donate_argnums=0)
     batch = {"x0": jnp.zeros(setup.noise.shape), "cond": {"context": jnp.asarray(setup.context)}}
     state = [init_state({"student": jax.tree.map(jnp.array, setup.params)}, tx, jax.random.key(0))]
+    if texts is not None:
+        texts.append(step.lower(state[0], batch, setup.params).compile().as_text())
 
     def run() -> float:
         state[0], metrics = step(state[0], batch, setup.params)
         return float(metrics["loss"])
 
     return run
+
+
+TORCH_KINDS = {"attention": ("scaled_dot_product",), "convolutions": ("conv",), "linear layers": ("addmm", "::mm", "linear")}
+JAX_KINDS = {"convolutions": ("conv_general_dilated",), "linear layers": ("dot_general", "transpose")}
+
+
+def torch_profile(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds of one run by kind of operator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        run()
+    seconds: Counter[str] = Counter()
+    for event in found.key_averages():
+        kind = next((k for k, names in TORCH_KINDS.items() if any(name in event.key for name in names)), "other")
+        seconds[kind] += event.self_cpu_time_total / 1e6
+    return rounded(seconds)
+
+
+def jax_profile(run: Callable[[], object], text: str) -> dict[str, float]:
+    """Seconds of one run by kind of HLO instruction, whose compiled `text` says from which layer it comes."""
+    layers = dict(re.findall(r'%?([\w.\-]+) = [^\n]*?op_name="([^"]*)"', text))
+    own: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            for line in plane.lines:
+                if "Eigen" not in line.name and "PjRt" not in line.name:
+                    continue
+                open_events: list[tuple[float, str]] = []
+                for start, length, name in sorted((e.start_ns, -e.duration_ns, e.name) for e in line.events):
+                    while open_events and open_events[-1][0] <= start:
+                        open_events.pop()
+                    if open_events:
+                        own[open_events[-1][1]] += length  # negative: an inner event is not its outer one's own time
+                    own[name] -= length
+                    open_events.append((start - length, name))
+    seconds: Counter[str] = Counter()
+    for name, spent in own.items():
+        if name not in layers:
+            continue  # the executor and its waiting
+        layer = layers[name]
+        kind = next((k for k, names in JAX_KINDS.items() if any(n == layer.rsplit("/", 1)[-1] for n in names)), "other")
+        if "/attn" in layer and "while" in layer:
+            kind = "attention"
+        seconds[kind] += spent / 1e9
+    return rounded(seconds)
+
+
+def rounded(seconds: Counter[str]) -> dict[str, float]:
+    return {kind: round(spent, 3) for kind, spent in seconds.most_common()}
+
+
+def profiles(setup: Setup) -> dict[str, object]:
+    """Of sampling and of the step."""
+    torch.set_num_threads(1)
+    found: dict[str, object] = {}
+    for name, ours, theirs in (("sampling", jax_sampler, torch_sampler), ("step", jax_step, torch_step)):
+        texts: list[str] = []
+        run, other = ours(setup, texts), theirs(setup, setup.torch if name == "sampling" else False)
+        run(), other()
+        found[name] = {"torch eager": torch_profile(other), "jaxdistill": jax_profile(run, texts[0])}
+        print(json.dumps(found[name], indent=2), flush=True)
+    return found
 
 
 def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -208,6 +281,8 @@ def main() -> None:
         results["first_losses"] = {name: round(loss, 6) for name, loss in losses.items()}
         results["step"] = summary(alternate(contenders, args.rounds))
         print(json.dumps(results["step"], indent=2), flush=True)
+    if "profile" in args.parts:
+        results["profile"] = profiles(setup)
     Path(args.out).write_text(json.dumps(results, indent=2) + "\n")
 
 
