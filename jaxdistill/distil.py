@@ -313,7 +313,7 @@ class TextRun(TextSetup):
             profile=config.log.profile,
             keep_best=config.student.keep_best,
         )
-        self.seconds["student"] = seconds
+        self.seconds |= {"student": seconds.total, "saving the student": seconds.saving}
         results = {}
         if distributed.writes():
             self.export(state.ema_params)

@@ -239,7 +239,8 @@ class Run:
             advice=f"lower config.{name}.learning_rate and start in a new workdir",
             keep_best=block.get("keep_best", ""),
         )
-        self.record(name, seconds)
+        self.record(name, seconds.total)
+        self.record(f"saving the {name}", seconds.saving)
         return state
 
     def student_images(self, params: Any, noise: jax.Array, labels: np.ndarray, programs: dict[str, Any]) -> dict[int, np.ndarray]:

@@ -134,7 +134,7 @@ def train_phase(
     ema_of: Callable[[Any], Any] = everything,
     accumulate: int = 1,
     **options: Any,
-) -> tuple[TrainState, float]:
+) -> tuple[TrainState, loop.Seconds]:
     """`loop.train_loop` of a loss on a mesh, from `params()` or the newest checkpoint: the last state and the seconds spent in all.
 
     `shapes` are those of the parameters (or any arrays like them); `params` is not called where there is a checkpoint.
