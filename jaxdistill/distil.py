@@ -12,7 +12,20 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxdistill import card, checkpoint, chips, distributed, evaluate, image_metrics, loop, partition, pipeline, record_cache, report
+from jaxdistill import (
+    card,
+    checkpoint,
+    chips,
+    distributed,
+    evaluate,
+    image_metrics,
+    loop,
+    partition,
+    pipeline,
+    record_cache,
+    report,
+    saved_program,
+)
 from jaxdistill.experiment import student_of
 from jaxdistill.interop import diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.interop.diffusers_folder import FolderError
@@ -161,6 +174,18 @@ class TextRun(TextSetup):
             self.hashes[part.folder] = checkpoint.hash_files(part.files())
         return self.hashes[part.folder]
 
+    def saved_program(self) -> Any:
+        """The training step of config.compute.program, None where it is empty. Raises ValueError where it does not fit."""
+        path = self.config.compute.program
+        if not path:
+            return None
+        began = time.perf_counter()
+        made: Any = self.programs()
+        lower = partial(made.step.lower, made.state, self.abstract_batch(), made.teacher)
+        found = saved_program.load(path, lower, self.layout.mesh, json.loads(self.config.to_json()))
+        say(f"the training step of {path} fits, and is not compiled again ({time.perf_counter() - began:.0f} s)")
+        return found
+
     def agree(self) -> None:
         """Raise ValueError where the processes were given different prompts, images or weights: each reads its own copies."""
         if jax.process_count() == 1:
@@ -277,6 +302,7 @@ class TextRun(TextSetup):
         (self.workdir / "samples").mkdir(exist_ok=True)
         if config.log.checkpoints:  # a bucket that cannot be opened is told before the weights are read
             checkpoint.Checkpoints(f"{config.log.checkpoints}/student").close()
+        compiled = self.saved_program()
         began = time.perf_counter()
         teacher = self.weights(config.compute.teacher_dtype)
         # Each process draws by itself. Where every device has a copy this takes one of them, and none more.
@@ -295,12 +321,13 @@ class TextRun(TextSetup):
             self.loss,
             self.tx,
             self.batches(),
-            teacher,
+            {"teacher": teacher, "null": self.null},
             health,
             layout=self.layout,
             ema_decay=config.student.ema_decay,
             ema_of=student_of,
             accumulate=config.student.accumulate,
+            compiled=compiled,
             steps=config.student.iterations,
             health_every=config.student.health_every,
             log=config.log,
