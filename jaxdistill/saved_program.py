@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from etils import epath
+import fsspec
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
@@ -57,10 +57,9 @@ def save(path: str, lowered: Any, compiled: Any, mesh: Mesh, config: Mapping[str
         "config": dict(config),
         "sha256": hashlib.sha256(payload).hexdigest(),
     }
-    whole = json.dumps(header).encode() + b"\n" + payload
-    temporary = epath.Path(f"{path}.tmp")
-    temporary.write_bytes(whole)
-    temporary.replace(path)
+    files, place = fsspec.core.url_to_fs(path)
+    files.pipe_file(f"{place}.tmp", json.dumps(header).encode() + b"\n" + payload)
+    files.mv(f"{place}.tmp", place)
 
 
 def load(path: str, lower: Callable[[], Any], mesh: Mesh, config: Mapping[str, Any]) -> Any:
@@ -70,7 +69,8 @@ def load(path: str, lower: Callable[[], Any], mesh: Mesh, config: Mapping[str, A
     """
     name = f"config.compute.program = {path}"
     try:
-        head, _, payload = epath.Path(path).read_bytes().partition(b"\n")
+        files, place = fsspec.core.url_to_fs(path)
+        head, _, payload = files.cat_file(place).partition(b"\n")
     except Exception as error:  # a bucket's library has many
         raise ProgramError(f"{name} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0][:200]}); {MEND}") from None
     try:
