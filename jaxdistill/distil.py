@@ -1,8 +1,9 @@
 """A text-to-image run: a diffusers folder and prompts in, a few-step student out. Started by `jaxdistill.main` for such a config."""
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,6 +166,7 @@ class TextRun(TextSetup):
             raise ValueError(
                 "config.adversarial.reals = 'data' needs config.data.images; or let the teacher draw them: config.adversarial.reals=teacher"
             )
+        self.stop = loop.StopSignal()
         self.seconds: dict[str, float] = {}
         self.hashes: dict[Path, str] = {}
 
@@ -215,16 +217,19 @@ class TextRun(TextSetup):
     def cache(self, name: str, key: str, count: int, make: Callable[[int, int], Mapping[str, np.ndarray]], what: str) -> record_cache.Cache:
         """A record cache below config.data.cache (the workdir's cache/ by default)."""
         folder = Path(self.config.data.cache or self.workdir / "cache") / f"{name}-{key}"
-        began = time.perf_counter()
 
-        def progress(done: int) -> None:
-            if done == count or done % 1024 < 16:
-                rate = done / max(time.perf_counter() - began, 1e-6)
-                say(f"{what}: {done} of {count}, {(count - done) / rate:.0f} s to go")
+        def work() -> Iterator[None]:
+            began, first = 0.0, 0
+            with contextlib.closing(record_cache.writing(folder, count, make)) as blocks:
+                for done in blocks:
+                    if not first:  # what an earlier start has made says nothing of the rate
+                        began, first = time.perf_counter(), done
+                    if done == count or done % 1024 < 16:
+                        rate = max(done - first, 1) / max(time.perf_counter() - began, 1e-6)
+                        say(f"{what}: {done} of {count}, {(count - done) / rate:.0f} s to go")
+                    yield
 
-        if distributed.writes():
-            record_cache.cached(folder, count, make, progress=progress)
-        distributed.barrier(f"the cache {name} is written")
+        loop.prepare(what, work() if distributed.writes() else (), self.stop)
         return record_cache.Cache(folder)
 
     def open_data(self, pipe: pipeline.TextToImage) -> None:
@@ -298,7 +303,7 @@ class TextRun(TextSetup):
 
     def run(self, stop: loop.StopSignal) -> dict[str, Any]:
         """Caches, training, exports, results. Resumes where it was stopped."""
-        config = self.config
+        config, self.stop = self.config, stop
         (self.workdir / "samples").mkdir(exist_ok=True)
         if config.log.checkpoints:  # a bucket that cannot be opened is told before the weights are read
             checkpoint.Checkpoints(f"{config.log.checkpoints}/student").close()

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +76,10 @@ class StopSignal:
             self.at(step)
         return self.received
 
+    def between(self) -> str | None:
+        """As `at`, where no steps are counted."""
+        return self.at(self._last + 1)
+
     @contextmanager
     def installed(self) -> Iterator["StopSignal"]:
         """Handle both signals inside the block. Of several processes each leaves SIGTERM to JAX."""
@@ -86,6 +90,31 @@ class StopSignal:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+TURN_SECONDS = 5.0
+"""Of several processes: how long each prepares by itself before all ask together for a signal."""
+
+
+def prepare(what: str, work: Iterable[Any], stop: StopSignal) -> None:
+    """Go through `work`, of which some processes may have none, to its end or until a signal comes: then all stop, and it is closed.
+
+    Raises Stopped.
+    """
+    work, finished, alone = iter(work), False, jax.process_count() == 1
+    try:
+        while not distributed.everyone(finished):
+            end = time.monotonic() + TURN_SECONDS
+            for _ in work:
+                if stop.received if alone else time.monotonic() > end:
+                    break
+            else:
+                finished = True
+            if stop.between():
+                raise Stopped(f"{what}: stopped by {stop.received}; the same command resumes it")
+    finally:
+        if isinstance(work, Generator):
+            work.close()
 
 
 class Curve:

@@ -139,6 +139,41 @@ def test_a_mistake_of_one_process_ends_both_within_a_minute(tmp_path, mistaken):
     assert processes[1 - mistaken].wait(timeout=60) not in (0, 2) and time.monotonic() - began < 60
 
 
+PREPARING = """
+import sys, time
+from jaxdistill import distributed, loop
+distributed.start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+loop.TURN_SECONDS = 0.5
+def work():
+    try:
+        while True:
+            print("at work", flush=True)
+            time.sleep(0.1)
+            yield
+    finally:
+        print("closed", flush=True)
+with loop.StopSignal().installed() as stop:
+    loop.prepare("short", range(3), stop)
+    try:
+        loop.prepare("drawing", work() if sys.argv[2] == "0" else (), stop)
+    except loop.Stopped as stopped:
+        print(stopped, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_the_preparation_of_all(tmp_path):
+    """Process 0 is at work, the other waits for it and is told to stop."""
+    workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    processes = [begin(workdir, i, 1, "-c", PREPARING, coordinator, i) for i in range(2)]
+    wait_until(lambda: "at work" in log_of(workdir, 0), seconds=120, what="the work")
+    processes[1].send_signal(signal.SIGTERM)
+    finish(workdir, processes, {0})
+    for i in range(2):
+        assert "drawing: stopped by SIGTERM; the same command resumes it" in log_of(workdir, i)
+    assert log_of(workdir, 0).index("closed") < log_of(workdir, 0).index("drawing: stopped")
+
+
 HANGING = """
 import time
 from jaxdistill.distributed import Watchdog
