@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxdistill import checkpoint, hlo, main, partition
+from jaxdistill import checkpoint, hlo, main, partition, saved_program
 from jaxdistill.chips import CHIPS, Chip
 from jaxdistill.workdir import missing_extra
 
@@ -86,7 +86,7 @@ def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     """The train step of a text-to-image config. Raises ValueError."""
     from jaxdistill.text_setup import TextSetup, open_teacher
 
-    setup = TextSetup(config, open_teacher(config), devices=devices).with_zero_null()
+    setup = TextSetup(config, open_teacher(config), devices=devices)
     made, batch = setup.programs(), setup.abstract_batch()
     state = made.state
     kinds = {
@@ -142,22 +142,28 @@ def bytes_a_device(tree: Any) -> int:
     return sum(one(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def compiled(program: Program) -> tuple[Any, float]:
-    """The executable and the seconds it took. Raises DoesNotFit."""
+def compiled(program: Program) -> tuple[Any, Any, float]:
+    """The lowered program, the executable and the seconds both took. Raises DoesNotFit."""
     began = time.perf_counter()
+    lowered = program.function.lower(*program.arguments)
     try:
-        found = program.function.lower(*program.arguments).compile()
+        found = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text and "memory" not in text.lower():
             raise AotError(f"the compiler refused the program: {_first(error)}") from None
         raise DoesNotFit(f"the program does not fit: {_first(error)}", text) from None
-    return found, time.perf_counter() - began
+    return lowered, found, time.perf_counter() - began
 
 
-def measure(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
-    """Compile the program and count it: the report as JSON values. Raises DoesNotFit, AotError."""
-    executable, seconds = compiled(program)
+def measure(program: Program, chip: Chip, devices: int, *, keep: Callable[[Any, Any], None] | None = None) -> dict[str, Any]:
+    """Compile the program and count it: the report as JSON values. `keep` is given what is lowered and what is compiled.
+
+    Raises DoesNotFit, AotError.
+    """
+    lowered, executable, seconds = compiled(program)
+    if keep is not None:
+        keep(lowered, executable)
     memory = executable.memory_analysis()
     counts = hlo.count(executable.as_text())
     arguments = {kind: bytes_a_device(tree) for kind, tree in program.kinds.items()}
@@ -285,8 +291,8 @@ def search(make: Callable[[int], Program], chip: Chip, devices: int, step: int, 
     return best, found
 
 
-def plan(config: ConfigDict, name: str, *, find: bool, slices: int, program: str = "step") -> dict[str, Any]:
-    """The report of one of PROGRAMS on a topology. Raises ValueError, AotError, DoesNotFit."""
+def plan(config: ConfigDict, name: str, *, find: bool, slices: int, program: str = "step", save: str = "") -> dict[str, Any]:
+    """The report of one of PROGRAMS on a topology; `save` is a file for the program. Raises ValueError, AotError, DoesNotFit, OSError."""
     if config.get("task") != "text_to_image":
         raise AotError("jaxdistill.aot plans text-to-image configs, as configs/tpu_v4.py or configs/sd15.py")
     chip, devices = topology(name, slices=slices)
@@ -303,7 +309,13 @@ def plan(config: ConfigDict, name: str, *, find: bool, slices: int, program: str
             raise DoesNotFit(f"not even {step} rows a chip fit on {name}", "")
         print(f"the largest batch: {rows} rows a chip, config.student.batch_size = {rows * len(devices)}")
     else:
-        report = measure(make(config.student.batch_size), chip, len(devices))
+        found = make(config.student.batch_size)
+        mesh = jax.tree.leaves(found.arguments)[0].sharding.mesh
+
+        def keep(lowered: Any, executable: Any) -> None:
+            saved_program.save(save, lowered, executable, mesh, json.loads(config.to_json()))
+
+        report = measure(found, chip, len(devices), keep=keep if save else None)
     return {"topology": name if slices == 1 else f"{slices} x {name}", "compiled": program, **report}
 
 
@@ -313,6 +325,7 @@ JSON = flags.DEFINE_string("json", None, "File for the report as JSON.")
 PROGRAM = flags.DEFINE_enum(
     "program", "step", list(PROGRAMS), "The train step, or the student's sampler of config.student.batch_size images, decoded."
 )
+SAVE = flags.DEFINE_string("save", None, "File for the compiled train step, which runs on such a slice take as config.compute.program.")
 SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch a chip that fits; compiles several times.")
 
 
@@ -323,12 +336,14 @@ def cli() -> None:
         main.fail(f"--topology is missing: CHIP:SHAPE, as {KNOWN}")
     if JSON.value and not Path(JSON.value).resolve().parent.is_dir():
         main.fail(f"--json={JSON.value}: the folder {Path(JSON.value).parent} does not exist")
+    if SAVE.value and (SEARCH.value or PROGRAM.value != "step"):
+        main.fail("--save keeps a run's train step: leave out --search and --program")
     if SLICES.value < 1:
         main.fail(f"--slices must be at least 1, got {SLICES.value}")
     config = main.given_config(workdir=False)
     jax.config.update("jax_platforms", "cpu")  # the devices of this machine play no part
     try:
-        report = plan(config, TOPOLOGY.value, find=SEARCH.value, slices=SLICES.value, program=PROGRAM.value)
+        report = plan(config, TOPOLOGY.value, find=SEARCH.value, slices=SLICES.value, program=PROGRAM.value, save=SAVE.value or "")
     except DoesNotFit as error:
         print(f"error: {error}; {knobs(config)}", file=sys.stderr)
         print("\n".join(largest_buffers(error.report)), file=sys.stderr)

@@ -373,7 +373,7 @@ class Benchmark:
         path = self.workdir / "seconds.json"
         with self.claim("seconds"):
             known = json.loads(path.read_text()) if path.exists() else {}
-            checkpoint.write_json(path, {**known, name: round(seconds, 1)})
+            checkpoint.write_json(path, {**known, name: round(seconds.total, 1)})
         return trained
 
     # -- methods

@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -40,8 +43,8 @@ def not_written(what: str, error: BaseException, then: str = "") -> CheckpointEr
 class Checkpoints:
     """Asynchronous Orbax checkpoints of a TrainState with JSON metadata, the newest `keep` kept.
 
-    In a local folder a manifest of checksums is written beside each finished one: Orbax restores flipped bits without a word. A checkpoint
-    that was finished in the very moment of a kill has none, and is taken as it is.
+    A manifest of checksums is written beside each finished one: Orbax restores flipped bits without a word. A checkpoint that was finished
+    in the very moment of a kill has none, and is taken as it is.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
@@ -56,8 +59,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder} cannot be opened ({(str(error).splitlines() or [type(error).__name__])[0][:200]}); {mend}"
             ) from None
-        self._folder = Path(self._manager.directory)
-        self._manifests = None if remote else self._folder.with_name(self._folder.name + "-sha256")
+        self._folder = str(folder) if remote else str(self._manager.directory)
+        self._manifests = manifests_of(self._folder)
         self._summing: threading.Thread | None = None
 
     @property
@@ -117,39 +120,93 @@ class Checkpoints:
         """Start writing the manifests of finished checkpoints that have none, and drop those of deleted ones."""
         if self._summing is not None:
             self._summing.join()
-        if self._manifests is None or not distributed.writes():
+        if not (distributed.is_main() if "://" in self._folder else distributed.writes()):
             return
-        folder, manifests, steps = self._folder, self._manifests, {str(step) for step in self._manager.all_steps()}
-        manifests.mkdir(exist_ok=True)
-        known = {path.stem for path in manifests.glob("*.json")}
-        for step in known - steps:
-            (manifests / f"{step}.json").unlink(missing_ok=True)
+        steps = {str(step) for step in self._manager.all_steps()}
 
         def work() -> None:
-            with contextlib.suppress(OSError):  # a full disk: the next save says so
-                for step in sorted(steps - known):
-                    write_json(manifests / f"{step}.json", _hashes(folder / step))
+            try:
+                self._manifests.keep(steps)
+            except Exception as error:  # a bucket's library has many
+                if not disk_is_full(error):  # of which the next save tells
+                    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                    print(f"warning: {self._folder}: no checksums of its checkpoints ({said})", file=sys.stderr, flush=True)
 
         self._summing = threading.Thread(target=work, daemon=True)
         self._summing.start()
 
     def _verify(self) -> None:
         """Raise CheckpointError where a file of the newest checkpoint is not what was saved."""
-        step = self.latest
-        if self._manifests is None or not (manifest := self._manifests / f"{step}.json").is_file():
-            return
-        folder = self._folder / str(step)
+        step, folder = self.latest, f"{self._folder}/{self.latest}"
         try:
-            expected = json.loads(manifest.read_text())
-        except ValueError:
-            expected = None  # the manifest itself was hit: every file counts as damaged
-        found = _hashes(folder)
-        bad = sorted(found) if expected is None else sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+            bad = self._manifests.differing(str(step))
+        except Exception as error:  # a bucket's library has many
+            said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise CheckpointError(
+                f"{folder} cannot be compared with its checksums ({said}); mend that and give the same command again"
+            ) from None
         if bad:
-            older = sorted(s for s in self._manager.all_steps() if s < int(folder.name))
+            older = sorted(s for s in self._manager.all_steps() if step is not None and s < step)
             back = f"the run then goes back to step {older[-1]}" if older else "the run then starts anew"
-            state = "is missing" if bad[0] not in found else "is damaged"
-            raise CheckpointError(f"{folder / bad[0]} {state}: it does not match its checksum; remove {folder}, {back}")
+            name, state = next(iter(bad.items()))
+            raise CheckpointError(f"{folder}/{name} {state}: it does not match its checksum; remove {folder}, {back}")
+
+
+class Manifests:
+    """Checksums of checkpoints, a JSON file a step in a folder beside theirs, in a file system of fsspec.
+
+    `sums`: the path of a checkpoint -> {name of a file in it: what must stay as it is}.
+    """
+
+    def __init__(self, files: Any, checkpoints: str, folder: str, sums: Callable[[str], Mapping[str, Any]]) -> None:
+        self._files, self._checkpoints, self._folder, self._sums = files, checkpoints, folder, sums
+
+    def keep(self, steps: set[str]) -> None:
+        """Write the manifests of these checkpoints that have none, and drop those of others."""
+        self._files.invalidate_cache()
+        self._files.makedirs(self._folder, exist_ok=True)
+        known = {path.rpartition("/")[2].removesuffix(".json") for path in self._files.glob(f"{self._folder}/*.json")}
+        for step in known - steps:
+            self._files.rm_file(f"{self._folder}/{step}.json")
+        for step in sorted(steps - known):
+            path = f"{self._folder}/{step}.json"
+            self._files.pipe_file(f"{path}.tmp", json.dumps(self._sums(f"{self._checkpoints}/{step}"), indent=2).encode())
+            self._files.mv(f"{path}.tmp", path)
+
+    def differing(self, step: str) -> dict[str, str]:
+        """{name: what is wrong} of the files of a checkpoint that are not as they were; {} where it has no manifest."""
+        self._files.invalidate_cache()
+        try:  # `exists` would take a bucket that may not be read for one that has none
+            manifest = self._files.cat_file(f"{self._folder}/{step}.json")
+        except FileNotFoundError:
+            return {}
+        found = json.loads(json.dumps(self._sums(f"{self._checkpoints}/{step}")))
+        try:
+            expected = dict(json.loads(manifest))
+        except (ValueError, TypeError):
+            expected = dict.fromkeys(found)  # the manifest itself was hit: every file counts as damaged
+        names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        return {name: "is damaged" if name in found else "is missing" for name in names}
+
+
+def manifests_of(checkpoints: str) -> Manifests:
+    """SHA-256 of what is on a disk; of what is in a bucket, whose bytes would have to travel, the sums that the store keeps itself."""
+    files, path = fsspec.core.url_to_fs(checkpoints)
+    if "://" in checkpoints:
+        return Manifests(files, path, f"{path}-objects", partial(object_sums, files))
+    return Manifests(files, path, f"{path}-sha256", lambda folder: _hashes(Path(folder)))
+
+
+def object_sums(files: Any, folder: str) -> dict[str, dict[str, Any]]:
+    """{name: {"size", and the store's own checksum} of each object} below a folder of an fsspec file system.
+
+    A checksum of the bytes where there is one: an ETag also changes where nothing but an object's labels did.
+    """
+    found = {}
+    for path, info in files.find(folder, detail=True).items():
+        kind = next((kind for kind in ("crc32c", "md5Hash", "etag", "ETag") if info.get(kind)), None)
+        found[path.removeprefix(folder).lstrip("/")] = {"size": info["size"]} | ({kind: info[kind]} if kind else {})
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

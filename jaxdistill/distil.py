@@ -1,8 +1,9 @@
 """A text-to-image run: a diffusers folder and prompts in, a few-step student out. Started by `jaxdistill.main` for such a config."""
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,20 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxdistill import card, checkpoint, chips, distributed, evaluate, image_metrics, loop, partition, pipeline, record_cache, report
+from jaxdistill import (
+    card,
+    checkpoint,
+    chips,
+    distributed,
+    evaluate,
+    image_metrics,
+    loop,
+    partition,
+    pipeline,
+    record_cache,
+    report,
+    saved_program,
+)
 from jaxdistill.experiment import student_of
 from jaxdistill.interop import diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.interop.diffusers_folder import FolderError
@@ -152,6 +166,7 @@ class TextRun(TextSetup):
             raise ValueError(
                 "config.adversarial.reals = 'data' needs config.data.images; or let the teacher draw them: config.adversarial.reals=teacher"
             )
+        self.stop = loop.StopSignal()
         self.seconds: dict[str, float] = {}
         self.hashes: dict[Path, str] = {}
 
@@ -160,6 +175,18 @@ class TextRun(TextSetup):
         if part.folder not in self.hashes:
             self.hashes[part.folder] = checkpoint.hash_files(part.files())
         return self.hashes[part.folder]
+
+    def saved_program(self) -> Any:
+        """The training step of config.compute.program, None where it is empty. Raises ValueError where it does not fit."""
+        path = self.config.compute.program
+        if not path:
+            return None
+        began = time.perf_counter()
+        made: Any = self.programs()
+        lower = partial(made.step.lower, made.state, self.abstract_batch(), made.teacher)
+        found = saved_program.load(path, lower, self.layout.mesh, json.loads(self.config.to_json()))
+        say(f"the training step of {path} fits, and is not compiled again ({time.perf_counter() - began:.0f} s)")
+        return found
 
     def agree(self) -> None:
         """Raise ValueError where the processes were given different prompts, images or weights: each reads its own copies."""
@@ -190,16 +217,19 @@ class TextRun(TextSetup):
     def cache(self, name: str, key: str, count: int, make: Callable[[int, int], Mapping[str, np.ndarray]], what: str) -> record_cache.Cache:
         """A record cache below config.data.cache (the workdir's cache/ by default)."""
         folder = Path(self.config.data.cache or self.workdir / "cache") / f"{name}-{key}"
-        began = time.perf_counter()
 
-        def progress(done: int) -> None:
-            if done == count or done % 1024 < 16:
-                rate = done / max(time.perf_counter() - began, 1e-6)
-                say(f"{what}: {done} of {count}, {(count - done) / rate:.0f} s to go")
+        def work() -> Iterator[None]:
+            began, first = 0.0, 0
+            with contextlib.closing(record_cache.writing(folder, count, make)) as blocks:
+                for done in blocks:
+                    if not first:  # what an earlier start has made says nothing of the rate
+                        began, first = time.perf_counter(), done
+                    if done == count or done % 1024 < 16:
+                        rate = max(done - first, 1) / max(time.perf_counter() - began, 1e-6)
+                        say(f"{what}: {done} of {count}, {(count - done) / rate:.0f} s to go")
+                    yield
 
-        if distributed.writes():
-            record_cache.cached(folder, count, make, progress=progress)
-        distributed.barrier(f"the cache {name} is written")
+        loop.prepare(what, work() if distributed.writes() else (), self.stop)
         return record_cache.Cache(folder)
 
     def open_data(self, pipe: pipeline.TextToImage) -> None:
@@ -273,10 +303,11 @@ class TextRun(TextSetup):
 
     def run(self, stop: loop.StopSignal) -> dict[str, Any]:
         """Caches, training, exports, results. Resumes where it was stopped."""
-        config = self.config
+        config, self.stop = self.config, stop
         (self.workdir / "samples").mkdir(exist_ok=True)
         if config.log.checkpoints:  # a bucket that cannot be opened is told before the weights are read
             checkpoint.Checkpoints(f"{config.log.checkpoints}/student").close()
+        compiled = self.saved_program()
         began = time.perf_counter()
         teacher = self.weights(config.compute.teacher_dtype)
         # Each process draws by itself. Where every device has a copy this takes one of them, and none more.
@@ -295,12 +326,13 @@ class TextRun(TextSetup):
             self.loss,
             self.tx,
             self.batches(),
-            teacher,
+            {"teacher": teacher, "null": self.null},
             health,
             layout=self.layout,
             ema_decay=config.student.ema_decay,
             ema_of=student_of,
             accumulate=config.student.accumulate,
+            compiled=compiled,
             steps=config.student.iterations,
             health_every=config.student.health_every,
             log=config.log,
@@ -313,7 +345,7 @@ class TextRun(TextSetup):
             profile=config.log.profile,
             keep_best=config.student.keep_best,
         )
-        self.seconds["student"] = seconds
+        self.seconds |= {"student": seconds.total, "saving the student": seconds.saving}
         results = {}
         if distributed.writes():
             self.export(state.ema_params)

@@ -111,6 +111,11 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def everyone(holds: bool) -> bool:
+    """Whether it holds in all processes, which must all ask."""
+    return holds if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array([holds]))))
+
+
 def share_folder(folder: Path) -> bool:
     """Whether all processes see the same folder, which must exist for process 0. Decides who `writes`."""
     global _own_folder
@@ -123,11 +128,11 @@ def share_folder(folder: Path) -> bool:
         token.write_text(stamp)
     barrier("token written")
     seen = token.is_file() and token.read_text() == stamp
-    everyone = bool(np.all(multihost_utils.process_allgather(np.array([seen]))))
+    shared = everyone(seen)
     if is_main():
         token.unlink()
-    _own_folder = not everyone
-    return everyone
+    _own_folder = not shared
+    return shared
 
 
 def broadcast(text: bytes) -> bytes:

@@ -6,10 +6,10 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,16 @@ class NonFiniteError(RuntimeError):
 
 class Stopped(Exception):
     """Raised after a signal, once the state is on disk."""
+
+
+class Seconds(NamedTuple):
+    """Wall seconds of a phase over all its starts, and those of them in which training waited for checkpoints to be written.
+
+    Of an earlier start what came before its last save counts.
+    """
+
+    total: float
+    saving: float
 
 
 class StopSignal:
@@ -66,6 +76,10 @@ class StopSignal:
             self.at(step)
         return self.received
 
+    def between(self) -> str | None:
+        """As `at`, where no steps are counted."""
+        return self.at(self._last + 1)
+
     @contextmanager
     def installed(self) -> Iterator["StopSignal"]:
         """Handle both signals inside the block. Of several processes each leaves SIGTERM to JAX."""
@@ -76,6 +90,31 @@ class StopSignal:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+TURN_SECONDS = 5.0
+"""Of several processes: how long each prepares by itself before all ask together for a signal."""
+
+
+def prepare(what: str, work: Iterable[Any], stop: StopSignal) -> None:
+    """Go through `work`, of which some processes may have none, to its end or until a signal comes: then all stop, and it is closed.
+
+    Raises Stopped.
+    """
+    work, finished, alone = iter(work), False, jax.process_count() == 1
+    try:
+        while not distributed.everyone(finished):
+            end = time.monotonic() + TURN_SECONDS
+            for _ in work:
+                if stop.received if alone else time.monotonic() > end:
+                    break
+            else:
+                finished = True
+            if stop.between():
+                raise Stopped(f"{what}: stopped by {stop.received}; the same command resumes it")
+    finally:
+        if isinstance(work, Generator):
+            work.close()
 
 
 class Curve:
@@ -122,22 +161,28 @@ def summary_writer() -> Any:
 class Meter:
     """Where the time goes: seconds by kind since the last reading, and what the devices did in them."""
 
-    def __init__(self, examples: int, flops: float) -> None:
-        """`examples` and `flops` (of all devices, counted by hand or by `jaxdistill.aot`) of one step; 0 where unknown."""
+    def __init__(self, examples: int, flops: float, *, saving: float = 0.0) -> None:
+        """`examples` and `flops` (of all devices, counted by hand or by `jaxdistill.aot`) of one step; 0 where unknown.
+
+        `saving`: seconds that earlier starts have lost to saving.
+        """
         self._examples, self._flops = examples, flops
         self._chip = chips.of_device(jax.local_devices()[0])
         self._began = self._since = time.perf_counter()
         self._steps, self._seconds = 0, {"input": 0.0, "save": 0.0, "health": 0.0}
-        self._lost = 0.0
+        self._lost, self.saving = 0.0, saving
 
     @contextmanager
     def spent(self, kind: str) -> Iterator[None]:
         """Count the block as "input", "save" or "health"."""
         began = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - began
-        self._seconds[kind] += seconds
-        self._lost += 0.0 if kind == "input" else seconds
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            self._seconds[kind] += seconds
+            self._lost += 0.0 if kind == "input" else seconds
+            self.saving += seconds if kind == "save" else 0.0
 
     def step(self) -> None:
         """One more step was started."""
@@ -147,7 +192,7 @@ class Meter:
         """Numbers since the last reading, which must come when the steps' results are there.
 
         step_seconds and input_wait (a share) without saving and health; goodput: the share of the run's time that was training;
-        images_per_second_a_chip, mfu and hbm_peak_gib where they are known.
+        save_seconds: what saving has cost since the phase began; images_per_second_a_chip, mfu and hbm_peak_gib where they are known.
         """
         now = time.perf_counter()
         training = max(now - self._since - self._seconds["save"] - self._seconds["health"], 1e-9)
@@ -155,6 +200,7 @@ class Meter:
             "step_seconds": training / max(self._steps, 1),
             "input_wait": self._seconds["input"] / training,
             "goodput": 1 - self._lost / max(now - self._began, 1e-9),
+            "save_seconds": self.saving,
         }
         rate = self._steps / training / jax.device_count()
         if self._examples:
@@ -186,8 +232,13 @@ class Trace:
         """Stop where the step was the last."""
         if self._running and step + 1 >= self._last:
             jax.block_until_ready(result)
-            jax.profiler.stop_trace()
+            self.close()
+
+    def close(self) -> None:
+        """Write what there is of a trace whose last step has not come: the run ends before it."""
+        if self._running:
             self._running = False
+            jax.profiler.stop_trace()
 
 
 @jax.jit
@@ -224,9 +275,12 @@ class Best:
             self.value = value
             self._checkpoints.save(step, averages, {"value": value})
 
-    def restore(self, like: Any) -> Any:
-        """The averages that are kept, or `like` where no number was ever finite."""
+    def wait(self) -> None:
+        """Until all is on disk."""
         self._checkpoints.wait()
+
+    def restore(self, like: Any) -> Any:
+        """The averages that are kept, or `like` where no number was ever finite. `wait` first."""
         return like if self.step is None else self._checkpoints.restore(like)[0]
 
     def close(self) -> None:
@@ -255,7 +309,7 @@ def train_loop(
     flops: float = 0.0,
     profile: int = 0,
     keep_best: str = "",
-) -> tuple[TrainState, float]:
+) -> tuple[TrainState, Seconds]:
     """Train from the newest checkpoint, or from `first()`, to `steps`. Returns the state and the seconds spent in all.
 
     `like` describes the state: arrays, or ShapeDtypeStructs with their shardings. `first` is called only where there is no checkpoint, and
@@ -275,19 +329,19 @@ def train_loop(
     """
     folder = checkpoint_folder or workdir / "checkpoints"
     checkpoints = Checkpoints(f"{folder}/{name}")
-    seconds_before = 0.0
+    before = Seconds(0.0, 0.0)
     if checkpoints.latest is None:
         state = first()
     else:
         state, meta = checkpoints.restore(like)
-        seconds_before = float(meta["seconds"])
+        before = Seconds(float(meta["seconds"]), float(meta.get("save_seconds", 0.0)))
         if distributed.is_main():
             print(f"{name}: resumes at step {int(state.step)} of {steps}")
     best = Best(f"{folder}/{name}-best", keep_best, like.ema_params) if keep_best else None
     start, began = int(state.step), time.perf_counter()
     curve = Curve(workdir / "curves" / f"{name}.jsonl", start)
     writer = summary_writer()(str(workdir / "tensorboard" / name), purge_step=start + 1, write_to_disk=distributed.writes())
-    meter, trace = Meter(examples, flops), Trace(workdir / "tensorboard" / name, start + 10, profile)
+    meter, trace = Meter(examples, flops, saving=before.saving), Trace(workdir / "tensorboard" / name, start + 10, profile)
     watchdog = distributed.Watchdog() if jax.process_count() > 1 else None
     pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
     last_saved = start
@@ -312,14 +366,15 @@ def train_loop(
 
     def save(step: int) -> None:
         nonlocal last_saved
-        check(0)
-        rest()
         if not all_finite((state.params, state.ema_params)):
             raise NonFiniteError(
                 f"{name} step {step - 1}: parameters are not finite; the checkpoint of step {last_saved} is kept; {advice}"
             )
-        checkpoints.save(step, state, {"seconds": seconds_before + time.perf_counter() - began})
+        checkpoints.save(step, state, {"seconds": spent().total, "save_seconds": meter.saving})
         last_saved = step
+
+    def spent() -> Seconds:
+        return Seconds(before.total + time.perf_counter() - began, meter.saving)
 
     # Off a terminal, a line every ten seconds is enough.
     bar = tqdm(
@@ -349,7 +404,7 @@ def train_loop(
             bar.update()
             if done % log_every == 0 or done == steps:
                 speed = meter.read()
-                shown = {key: f"{speed[key]:.3g}" for key in ("images_per_second_a_chip", "mfu") if key in speed}
+                shown = {key: f"{speed[key]:.3g}" for key in ("images_per_second_a_chip", "mfu", "save_seconds") if speed.get(key)}
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False, **shown)
                 curve.add(done, values)
                 for key, value in (values | {f"speed/{k}": v for k, v in speed.items()}).items():
@@ -367,12 +422,17 @@ def train_loop(
                         best.offer(done, state.ema_params, report)
             received = stop.at(done)
             if done % checkpoint_every == 0 or done == steps or received:
+                check(0)  # the steps in flight are training, and not lost to saving
+                rest()
                 with meter.spent("save"):
                     save(done)
             if received and done < steps:
-                checkpoints.wait()
+                with meter.spent("save"):
+                    checkpoints.wait()
                 raise Stopped(f"{name} stopped by {received} and saved at step {done} of {steps}; the same command resumes it")
         if best is not None:
+            with meter.spent("save"):
+                best.wait()
             state = state._replace(ema_params=best.restore(state.ema_params))
             if distributed.is_main() and best.step is not None:
                 print(f"{name}: its best averages are those of step {best.step} ({keep_best} {best.value:g})", flush=True)
@@ -381,8 +441,13 @@ def train_loop(
             watchdog.close()
         bar.close()
         with suppress(OSError):  # a full disk: the checkpoint says so
+            trace.close()
             writer.close()
-        checkpoints.close()
-        if best is not None:
-            best.close()
-    return state, seconds_before + time.perf_counter() - began
+        with meter.spent("save"):
+            checkpoints.close()
+            if best is not None:
+                best.close()
+        found = spent()
+        if start < steps and distributed.is_main():
+            print(f"{name}: {found.total:.1f} s, of them {found.saving:.1f} s lost to saving", flush=True)
+    return state, found

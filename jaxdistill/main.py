@@ -192,10 +192,14 @@ class Run:
         count, block = self.config.adversarial.pool, self.config.eval.batch_size
         sample = self.sample_fn(self.experiment.teacher_sampler, guidance=self.config.teacher.guidance, correct_noise=False)
         grid = self.experiment.teacher_sampler.grid(self.config.teacher.steps)
-        images = [
-            sample(teacher_params, self.noise(self.config.seed + 200, i, block), self.labels(block, i), grid)
-            for i in range(0, count, block)
-        ]
+        images: list[np.ndarray] = []
+
+        def work() -> Iterator[None]:
+            for i in range(0, count, block):
+                images.append(sample(teacher_params, self.noise(self.config.seed + 200, i, block), self.labels(block, i), grid))
+                yield
+
+        loop.prepare("the teacher's images for the discriminator", work(), self.stop)
         stacked = np.concatenate(images)
         return data.Split(stacked, self.labels(len(stacked)))
 
@@ -239,7 +243,8 @@ class Run:
             advice=f"lower config.{name}.learning_rate and start in a new workdir",
             keep_best=block.get("keep_best", ""),
         )
-        self.record(name, seconds)
+        self.record(name, seconds.total)
+        self.record(f"saving the {name}", seconds.saving)
         return state
 
     def student_images(self, params: Any, noise: jax.Array, labels: np.ndarray, programs: dict[str, Any]) -> dict[int, np.ndarray]:

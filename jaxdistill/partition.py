@@ -20,6 +20,7 @@ Rule = tuple[str, Sequence[str | None]]
 """A regular expression of the path, and the mesh axes of the last dimensions of what it finds; () is a copy on each device."""
 
 RULES: tuple[Rule, ...] = (
+    (r"^null/", ()),  # the null conditioning beside a teacher: one row
     # The second of two layers takes what the first has divided, so that one sum over "tensor" serves both.
     (r"(to_out\.0|net\.2|fc2|out_proj|proj_out|linear_2|conv2)/kernel$", ("tensor", "fsdp")),
     (r"(kernel|embedding|down|up)$", ("fsdp", "tensor")),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,37 +32,58 @@ def write(
     *,
     block: int,
     shard: int,
-    progress: Callable[[int], None],
-) -> None:
-    """Fill `folder` with `count` records. It appears whole or not at all.
+) -> Generator[int, None, None]:
+    """Fill `folder` with `count` records; yields their number after each block. It appears whole or not at all.
+
+    Whoever closes the iterator before its end keeps what was written: the next one goes on after it, in the same blocks.
 
     Args:
       folder: of the cache.
       count: number of records.
       make: (first, last) -> fields [last - first, ...] of these records; all calls with the same shapes and types but for the first axis.
       block: records a call.
-      shard: records a file.
-      progress: told the number of records written.
+      shard: records a file, at most.
     """
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    shards = max(1, -(-count // shard))
-    names = [f"records-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
-    fields: dict[str, Any] = {}
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        known = json.loads((temporary / META).read_text())
+        done, fields, names = int(known["count"]), dict(known["fields"]), list(known["files"])
+        if (done % block and done != count) or not all((temporary / name).is_file() for name in names):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        shutil.rmtree(temporary)
+        temporary.mkdir()
+        done, fields, names = 0, {}, []
     writer: Any = None
-    for first in range(0, count, block):
-        values = make(first, min(first + block, count))
-        fields = fields or {name: {"shape": list(v.shape[1:]), "dtype": v.dtype.str} for name, v in sorted(values.items())}
-        for i in range(min(block, count - first)):
-            if (first + i) % shard == 0:
-                if writer is not None:
-                    writer.close()
-                writer = array_record_module.ArrayRecordWriter(str(temporary / names[(first + i) // shard]), "group_size:1")
-            writer.write(b"".join(np.ascontiguousarray(values[name][i]).tobytes() for name in fields))
-        progress(min(first + block, count))
-    if writer is not None:
-        writer.close()
+    held = 0
+
+    def close() -> None:
+        """What is in the open file counts from now on."""
+        nonlocal writer, held
+        if writer is not None:
+            writer.close()
+            checkpoint.write_json(temporary / META, {"count": done, "fields": fields, "files": names})
+        writer, held = None, 0
+
+    try:
+        while done < count:
+            size = min(block, count - done)
+            values = make(done, done + size)
+            fields = fields or {name: {"shape": list(v.shape[1:]), "dtype": v.dtype.str} for name, v in sorted(values.items())}
+            if held + size > shard:
+                close()
+            if writer is None:
+                names.append(f"records-{len(names):05d}.array_record")
+                writer = array_record_module.ArrayRecordWriter(str(temporary / names[-1]), "group_size:1")
+            for i in range(size):
+                writer.write(b"".join(np.ascontiguousarray(values[name][i]).tobytes() for name in fields))
+            done, held = done + size, held + size
+            yield done
+    except GeneratorExit:
+        close()
+        raise
+    close()
     checkpoint.write_json(temporary / META, {"count": count, "fields": fields, "files": names})
     checkpoint.swap_in(temporary, folder)
 
@@ -113,16 +134,16 @@ class Cache:
         return batch
 
 
-def cached(
-    folder: Path,
-    count: int,
-    make: Callable[[int, int], Mapping[str, np.ndarray]],
-    *,
-    block: int = 16,
-    shard: int = 4096,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Cache:
-    """The cache in `folder`, written first if it is not there. Arguments as of `write`."""
+def writing(
+    folder: Path, count: int, make: Callable[[int, int], Mapping[str, np.ndarray]], *, block: int = 16, shard: int = 4096
+) -> Generator[int, None, None]:
+    """As `write` where the cache is not there, else nothing."""
     if not (folder / META).is_file():
-        write(folder, count, make, block=block, shard=shard, progress=progress)
+        yield from write(folder, count, make, block=block, shard=shard)
+
+
+def cached(folder: Path, count: int, make: Callable[[int, int], Mapping[str, np.ndarray]], *, block: int = 16, shard: int = 4096) -> Cache:
+    """The cache in `folder`, written first if it is not there. Arguments as of `write`."""
+    for _ in writing(folder, count, make, block=block, shard=shard):
+        pass
     return Cache(folder)

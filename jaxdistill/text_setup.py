@@ -110,7 +110,6 @@ class TextSetup:
         self.scheduler = scheduler._replace(noise_correction=self.correct_noise)
         if from_student(config):
             self.check_student(config.teacher.folder)
-        self.null: dict[str, Any] = {}
         self.heads = FeatureHeads(config.adversarial.width)
         self.loss = self.make_loss()
         self.tx = make_student_optimizer(config)
@@ -130,23 +129,33 @@ class TextSetup:
                 )
 
     def make_loss(self) -> LossFn:
-        """The config's method on this folder's network; with LoRA the student is the teacher's weights plus the updates."""
+        """The config's method on this folder's network; with LoRA the student is the teacher's weights plus the updates.
+
+        Its second argument is {"teacher", "null"}: a null conditioning in the program would tie the program to a text encoder's weights.
+        """
         config, dtype = self.config, DTYPES[self.config.compute.dtype]
         constrain = partition.constrain_batch(self.layout.mesh)
         network = flash.Model(self.unet.apply, self.schedule, self.scheduler.parameterization, shares=True)
-        loss = make_student_loss(
-            config,
-            network,
-            grids=list(self.grids.values()),
-            several=self.grid,
-            null_cond=lambda cond: pipeline.with_null(self.null, cond),  # known once the text is encoded
-            adversary=make_adversary(config.adversarial, partial(self.unet.apply, features=True), self.heads, self.schedule, constrain),
-            adversary_states=config.adversarial.states,
-            constrain=constrain,
-        )
+        adversary = make_adversary(config.adversarial, partial(self.unet.apply, features=True), self.heads, self.schedule, constrain)
 
-        def with_base(params: Any, teacher: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            params, teacher = self.layout.gathered(params, dtype), self.layout.gathered(teacher, dtype)
+        def with_null(null: Any) -> LossFn:
+            return make_student_loss(
+                config,
+                network,
+                grids=list(self.grids.values()),
+                several=self.grid,
+                null_cond=partial(pipeline.with_null, null),
+                adversary=adversary,
+                adversary_states=config.adversarial.states,
+                constrain=constrain,
+            )
+
+        with_null({})  # a mistake in the config is told now
+
+        def with_base(params: Any, given: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            with jax.ensure_compile_time_eval():  # tables of the method are numbers, also where a step is traced
+                loss = with_null(given["null"])
+            params, teacher = self.layout.gathered(params, dtype), self.layout.gathered(given["teacher"], dtype)
             with jax.sharding.use_abstract_mesh(self.layout.mesh.abstract_mesh):  # the flash kernel asks for it
                 return loss({**params, "student": self.variables(params["student"], teacher)}, teacher, batch, key)
 
@@ -187,6 +196,10 @@ class TextSetup:
         place = partition.batch_sharding(self.layout.mesh)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), found)
 
+    def abstract_null(self) -> dict[str, Any]:
+        """Shapes of the null conditioning."""
+        return {name: a for name, a in self.abstract_cond(1).items() if name != "time_ids"}
+
     def abstract_student(self) -> dict[str, Any]:
         """Shapes of what is trained."""
         student = jax.eval_shape(self.fresh_updates) if self.config.student.lora_rank else self.abstract
@@ -197,12 +210,8 @@ class TextSetup:
         config, dtype = self.config.student, DTYPES[self.config.compute.teacher_dtype]
         teacher = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), self.abstract)
         options = {"ema_decay": config.ema_decay, "ema_of": student_of, "accumulate": config.accumulate}
-        return programs(self.layout, self.loss, self.tx, self.abstract_student(), teacher, **options)
-
-    def with_zero_null(self) -> "TextSetup":
-        """Itself, with a null conditioning of zeros: for compiling without a text encoder."""
-        self.null = {name: np.zeros(a.shape, np.float32) for name, a in self.abstract_cond(1).items() if name != "time_ids"}
-        return self
+        given = {"teacher": teacher, "null": self.abstract_null()}
+        return programs(self.layout, self.loss, self.tx, self.abstract_student(), given, **options)
 
     def sample(self, unet: Any, vae: Any, noise: jax.Array, cond: Any, *, steps: int) -> jax.Array:
         """Images [b, h, w, 3] from standard normal latents in `steps` calls without guidance: what the trained student is for."""

@@ -133,11 +133,13 @@ def train_phase(
     advice: str,
     ema_of: Callable[[Any], Any] = everything,
     accumulate: int = 1,
+    compiled: Callable[..., Any] | None = None,
     **options: Any,
-) -> tuple[TrainState, float]:
+) -> tuple[TrainState, loop.Seconds]:
     """`loop.train_loop` of a loss on a mesh, from `params()` or the newest checkpoint: the last state and the seconds spent in all.
 
     `shapes` are those of the parameters (or any arrays like them); `params` is not called where there is a checkpoint.
+    `compiled`: the step where it need not be compiled.
     `log` gives "every" and "checkpoint_every"; batches: i -> this process's rows of batch i on the host; `options` go to the loop.
     The averages come back as arrays of this process alone.
     """
@@ -145,7 +147,7 @@ def train_phase(
     state, seconds = loop.train_loop(
         name,
         lambda: made.start(layout.place(params()), key=key),
-        made.step,
+        made.step if compiled is None else compiled,
         lambda i: partition.put_batch(batches(i), layout.mesh),
         None if teacher_params is None else layout.place(teacher_params),
         like=made.state,

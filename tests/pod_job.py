@@ -1,5 +1,9 @@
-"""A small training as one of several processes: `python tests/pod_job.py WORKDIR COORDINATOR PROCESSES PROCESS`, or WORKDIR alone."""
+"""A small training as one of several processes: `python tests/pod_job.py WORKDIR COORDINATOR PROCESSES PROCESS`, or WORKDIR alone.
 
+POD_STEPS: how many steps.
+"""
+
+import os
 import sys
 from pathlib import Path
 
@@ -12,21 +16,21 @@ from small import SHAPE, flash, make
 from jaxdistill import data, distributed, loop, partition
 from jaxdistill.workdir import say, train_phase
 
-STEPS, BATCH = 120, 32
+STEPS, BATCH = int(os.environ.get("POD_STEPS", 120)), 32
 
 
 def main(workdir: str, coordinator: str = "", processes: str = "1", process: str = "0") -> None:
     if coordinator:
         distributed.start(coordinator, int(processes), int(process), timeout=60)
     model, teacher = make(64, 2)
-    layout = partition.layout({"data": 2, "fsdp": 2, "smallest": 64})
+    layout = partition.layout({"data": -1, "fsdp": 2, "smallest": 64})
     loss_fn = flash(model, constrain=partition.constrain_batch(layout.mesh))
 
     def loss(params, teacher, batch, key):
         return loss_fn(layout.gathered(params), layout.gathered(teacher), batch, key)
 
     images = np.random.default_rng(0).uniform(size=(100, *SHAPE)).astype(np.float32)
-    split = data.Split(images, np.zeros(100, np.int32))
+    split = data.Split(images, np.arange(100, dtype=np.int32) % 10)  # a wrong row is another label
     folder = Path(workdir)
     folder.mkdir(exist_ok=True)
     distributed.share_folder(folder)

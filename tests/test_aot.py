@@ -44,7 +44,6 @@ def test_the_analytic_count_is_what_xla_counts(tiny, variant):
     """The step as it is written, its loops counted as often as they run: N states of 3 student and k c teacher calls each."""
     config = variants.chosen(make_config(**{"method.teacher_steps": 2}), variant, file="text_config")
     setup = TextSetup(config, open_teacher(config))
-    setup.with_zero_null()
     made = setup.programs()
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (made.state, setup.abstract_batch()))
     teacher = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), made.teacher)

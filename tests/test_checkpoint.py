@@ -2,17 +2,21 @@ import json
 import os
 import shutil
 import subprocess
+import zlib
+from functools import partial
 from pathlib import Path
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from shell import TINY, assert_same_bits, flip_bit, folder_bytes, run_command, run_script
 
 from jaxdistill import checkpoint
-from jaxdistill.checkpoint import CheckpointError, Checkpoints, export, load_export
+from jaxdistill.checkpoint import CheckpointError, Checkpoints, Manifests, export, load_export
 from jaxdistill.train import init_state, train_step
 
 # ----------------------------------------------------------------------------------------------- exports
@@ -330,6 +334,95 @@ def test_a_checkpoint_without_a_manifest_is_taken_and_gets_one(tmp_path):
     assert_same_bits(again.restore(a_state())[0], a_state())
     again.close()
     assert (tmp_path / "run-sha256" / "4.json").is_file()
+
+
+class Store(LocalFileSystem):
+    """A disk that answers as an object store does: with checksums of its own."""
+
+    kind = "crc32c"
+    cachable = False
+
+    def info(self, path, **options):
+        found = super().info(path, **options)
+        if found["type"] == "file" and self.kind:
+            found[self.kind] = str(zlib.crc32(Path(found["name"]).read_bytes()))
+        return found
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """Checkpoints of three steps in what they take for a bucket; Orbax writes to no other here."""
+
+    def manifests_of(folder):
+        return Manifests(Store(), folder, f"{folder}-objects", partial(checkpoint.object_sums, Store()))
+
+    monkeypatch.setattr(checkpoint, "manifests_of", manifests_of)
+    checkpoints = Checkpoints(tmp_path / "run")
+    for step in (4, 8, 12):
+        checkpoints.save(step, a_state(seed=step), {"seconds": 1.0})
+    checkpoints.close()
+    return tmp_path / "run"
+
+
+def test_a_buckets_manifests_name_each_object_with_its_size_and_the_stores_checksum(bucket):
+    folder = bucket.with_name("run-objects")
+    assert sorted(p.name for p in folder.iterdir()) == ["12.json", "8.json"]
+    for step in ("8", "12"):
+        expected = {n: {"size": len(raw), "crc32c": str(zlib.crc32(raw))} for n, raw in folder_bytes(bucket / step).items()}
+        assert json.loads((folder / f"{step}.json").read_text()) == expected and len(expected) > 3
+
+
+@pytest.mark.parametrize("change", ["missing", "resized", "changed", "added"])
+def test_an_object_that_is_not_what_was_saved_is_named_with_the_way_back(bucket, change):
+    path = max((p for p in (bucket / "12" / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    if change == "missing":
+        path.rename(bucket.parent / "away")
+    elif change == "resized":
+        path.write_bytes(path.read_bytes() + b"x")
+    elif change == "changed":
+        flip_bit(path)
+    else:
+        path = path.with_name("another")
+        path.write_bytes(b"x")
+    said = "missing" if change == "missing" else "damaged"
+    with pytest.raises(CheckpointError, match=rf"{path.name} is {said}: .* remove .*run/12, the run then goes back to step 8$") as error:
+        Checkpoints(bucket).restore(a_state())
+    assert str(path) in str(error.value)
+    shutil.rmtree(bucket / "12")
+    assert_same_bits(Checkpoints(bucket).restore(a_state())[0], a_state(seed=8))
+
+
+def test_a_bucket_that_cannot_be_asked_is_one_line(bucket, monkeypatch):
+    def refuse(self, path, **options):
+        raise RuntimeError("Forbidden: 403\nat length")
+
+    monkeypatch.setattr(Store, "cat_file", refuse)
+    with pytest.raises(CheckpointError, match=r"run/12 cannot be compared with its checksums \(Forbidden: 403\); mend that"):
+        Checkpoints(bucket).restore(a_state())
+
+
+def test_sums_of_the_bytes_go_before_those_of_an_objects_labels():
+    class Listed:
+        def find(self, folder, detail):
+            return {
+                "b/run/4/a": {"size": 3, "etag": "E", "md5Hash": "M", "crc32c": "C"},
+                "b/run/4/d/b": {"size": 4, "etag": "E", "md5Hash": "M"},
+                "b/run/4/c": {"size": 5, "ETag": "T"},
+                "b/run/4/e": {"size": 6},
+            }
+
+    found = checkpoint.object_sums(Listed(), "b/run/4")
+    assert found == {"a": {"size": 3, "crc32c": "C"}, "d/b": {"size": 4, "md5Hash": "M"}, "c": {"size": 5, "ETag": "T"}, "e": {"size": 6}}
+    # A store that is none of this machine's disks.
+    store = fsspec.filesystem("memory")
+    store.pipe({"/bucket/run/8/state/x": b"abc", "/bucket/run/8/y": b""})
+    assert checkpoint.object_sums(store, "/bucket/run/8") == {"state/x": {"size": 3}, "y": {"size": 0}}
+    manifests = checkpoint.manifests_of("memory://bucket/run")
+    manifests.keep({"8"})
+    assert store.ls("/bucket/run-objects", detail=False) == ["/bucket/run-objects/8.json"] and manifests.differing("8") == {}
+    store.pipe("/bucket/run/8/y", b"1")
+    store.rm("/bucket/run/8/state/x")
+    assert manifests.differing("8") == {"state/x": "is missing", "y": "is damaged"}
 
 
 # ---------------------------------------------------------------------------------------------- a full disk

@@ -1,6 +1,7 @@
 """A folder and prompts in, a student's folder out: what it draws, that it resumes, and what is refused before anything starts."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -208,6 +209,59 @@ def test_a_cache_gives_back_its_records_in_an_order_of_its_own(tmp_path):
     next((tmp_path / "c").glob("*.array_record")).unlink()
     with pytest.raises(record_cache.CacheError, match="is missing; remove"):
         record_cache.Cache(tmp_path / "c")
+
+
+@pytest.mark.parametrize("stopped_after", [3, 6, 9, 10])
+def test_a_cache_that_is_stopped_goes_on_in_the_same_blocks(tmp_path, stopped_after):
+    asked = []
+
+    def make(first, last):
+        asked.append((first, last))
+        return {"a": np.arange(first, last, dtype=np.int32)}
+
+    blocks = record_cache.writing(tmp_path / "c", 10, make, block=3, shard=6)
+    assert stopped_after in blocks
+    blocks.close()
+    assert not (tmp_path / "c").exists()
+    cache = record_cache.cached(tmp_path / "c", 10, make, block=3, shard=6)
+    assert asked == [(0, 3), (3, 6), (6, 9), (9, 10)] and [int(cache[i]["a"]) for i in range(len(cache))] == list(range(10))
+    assert list(tmp_path.iterdir()) == [tmp_path / "c"]
+    # Killed: what was in whole files is kept.
+    asked.clear()
+    killed = record_cache.writing(tmp_path / "k", 10, make, block=3, shard=3)
+    next(killed), next(killed)
+    shutil.copytree(tmp_path / "k.tmp", tmp_path / "l.tmp")
+    cache = record_cache.cached(tmp_path / "l", 10, make, block=3, shard=3)
+    assert asked == [(0, 3), (3, 6), (3, 6), (6, 9), (9, 10)] and [int(cache[i]["a"]) for i in range(10)] == list(range(10))
+
+
+def test_a_signal_while_prompts_are_encoded_is_heeded_and_what_is_encoded_is_kept(tmp_path):
+    config = make_config(tmp_path, **{"adversarial.weight": 0.0})
+    Path(config.data.prompts).write_text("".join(f"a cat {i}\n" for i in range(40)))
+    (tmp_path / "run").mkdir()
+    pipe = pipeline.load(folders.folder("sd"))
+    text, asked = pipe.text, []
+
+    class Text:
+        negative = text.negative
+
+        def __call__(self, prompts):
+            asked.append(len(prompts))
+            if len(asked) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return text(prompts)
+
+    pipe.text = Text()
+    with loop.StopSignal().installed() as stop:
+        run = distil.TextRun(config, tmp_path / "run")
+        run.stop = stop
+        with pytest.raises(loop.Stopped, match=r"^encoding prompts: stopped by SIGTERM; the same command resumes it$"):
+            run.open_data(pipe)
+    assert asked == [16, 16]
+    run = distil.TextRun(config, tmp_path / "run")
+    run.open_data(pipe)
+    assert asked == [16, 16, 8] and len(run.texts) == 40
+    np.testing.assert_allclose(run.texts[20]["context"], text(["a cat 20"])["context"][0], atol=2e-3)
 
 
 def test_images_are_cropped_encoded_and_kept_with_their_captions(tmp_path):

@@ -22,19 +22,20 @@ def free_port():
         return s.getsockname()[1]
 
 
-def begin(workdir, i, devices, *command):
+def begin(workdir, i, devices, *command, **variables):
     """One process with so many CPU devices; its output goes to a file."""
-    env = quick(f"--xla_force_host_platform_device_count={devices}", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    env = quick(f"--xla_force_host_platform_device_count={devices}", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", **variables)
     with (workdir.parent / f"log-{workdir.name}-{i}").open("a") as file:
         return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
 
 
-def start(workdir, count):
-    """The small training on four devices of one or two processes."""
-    if count == 1:
-        return [begin(workdir, 0, 4, "tests/pod_job.py", workdir)]
-    coordinator = f"127.0.0.1:{free_port()}"
-    return [begin(workdir, i, 4 // count, "tests/pod_job.py", workdir, coordinator, count, i) for i in range(count)]
+def start(workdir, count, devices=4, **variables):
+    """The small training on so many devices of one or several processes."""
+    coordinator = (f"127.0.0.1:{free_port()}", count)
+    return [
+        begin(workdir, i, devices // count, "tests/pod_job.py", workdir, *((*coordinator, i) if count > 1 else ()), **variables)
+        for i in range(count)
+    ]
 
 
 def log_of(workdir, i):
@@ -89,6 +90,22 @@ def test_two_processes_are_one_run_and_survive_each_other(tmp_path):
 
 
 @pytest.mark.slow
+def test_layouts_of_processes_and_devices_train_alike(tmp_path):
+    """One process with eight devices against 2 x 4 and 4 x 1: only the order of sums differs."""
+    found = {}
+    for count, devices in ((1, 8), (2, 8), (4, 4)):
+        workdir = tmp_path / f"{count}-{devices}"
+        finish(workdir, start(workdir, count, devices, POD_STEPS="10"), {0})
+        found[count, devices] = losses(workdir), np.load(workdir / "student.npz")
+    expected, weights = found.pop((1, 8))
+    assert sorted(expected) == [5, 10] and expected[5] != expected[10]
+    for ours, theirs in found.values():
+        np.testing.assert_allclose([ours[k] for k in expected], list(expected.values()), rtol=1e-6)
+        for name in weights.files:
+            np.testing.assert_allclose(theirs[name], weights[name], atol=1e-6)
+
+
+@pytest.mark.slow
 def test_processes_of_different_configs_do_not_start(tmp_path):
     workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
     flags = ("-m", "jaxdistill.main", "--config=tests/tiny.py", f"--workdir={workdir}", f"--coordinator={coordinator}", "--num_processes=2")
@@ -120,6 +137,41 @@ def test_a_mistake_of_one_process_ends_both_within_a_minute(tmp_path, mistaken):
     began = time.monotonic()
     assert processes[mistaken].wait(timeout=60) == 2
     assert processes[1 - mistaken].wait(timeout=60) not in (0, 2) and time.monotonic() - began < 60
+
+
+PREPARING = """
+import sys, time
+from jaxdistill import distributed, loop
+distributed.start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+loop.TURN_SECONDS = 0.5
+def work():
+    try:
+        while True:
+            print("at work", flush=True)
+            time.sleep(0.1)
+            yield
+    finally:
+        print("closed", flush=True)
+with loop.StopSignal().installed() as stop:
+    loop.prepare("short", range(3), stop)
+    try:
+        loop.prepare("drawing", work() if sys.argv[2] == "0" else (), stop)
+    except loop.Stopped as stopped:
+        print(stopped, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_the_preparation_of_all(tmp_path):
+    """Process 0 is at work, the other waits for it and is told to stop."""
+    workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    processes = [begin(workdir, i, 1, "-c", PREPARING, coordinator, i) for i in range(2)]
+    wait_until(lambda: "at work" in log_of(workdir, 0), seconds=120, what="the work")
+    processes[1].send_signal(signal.SIGTERM)
+    finish(workdir, processes, {0})
+    for i in range(2):
+        assert "drawing: stopped by SIGTERM; the same command resumes it" in log_of(workdir, i)
+    assert log_of(workdir, 0).index("closed") < log_of(workdir, 0).index("drawing: stopped")
 
 
 HANGING = """

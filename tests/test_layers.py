@@ -20,6 +20,7 @@ SHELL = (
     "workers",
     "experiment",
     "workdir",
+    "saved_program",
     "pipeline",
     "record_cache",
     "image_metrics",

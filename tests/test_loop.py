@@ -106,7 +106,7 @@ def test_finished_loop_returns_its_state_without_a_step(tmp_path, uninterrupted)
     run(tmp_path)
     state, seconds = run(tmp_path, batches=killed_at(0), step_fn=lambda *_: None)
     assert_same_bits(state, uninterrupted[0])
-    assert seconds > 0
+    assert seconds.total > 0
 
 
 def test_seconds_add_up_over_restarts(tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_seconds_add_up_over_restarts(tmp_path, monkeypatch):
         run(tmp_path, batches=killed_at(5))
     saved = Checkpoints(tmp_path / "checkpoints" / "toy").restore(fresh_state())[1]["seconds"]
     assert saved > 0
-    assert run(tmp_path)[1] > saved
+    assert run(tmp_path)[1].total > saved
 
 
 def test_final_step_is_saved_whatever_the_interval(tmp_path):
@@ -353,6 +353,78 @@ def test_speed_is_in_tensorboard_and_a_profile_is_written(tmp_path, monkeypatch)
     run(tmp_path, profile=3, examples=4)
     assert {"speed/step_seconds", "speed/input_wait", "speed/goodput", "speed/images_per_second_a_chip", "loss"} <= set(seen)
     assert started == [str(tmp_path / "tensorboard" / "toy")] and stopped == [1]
+
+
+class Slow(Checkpoints):
+    """Each call waits for a while of the test's clock."""
+
+    def save(self, *args):
+        CLOCK[0] += 3.0
+        super().save(*args)
+
+    def wait(self):
+        CLOCK[0] += 0.5
+        super().wait()
+
+    def close(self):
+        CLOCK[0] += 7.0
+        super().close()
+
+
+CLOCK = [0.0]
+
+
+@pytest.mark.parametrize("stopped_at", [None, 10])
+def test_time_lost_to_saving_is_what_the_loop_waits_for_checkpoints_and_nothing_else(tmp_path, monkeypatch, capsys, stopped_at):
+    CLOCK[0] = 0.0
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: CLOCK[0])
+    monkeypatch.setattr(loop, "Checkpoints", Slow)
+    get, shown, stop = jax.device_get, {}, StopSignal()
+    monkeypatch.setattr(loop.jax, "device_get", lambda x: CLOCK.__setitem__(0, CLOCK[0] + 1.0) or get(x))  # a step's own time
+    monkeypatch.setattr(
+        tensorboardX.SummaryWriter, "add_scalar", lambda self, name, value, step: shown.setdefault(name, {}).update({step: value})
+    )
+
+    def batches(i):
+        if i + 1 == stopped_at:
+            stop.received = "SIGTERM"
+        return batch(i)
+
+    if stopped_at:
+        with pytest.raises(Stopped):
+            run(tmp_path, batches=batches, stop=stop, log_every=5)
+        # Saves after 4, 8 and 10 steps, each of which waits for the one before; then the wait for the last, and the end.
+        assert f"toy: {10 + 3 * 3.5 + 0.5 + 7.5:.1f} s, of them {3 * 3.5 + 0.5 + 7.5:.1f} s lost to saving" in capsys.readouterr().out
+        before = 2 * 3.5  # until the last save
+        assert Checkpoints(tmp_path / "checkpoints" / "toy").restore(fresh_state())[1]["save_seconds"] == pytest.approx(before)
+    else:
+        before = 0.0
+    _, seconds = run(tmp_path, log_every=5)
+    saves = 3 if stopped_at else 5
+    assert seconds.saving == pytest.approx(before + saves * 3.5 + 7.5)
+    assert seconds.total - seconds.saving == pytest.approx(STEPS)
+    assert f"of them {seconds.saving:.1f} s lost to saving" in capsys.readouterr().out
+    assert shown["speed/save_seconds"][20] == pytest.approx(before + (saves - 1) * 3.5)  # the line comes before the last save
+    assert shown["speed/step_seconds"][20] == pytest.approx(1.0)
+
+
+def test_a_trace_is_closed_where_the_run_ends_before_its_last_step(tmp_path, monkeypatch):
+    calls, stop = [], StopSignal()
+    monkeypatch.setattr(loop.jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(loop.jax.profiler, "stop_trace", lambda: calls.append("stop"))
+
+    def batches(i):
+        stop.received = "SIGTERM" if i == 12 else None
+        return batch(i)
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", profile=5, batches=batches, stop=stop)
+    assert calls == ["start", "stop"]
+    run(tmp_path / "short", profile=50)
+    assert calls == ["start", "stop"] * 2
+    with pytest.raises(Killed):
+        run(tmp_path / "failed", profile=5, batches=killed_at(12))
+    assert calls == ["start", "stop"] * 3
 
 
 # ---------------------------------------------------------------------------------------------- the best averages

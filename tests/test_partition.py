@@ -104,6 +104,7 @@ def abstract_mesh(data=2, fsdp=4, tensor=2):
         ("params/conv1/kernel", (3, 3, 320, 640), (None, None, "fsdp", "tensor")),
         ("params/conv_in/kernel", (3, 3, 3, 3200), (None, None, None, "tensor")),  # three channels do not divide by four
         ("params/norm/scale", (80000,), ()),
+        ("null/context", (1, 77, 2048), ()),
         ("params/to_q/kernel", (8, 8), ()),  # small
         ("params/table/embedding", (80000,), ("tensor",)),  # fewer dimensions than the rule has axes
     ],
