@@ -111,6 +111,7 @@ REFUSALS = [
     (["--prompt=a", "--steps=0"], "steps must be in 1..1000"),
     (["--prompt=a", "--guidance=nan"], "guidance must be a number"),
     (["--prompt=a", "--labels=1"], "--labels"),
+    (["--prompt=a", "--tile=1"], "--tile must be 0 (never) or at least 2, got 1"),
     (["--prompt=a", "--num=0"], "--num must be at least 1"),
     (["--prompt=a", "--latents=missing.npy"], "--latents=missing.npy cannot be read"),
 ]
