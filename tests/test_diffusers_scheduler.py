@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers.schedulers import scheduling_euler_ancestral_discrete
 
 from jaxdistill import sampling
 from jaxdistill.interop import diffusers_scheduler
@@ -92,10 +91,9 @@ def theirs(scheduler, steps):
 def same_noise(monkeypatch):
     """Gives diffusers the fresh noise of a run of ours."""
 
-    def give(config, steps, noise=NOISE, turned=lambda x: x, **options):
-        keys, times = sampling.keys_of(noise), diffusers_scheduler.read(config, WHERE, **options).run(steps).next_times
-        drawn = iter([torch.tensor(turned(np.array(sampling.fresh_noise(keys, t, noise)))) for t in jnp.asarray(times)])
-        monkeypatch.setattr(scheduling_euler_ancestral_discrete, "randn_tensor", lambda *shape, **more: next(drawn))
+    def give(config, steps, **options):
+        keys, times = sampling.keys_of(NOISE), diffusers_scheduler.read(config, WHERE, **options).run(steps).next_times
+        folders.give_noise(monkeypatch, [sampling.fresh_noise(keys, t, NOISE) for t in jnp.asarray(times)])
 
     return give
 
