@@ -78,7 +78,8 @@ def test_twenty_steps_of_other_schedulers_are_diffusers(variant, name, settings,
     expected = folders.torch_images(theirs, latents=start, steps=20, guidance=6.0, size=height)
     found = pipe(folders.PROMPTS, steps=20, guidance=6.0, latents=start)
     assert found.shape == expected.shape and expected.std() > 0.05
-    assert np.abs(found - expected).max() < 1 / 255
+    # Within 1/255 would not tell a timestep that is rounded from one that is cut: these are small networks.
+    assert np.abs(found - expected).max() < 0.02 / 255
 
 
 def test_guidance_of_one_is_none_and_prompts_matter(pipes):
