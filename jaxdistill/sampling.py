@@ -471,7 +471,8 @@ def renoise(schedule: NoiseSchedule, key: Array) -> Step:
     """
 
     def step(prediction: Prediction, state: SamplerState, t: Array, t_next: Array) -> SamplerState:
-        x_next = schedule.alpha(t_next) * prediction.x0 + schedule.sigma(t_next) * fresh_noise(key, t_next, state.x)
+        noise = fresh_noise(key, t_next, state.x)  # first: it refuses times of each example
+        x_next = schedule.alpha(t_next) * prediction.x0 + schedule.sigma(t_next) * noise
         return state._replace(x=x_next.astype(state.x.dtype), first=jnp.zeros((), bool))
 
     return step

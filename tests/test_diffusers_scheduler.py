@@ -170,7 +170,7 @@ REFUSALS = [
     ({"_class_name": ANCESTRAL, "prediction_type": "sample"}, "EulerAncestralDiscreteScheduler with prediction_type = 'sample'"),
     ({"_class_name": PNDM, "skip_prk_steps": False}, "skip_prk_steps = False"),
     ({"_class_name": PNDM, "skip_prk_steps": True, "prediction_type": "sample"}, "PNDMScheduler with prediction_type = 'sample'"),
-    ({"_class_name": PNDM, "skip_prk_steps": True, **V_ZERO}, "rescale_betas_zero_snr = True is not supported, only False"),
+    ({"_class_name": PNDM, "skip_prk_steps": True, **V_ZERO}, "rescale_betas_zero_snr = True is nothing to diffusers' PNDM"),
     ({"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid' is not supported"),
     ({"prediction_type": "flow"}, "prediction_type = 'flow' is not supported"),
     ({"timestep_spacing": "karras"}, "timestep spacing 'karras' is not known"),

@@ -49,7 +49,7 @@ NOT_PREDICTED = {PNDM: ("sample",), ANCESTRAL: ("sample",)}
 """Prediction types that diffusers does not have for a class."""
 ENDS: dict[str, tuple[Any, ...]] = {"sigma_min": (None,), "sigma_max": (None,), "final_sigmas_type": ("zero", "sigma_min")}
 FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
-    PNDM: {"skip_prk_steps": (True,), "rescale_betas_zero_snr": (False,)},
+    PNDM: {"skip_prk_steps": (True,)},
     EULER: {"interpolation_type": ("linear",), "timestep_type": ("discrete",), **ENDS, "final_sigmas_type": ("zero",)},
     DPM: {
         "algorithm_type": ("dpmsolver++",),
@@ -216,6 +216,8 @@ def read(
     try:
         betas = betas_of(config, where)
         prediction.check_pair(schedules.ddpm(betas), parameterization)
+        if config.get("rescale_betas_zero_snr") and kind == PNDM:
+            raise FolderError(f"{where}: rescale_betas_zero_snr = True is nothing to diffusers' PNDM; {instead}, or set it to false")
         if config.get("rescale_betas_zero_snr") and kind in SIGMAS:
             # Diffusers keeps these off infinity by a smallest alpha-bar of 2^-24, and so the first step is a huge but finite one.
             betas = np.append(betas[:-1], 1.0 - 2.0**-24 / np.prod(1.0 - betas[:-1]))
