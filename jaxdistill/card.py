@@ -149,8 +149,7 @@ class Sampler(NamedTuple):
         name = self.card["sampler"]["solver"]
         if name in SOLVERS:
             return SOLVERS[name](self.schedule)
-        bits = jax.lax.bitcast_convert_type(noise.reshape(len(noise), -1)[:, 0].astype(jnp.float32), jnp.uint32)
-        return sampling.renoise(self.schedule, jax.vmap(jax.random.key)(bits))
+        return sampling.renoise(self.schedule, sampling.keys_of(noise))
 
     def sample(self, params: Any, noise: Array, cond: Any, grid: Any, *, guidance: float, correct_noise: bool) -> Array:
         """Noise [b, h, w, c] standard normal, cond [b], grid [n] -> images [b, h, w, c] in [0, 1]."""

@@ -23,10 +23,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxdistill import image_metrics, pipeline, report
+from jaxdistill import card, image_metrics, pipeline, report
 from jaxdistill.image_metrics import CLIP, METRICS, PROTOCOLS, Inception, Reference
 from jaxdistill.interop import diffusers_folder
-from jaxdistill.sample import Parser, check_numbers
+from jaxdistill.sample import Parser, add_computing, check_numbers, computing
 
 ROW = "row.json"
 """What drew the images of a folder."""
@@ -122,15 +122,19 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
 
     The student goes first: it is the faster one, and shows soonest where something is wrong.
     """
-    plan = [("student", args.student, args.steps, args.student_guidance), ("teacher", args.teacher, [args.teacher_steps], args.guidance)]
+    plan = [
+        ("student", args.student, args.steps, args.student_guidance, args.student_solver),
+        ("teacher", args.teacher, [args.teacher_steps], args.guidance, args.solver),
+    ]
     plan = [entry for entry in plan if entry[1]]
-    for _, source, counts, guidance in plan[1:]:
+    computed = computing(args)
+    for _, source, counts, guidance, solver in plan[1:]:
         # Read once and let go, so that a damaged folder is found before the first image and only one pipeline is in memory.
-        pipeline.load(source).check(steps=max(counts), guidance=guidance, height=args.height, width=args.width)
+        pipeline.load(source, solver=solver, **computed).check(steps=max(counts), guidance=guidance, height=args.height, width=args.width)
         gc.collect()
     rows = []
-    for model, source, counts, guidance in plan:
-        pipe = pipeline.load(source)
+    for model, source, counts, guidance, solver in plan:
+        pipe = pipeline.load(source, solver=solver, **computed)
         for steps in counts:
             folder = out / "images" / f"{model}-{steps}"
             options = {"steps": steps, "guidance": guidance, "height": args.height, "width": args.width, "seed": args.seed}
@@ -139,7 +143,7 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
             files = draw(pipe, items, folder, batch_size=args.batch_size, label=f"{model}-{steps}", **options)
             used = getattr(pipe, "guidance", None) if guidance is None else guidance
             said = {"model": model, "source": str(source), "prompts": prompts_hash(items), **options}
-            said |= {"guidance": used, "batch_size": args.batch_size}
+            said |= {"guidance": used, "batch_size": args.batch_size, "solver": solver, **computed, "dtype": args.dtype}
             (folder / ROW).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
             rows.append(Row(model, steps, used, files, said))
         del pipe
@@ -338,11 +342,14 @@ def parser() -> Parser:
     p.add_argument("--teacher_steps", type=int, default=50)
     p.add_argument("--guidance", type=float, help="the teacher's; default: its folder's own")
     p.add_argument("--student_guidance", type=float, help="default: its folder's own")
+    p.add_argument("--solver", choices=tuple(card.SOLVERS), help="the teacher's; default: its folder's scheduler")
+    p.add_argument("--student_solver", choices=tuple(card.SOLVERS), help="default: its folder's scheduler")
     p.add_argument("--negative_prompt", help="default: the pipeline's own")
     p.add_argument("--height", type=int, help="pixels; default: the checkpoint's own")
     p.add_argument("--width", type=int, help="pixels; default: the checkpoint's own")
     p.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its prompt")
     p.add_argument("--batch_size", type=int, default=4, help="images at once, drawn or scored")
+    add_computing(p)
     p.add_argument("--inception", help="safetensors file of FID's Inception; for FID, KID, precision and recall")
     p.add_argument("--protocol", choices=list(PROTOCOLS), default="clean-fid", help="how images become Inception's input")
     p.add_argument("--reference", help="folder of real images, or an .npz of --save_reference")
@@ -361,6 +368,7 @@ def check_flags(args: Namespace) -> None:
         raise CompareError("--images stands instead of --teacher and --student; give one or the other")
     counts = {flag: getattr(args, flag) for flag in ("images_per_prompt", "teacher_steps", "batch_size", "page_prompts")}
     check_numbers(seed=args.seed, **counts)
+    computing(args)
     if bool(args.inception) != bool(args.reference):
         raise CompareError("--inception and --reference need each other; give both or none")
     if args.save_reference and not args.reference:

@@ -271,7 +271,7 @@ class TextToImage:
             scale=guidance if guided else 1.0,
             shared=True,
         )
-        return scheduler.step(scheduler.transform(denoiser, noise)(state.x, t), state, t, t_next)
+        return scheduler.advance(denoiser, state, noise, t, t_next)
 
     def decode(self, latents: Array) -> np.ndarray:
         """Latents [b, h, w, c] -> images float32 [b, f h, f w, 3] in [0, 1]; in tiles where that was asked for."""
@@ -341,7 +341,7 @@ class TextToImage:
             rows = np.arange(i, i + block) % len(prompts)  # the last block is filled up, so that one program serves all
             part = {k: v[rows] for k, v in cond.items()}
             starts = jnp.asarray(noise[rows])
-            state = self.scheduler.start(starts * run.scale)
+            state = self.scheduler.begin(starts, run)
             for t, t_next in zip(run.times, run.next_times, strict=True):
                 state = self.advance(self.params, state, starts, part, null, t, t_next, np.float32(guidance), guided=guided)
             found.append(self.decode(state.x) if decode else np.asarray(state.x))

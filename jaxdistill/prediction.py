@@ -35,6 +35,9 @@ Denoiser = Callable[[Array, Array], Prediction]
 Parameterization = Callable[[Array, Array, Array, Array], Prediction]
 """(output, x, α, σ) -> Prediction, with α and σ already broadcast against x."""
 
+Target = Callable[[Array, Array, Array, Array], Array]
+"""(x0, eps, α, σ) -> the output that a parameterization turns into them."""
+
 
 def expand(value: Array, like: Array) -> Array:
     """Broadcast a scalar or a batch [b] against `like` [b, ...]."""

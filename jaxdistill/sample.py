@@ -61,11 +61,23 @@ def parser() -> Parser:
     text.add_argument("--width", type=int, help="pixels; default: the checkpoint's")
     text.add_argument("--grid", choices=tuple(card.GRIDS), help="spacing of the times; default: the folder's")
     text.add_argument("--solver", choices=tuple(card.SOLVERS), help="default: the folder's scheduler")
+    add_computing(text)
     text.add_argument("--latents", help=".npy of starts, float32 [num, c, h, w], standard normal, instead of the seed's")
-    text.add_argument("--tile", type=int, default=0, help="decode larger images in tiles of so many latents a side; 0: never")
-    text.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks' computation")
-    text.add_argument("--attention", choices=tuple(ATTENTION), default="auto", help="flash is a TPU kernel")
     return p
+
+
+def add_computing(flags: Any) -> None:
+    """How a pipeline computes, as flags of a parser or of a group."""
+    flags.add_argument("--tile", type=int, default=0, help="decode larger images in tiles of so many latents a side; 0: never")
+    flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks' computation")
+    flags.add_argument("--attention", choices=tuple(ATTENTION), default="auto", help="flash is a TPU kernel")
+
+
+def computing(args: argparse.Namespace) -> dict[str, Any]:
+    """Those flags as options of `pipeline.load`. Raises ValueError for tiles that cannot overlap."""
+    if args.tile < 0 or args.tile == 1:
+        raise ValueError(f"--tile must be 0 (never) or at least 2, got {args.tile}")
+    return {"tile": args.tile, "dtype": jnp.dtype(args.dtype), "attention": args.attention}
 
 
 def generate(
@@ -164,8 +176,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     num, batch_size = prompt_numbers(args, batch_size=4)
     if args.text_encoder is not None:
         raise ValueError(f"--text_encoder: {args.model} has its own; leave it out")
-    if args.tile < 0:
-        raise ValueError(f"--tile must be at least 0 (0: never), got {args.tile}")
+    options = computing(args)
     latents = None
     if args.latents is not None:
         try:
@@ -174,15 +185,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
             raise ValueError(f"--latents={args.latents} cannot be read as .npy ({error})") from None
         if args.num is None and latents.ndim == 4:
             num = len(latents)
-    pipe = pipeline.load(
-        args.model,
-        attention=args.attention,
-        dtype=jnp.dtype(args.dtype),
-        grid=args.grid,
-        solver=args.solver,
-        noise_correction=args.noise_correction,
-        tile=args.tile,
-    )
+    pipe = pipeline.load(args.model, grid=args.grid, solver=args.solver, noise_correction=args.noise_correction, **options)
     prompts = [args.prompt] * num
     images = pipe(
         prompts,

@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdistill.prediction import ApplyFn, Batch, Denoiser, Parameterization, Prediction, as_denoiser, expand
+from jaxdistill.prediction import (
+    ApplyFn,
+    Batch,
+    Denoiser,
+    Parameterization,
+    Prediction,
+    Target,
+    as_denoiser,
+    eps_prediction,
+    eps_target,
+    expand,
+)
 from jaxdistill.schedule import NoiseSchedule, Time, log_snr
 
 TimeGrid = np.ndarray
@@ -100,6 +111,24 @@ def check_grid(grid: TimeGrid, T: float) -> TimeGrid:
         raise ValueError(f"a time grid ends above 0 (the step to 0 is implied), got {shown}")
     # Exactly T: noise correction asks for t >= T.
     return np.concatenate([np.asarray([T], np.float32), grid[1:]])
+
+
+def karras_ratios(steps: int, high: float, low: float, *, rho: float = 7.0) -> np.ndarray:
+    """σ/α from `high` to `low`, evenly spaced in its ρ-th root: float64 [N] (Karras et al. 2022, eq. 5). One step is `high`."""
+    return np.linspace(high ** (1 / rho), low ** (1 / rho), steps) ** rho
+
+
+def exponential_ratios(steps: int, high: float, low: float) -> np.ndarray:
+    """σ/α from `high` to `low`, evenly spaced in its logarithm: float64 [N]. One step is `high`."""
+    return np.exp(np.linspace(np.log(high), np.log(low), steps))
+
+
+def quantile_ratios(steps: int, high: float, low: float, *, quantile: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """σ/α from `high` to `low` at even quantiles of a distribution on [0, 1]: float64 [N]. One step is `high`.
+
+    Of Beta(0.6, 0.6), which is dense at both ends: "Beta sampling is all you need", Lee et al. 2024.
+    """
+    return low + quantile(1.0 - np.linspace(0.0, 1.0, steps)) * (high - low)
 
 
 # ----------------------------------------------------------------------------------------- transforms
@@ -286,12 +315,15 @@ def plms_start(x: Batch) -> PLMSState:
     return PLMSState(x, jnp.zeros((4, *x.shape), x.dtype), x, jnp.zeros((), jnp.int32))
 
 
-def plms(schedule: NoiseSchedule) -> Step:
+def plms(schedule: NoiseSchedule, *, target: Target = eps_target, parameterization: Parameterization = eps_prediction) -> Step:
     """The DDIM step with ε̂ extrapolated from the last four calls (Liu et al. 2022, "PNDM", eq. 12): Adams-Bashforth, fourth order.
 
     The first interval is taken twice: with ε̂ of its start, then from its start again with the mean of both ends' (diffusers' PNDM
     without Runge-Kutta steps). So the grid holds its second time twice, and a run of N steps makes N + 1 calls; the t_next of the
     second call is where its interval began. Starts from `plms_start`. t scalar.
+
+    What is extrapolated is the output that `target` makes of a prediction and `parameterization` reads: ε̂, or as diffusers does it
+    for a v network, v, which is not the same.
     """
     rows = (
         [1, 0, 0, 0],
@@ -304,16 +336,135 @@ def plms(schedule: NoiseSchedule) -> Step:
 
     def step(prediction: Prediction, state: PLMSState, t: Array, t_next: Array) -> PLMSState:
         second = state.number == 1
-        pushed = jnp.concatenate([prediction.eps[None], state.history[:3]])
+        output = target(prediction.x0, prediction.eps, schedule.alpha(t), schedule.sigma(t))
+        pushed = jnp.concatenate([output[None], state.history[:3]])
         row = jnp.asarray(coefficients)[jnp.minimum(state.number, 4)]
-        eps = jnp.tensordot(row, pushed, axes=1)
         x = jnp.where(second, state.first_x, state.x)
         start_t, end_t = jnp.where(second, t_next, t), jnp.where(second, t, t_next)
-        x0 = (x - schedule.sigma(start_t) * eps) / schedule.alpha(start_t)
+        x0, eps = parameterization(jnp.tensordot(row, pushed, axes=1), x, schedule.alpha(start_t), schedule.sigma(start_t))
         moved = schedule.alpha(end_t) * x0 + schedule.sigma(end_t) * eps
-        # The mean of the second call is no evaluation of the network: what is kept for the next ones is the first ε̂.
+        # The mean of the second call is no evaluation of the network: what is kept for the next ones is the first output.
         history = jnp.where(second, state.history, pushed)
         return PLMSState(moved.astype(x.dtype), history, state.first_x, state.number + 1)
+
+    return step
+
+
+class UniPCState(NamedTuple):
+    """What `uni_pc` carries: x at the current time, the corrected x of the one before, x̂0 and time of the last two (newest first).
+
+    number: of steps taken; left: of steps to come, 0 where the last one is as the others.
+    """
+
+    x: Array
+    corrected: Array
+    x0: Array
+    times: Array
+    number: Array
+    left: Array
+
+
+def uni_pc_start(x: Batch, left: int | Array = 0) -> UniPCState:
+    """The state of `uni_pc` before its first step; `left` steps, the last of them of first order, or with 0 any number."""
+    zero = jnp.zeros((), jnp.int32)
+    return UniPCState(x, x, jnp.zeros((2, *x.shape), x.dtype), jnp.zeros(2, jnp.float32), zero, jnp.asarray(left, jnp.int32))
+
+
+def uni_pc(schedule: NoiseSchedule, *, linear: bool = False) -> Step:
+    """UniPC-2 on x̂0 (Zhao et al. 2023, alg. 1 and 2, with data prediction): each x is corrected by the call that starts from it.
+
+    With z = λ_t - λ_s from t to s and D = (x̂0_prev - x̂0)/r, r = (λ_prev - λ_t)/(λ_s - λ_t),
+
+        UniP: x_s = (σ_s/σ_t) x_t - α_s ((e^z - 1) x̂0_t + B/2 · D),
+        UniC: the same with (e^z - 1) x̂0_t + ρ D + ρ_c (x̂0_s - x̂0_t); ρ + ρ_c = φ, r ρ + ρ_c = 2 (φ/z - 1/2), φ = (e^z - 1)/z - 1.
+
+    B is e^z - 1 (the paper's B₂, "bh2"), or z where `linear` (B₁, "bh1"). The first step predicts without D and is corrected with
+    B/2 · (x̂0_s - x̂0_t) alone; a last one of first order predicts without D, and it alone may end at s = 0. Starts from `uni_pc_start`.
+    t scalar.
+    """
+
+    def interval(t: Array, t_next: Array) -> tuple[Array, Array, Array]:
+        z = log_snr(schedule, t) - log_snr(schedule, t_next)
+        return z, jnp.expm1(z), z if linear else jnp.expm1(z)
+
+    def step(prediction: Prediction, state: UniPCState, t: Array, t_next: Array) -> UniPCState:
+        before, earlier = state.times
+        # From the time before to this one, once more, now that x̂0 is known at both ends. The first call corrects nothing.
+        z, grown, b = interval(before, t)
+        r = (log_snr(schedule, earlier) - log_snr(schedule, before)) / -z
+        phi = grown / z - 1.0
+        rho = (phi - 2.0 * (phi / z - 0.5)) / (1.0 - r)
+        change = prediction.x0 - state.x0[0]
+        curved = rho * (state.x0[1] - state.x0[0]) / r + (phi - rho) * change
+        data = grown * state.x0[0] + jnp.where(state.number == 1, 0.5 * b * change, curved)
+        corrected = schedule.sigma(t) / schedule.sigma(before) * state.corrected - schedule.alpha(t) * data
+        x = jnp.where(state.number == 0, state.x, corrected)
+
+        z, grown, b = interval(t, t_next)
+        r = (log_snr(schedule, before) - log_snr(schedule, t)) / -z
+        curved = 0.5 * b * (state.x0[0] - prediction.x0) / r
+        data = grown * prediction.x0 + jnp.where((state.number == 0) | (state.left == 1), 0.0, curved)
+        x_next = schedule.sigma(t_next) / schedule.sigma(t) * x - schedule.alpha(t_next) * data
+        x0 = jnp.stack([prediction.x0.astype(x.dtype), state.x0[0]])
+        return UniPCState(x_next.astype(x.dtype), x.astype(state.x.dtype), x0, jnp.stack([t, before]), state.number + 1, state.left - 1)
+
+    return step
+
+
+class Counted(NamedTuple):
+    """A solver's state and the number of steps that are left."""
+
+    state: Any
+    left: Array
+
+    @property
+    def x(self) -> Array:
+        """At the current time."""
+        return self.state.x
+
+
+def last_by(step: Step, last: Step) -> Step:
+    """`step`, and `last` where one step is left; both on the state inside a `Counted`. Left 0 is never counted down to one."""
+
+    def counted(prediction: Prediction, state: Counted, t: Array, t_next: Array) -> Counted:
+        taken, ended = (solver(prediction, state.state, t, t_next) for solver in (step, last))
+        return Counted(jax.tree.map(lambda a, b: jnp.where(state.left == 1, b, a), taken, ended), state.left - 1)
+
+    return counted
+
+
+def keys_of(noise: Batch) -> Array:
+    """Keys [b] that are functions of each image's own start, not of its batch."""
+    bits = jax.lax.bitcast_convert_type(noise.reshape(len(noise), -1)[:, 0].astype(jnp.float32), jnp.uint32)
+    return jax.vmap(jax.random.key)(bits)
+
+
+def fresh_noise(key: Array, t: Array, like: Array) -> Array:
+    """Standard normal of like's shape and type, a function of key and time.
+
+    `key` is one, or [b] for images that do not depend on their batch. Raises ValueError for times of each example.
+    """
+    if jnp.ndim(t):
+        raise ValueError(f"a step with fresh noise takes one time for the whole batch, got times of shape {jnp.shape(t)}; use ddim")
+    bits = jax.lax.bitcast_convert_type(jnp.asarray(t, jnp.float32), jnp.uint32)
+    if jnp.ndim(key):
+        return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, bits), like.shape[1:], like.dtype))(key)
+    return jax.random.normal(jax.random.fold_in(key, bits), like.shape, like.dtype)
+
+
+def ancestral(schedule: NoiseSchedule, key: Array) -> Step:
+    """x_s = α_s x̂0 + σ_s (ρ ε̂ + √(1 - ρ²) ε), ρ = σ_s α_t / (α_s σ_t), ε drawn afresh: DDIM with η = 1 (Song et al. 2021, eq. 12).
+
+    A draw from q(x_s | x_t, x̂0) (Ho et al. 2020, eq. 7); k-diffusion's "Euler ancestral". `key` is one key, or [b] for images that do
+    not depend on their batch; the noise of a step is a function of key and t_next. t and t_next scalar.
+    """
+
+    def step(prediction: Prediction, state: SamplerState, t: Array, t_next: Array) -> SamplerState:
+        noise = fresh_noise(key, t_next, state.x)
+        alpha, sigma = schedule.alpha(t_next), schedule.sigma(t_next)
+        kept = sigma * schedule.alpha(t) / (alpha * schedule.sigma(t))
+        x = alpha * prediction.x0 + sigma * (kept * prediction.eps + jnp.sqrt(jnp.maximum(1.0 - kept**2, 0.0)) * noise)
+        return state._replace(x=x.astype(state.x.dtype), first=jnp.zeros((), bool))
 
     return step
 
@@ -326,16 +477,9 @@ def renoise(schedule: NoiseSchedule, key: Array) -> Step:
     """
 
     def step(prediction: Prediction, state: SamplerState, t: Array, t_next: Array) -> SamplerState:
-        if jnp.ndim(t_next):
-            raise ValueError(f"renoise takes one time for the whole batch, got times of shape {jnp.shape(t_next)}; use ddim")
-        bits = jax.lax.bitcast_convert_type(jnp.asarray(t_next, jnp.float32), jnp.uint32)
-        shape, dtype = state.x.shape, state.x.dtype
-        if jnp.ndim(key):
-            noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, bits), shape[1:], dtype))(key)
-        else:
-            noise = jax.random.normal(jax.random.fold_in(key, bits), shape, dtype)
+        noise = fresh_noise(key, t_next, state.x)  # first: it refuses times of each example
         x_next = schedule.alpha(t_next) * prediction.x0 + schedule.sigma(t_next) * noise
-        return state._replace(x=x_next.astype(dtype), first=jnp.zeros((), bool))
+        return state._replace(x=x_next.astype(state.x.dtype), first=jnp.zeros((), bool))
 
     return step
 

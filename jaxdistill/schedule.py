@@ -106,10 +106,11 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return 1.0 - np.concatenate([bar[:1], bar[1:] / bar[:-1]])
 
 
-def linear_ratio(schedule: NoiseSchedule) -> NoiseSchedule:
+def linear_ratio(schedule: NoiseSchedule, *, log: bool = False) -> NoiseSchedule:
     """The discrete schedule with σ/α, not α², linear between its integer times: how k-diffusion's samplers read it.
 
-    The same at integers. Variance preserving; α_T must be above 0.
+    With `log` the logarithm of σ/α is linear from time 1 on, as where a time is looked up by its σ/α. The same at integers. Variance
+    preserving; α_T must be above 0.
     """
 
     def ratio(t: Time) -> Array:
@@ -117,7 +118,8 @@ def linear_ratio(schedule: NoiseSchedule) -> NoiseSchedule:
         low = jnp.floor(t)
         high = jnp.minimum(low + 1.0, schedule.T)
         ratios = [schedule.sigma(at) / schedule.alpha(at) for at in (low, high)]
-        return ratios[0] + (t - low) * (ratios[1] - ratios[0])
+        found = ratios[0] + (t - low) * (ratios[1] - ratios[0])
+        return jnp.where(low < 1.0, found, ratios[0] * (ratios[1] / ratios[0]) ** (t - low)) if log else found
 
     return NoiseSchedule(
         alpha=lambda t: jax.lax.rsqrt(1.0 + ratio(t) ** 2),

@@ -187,7 +187,7 @@ class PipelinePainter:
         def finish(x: Any) -> np.ndarray:
             return np.round(pipe.decode(x) * 255.0).astype(np.uint8)
 
-        state = pipe.scheduler.start(noise * run.scale)
+        state = pipe.scheduler.begin(noise, run)
         return Rollout(state, run.times, run.next_times, step=step, finish=finish, count=len(seeds))
 
 

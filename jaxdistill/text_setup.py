@@ -219,10 +219,10 @@ class TextSetup:
 
         def step(state: Any, times: Any) -> tuple[Any, None]:
             denoiser = as_denoiser(self.unet.apply, unet, cond, schedule=self.schedule, parameterization=self.scheduler.parameterization)
-            return self.scheduler.step(self.scheduler.transform(denoiser, noise)(state.x, times[0]), state, *times), None
+            return self.scheduler.advance(denoiser, state, noise, *times), None
 
         pairs = (jnp.asarray(run.times, jnp.float32), jnp.asarray(run.next_times, jnp.float32))
-        state, _ = jax.lax.scan(step, self.scheduler.start(noise * run.scale), pairs)
+        state, _ = jax.lax.scan(step, self.scheduler.begin(noise, run), pairs)
         return self.folder.vae.module.apply(vae, state.x, method="decode")
 
     def decode_flops(self) -> float:

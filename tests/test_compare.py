@@ -2,6 +2,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -63,8 +64,8 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     (tmp_path / "inception.safetensors").write_bytes(b"")
 
-    def load(folder):
-        calls.append(("load", folder))
+    def load(folder, **options):
+        calls.append(("load", folder, options))
         return Pipe(tmp_path / folder, calls)
 
     monkeypatch.setattr(pipeline, "load", load)
@@ -135,10 +136,10 @@ def test_every_folder_is_read_before_the_first_image(place, monkeypatch, capsys)
     folder, calls = place
     good = pipeline.load
 
-    def load(source):
+    def load(source, **options):
         if source == "teacher":
             raise pipeline.FolderError("teacher/unet is damaged")
-        return good(source)
+        return good(source, **options)
 
     monkeypatch.setattr(pipeline, "load", load)
     assert "teacher/unet is damaged" in refused(capsys, *DRAW)
@@ -156,6 +157,42 @@ def test_an_image_that_is_not_finite_stops_the_run(place, monkeypatch, capsys):
         Pipe, "__call__", lambda self, *a, **k: np.where(np.arange(6)[:, None, None, None] == 4, np.nan, good(self, *a, **k))
     )
     assert "image 4 of student-1 is not finite" in refused(capsys, *DRAW)
+
+
+def test_each_model_has_its_solver_and_both_are_computed_alike(place):
+    folder, calls = place
+    alike = {"tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
+    given = ["--tile=8", "--dtype=bfloat16", "--attention=looped", "--solver=dpm_solver_pp_2m", "--student_solver=ddim"]
+    results = run(*DRAW, "--steps=1", *given)
+    # The teacher's folder is read before the first image and again to draw.
+    assert [call[1:] for call in calls if call[0] == "load"] == [
+        ("teacher", {"solver": "dpm_solver_pp_2m", **alike}),
+        ("student", {"solver": "ddim", **alike}),
+        ("teacher", {"solver": "dpm_solver_pp_2m", **alike}),
+    ]
+    for row, solver in zip(results["rows"], ("dpm_solver_pp_2m", "ddim"), strict=True):
+        said = json.loads((folder / "out" / "images" / f"{row['model']}-{row['steps']}" / "row.json").read_text())
+        assert {**alike, "dtype": "bfloat16", "solver": solver}.items() <= said.items()
+        assert row["protocol"]["drawn"] == said
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--solver=euler", ("--solver: invalid choice: 'euler'", "'ddim'")),
+        ("--student_solver=euler", ("--student_solver: invalid choice: 'euler'", "'ddim'")),
+        ("--dtype=float64", ("--dtype: invalid choice: 'float64'", "'bfloat16'")),
+        ("--attention=fast", ("--attention: invalid choice: 'fast'", "'plain'")),
+        ("--tile=-1", ("--tile must be 0 (never) or at least 2, got -1",)),
+        ("--tile=1", ("--tile must be 0 (never) or at least 2, got 1",)),
+        ("--tile=big", ("--tile: invalid int value: 'big'",)),
+    ],
+)
+def test_bad_ways_of_computing_are_refused_before_anything_is_read(flag, words, place, monkeypatch, capsys):
+    monkeypatch.setattr(image_metrics, "load_inception", lambda *given, **options: pytest.fail("read"))
+    line = refused(capsys, *DRAW, *SCORE, flag)
+    assert all(word in line for word in words), line
+    assert place[1] == [] and not (place[0] / "out").exists()
 
 
 def test_a_setting_that_the_pipeline_refuses_leaves_no_folder(place, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as torch_load_file
 
 from jaxdistill.interop import diffusers_folder, torch_weights
 from jaxdistill.interop.diffusers_folder import FolderError
@@ -131,6 +132,23 @@ def test_weights_come_back_as_they_were(variant, scan, copy, tmp_path):
             assert (target / path.relative_to(source)).read_bytes() == path.read_bytes()
     assert json.loads((target / "more.json").read_text()) == {"a": 1}
     assert diffusers_folder.open_folder(target).components == found.components
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_two_bytes_come_back_as_they_were(kind, tmp_path):
+    """By the writer's word: in the type of the parameters, or in the one it is given. Through float32 and back no bit is lost."""
+    source, stem = tmp_path / "source", "diffusion_pytorch_model.safetensors"
+    folders.load_torch(folders.folder("sd"), torch_dtype=kind).save_pretrained(source)
+    found, dtype = diffusers_folder.open_folder(source), jnp.dtype(str(kind).removeprefix("torch."))
+    before = torch_load_file(source / "unet" / stem)
+    for name, read, written in (("own", dtype, None), ("through32", np.float32, dtype)):
+        params = diffusers_folder.load_params(found.unet, dtype=read)
+        diffusers_folder.save_student(found, tmp_path / name, params, scheduler=found.scheduler, dtype=written)
+        after = torch_load_file(tmp_path / name / "unet" / stem)
+        assert before.keys() == after.keys()
+        assert all(before[k].dtype == after[k].dtype == kind and torch.equal(before[k], after[k]) for k in before)
+        for path in (p for part in ("vae", "text_encoder") for p in (source / part).iterdir()):
+            assert (tmp_path / name / path.relative_to(source)).read_bytes() == path.read_bytes()
 
 
 def test_shards_halves_and_old_names_read_the_same(copy):

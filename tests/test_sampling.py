@@ -9,6 +9,7 @@ import pytest
 
 from jaxdistill.prediction import Prediction, as_denoiser, eps_prediction, expand, v_prediction, x0_prediction
 from jaxdistill.sampling import (
+    ancestral,
     chain,
     check_grid,
     clip,
@@ -21,6 +22,8 @@ from jaxdistill.sampling import (
     rollout,
     start,
     trailing_grid,
+    uni_pc,
+    uni_pc_start,
     with_null_rows,
 )
 from jaxdistill.schedule import cosine, ddpm, flow, rescale_zero_terminal_snr, scaled_linear_betas
@@ -248,6 +251,37 @@ def test_convergence_order_on_a_gaussian(solver, schedule, low, high):
         errors.append(np.sqrt(np.mean((np.asarray(final.x, np.float64) - exact) ** 2)))
     orders = -np.diff(np.log(errors)) / np.diff(np.log(counts))
     assert ((low < orders) & (orders < high)).all(), (orders, errors)
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["bh2", "bh1"])
+def test_uni_pc_is_of_third_order(linear):
+    """Its corrector raises the predictor's second order by one."""
+    x, t, t_end, counts = normal(0), 0.95, 0.3, np.array([4, 8, 16])
+    exact, schedule, errors = gaussian_flow(cosine(), x, t, t_end), cosine(), []
+    for steps in counts:
+        grid = np.linspace(t, t_end, steps + 1)
+        state, step = uni_pc_start(x), jax.jit(uni_pc(schedule, linear=linear))
+        # The last x is corrected by the call that starts from it: one step more, of no length.
+        for t_from, t_to in zip(jnp.float32(grid), jnp.float32([*grid[1:], t_end]), strict=True):
+            state = step(gaussian_denoiser(schedule)(state.x, t_from), state, t_from, t_to)
+        errors.append(np.sqrt(np.mean((np.asarray(state.corrected, np.float64) - exact) ** 2)))
+    orders = -np.diff(np.log(errors)) / np.diff(np.log(counts))
+    assert ((orders > 2.4) & (orders < 3.6)).all(), (orders, errors)
+
+
+def test_ancestral_steps_are_draws_of_the_posterior():
+    """Data of one point: the ε of a state is standard normal, and correlates with that of the state before by σ_s α_t / (α_s σ_t)."""
+    schedule, key = cosine(), jax.random.key(0)
+    x = jax.random.normal(key, (20000, 1))
+    point, grid = jnp.full((1,), 0.6), [1.0, 0.7, 0.4, 0.1]
+    final, trajectory = rollout(ancestral(schedule, key), point_mass_denoiser(schedule, point), start(x), np.float32(grid))
+    eps = np.asarray(trajectory.eps[..., 0], np.float64)
+    ratio = [float(schedule.sigma(t) / schedule.alpha(t)) for t in grid]
+    for i in range(4):
+        assert abs(eps[i].mean()) < 0.03 and abs(eps[i].std() - 1) < 0.03
+        if i:
+            assert abs(np.corrcoef(eps[i - 1], eps[i])[0, 1] - ratio[i] / ratio[i - 1]) < 0.03
+    np.testing.assert_allclose(final.x, jnp.broadcast_to(point, x.shape), atol=1e-5)
 
 
 @both_solvers
