@@ -110,6 +110,24 @@ def test_the_search_finds_the_largest_batch_that_fits(monkeypatch, limit, step, 
     assert (report is None) if best == 0 else report["rows"] == 4 * best
 
 
+def test_a_program_that_jaxlib_cannot_read_keeps_its_memory_figures(monkeypatch):
+    """As v6e's of 1.5 at full size, after an hour of compiling."""
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    program = aot.Program(jax.jit(lambda a: a @ a), (x,), {"batch": x}, 2.0 * 64**3, 64)
+    whole = aot.measure(program, chips.CHIPS["v6e"], 1)
+
+    def unreadable(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nbelow")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
+    report = aot.measure(program, chips.CHIPS["v6e"], 1)
+    assert report["unread"] == "INTERNAL: RET_CHECK failure" and report["fits"]
+    same = ("memory_gib", "analytic_flops_a_chip", "rows", "versions")
+    assert {key: report[key] for key in same} == {key: whole[key] for key in same} and "flops_ratio" in whole
+    text = aot.text_of({"topology": "v6e:1x1", "compiled": "step", **report})
+    assert "of 32: fits" in text and "cannot read what libtpu compiled (INTERNAL: RET_CHECK failure)" in text
+
+
 OOM = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 16G
   Largest program allocations in hbm:
   1. Size: 4.00G
