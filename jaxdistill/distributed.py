@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -114,6 +114,17 @@ def barrier(name: str) -> None:
 def everyone(holds: bool) -> bool:
     """Whether it holds in all processes, which must all ask."""
     return holds if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array([holds]))))
+
+
+def divided(count: int, make: Callable[[int], np.ndarray]) -> list[np.ndarray]:
+    """[make(0), ..., make(count - 1)], arrays of one shape, each made by one process and then held by all, who must all call this."""
+    processes, rounds = jax.process_count(), -(-count // jax.process_count())
+    if processes == 1:
+        return [make(i) for i in range(count)]
+    # In a last round that is not full the last one is made more than once: all processes gather the same shape.
+    mine = np.stack([make(min(i * processes + jax.process_index(), count - 1)) for i in range(rounds)])
+    found = np.asarray(multihost_utils.process_allgather(mine))
+    return [found[i % processes, i // processes] for i in range(count)]
 
 
 def share_folder(folder: Path) -> bool:

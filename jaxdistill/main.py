@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -279,10 +279,11 @@ class Run:
         path.with_suffix(".tmp").write_bytes(exported.serialize())
         os.replace(path.with_suffix(".tmp"), path)
 
-    def write_results(self, teacher_params: Any, student_params: Any, evaluator: evaluate.Evaluator) -> dict[str, Any]:
-        """Score teacher and student on config.eval.split and write results.json, results.md, results.png and curves.png."""
-        with self.timed("evaluation"):
-            rows, pictures = self.score(teacher_params, student_params, evaluator)
+    def write_results(self, drawn: list["Drawn"], seconds: float, evaluator: evaluate.Evaluator) -> dict[str, Any]:
+        """Score what was `drawn` in so many seconds on config.eval.split; results.json, results.md, results.png and curves.png."""
+        began = time.perf_counter()
+        rows, pictures = self.score(drawn, evaluator)
+        self.record("evaluation", seconds + time.perf_counter() - began)
         teachers = [row for row in rows if row["model"] == "teacher"]
         reference = {k: teachers[0][k] for k in ("model", "steps", "guidance", "fd", "fd_noise")} if teachers else None
         for row in rows:
@@ -320,26 +321,30 @@ class Run:
             report.curves_picture(self.workdir / "curves.png", curves)
         return results
 
-    def score(
-        self, teacher_params: Any, student_params: Any, evaluator: evaluate.Evaluator
-    ) -> tuple[list[dict[str, Any]], dict[Any, np.ndarray]]:
-        """Rows of the table, the reference first, and the first picture row of each sampler."""
+    def draw(self, teacher_params: Any, student_params: Any) -> list["Drawn"]:
+        """The images of all rows of the table, the reference first. All processes draw, each its part, and hold all."""
         config, experiment = self.config, self.experiment
         settings = [("teacher", config.teacher.steps, g) for g in dict.fromkeys((config.teacher.guidance, *config.eval.guidances))]
         settings += [("teacher", n, config.teacher.guidance) for n in experiment.grids]
         settings += [("student", n, 1.0) for n in experiment.grids]
-        settings = [setting for setting in settings if setting[0] in config.eval.models]
-        rows: list[dict[str, Any]] = []
-        pictures: dict[Any, np.ndarray] = {}
+        found: list[Drawn] = []
         programs: dict[Any, Callable[..., np.ndarray]] = {}
-        for model, steps, guidance in settings:
+        for model, steps, guidance in (setting for setting in settings if setting[0] in config.eval.models):
             is_teacher = model == "teacher"
             sampler, params = (experiment.teacher_sampler, teacher_params) if is_teacher else (experiment.student_sampler, student_params)
             key = (model, guidance)
             if key not in programs:
                 programs[key] = self.sample_fn(sampler, guidance=guidance, correct_noise=sampler.card["sampler"]["noise_correction"])
-            grid = sampler.grid(steps) if is_teacher else experiment.grids[steps]
-            images, labels, rate = self.generate(programs[key], params, grid)
+            images, rate = self.generate(programs[key], params, sampler.grid(steps) if is_teacher else experiment.grids[steps])
+            found.append(Drawn(model, steps, guidance, images, rate))
+        return found
+
+    def score(self, drawn: list["Drawn"], evaluator: evaluate.Evaluator) -> tuple[list[dict[str, Any]], dict[Any, np.ndarray]]:
+        """Rows of the table, and the first picture row of each sampler."""
+        labels = self.labels(self.config.eval.samples)
+        rows: list[dict[str, Any]] = []
+        pictures: dict[Any, np.ndarray] = {}
+        for model, steps, guidance, images, rate in drawn:
             scores = evaluator(images, labels)
             row = {"model": model, "steps": steps, "guidance": guidance}
             row |= {k: None if np.isnan(v) else round(v, 5) for k, v in scores._asdict().items()}
@@ -349,22 +354,23 @@ class Run:
                 f"accuracy {scores.accuracy:.3f}, precision {scores.precision:.3f}, recall {scores.recall:.3f}, "
                 f"diversity {scores.diversity:.3f}"
             )
-            if guidance == config.teacher.guidance or not is_teacher:
-                pictures[model, steps] = images[: 2 * experiment.num_classes]
+            if guidance == self.config.teacher.guidance or model == "student":
+                pictures[model, steps] = images[: 2 * self.experiment.num_classes]
         return rows, pictures
 
-    def generate(self, program: Callable[..., np.ndarray], params: Any, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        """eval.samples images with their labels, and the images a second without the compile."""
+    def generate(self, program: Callable[..., np.ndarray], params: Any, grid: np.ndarray) -> tuple[np.ndarray, float]:
+        """eval.samples images, and the images a second of all processes without the compile. They do not depend on the processes."""
         ev = self.config.eval
         block = min(ev.batch_size, ev.samples)
-        noises = [self.noise(ev.seed, i, block) for i in range(0, ev.samples, block)]
+        starts = range(0, ev.samples, block)
+        noises = [self.noise(ev.seed, i, block) for i in starts]
         params = jax.device_put(params)
         program(params, noises[0], self.labels(block), grid)
         jax.block_until_ready(noises)
         began = time.perf_counter()
-        images = [program(params, noise, self.labels(block, i * block), grid) for i, noise in enumerate(noises)]
+        images = distributed.divided(len(starts), lambda i: program(params, noises[i], self.labels(block, starts[i]), grid))
         rate = block * len(images) / (time.perf_counter() - began)
-        return np.concatenate(images)[: ev.samples], self.labels(ev.samples), rate
+        return np.concatenate(images)[: ev.samples], rate
 
     def summary(self, results: Mapping[str, Any]) -> str:
         """results.md."""
@@ -377,6 +383,16 @@ class Run:
             f"{protocol['extractor_sha256']}, accuracy {protocol['extractor_accuracy']:.3f} on the same images.\n\n"
             f"Wall time: {seconds}; {results['versions']['machine']}.\n"
         )
+
+
+class Drawn(NamedTuple):
+    """The images [n, h, w, c] of one row of the table, in the classes' turn, and how many a second were drawn."""
+
+    model: str
+    steps: int
+    guidance: float
+    images: np.ndarray
+    rate: float
 
 
 class StudentHealth:
@@ -449,15 +465,19 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
             student_params = job.student(teacher_params, validation)
         except checkpoint.CheckpointError as error:
             raise UserError(str(error)) from None
-    distributed.barrier("exports are written")
-    if not distributed.is_main():
-        distributed.barrier("results are written")  # process 0 draws and scores; who left before would end it
-        return {}
     # Exports and checkpoints are on disk; a signal from here on may end the process at once.
-    job.write_program(student_params)
+    if distributed.is_main():
+        job.write_program(student_params)
+    distributed.barrier("exports are written")
     say(f"evaluation on the {config.eval.split} split")
+    began = time.perf_counter()
+    drawn = job.draw(teacher_params, student_params)
+    seconds = time.perf_counter() - began
+    if not distributed.is_main():
+        distributed.barrier("results are written")  # process 0 scores; who left before would end it
+        return {}
     evaluator = evaluate.Evaluator(experiment.dataset, scored_split(config, experiment.dataset), extractor)
-    results = job.write_results(teacher_params, student_params, evaluator)
+    results = job.write_results(drawn, seconds, evaluator)
     distributed.barrier("results are written")
     return results
 

@@ -58,6 +58,13 @@ def main(workdir: str, coordinator: str = "", processes: str = "1", process: str
         except loop.Stopped as stopped:
             say(str(stopped))
             return
+    made: list[int] = []
+
+    def draw(i: int) -> np.ndarray:
+        made.append(i)
+        return np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(1), i), (3, 2)))
+
+    np.savez(folder / f"drawn-{process}.npz", drawn=np.stack(distributed.divided(5, draw)), made=made)
     if distributed.writes():
         np.savez(folder / "student.npz", *jax.tree.leaves(state.ema_params))
 

@@ -91,12 +91,17 @@ def test_two_processes_are_one_run_and_survive_each_other(tmp_path):
 
 @pytest.mark.slow
 def test_layouts_of_processes_and_devices_train_alike(tmp_path):
-    """One process with eight devices against 2 x 4 and 4 x 1: only the order of sums differs."""
-    found = {}
+    """One process with eight devices against 2 x 4 and 4 x 1: only the order of sums differs. What they draw together is the same."""
+    found, alone = {}, None
     for count, devices in ((1, 8), (2, 8), (4, 4)):
         workdir = tmp_path / f"{count}-{devices}"
         finish(workdir, start(workdir, count, devices, POD_STEPS="10"), {0})
         found[count, devices] = losses(workdir), np.load(workdir / "student.npz")
+        drawn = [np.load(workdir / f"drawn-{i}.npz") for i in range(count)]
+        made = [set(part["made"].tolist()) for part in drawn]
+        assert set().union(*made) == set(range(5)) and max(len(part["made"]) for part in drawn) == -(-5 // count)
+        alone = drawn[0]["drawn"] if count == 1 else alone
+        assert all(np.array_equal(part["drawn"], alone) for part in drawn)
     expected, weights = found.pop((1, 8))
     assert sorted(expected) == [5, 10] and expected[5] != expected[10]
     for ours, theirs in found.values():
