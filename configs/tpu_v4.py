@@ -15,9 +15,12 @@ What it says at full size (docs/results/aot_*_step.json), each bound by compute:
     :v5e    v5e:4x4   4            15.0 of 16    10.7                 1.13              392        10.2
     :sdxl   v4:2x2x4  4            24.4 of 32    21.3                 1.12              2434       1.6
 
+They were compiled before upsampling and guidance were made cheaper: a step of 1.5 has 5.7 % fewer FLOPs now, one of XL 1.9 %.
+
 The first reduces 3.2 GiB of gradients a step and gathers nothing. :v5e, in groups of 4 chips, gathers 3.2 GiB of parameters and
 reduces 1.6; :sdxl, over all 16, gathers 9.6 and reduces 51.7, as each of its four micro-batches reduces its gradients: 219 ms of
-interconnect beside 2434 of compute. :v6e has no report at full size: its rows are a guess.
+interconnect beside 2434 of compute. :v6e has no report at full size, and its rows are a guess: libtpu 0.0.52
+compiled it (55 minutes of a core, 15.8 GiB), but jaxlib 0.10.2 could not read what it had made. Now a report then still has the memory.
 
 Nothing here has been run on a TPU yet: rates are a start, not a result.
 """

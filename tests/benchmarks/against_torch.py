@@ -140,7 +140,7 @@ def torch_step(setup: Setup, compiled: bool) -> Callable[[], float]:
     return run
 
 
-def jax_step(setup: Setup, texts: list[str] | None = None) -> Callable[[], float]:
+def jax_step(setup: Setup, texts: list[str] | None = None, *, unroll: bool = True) -> Callable[[], float]:
     """The same by this package's own loss and training step; its compiled text is appended to `texts`."""
     network, tx = Model(setup.apply, SCHEDULE, eps_prediction, shares=True), optax.adamw(1e-5, weight_decay=0.0)
     loss_fn = imagine_flash(
@@ -150,7 +150,7 @@ def jax_step(setup: Setup, texts: list[str] | None = None) -> Callable[[], float
         null_cond=lambda cond: {"context": jnp.broadcast_to(setup.null, cond["context"].shape)},
         reconstruction=Reconstruction(noise_source=None, steps=1, guidance_scale=3.0),
         correct_noise=False,
-        unroll=True,  # as the benchmark has it on CPUs, where XLA's convolutions inside a loop take many times as long
+        unroll=unroll,
     )
     step = jax.jit(lambda state, batch, teacher: train_step(state, batch, teacher, loss_fn=loss_fn, tx=tx, ema_decay=0.0), donate_argnums=0)
     batch = {"x0": jnp.zeros(setup.noise.shape), "cond": {"context": jnp.asarray(setup.context)}}
@@ -277,6 +277,7 @@ def main() -> None:
         print(json.dumps(results["sampling"], indent=2), flush=True)
     if "step" in args.parts:
         contenders = {"torch eager": torch_step(setup, False), "torch compiled": torch_step(setup, True), "jaxdistill": jax_step(setup)}
+        contenders["jaxdistill, as a loop"] = jax_step(setup, unroll=False)  # as the text-to-image configs have it
         losses = {name: run() for name, run in contenders.items()}
         results["first_losses"] = {name: round(loss, 6) for name, loss in losses.items()}
         results["step"] = summary(alternate(contenders, args.rounds))
