@@ -19,8 +19,8 @@ They were compiled before upsampling and guidance were made cheaper: a step of 1
 
 The first reduces 3.2 GiB of gradients a step and gathers nothing. :v5e, in groups of 4 chips, gathers 3.2 GiB of parameters and
 reduces 1.6; :sdxl, over all 16, gathers 9.6 and reduces 51.7, as each of its four micro-batches reduces its gradients: 219 ms of
-interconnect beside 2434 of compute. :v6e has no report at full size, and its rows are a guess: libtpu 0.0.52
-compiled it (55 minutes of a core, 15.8 GiB), but jaxlib 0.10.2 could not read what it had made. Now a report then still has the memory.
+interconnect beside 2434 of compute. :v6e has no report at full size, and its rows are a guess: libtpu 0.0.52 compiled it (55 minutes
+of a core, 15.8 GiB), but jaxlib 0.10.2 could not read what it had made; a report would now have the memory, and no times.
 
 Nothing here has been run on a TPU yet: rates are a start, not a result.
 """
