@@ -85,6 +85,12 @@ def test_a_convolution_of_doubled_states_is_the_one_after_a_resize(height, width
     assert_same(doubled_convolution, lambda x, k: xla(nearest(x, (2 * height, 2 * width)), k, 1, both), x, kernel, rtol=1e-5)
 
 
+def test_kernels_of_few_bits_are_added_up_in_float32():
+    x, kernel = jnp.ones((1, 3, 3, 1)), jax.random.normal(jax.random.key(0), (3, 3, 1, 1), jnp.bfloat16)
+    exact = doubled_convolution(x, kernel.astype(jnp.float32))
+    np.testing.assert_array_equal(doubled_convolution(x, kernel), exact)
+
+
 def test_a_convolution_of_doubled_states_takes_four_ninths_of_the_multiplications():
     x, kernel = jax.ShapeDtypeStruct((1, 32, 32, 16), jnp.float32), jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.float32)
 

@@ -92,7 +92,7 @@ def doubled_convolution(x: Array, kernel: Array) -> Array:
 
     Args:
       x: [b, h, w, c].
-      kernel: [3, 3, c, f], added up in its own dtype, then used in x's.
+      kernel: [3, 3, c, f], added up in float32, then used in x's dtype.
 
     Returns:
       [b, 2h, 2w, f], with zeros around as padding 1 gives.
@@ -104,7 +104,7 @@ def doubled_convolution(x: Array, kernel: Array) -> Array:
         first, middle, last = jnp.split(k, 3, axis=axis)
         return jnp.stack([jnp.concatenate(pair, axis=axis) for pair in ((first, middle + last), (first + middle, last))])
 
-    folded = fold(fold(kernel, 1), 1)  # [row phase, column phase, 2, 2, c, f]
+    folded = fold(fold(kernel.astype(jnp.float32), 1), 1)  # [row phase, column phase, 2, 2, c, f]
     taps = folded.transpose(2, 3, 4, 0, 1, 5).reshape(2, 2, c, -1).astype(x.dtype)
     y = convolution(x, taps, pads=((1, 1), (1, 1))).reshape(b, h + 1, w + 1, 2, 2, -1)
     phases = [jnp.stack([y[:, r : r + h, s : s + w, r, s] for s in range(2)], axis=3) for r in range(2)]
