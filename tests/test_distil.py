@@ -74,31 +74,49 @@ def test_a_stopped_run_ends_in_the_bits_of_one_that_was_not(finished, tmp_path):
     assert min(jax.tree.leaves(moved)) > 0  # every weight has learned
 
 
+# Without SRL: its targets move with the student, and those of a teacher of random weights anywhere.
+LEARNING = {
+    "student.iterations": 24,
+    "student.health_every": 24,
+    "student.learning_rate": 3e-3,
+    "log.checkpoint_every": 10,
+    "adversarial.weight": 0.0,
+    "method.srl": False,
+}
+
+
+def losses(folder):
+    return [r["loss"] for r in loop.read_curve(folder / "curves" / "student.jsonl") if "loss" in r]
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_student_falls(tmp_path):
+    distil.run(make_config(tmp_path, "sd", **LEARNING), tmp_path / "run")
+    found = losses(tmp_path / "run")
+    assert len(found) == 24 and np.mean(found[-8:]) < 0.85 * np.mean(found[:8])
+
+
 @pytest.mark.slow
 def test_the_loss_of_an_xl_student_falls_and_a_stop_does_not_show(tmp_path):
-    """Without SRL: its targets move with the student, and those of a teacher of random weights anywhere."""
-    changes = {"student.iterations": 40, "student.health_every": 40, "student.learning_rate": 3e-3, "log.checkpoint_every": 20}
-    config = make_config(tmp_path, "sdxl", **changes, **{"adversarial.weight": 0.0, "method.srl": False})
+    config = make_config(tmp_path, "sdxl", **LEARNING)
     put, calls = partition.put_batch, []
 
     def put_batch(batch, mesh):
         calls.append(1)
-        if len(calls) == 30:
+        if len(calls) == 15:
             signal.raise_signal(signal.SIGTERM)
         return put(batch, mesh)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partition, "put_batch", put_batch)
-        with pytest.raises(loop.Stopped, match="saved at step 30 of 40"):
+        with pytest.raises(loop.Stopped, match="saved at step 15 of 24"):
             distil.run(config, tmp_path / "parts")
     distil.run(config, tmp_path / "parts")
     distil.run(config, tmp_path / "whole")
-    curves = [
-        [r["loss"] for r in loop.read_curve(tmp_path / name / "curves" / "student.jsonl") if "loss" in r] for name in ("parts", "whole")
-    ]
-    assert curves[0] == curves[1] and len(curves[0]) == 40
+    curves = [losses(tmp_path / name) for name in ("parts", "whole")]
+    assert curves[0] == curves[1] and len(curves[0]) == 24
     assert_same_bits(*(checkpoint.load_export(tmp_path / name / "student")[0] for name in ("parts", "whole")))
-    assert np.mean(curves[0][-8:]) < 0.8 * np.mean(curves[0][:8])
+    assert np.mean(curves[0][-8:]) < 0.85 * np.mean(curves[0][:8])
 
 
 @pytest.mark.slow
