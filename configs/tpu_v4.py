@@ -15,7 +15,8 @@ What it says at full size (docs/results/aot_*_step.json), each bound by compute:
     :v5e    v5e:4x4   4            15.0 of 16    10.7                 1.13              392        10.2
     :sdxl   v4:2x2x4  4            24.4 of 32    21.3                 1.12              2434       1.6
 
-They were compiled before upsampling and guidance were made cheaper: a step of 1.5 has 5.7 % fewer FLOPs now, one of XL 1.9 %.
+They were compiled before upsampling and guidance were made cheaper: a step of 1.5 has 5.7 % fewer FLOPs now, one of XL 1.8 %
+(docs/results/flops.json).
 
 The first reduces 3.2 GiB of gradients a step and gathers nothing. :v5e, in groups of 4 chips, gathers 3.2 GiB of parameters and
 reduces 1.6; :sdxl, over all 16, gathers 9.6 and reduces 51.7, as each of its four micro-batches reduces its gradients: 219 ms of

@@ -38,6 +38,16 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "This one's, from 0, with 
 # ------------------------------------------------------------------------------------------------ run
 
 
+class Drawn(NamedTuple):
+    """The images [n, h, w, c] of one row of the table, in the classes' turn, and how many a second were drawn."""
+
+    model: str
+    steps: int
+    guidance: float
+    images: np.ndarray
+    rate: float
+
+
 class Run:
     """One experiment in one workdir."""
 
@@ -279,7 +289,7 @@ class Run:
         path.with_suffix(".tmp").write_bytes(exported.serialize())
         os.replace(path.with_suffix(".tmp"), path)
 
-    def write_results(self, drawn: list["Drawn"], seconds: float, evaluator: evaluate.Evaluator) -> dict[str, Any]:
+    def write_results(self, drawn: list[Drawn], seconds: float, evaluator: evaluate.Evaluator) -> dict[str, Any]:
         """Score what was `drawn` in so many seconds on config.eval.split; results.json, results.md, results.png and curves.png."""
         began = time.perf_counter()
         rows, pictures = self.score(drawn, evaluator)
@@ -321,7 +331,7 @@ class Run:
             report.curves_picture(self.workdir / "curves.png", curves)
         return results
 
-    def draw(self, teacher_params: Any, student_params: Any) -> list["Drawn"]:
+    def draw(self, teacher_params: Any, student_params: Any) -> list[Drawn]:
         """The images of all rows of the table, the reference first. All processes draw, each its part, and hold all."""
         config, experiment = self.config, self.experiment
         settings = [("teacher", config.teacher.steps, g) for g in dict.fromkeys((config.teacher.guidance, *config.eval.guidances))]
@@ -339,7 +349,7 @@ class Run:
             found.append(Drawn(model, steps, guidance, images, rate))
         return found
 
-    def score(self, drawn: list["Drawn"], evaluator: evaluate.Evaluator) -> tuple[list[dict[str, Any]], dict[Any, np.ndarray]]:
+    def score(self, drawn: list[Drawn], evaluator: evaluate.Evaluator) -> tuple[list[dict[str, Any]], dict[Any, np.ndarray]]:
         """Rows of the table, and the first picture row of each sampler."""
         labels = self.labels(self.config.eval.samples)
         rows: list[dict[str, Any]] = []
@@ -383,16 +393,6 @@ class Run:
             f"{protocol['extractor_sha256']}, accuracy {protocol['extractor_accuracy']:.3f} on the same images.\n\n"
             f"Wall time: {seconds}; {results['versions']['machine']}.\n"
         )
-
-
-class Drawn(NamedTuple):
-    """The images [n, h, w, c] of one row of the table, in the classes' turn, and how many a second were drawn."""
-
-    model: str
-    steps: int
-    guidance: float
-    images: np.ndarray
-    rate: float
 
 
 class StudentHealth:

@@ -40,24 +40,29 @@ def flags(tmp_path, variant="sd", **changes):
     return [f"--config={CONFIG}", *(f"--config.{key}={value}" for key, value in given.items())]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One run of the 1.x folder, stopped by a signal in its third step and given again."""
-    tmp_path = tmp_path_factory.mktemp("distil")
-    config, put, calls = make_config(tmp_path), partition.put_batch, []
+def run_in_two_starts(config, folder, *, stop_at):
+    """A run that is stopped by a signal in its step `stop_at` and given again."""
+    put, calls = partition.put_batch, []
 
     def put_batch(batch, mesh):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == stop_at:
             signal.raise_signal(signal.SIGTERM)
         return put(batch, mesh)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partition, "put_batch", put_batch)
-        with pytest.raises(loop.Stopped, match="stopped by SIGTERM and saved at step 3 of 6"):
-            distil.run(config, tmp_path / "run")
-    assert not (tmp_path / "run" / "student").exists()
-    distil.run(config, tmp_path / "run")
+        with pytest.raises(loop.Stopped, match=f"stopped by SIGTERM and saved at step {stop_at} of {config.student.iterations}"):
+            distil.run(config, folder)
+    assert not (folder / "student").exists()
+    distil.run(config, folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run of the 1.x folder, stopped by a signal in its third step and given again."""
+    tmp_path = tmp_path_factory.mktemp("distil")
+    run_in_two_starts(make_config(tmp_path), tmp_path / "run", stop_at=3)
     return tmp_path / "run"
 
 
@@ -99,19 +104,7 @@ def test_the_loss_of_a_student_falls(tmp_path):
 @pytest.mark.slow
 def test_the_loss_of_an_xl_student_falls_and_a_stop_does_not_show(tmp_path):
     config = make_config(tmp_path, "sdxl", **LEARNING)
-    put, calls = partition.put_batch, []
-
-    def put_batch(batch, mesh):
-        calls.append(1)
-        if len(calls) == 15:
-            signal.raise_signal(signal.SIGTERM)
-        return put(batch, mesh)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partition, "put_batch", put_batch)
-        with pytest.raises(loop.Stopped, match="saved at step 15 of 24"):
-            distil.run(config, tmp_path / "parts")
-    distil.run(config, tmp_path / "parts")
+    run_in_two_starts(config, tmp_path / "parts", stop_at=15)
     distil.run(config, tmp_path / "whole")
     curves = [losses(tmp_path / name) for name in ("parts", "whole")]
     assert curves[0] == curves[1] and len(curves[0]) == 24

@@ -205,7 +205,7 @@ def jax_profile(run: Callable[[], object], text: str) -> dict[str, float]:
         if name not in layers:
             continue  # the executor and its waiting
         layer = layers[name]
-        kind = next((k for k, names in JAX_KINDS.items() if any(n == layer.rsplit("/", 1)[-1] for n in names)), "other")
+        kind = next((k for k, names in JAX_KINDS.items() if layer.rsplit("/", 1)[-1] in names), "other")
         if "/attn" in layer and "while" in layer:
             kind = "attention"
         seconds[kind] += spent / 1e9
