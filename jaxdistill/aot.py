@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,9 @@ KNOWN = "v4:2x2x1, v4:2x2x2, v4:2x2x4, v4:4x4x4, v5e:2x2, v5e:4x4, v5e:8x8, v5e:
 
 RESERVED = 0.03
 """Share of a chip's memory that the runtime keeps, as an allowance."""
+
+WRITTEN = "*after_optimizations.txt"
+"""Of the files that the compiler writes when told to dump: the text of what it made."""
 
 
 class AotError(ValueError):
@@ -142,18 +146,44 @@ def bytes_a_device(tree: Any) -> int:
     return sum(one(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def compiled(program: Program) -> tuple[Any, Any, float]:
-    """The lowered program, the executable and the seconds both took. Raises DoesNotFit."""
-    began = time.perf_counter()
-    lowered = program.function.lower(*program.arguments)
+class Compiled(NamedTuple):
+    """A program for a slice, compiled."""
+
+    lowered: Any
+    executable: Any
+    text: str
+    """The optimized HLO of one chip; empty where neither jaxlib nor the compiler gave it."""
+    unread: str
+    """Why not, in one line, or empty."""
+    seconds: float
+    """That lowering and compiling took."""
+
+
+def compiled(program: Program) -> Compiled:
+    """Lower and compile the program. Raises DoesNotFit, AotError."""
+    with tempfile.TemporaryDirectory(prefix="jaxdistill-aot-") as folder:
+        began = time.perf_counter()
+        lowered = program.function.lower(*program.arguments)
+        executable = _compile(lowered, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        seconds = time.perf_counter() - began
+        try:
+            return Compiled(lowered, executable, executable.as_text(), "", seconds)
+        except jax.errors.JaxRuntimeError as error:
+            # jaxlib has the program parsed anew for its text, and a libtpu of another time may write what it does not know. The compiler's
+            # own text needs no parser.
+            found = [path.read_text() for path in Path(folder).glob(WRITTEN)]
+            text = max(found, key=len, default="")
+            return Compiled(lowered, executable, text, "" if text else _first(error), seconds)
+
+
+def _compile(lowered: Any, options: Mapping[str, Any]) -> Any:
     try:
-        found = lowered.compile()
+        return lowered.compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text and "memory" not in text.lower():
             raise AotError(f"the compiler refused the program: {_first(error)}") from None
         raise DoesNotFit(f"the program does not fit: {_first(error)}", text) from None
-    return lowered, found, time.perf_counter() - began
 
 
 def measure(program: Program, chip: Chip, devices: int, *, keep: Callable[[Any, Any], None] | None = None) -> dict[str, Any]:
@@ -161,14 +191,10 @@ def measure(program: Program, chip: Chip, devices: int, *, keep: Callable[[Any, 
 
     Raises DoesNotFit, AotError.
     """
-    lowered, executable, seconds = compiled(program)
+    lowered, executable, text, unread, seconds = compiled(program)
     if keep is not None:
         keep(lowered, executable)
     memory = executable.memory_analysis()
-    try:
-        text = executable.as_text()
-    except jax.errors.JaxRuntimeError as error:  # the parser is jaxlib's: a libtpu of another time may write what it does not know
-        text, unread = "", _first(error)
     arguments = {kind: bytes_a_device(tree) for kind, tree in program.kinds.items()}
     # Results that are written over donated arguments cost nothing.
     needed = (

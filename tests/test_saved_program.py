@@ -112,7 +112,7 @@ from test_saved_program import SMALL
 from jaxdistill import aot, saved_program
 config = make_config(Path(sys.argv[1]), **SMALL)
 program = aot.text_program(config, jax.devices())
-lowered, executable, _ = aot.compiled(program)
+lowered, executable = aot.compiled(program)[:2]
 mesh = jax.tree.leaves(program.arguments)[0].sharding.mesh
 saved_program.save(sys.argv[2], lowered, executable, mesh, json.loads(config.to_json()))
 """
