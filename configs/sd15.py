@@ -114,7 +114,8 @@ def get_config(name: str = "") -> ConfigDict:
         }
     )
     config.export = ConfigDict({"dtype": "float16"})  # of the UNet in diffusers/
-    config.log = ConfigDict({"every": 10, "checkpoint_every": 500, "health_prompts": 4, "batch_size": 4})
+    config.log = ConfigDict({"every": 10, "checkpoint_every": 500, "health_prompts": 4})
+    config.log.batch_size = 4  # images a device that are drawn at once: the health lines', and the teacher's for the discriminator
     config.log.checkpoints = ""  # folder of the checkpoints, default: the workdir's; may be gs://bucket/path
     config.log.profile = 0  # steps of which a trace is written for TensorBoard
     return variants.chosen(config, name, file="sd15")

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,8 +132,45 @@ def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     return Program(jax.jit(sample, out_shardings=place), (unet, vae, *batch), kinds, flops, rows)
 
 
-PROGRAMS: Mapping[str, Callable[[ConfigDict, Sequence[Any]], Program]] = {"step": text_program, "sampler": sampler_program}
-"""What can be planned: the train step, or the student's sampler."""
+def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
+    """A step of the teacher's own images, config.log.batch_size a chip: what a run's preparation and health lines draw with.
+
+    Of several hosts each draws by itself, so that it is compiled for the chips of one. Raises ValueError.
+    """
+    from jaxdistill import pipeline
+    from jaxdistill.interop import diffusers_scheduler
+    from jaxdistill.text_setup import DTYPES, TextSetup, open_teacher
+
+    setup = TextSetup(config, open_teacher(config), devices=devices)
+    own = [device for device in devices if device.process_index == devices[0].process_index]
+    layout = setup.layout if len(own) == len(devices) else partition.Layout(partition.make_mesh(devices=own))
+    scheduler = diffusers_scheduler.of_folder(setup.folder, solver=config.teacher.get("solver") or None)
+    rows, guided = config.log.batch_size * partition.parts(layout.mesh), config.teacher.guidance > 1.0
+    place, whole = partition.batch_sharding(layout.mesh), partition.replicated(layout.mesh)
+
+    def described(tree: Any, sharding: Any) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+    dtype = DTYPES[config.compute.teacher_dtype]
+    teacher = layout.describe(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), setup.abstract))
+    noise, cond = described((jax.ShapeDtypeStruct((rows, *setup.latent_shape), np.float32), setup.abstract_cond(rows)), place)
+    null, scalar = described((setup.abstract_null(), jax.ShapeDtypeStruct((), np.float32)), whole)
+    begin = partial(scheduler.begin, run=scheduler.run(config.teacher.steps))
+    # The first step's arguments as the run has them: the solver's state follows the start.
+    state = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place if a.shape == noise.shape else whole), jax.eval_shape(begin, noise)
+    )
+    function = jax.jit(partial(pipeline.guided_step, setup.unet, scheduler, layout, guided=guided))
+    flops = rows * setup.call_flops(copies=2 if guided else 1)
+    return Program(function, (teacher, state, noise, cond, null, scalar, scalar, scalar), {"teacher": teacher, "batch": cond}, flops, rows)
+
+
+PROGRAMS: Mapping[str, Callable[[ConfigDict, Sequence[Any]], Program]] = {
+    "step": text_program,
+    "sampler": sampler_program,
+    "teacher": teacher_program,
+}
+"""What can be planned: the train step, the student's sampler, or a step of the teacher's images."""
 
 
 def bytes_a_device(tree: Any) -> int:
@@ -355,7 +393,7 @@ def plan(config: ConfigDict, name: str, *, find: bool, slices: int, program: str
         def keep(lowered: Any, executable: Any) -> None:
             saved_program.save(save, lowered, executable, mesh, json.loads(config.to_json()))
 
-        report = measure(found, chip, len(devices), keep=keep if save else None)
+        report = measure(found, chip, mesh.size, keep=keep if save else None)
     return {"topology": name if slices == 1 else f"{slices} x {name}", "compiled": program, **report}
 
 
@@ -363,7 +401,11 @@ TOPOLOGY = flags.DEFINE_string("topology", None, f"CHIP:SHAPE, as {KNOWN}.")
 SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data-center network.")
 JSON = flags.DEFINE_string("json", None, "File for the report as JSON.")
 PROGRAM = flags.DEFINE_enum(
-    "program", "step", list(PROGRAMS), "The train step, or the student's sampler of config.student.batch_size images, decoded."
+    "program",
+    "step",
+    list(PROGRAMS),
+    "The train step; the student's sampler of config.student.batch_size images, decoded; or a step of the teacher's images, "
+    "config.log.batch_size a chip, of the chips of one host.",
 )
 SAVE = flags.DEFINE_string("save", None, "File for the compiled train step, which runs on such a slice take as config.compute.program.")
 SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch a chip that fits; compiles several times.")
@@ -378,6 +420,10 @@ def cli() -> None:
         main.fail(f"--json={JSON.value}: the folder {Path(JSON.value).parent} does not exist")
     if SAVE.value and (SEARCH.value or PROGRAM.value != "step"):
         main.fail("--save keeps a run's train step: leave out --search and --program")
+    if SEARCH.value and PROGRAM.value == "teacher":
+        main.fail(
+            "--search looks for config.student.batch_size: leave it out, and set --config.log.batch_size, the teacher's images a chip"
+        )
     if SLICES.value < 1:
         main.fail(f"--slices must be at least 1, got {SLICES.value}")
     config = main.given_config(workdir=False)

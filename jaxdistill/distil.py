@@ -1,6 +1,5 @@
 """A text-to-image run: a diffusers folder and prompts in, a few-step student out. Started by `jaxdistill.main` for such a config."""
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -212,24 +211,49 @@ class TextRun(TextSetup):
         student = self.fresh_updates() if self.config.student.lora_rank else self.weights("float32")
         return {"student": student, "discriminator": self.fresh_heads()}
 
+    def teacher_pipe(self, teacher: Any) -> pipeline.TextToImage:
+        """What draws the teacher's images: each process by itself, on all of its devices.
+
+        Where each of them has a copy of the teacher this takes it, and makes no other. All processes must call it.
+        """
+        own = partition.own_layout(self.layout)
+        return pipeline.TextToImage(self.folder, partition.local(teacher, own.mesh), self.teacher_scheduler, layout=own)
+
     # -- data
 
-    def cache(self, name: str, key: str, count: int, make: Callable[[int, int], Mapping[str, np.ndarray]], what: str) -> record_cache.Cache:
-        """A record cache below config.data.cache (the workdir's cache/ by default)."""
+    def cache(
+        self, name: str, key: str, count: int, make: Callable[[int, int], Mapping[str, np.ndarray]], what: str, *, rows: int
+    ) -> record_cache.Cache:
+        """A record cache below config.data.cache (the workdir's cache/ by default), made where it is missing.
+
+        All processes make it together, `rows` records each at a time.
+        """
         folder = Path(self.config.data.cache or self.workdir / "cache") / f"{name}-{key}"
+        block = rows * jax.process_count()
 
         def work() -> Iterator[None]:
-            began, first = 0.0, 0
-            with contextlib.closing(record_cache.writing(folder, count, make)) as blocks:
-                for done in blocks:
-                    if not first:  # what an earlier start has made says nothing of the rate
-                        began, first = time.perf_counter(), done
-                    if done == count or done % 1024 < 16:
-                        rate = max(done - first, 1) / max(time.perf_counter() - began, 1e-6)
-                        say(f"{what}: {done} of {count}, {(count - done) / rate:.0f} s to go")
+            writer = record_cache.Writer(folder, count, block=block) if distributed.writes() else None
+            start = distributed.least(writer.done if writer else count)  # a machine that is new here has none of it
+            began, said = 0.0, start
+            try:
+                for first in range(start, count, block):
+                    last = min(first + block, count)
+                    values = distributed.divided_rows(first, last, make)
+                    if writer and first >= writer.done:
+                        writer.add(values)
+                    if first == start:  # its time is that of compiling
+                        began = time.perf_counter()
+                    if first == start or last == count or last - said >= 1000:
+                        rate = max(last - start - block, 1) / max(time.perf_counter() - began, 1e-6)
+                        say(f"{what}: {last} of {count}" + (f", {(count - last) / rate:.0f} s to go" if first > start else ""))
+                        said = last
                     yield
+            finally:
+                if writer:
+                    writer.close()
 
-        loop.prepare(what, work() if distributed.writes() else (), self.stop)
+        loop.prepare(what, work(), self.stop)
+        distributed.barrier("a cache is written")
         return record_cache.Cache(folder)
 
     def open_data(self, pipe: pipeline.TextToImage) -> None:
@@ -243,22 +267,21 @@ class TextRun(TextSetup):
             return lambda first, last: {k: v.astype(np.float16) for k, v in pipe.text(prompts[first:last]).items()}
 
         key = record_cache.key_of(encoder, self.prompts)
-        self.texts = self.cache("prompts", key, len(self.prompts), encode(self.prompts), "encoding prompts")
+        self.texts = self.cache("prompts", key, len(self.prompts), encode(self.prompts), "encoding prompts", rows=16)
         self.null = {k: v.astype(np.float32) for k, v in pipe.text.negative(None).items()}
         self.reals: record_cache.Cache | None = None
         height, width = self.size
         if self.adversarial and config.adversarial.reals == "data":
             captions = [pair.caption for pair in self.pairs]
             texts = encode(captions)
-            encode_image = jax.jit(partial(self.folder.vae.module.apply, method="encode"))
 
             def read(first: int, last: int) -> dict[str, np.ndarray]:
                 images = np.stack([fit_image(pair.read(), height, width) for pair in self.pairs[first:last]])
-                return {**texts(first, last), "latents": np.asarray(encode_image(pipe.vae_params, images), np.float32)}
+                return {**texts(first, last), "latents": pipe.encode(images)}
 
             stamps = [pair.stamp for pair in self.pairs]
             key = record_cache.key_of(encoder, self.hash_of(self.folder.vae), captions, stamps, self.size)
-            self.reals = self.cache("images", key, len(captions), read, "encoding images")
+            self.reals = self.cache("images", key, len(captions), read, "encoding images", rows=4 * pipe.parts)
         elif self.adversarial:
             chosen = np.random.default_rng(config.seed).integers(0, len(self.prompts), config.adversarial.pool)
             captions = [self.prompts[i] for i in chosen]
@@ -266,14 +289,18 @@ class TextRun(TextSetup):
             sampler = {"steps": config.teacher.steps, "guidance": config.teacher.guidance, "seed": config.seed + 200}
             solver = config.teacher.get("solver")
 
+            rows = config.log.batch_size * pipe.parts
+
             def draw(first: int, last: int) -> dict[str, np.ndarray]:
                 options = {**sampler, "start": first, "height": height, "width": width, "batch_size": config.log.batch_size}
-                return {**texts(first, last), "latents": pipe(captions[first:last], decode=False, **options)}
+                # Filled up, so that one program draws them all.
+                wanted = captions[first:last] + captions[last - 1 : last] * (rows - (last - first))
+                return {**texts(first, last), "latents": pipe(wanted, decode=False, **options)[: last - first]}
 
             key = record_cache.key_of(
                 encoder, self.hash_of(self.folder.unet), captions, sampler, solver, dict(self.folder.scheduler), self.size
             )
-            self.reals = self.cache("teacher", key, len(captions), draw, "the teacher's images for the discriminator")
+            self.reals = self.cache("teacher", key, len(captions), draw, "the teacher's images for the discriminator", rows=rows)
 
     def cond(self, record: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A batch's conditioning: float32, with XL's time ids."""
@@ -310,9 +337,8 @@ class TextRun(TextSetup):
         compiled = self.saved_program()
         began = time.perf_counter()
         teacher = self.weights(config.compute.teacher_dtype)
-        # Each process draws by itself. Where every device has a copy this takes one of them, and none more.
-        pipe = pipeline.TextToImage(self.folder, partition.local(teacher), self.teacher_scheduler)
-        student_pipe = pipeline.TextToImage(self.folder, pipe.params, self.scheduler, share=pipe)
+        pipe = self.teacher_pipe(teacher)
+        student_pipe = pipeline.TextToImage(self.folder, pipe.params, self.scheduler, share=pipe, layout=pipe.layout)
         self.seconds["load"] = time.perf_counter() - began
         began = time.perf_counter()
         self.open_data(pipe)
@@ -344,6 +370,7 @@ class TextRun(TextSetup):
             flops=self.step_flops() if chips.of_device(jax.local_devices()[0]) else 0.0,  # counting takes seconds
             profile=config.log.profile,
             keep_best=config.student.keep_best,
+            own=pipe.layout,
         )
         self.seconds |= {"student": seconds.total, "saving the student": seconds.saving}
         results = {}
@@ -444,7 +471,10 @@ class TextHealth:
     def __call__(self, student: Any, step: int) -> dict[str, float]:
         """Print a line a step count, save the picture, return the numbers."""
         self.pipe.text.params, self.pipe.vae_params = jax.device_put(self.rest)
-        self.pipe.params = self.run.variables(student, jax.device_put(self.params))
+        layout = self.pipe.layout
+        assert layout is not None
+        teacher = layout.place(self.params) if self.run.config.student.lora_rank else None
+        self.pipe.params = self.run.variables(student, teacher)
         rows = [self.teacher]
         numbers: dict[str, float] = {}
         for n in self.run.grids:

@@ -111,6 +111,11 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def least(value: int) -> int:
+    """The smallest of the processes' values, which must all ask."""
+    return value if jax.process_count() == 1 else int(np.min(multihost_utils.process_allgather(np.array(value))))
+
+
 def everyone(holds: bool) -> bool:
     """Whether it holds in all processes, which must all ask."""
     return holds if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array([holds]))))
@@ -125,6 +130,21 @@ def divided(count: int, make: Callable[[int], np.ndarray]) -> list[np.ndarray]:
     mine = np.stack([make(min(i * processes + jax.process_index(), count - 1)) for i in range(rounds)])
     found = np.asarray(multihost_utils.process_allgather(mine))
     return [found[i % processes, i // processes] for i in range(count)]
+
+
+def divided_rows(first: int, last: int, make: Callable[[int, int], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """`make(first, last)`, fields [last - first, ...]: each process makes the rows of its part, all get all. All must call this.
+
+    The parts are of one size but for the last ones, of which some may be empty; what a row is must not depend on its part.
+    """
+    if jax.process_count() == 1:
+        return dict(make(first, last))
+    size = -(-(last - first) // jax.process_count())
+    begin = min(first + jax.process_index() * size, last - 1)
+    # All must gather the same shapes: where rows are missing the last one stands for them, and is cut off again.
+    mine = make(begin, min(begin + size, last))
+    filled = {name: rows[np.minimum(np.arange(size), len(rows) - 1)] for name, rows in mine.items()}
+    return {name: np.asarray(rows)[: last - first] for name, rows in multihost_utils.process_allgather(filled, tiled=True).items()}
 
 
 def share_folder(folder: Path) -> bool:

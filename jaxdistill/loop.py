@@ -92,24 +92,13 @@ class StopSignal:
                 signal.signal(number, handler)
 
 
-TURN_SECONDS = 5.0
-"""Of several processes: how long each prepares by itself before all ask together for a signal."""
-
-
 def prepare(what: str, work: Iterable[Any], stop: StopSignal) -> None:
-    """Go through `work`, of which some processes may have none, to its end or until a signal comes: then all stop, and it is closed.
+    """Go through `work`, which has as many pieces in all processes, to its end or until a signal comes: then all stop, and it is closed.
 
     Raises Stopped.
     """
-    work, finished, alone = iter(work), False, jax.process_count() == 1
     try:
-        while not distributed.everyone(finished):
-            end = time.monotonic() + TURN_SECONDS
-            for _ in work:
-                if stop.received if alone else time.monotonic() > end:
-                    break
-            else:
-                finished = True
+        for _ in work:
             if stop.between():
                 raise Stopped(f"{what}: stopped by {stop.received}; the same command resumes it")
     finally:

@@ -68,6 +68,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
+def parts(mesh: Mesh) -> int:
+    """Into how many a batch is divided."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """A copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -204,8 +209,16 @@ def put(value: Any, sharding: NamedSharding) -> Any:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def local(tree: Any) -> Any:
-    """Arrays of the mesh as arrays of this process alone, gathered where they are divided. All processes must call it."""
+def own_layout(layout: Layout) -> Layout:
+    """Where this process computes by itself: on the mesh, or as one of several with its own devices side by side."""
+    return layout if jax.process_count() == 1 else Layout(make_mesh(devices=jax.local_devices()))
+
+
+def local(tree: Any, mesh: Mesh | None = None) -> Any:
+    """Arrays of all processes as arrays of this one, gathered where they are divided. All processes must call it.
+
+    They come on its first device or, with the mesh of its devices, as the copies that each of these holds already.
+    """
 
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
@@ -213,7 +226,10 @@ def local(tree: Any) -> Any:
         if not leaf.is_fully_replicated:
             assert isinstance(leaf.sharding, NamedSharding)
             leaf = jax.device_put(leaf, replicated(leaf.sharding.mesh))  # no program to compile for each shape
-        return leaf.addressable_data(0)
+        if mesh is None:
+            return leaf.addressable_data(0)
+        copies = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, replicated(mesh), copies)
 
     return jax.tree.map(one, tree)
 
@@ -245,7 +261,7 @@ def jit_train_step(step: Callable[..., Any], mesh: Mesh, state: Any = None, teac
 
 def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
     """Raise ValueError where a batch does not divide over the mesh's "data" and "fsdp"."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size < 1 or batch_size % parts:
-        shown = f"{parts} devices" if mesh.shape["tensor"] == 1 else f"{parts} parts of the mesh (data x fsdp)"
+    count = parts(mesh)
+    if batch_size < 1 or batch_size % count:
+        shown = f"{count} devices" if mesh.shape["tensor"] == 1 else f"{count} parts of the mesh (data x fsdp)"
         raise ValueError(f"{name} = {batch_size} must be a positive multiple of the {shown}")

@@ -1,5 +1,6 @@
 """Text to image from a pipeline folder or a student's export: prompts in, images out."""
 
+import contextlib
 import json
 import re
 import sys
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdistill import card, checkpoint, sampling
+from jaxdistill import card, checkpoint, partition, sampling
 from jaxdistill.interop import diffusers_folder, diffusers_scheduler
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Scheduler
@@ -203,8 +204,48 @@ def image_size(folder: Folder, height: int | None, width: int | None) -> tuple[i
     return found[0], found[1]
 
 
+def on_mesh(layout: partition.Layout | None) -> contextlib.AbstractContextManager[Any]:
+    """Within a program: the flash kernel asks for the mesh, where there are several devices."""
+    return contextlib.nullcontext() if layout is None else jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh)
+
+
+def guided_step(
+    unet: Any,
+    scheduler: Scheduler,
+    layout: partition.Layout | None,
+    params: Any,
+    state: Any,
+    noise: Array,
+    cond: Any,
+    null: Any,
+    t: Array,
+    t_next: Array,
+    guidance: Array,
+    *,
+    guided: bool,
+) -> Any:
+    """One network call and the solver's step. The loop over the times is Python's: one program serves every number of steps."""
+    if layout is not None:
+        params = layout.gathered(params, unet.dtype)
+    denoiser = sampling.guided_denoiser(
+        unet.apply,
+        params,
+        cond,
+        schedule=scheduler.schedule,
+        parameterization=scheduler.parameterization,
+        null_cond=partial(with_null, null),
+        scale=guidance if guided else 1.0,
+        shared=True,
+    )
+    with on_mesh(layout):
+        return scheduler.advance(denoiser, state, noise, t, t_next)
+
+
 class TextToImage:
-    """A loaded pipeline. Programs are compiled once a shape and kept."""
+    """A loaded pipeline. Programs are compiled once a shape and kept.
+
+    With a `layout`, on whose mesh `unet_params` are, it draws on all of its devices, each `batch_size` images at once.
+    """
 
     def __init__(
         self,
@@ -216,14 +257,16 @@ class TextToImage:
         param_dtype: Any = np.float32,
         tile: int = 0,
         share: "TextToImage | None" = None,
+        layout: partition.Layout | None = None,
     ) -> None:
-        self.folder, self.params, self.scheduler = folder, unet_params, scheduler
+        self.folder, self.params, self.scheduler, self.layout = folder, unet_params, scheduler, layout
         self.settings, self.tile = dict(settings or {}), tile
         self.unet, self.vae = folder.unet.module, folder.vae.module
         self.text: TextEncoders = share.text if share else TextEncoders(folder, dtype=param_dtype)
         self.vae_params: Any = share.vae_params if share else diffusers_folder.load_params(folder.vae, dtype=param_dtype)
-        self.advance = jax.jit(self._step, static_argnames="guided")
-        self._decode: Callable[..., Array] = share._decode if share else jax.jit(partial(self.vae.apply, method="decode"))
+        self.advance = jax.jit(partial(guided_step, self.unet, scheduler, layout), static_argnames="guided")
+        self._decode: Callable[..., Array] = share._decode if share else jax.jit(partial(self._vae, "decode"))
+        self._encode: Callable[..., Array] = share._encode if share else jax.jit(partial(self._vae, "encode"))
 
     # -- settings
 
@@ -254,24 +297,27 @@ class TextToImage:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         return image_size(self.folder, height, width)
 
+    # -- devices
+
+    @property
+    def parts(self) -> int:
+        """Of a batch: the devices that draw side by side."""
+        return 1 if self.layout is None else partition.parts(self.layout.mesh)
+
+    def place(self, rows: np.ndarray) -> Array:
+        """Rows, a multiple of `parts`, divided among the devices."""
+        return jnp.asarray(rows) if self.layout is None else jax.device_put(rows, partition.batch_sharding(self.layout.mesh))
+
     # -- programs
 
-    def _step(
-        self, params: Any, state: Any, noise: Array, cond: Any, null: Any, t: Array, t_next: Array, guidance: Array, *, guided: bool
-    ) -> Any:
-        """One network call and the solver's step. The loop over the times is Python's: one program serves every number of steps."""
-        scheduler = self.scheduler
-        denoiser = sampling.guided_denoiser(
-            self.unet.apply,
-            params,
-            cond,
-            schedule=scheduler.schedule,
-            parameterization=scheduler.parameterization,
-            null_cond=partial(with_null, null),
-            scale=guidance if guided else 1.0,
-            shared=True,
-        )
-        return scheduler.advance(denoiser, state, noise, t, t_next)
+    def _vae(self, method: str, params: Any, x: Array) -> Any:
+        with on_mesh(self.layout):
+            return self.vae.apply(params, x, method=method)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Images float32 [b, h, w, 3] in [-1, 1] -> scaled latents float32 [b, h / f, w / f, c]."""
+        rows = np.arange(-(-len(images) // self.parts) * self.parts) % len(images)
+        return np.asarray(self._encode(self.vae_params, self.place(images[rows])), np.float32)[: len(images)]
 
     def decode(self, latents: Array) -> np.ndarray:
         """Latents [b, h, w, c] -> images float32 [b, f h, f w, 3] in [0, 1]; in tiles where that was asked for."""
@@ -315,7 +361,7 @@ class TextToImage:
           width: likewise.
           seed: image i is a function of (seed, start + i) and its prompt.
           start: number of the first image.
-          batch_size: images at once.
+          batch_size: images at once, on each device.
           latents: starts float32 [n, c, h, w] as diffusers has them, standard normal, instead of the seed's.
           decode: False leaves the decoder out.
 
@@ -336,11 +382,11 @@ class TextToImage:
         null = self.text.negative(negative_prompt) if guided else {}
         if self.folder.xl:
             cond["time_ids"] = np.tile(time_ids(height, width), (len(prompts), 1))
-        found, block = [], min(batch_size, len(prompts))
+        found, block = [], min(batch_size, len(prompts)) * self.parts
         for i in range(0, len(prompts), block):
             rows = np.arange(i, i + block) % len(prompts)  # the last block is filled up, so that one program serves all
-            part = {k: v[rows] for k, v in cond.items()}
-            starts = jnp.asarray(noise[rows])
+            part = {k: self.place(v[rows]) for k, v in cond.items()}
+            starts = self.place(noise[rows])
             state = self.scheduler.begin(starts, run)
             for t, t_next in zip(run.times, run.next_times, strict=True):
                 state = self.advance(self.params, state, starts, part, null, t, t_next, np.float32(guidance), guided=guided)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,67 +25,61 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def write(
-    folder: Path,
-    count: int,
-    make: Callable[[int, int], Mapping[str, np.ndarray]],
-    *,
-    block: int,
-    shard: int,
-) -> Generator[int, None, None]:
-    """Fill `folder` with `count` records; yields their number after each block. It appears whole or not at all.
+class Writer:
+    """Fills a folder with records, block by block. It appears whole or not at all.
 
-    Whoever closes the iterator before its end keeps what was written: the next one goes on after it, in the same blocks.
-
-    Args:
-      folder: of the cache.
-      count: number of records.
-      make: (first, last) -> fields [last - first, ...] of these records; all calls with the same shapes and types but for the first axis.
-      block: records a call.
-      shard: records a file, at most.
+    Whoever closes it before its end keeps what was written: the next one goes on after it, in the same blocks.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
-        known = json.loads((temporary / META).read_text())
-        done, fields, names = int(known["count"]), dict(known["fields"]), list(known["files"])
-        if (done % block and done != count) or not all((temporary / name).is_file() for name in names):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        shutil.rmtree(temporary)
-        temporary.mkdir()
-        done, fields, names = 0, {}, []
-    writer: Any = None
-    held = 0
 
-    def close() -> None:
+    def __init__(self, folder: Path, count: int, *, block: int, shard: int = 4096) -> None:
+        """Of `count` records, `block` a call of `add` (the last one's may be fewer), at most `shard` a file."""
+        self._folder, self._count, self._shard = folder, count, shard
+        self._temporary = folder.with_name(folder.name + ".tmp")
+        self._writer: Any = None
+        self._held = 0
+        self._fields: dict[str, Any] = {}
+        self._names: list[str] = []
+        self.done = count
+        """How many records there are."""
+        if (folder / META).is_file():
+            return
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        try:
+            known = json.loads((self._temporary / META).read_text())
+            self.done, self._fields, self._names = int(known["count"]), dict(known["fields"]), list(known["files"])
+            if (self.done % block and self.done != count) or not all((self._temporary / name).is_file() for name in self._names):
+                raise ValueError
+        except (OSError, ValueError, KeyError, TypeError):
+            shutil.rmtree(self._temporary)
+            self._temporary.mkdir()
+            self.done, self._fields, self._names = 0, {}, []
+
+    def add(self, values: Mapping[str, np.ndarray]) -> None:
+        """Fields [n, ...] of the next records, in all calls with the same shapes and types but for the first axis."""
+        size = len(next(iter(values.values())))
+        self._fields = self._fields or {name: {"shape": list(v.shape[1:]), "dtype": v.dtype.str} for name, v in sorted(values.items())}
+        if self._held + size > self._shard:
+            self._end_file()
+        if self._writer is None:
+            self._names.append(f"records-{len(self._names):05d}.array_record")
+            self._writer = array_record_module.ArrayRecordWriter(str(self._temporary / self._names[-1]), "group_size:1")
+        for i in range(size):
+            self._writer.write(b"".join(np.ascontiguousarray(values[name][i]).tobytes() for name in self._fields))
+        self.done, self._held = self.done + size, self._held + size
+
+    def _end_file(self) -> None:
         """What is in the open file counts from now on."""
-        nonlocal writer, held
-        if writer is not None:
-            writer.close()
-            checkpoint.write_json(temporary / META, {"count": done, "fields": fields, "files": names})
-        writer, held = None, 0
+        if self._writer is not None:
+            self._writer.close()
+            checkpoint.write_json(self._temporary / META, {"count": self.done, "fields": self._fields, "files": self._names})
+        self._writer, self._held = None, 0
 
-    try:
-        while done < count:
-            size = min(block, count - done)
-            values = make(done, done + size)
-            fields = fields or {name: {"shape": list(v.shape[1:]), "dtype": v.dtype.str} for name, v in sorted(values.items())}
-            if held + size > shard:
-                close()
-            if writer is None:
-                names.append(f"records-{len(names):05d}.array_record")
-                writer = array_record_module.ArrayRecordWriter(str(temporary / names[-1]), "group_size:1")
-            for i in range(size):
-                writer.write(b"".join(np.ascontiguousarray(values[name][i]).tobytes() for name in fields))
-            done, held = done + size, held + size
-            yield done
-    except GeneratorExit:
-        close()
-        raise
-    close()
-    checkpoint.write_json(temporary / META, {"count": count, "fields": fields, "files": names})
-    checkpoint.swap_in(temporary, folder)
+    def close(self) -> None:
+        """Keep what was added; the folder appears where that is all."""
+        self._end_file()
+        if self.done == self._count and self._temporary.exists():
+            checkpoint.write_json(self._temporary / META, {"count": self._count, "fields": self._fields, "files": self._names})
+            checkpoint.swap_in(self._temporary, self._folder)
 
 
 class Cache:
@@ -132,18 +126,3 @@ class Cache:
             return {name: np.stack([item[name] for item in items]) for name in self.fields}
 
         return batch
-
-
-def writing(
-    folder: Path, count: int, make: Callable[[int, int], Mapping[str, np.ndarray]], *, block: int = 16, shard: int = 4096
-) -> Generator[int, None, None]:
-    """As `write` where the cache is not there, else nothing."""
-    if not (folder / META).is_file():
-        yield from write(folder, count, make, block=block, shard=shard)
-
-
-def cached(folder: Path, count: int, make: Callable[[int, int], Mapping[str, np.ndarray]], *, block: int = 16, shard: int = 4096) -> Cache:
-    """The cache in `folder`, written first if it is not there. Arguments as of `write`."""
-    for _ in writing(folder, count, make, block=block, shard=shard):
-        pass
-    return Cache(folder)

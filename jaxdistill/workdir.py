@@ -134,6 +134,7 @@ def train_phase(
     ema_of: Callable[[Any], Any] = everything,
     accumulate: int = 1,
     compiled: Callable[..., Any] | None = None,
+    own: partition.Layout | None = None,
     **options: Any,
 ) -> tuple[TrainState, loop.Seconds]:
     """`loop.train_loop` of a loss on a mesh, from `params()` or the newest checkpoint: the last state and the seconds spent in all.
@@ -141,9 +142,10 @@ def train_phase(
     `shapes` are those of the parameters (or any arrays like them); `params` is not called where there is a checkpoint.
     `compiled`: the step where it need not be compiled.
     `log` gives "every" and "checkpoint_every"; batches: i -> this process's rows of batch i on the host; `options` go to the loop.
-    The averages come back as arrays of this process alone.
+    The averages, of the health lines too, are arrays of this process alone: on its first device, or on the devices of `own`.
     """
     made = programs(layout, loss_fn, tx, shapes, teacher_params, ema_decay=ema_decay, ema_of=ema_of, accumulate=accumulate)
+    local = partial(partition.local, mesh=own.mesh if own else None)
     state, seconds = loop.train_loop(
         name,
         lambda: made.start(layout.place(params()), key=key),
@@ -156,12 +158,12 @@ def train_phase(
         log_every=log.every,
         health_every=health_every,
         checkpoint_every=log.checkpoint_every,
-        health=lambda ema, at: health(partition.local(ema), at),
+        health=lambda ema, at: health(local(ema), at),
         stop=stop,
         advice=advice,
         **options,
     )
-    return state._replace(ema_params=partition.local(state.ema_params)), seconds
+    return state._replace(ema_params=local(state.ema_params)), seconds
 
 
 def say(line: str) -> None:

@@ -85,6 +85,20 @@ def test_the_sampler_is_counted_as_it_is_written(tiny):
     assert set(program.kinds) == {"student", "decoder", "batch"}
 
 
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_the_teachers_step_is_counted_as_it_is_written(tiny, guidance):
+    """Of one host's chips, each with config.log.batch_size images; under guidance with two rows of conditioning for one of states."""
+    config = make_config(**{"log.batch_size": 3, "teacher.guidance": guidance})
+    program = aot.teacher_program(config, jax.devices())
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), program.arguments)
+    counted = hlo.count(program.function.lower(*shapes).compiler_ir(dialect="hlo").as_hlo_text()).flops
+    setup = TextSetup(config, open_teacher(config))
+    assert counted == pytest.approx(program.analytic_flops, rel=0.02)
+    assert program.rows == 3 * len(jax.devices()) and set(program.kinds) == {"teacher", "batch"}
+    assert program.analytic_flops == pytest.approx(program.rows * setup.call_flops(copies=2 if guidance > 1 else 1))
+    assert setup.call_flops(copies=2) > 1.3 * setup.call_flops()
+
+
 def test_the_sum_of_the_kinds_is_what_the_arguments_weigh():
     layout = partition.layout()
     tree = layout.describe({"kernel": jax.ShapeDtypeStruct((64, 32), jnp.bfloat16), "key": jax.eval_shape(lambda: jax.random.key(0))})
@@ -171,6 +185,10 @@ def test_a_job_that_does_not_fit_names_its_buffers_and_the_knobs():
         (["--config=configs/tpu_v4.py", "--topology=v9:2x2"], "--topology = 'v9:2x2' is not known; use CHIP:SHAPE"),
         (["--config=configs/digits.py", "--topology=v4:2x2x1"], "plans text-to-image configs"),
         (["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--program=all"], "--program=all"),
+        (
+            ["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--program=teacher", "--search"],
+            "--search looks for config.student.batch_size",
+        ),
         (["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--json=/nowhere/x.json"], "the folder /nowhere does not exist"),
     ],
 )

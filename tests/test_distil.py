@@ -204,13 +204,24 @@ def test_merging_is_the_layers_own_update():
     assert np.abs(beside - apply(params, x, t, cond)).max() > 1e-2
 
 
+def fill(folder, make, *, count=10, until=None, **options):
+    """A writer that has all of the records, or so many, and is not closed then."""
+    writer = record_cache.Writer(folder, count, **options)
+    while writer.done < (until or count):
+        writer.add(make(writer.done, min(writer.done + options["block"], count)))
+    if until is None:
+        writer.close()
+    return writer
+
+
 def test_a_cache_gives_back_its_records_in_an_order_of_its_own(tmp_path):
     values = np.arange(60, dtype=np.float16).reshape(10, 2, 3)
 
     def make(first, last):
         return {"a": values[first:last], "b": np.arange(first, last, dtype=np.int32)}
 
-    cache = record_cache.cached(tmp_path / "c", 10, make, block=3, shard=4)
+    fill(tmp_path / "c", make, block=3, shard=4)
+    cache = record_cache.Cache(tmp_path / "c")
     assert len(list((tmp_path / "c").glob("*.array_record"))) == 3
     assert all(np.array_equal(cache[i]["a"], values[i]) and cache[i]["b"] == i for i in range(10))
     batches = cache.batches(5, seed=1)
@@ -230,19 +241,18 @@ def test_a_cache_that_is_stopped_goes_on_in_the_same_blocks(tmp_path, stopped_af
         asked.append((first, last))
         return {"a": np.arange(first, last, dtype=np.int32)}
 
-    blocks = record_cache.writing(tmp_path / "c", 10, make, block=3, shard=6)
-    assert stopped_after in blocks
-    blocks.close()
-    assert not (tmp_path / "c").exists()
-    cache = record_cache.cached(tmp_path / "c", 10, make, block=3, shard=6)
+    fill(tmp_path / "c", make, until=stopped_after, block=3, shard=6).close()
+    assert (tmp_path / "c").exists() == (stopped_after == 10)
+    fill(tmp_path / "c", make, block=3, shard=6)
+    cache = record_cache.Cache(tmp_path / "c")
     assert asked == [(0, 3), (3, 6), (6, 9), (9, 10)] and [int(cache[i]["a"]) for i in range(len(cache))] == list(range(10))
     assert list(tmp_path.iterdir()) == [tmp_path / "c"]
     # Killed: what was in whole files is kept.
     asked.clear()
-    killed = record_cache.writing(tmp_path / "k", 10, make, block=3, shard=3)
-    next(killed), next(killed)
+    fill(tmp_path / "k", make, until=6, block=3, shard=3)
     shutil.copytree(tmp_path / "k.tmp", tmp_path / "l.tmp")
-    cache = record_cache.cached(tmp_path / "l", 10, make, block=3, shard=3)
+    fill(tmp_path / "l", make, block=3, shard=3)
+    cache = record_cache.Cache(tmp_path / "l")
     assert asked == [(0, 3), (3, 6), (3, 6), (6, 9), (9, 10)] and [int(cache[i]["a"]) for i in range(10)] == list(range(10))
 
 

@@ -148,19 +148,19 @@ PREPARING = """
 import sys, time
 from jaxdistill import distributed, loop
 distributed.start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
-loop.TURN_SECONDS = 0.5
 def work():
     try:
         while True:
             print("at work", flush=True)
             time.sleep(0.1)
+            assert distributed.everyone(True)
             yield
     finally:
         print("closed", flush=True)
 with loop.StopSignal().installed() as stop:
     loop.prepare("short", range(3), stop)
     try:
-        loop.prepare("drawing", work() if sys.argv[2] == "0" else (), stop)
+        loop.prepare("drawing", work(), stop)
     except loop.Stopped as stopped:
         print(stopped, flush=True)
 """
@@ -168,7 +168,7 @@ with loop.StopSignal().installed() as stop:
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_ends_the_preparation_of_all(tmp_path):
-    """Process 0 is at work, the other waits for it and is told to stop."""
+    """Both are at work together, and one of them is told to stop: they do after the same block."""
     workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
     processes = [begin(workdir, i, 1, "-c", PREPARING, coordinator, i) for i in range(2)]
     wait_until(lambda: "at work" in log_of(workdir, 0), seconds=120, what="the work")
@@ -177,6 +177,7 @@ def test_a_signal_to_one_process_ends_the_preparation_of_all(tmp_path):
     for i in range(2):
         assert "drawing: stopped by SIGTERM; the same command resumes it" in log_of(workdir, i)
     assert log_of(workdir, 0).index("closed") < log_of(workdir, 0).index("drawing: stopped")
+    assert log_of(workdir, 0).count("at work") == log_of(workdir, 1).count("at work")
 
 
 HANGING = """
