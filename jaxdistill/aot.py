@@ -267,8 +267,10 @@ def counted(counts: hlo.Counts, program: Program, chip: Chip, devices: int) -> d
     times = {
         "compute": counts.flops / chip.flops,
         "memory": counts.main_bytes / chip.bandwidth,
-        "interconnect": sum(counts.collectives.values()) / chip.interconnect,
+        "interconnect": sum(size for kind, size in counts.collectives.items() if kind != hlo.NETWORK) / chip.interconnect,
     }
+    if hlo.NETWORK in counts.collectives:
+        times["network"] = counts.collectives[hlo.NETWORK] / chip.network
     bound = max(times, key=lambda name: times[name])
     analytic = program.analytic_flops / devices
     return {

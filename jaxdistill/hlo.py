@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
+NETWORK = "between slices"
+"""What goes by the host over the data-center network, among the kinds of collectives."""
+
 
 class Gather(NamedTuple):
     """One all-gather: its result ("bf16[1024,4096]"), the bytes of one run, the times it runs, and the name JAX gave it."""
@@ -32,7 +35,8 @@ class Counts(NamedTuple):
         dilated elements do no work: a dot that the TPU's compiler writes as a convolution counts as the dot. Pallas kernels count what
         they declare, which may be nothing.
       bytes: read and written by what is not inside a fusion. Of slices and updates in place only the part that moves.
-      collectives: each of `COLLECTIVES` that occurs -> bytes of its results; of its operands for all-reduce and reduce-scatter.
+      collectives: each of `COLLECTIVES` that occurs -> bytes of its results; of its operands for all-reduce and reduce-scatter. And
+        `NETWORK` -> the bytes that are sent there.
       gathers: the all-gathers; their bytes times their times make up collectives["all-gather"].
       unknown_loops: loops whose number of rounds is not in the text; they count as one round.
       main_bytes: the part of `bytes` in the device's main memory, without the buffers that a TPU keeps on the chip or on the host.
@@ -342,6 +346,9 @@ class _Program:
             return _NOTHING
         if op in COLLECTIVES or op == "ragged-all-to-all":
             return self.collective(instruction, computation, fused, channels)
+        if op == "send" and "xla_megascale" in instruction.attributes:
+            sent = computation.instructions[instruction.operands[0]].shape
+            return _moved(_whole(sent))._replace(collectives={NETWORK: _size(sent)})
         if op == "while":
             body, condition = _names(instruction, "body", "condition")
             times = self.rounds(instruction, computation)

@@ -99,6 +99,19 @@ def test_the_teachers_step_is_counted_as_it_is_written(tiny, guidance):
     assert setup.call_flops(copies=2) > 1.3 * setup.call_flops()
 
 
+def test_what_goes_between_slices_is_priced_by_their_network():
+    chip = chips.CHIPS["v4"]
+    program = aot.Program(None, (), {}, 275e12, 8)
+    counts = hlo.Counts(
+        flops=275e12, bytes=0.0, collectives={"all-reduce": 3e9, hlo.NETWORK: 12.5e9}, gathers=[], unknown_loops=0, main_bytes=0.0
+    )
+    report = aot.counted(counts, program, chip, 1)
+    assert report["roofline_ms"] == {"compute": 1000.0, "memory": 0.0, "interconnect": 10.0, "network": 2000.0}
+    assert report["bound"] == "network" and report["step_ms_at_least"] == 2000.0
+    del counts.collectives[hlo.NETWORK]
+    assert aot.counted(counts, program, chip, 1)["bound"] == "compute"
+
+
 def test_the_sum_of_the_kinds_is_what_the_arguments_weigh():
     layout = partition.layout()
     tree = layout.describe({"kernel": jax.ShapeDtypeStruct((64, 32), jnp.bfloat16), "key": jax.eval_shape(lambda: jax.random.key(0))})

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdistill.hlo import Gather, count
+from jaxdistill.hlo import NETWORK, Gather, count
 
 
 def module(entry, *computations):
@@ -287,6 +287,16 @@ def test_collectives(line, kind, size):
     found = count(module(lines))
     assert found.collectives == {kind: size}
     assert sum(gather.bytes for gather in found.gathers) == found.collectives.get("all-gather", 0)
+
+
+def test_what_a_host_sends_to_another_slice():
+    host = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
+    lines = ["x = f32[8] parameter(0)", "t = token[] after-all()", f"s = (f32[8], u32[], token[]) send(x, t), channel_id=1, {host}"]
+    lines += [f"r = (f32[8], u32[], token[]) recv(t), channel_id=2, {host}", "e = token[] send-done(s), channel_id=1"]
+    lines += ["d = (f32[8], token[]) recv-done(r), channel_id=2", "ROOT g = f32[8] get-tuple-element(d), index=0"]
+    assert count(module(lines)).collectives == {NETWORK: 32}
+    # To the program on the host itself nothing goes over the network.
+    assert count(module([line.replace("xla_megascale_runtime", "debug") for line in lines])).collectives == {}
 
 
 def test_a_channel_used_twice_is_two_collectives_outside_fusions():
@@ -657,6 +667,19 @@ def step(x, ws):
     return ws - jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, P(None, None, "fsdp")))
 
 write("step", step, mesh, *args)
+
+two = topologies.get_topology_desc(platform="tpu", num_slices=2, **V4).devices
+mesh = Mesh(np.array(sorted(two, key=lambda d: (d.slice_index, d.id))).reshape(2, 4), ("data", "fsdp"))
+
+def summed(x, ws):
+    gradient = jax.grad(loss, 1)(x, ws)
+    return ws - jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, P(None, None, "fsdp")))
+
+def body(x, w):
+    w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
+    return jax.lax.with_sharding_constraint(x + layer(x, w[0]) @ w[1], NamedSharding(mesh, P(("data", "fsdp"))))
+
+write("slices", summed, mesh, (*args[0][:2], P(("data", "fsdp"))), args[1])
 """
 
 
@@ -716,3 +739,7 @@ def test_four_tpu_chips():
     # A layer's gradient is summed over the rows of all chips, and each chip keeps its part.
     assert found["step"]["collectives"]["reduce-scatter"] == 3 * layer_bytes
     assert "all-reduce" not in found["step"]["collectives"]
+    # Between two slices a chip sends its part of the sum within its own.
+    assert found["slices"]["collectives"][NETWORK] == 3 * layer_bytes / 4
+    assert found["slices"]["collectives"]["reduce-scatter"] == pytest.approx(3 * layer_bytes, rel=0.05)
+    assert NETWORK not in found["step"]["collectives"]
