@@ -222,14 +222,19 @@ class TextRun(TextSetup):
     # -- data
 
     def cache(
-        self, name: str, key: str, count: int, make: Callable[[int, int], Mapping[str, np.ndarray]], what: str, *, rows: int
+        self, name: str, key: str, count: int, make: Callable[[list[int]], Mapping[str, np.ndarray]], what: str, *, rows: int
     ) -> record_cache.Cache:
         """A record cache below config.data.cache (the workdir's cache/ by default), made where it is missing.
 
-        All processes make it together, `rows` records each at a time.
+        All processes make it together, `rows` records each at a time. `make`: their numbers, of which the last may stand several times so
+        that one program serves all -> fields [rows, ...].
         """
         folder = Path(self.config.data.cache or self.workdir / "cache") / f"{name}-{key}"
         block = rows * jax.process_count()
+
+        def part(first: int, last: int) -> dict[str, np.ndarray]:
+            numbers = [min(i, last - 1) for i in range(first, first + rows)]
+            return {field: values[: last - first] for field, values in make(numbers).items()}
 
         def work() -> Iterator[None]:
             writer = record_cache.Writer(folder, count, block=block) if distributed.writes() else None
@@ -238,7 +243,7 @@ class TextRun(TextSetup):
             try:
                 for first in range(start, count, block):
                     last = min(first + block, count)
-                    values = distributed.divided_rows(first, last, make)
+                    values = distributed.divided_rows(first, last, part)
                     if writer and first >= writer.done:
                         writer.add(values)
                     if first == start:  # its time is that of compiling
@@ -263,8 +268,8 @@ class TextRun(TextSetup):
         tokenizers = checkpoint.hash_files(file for folder in self.folder.tokenizers for file in sorted(folder.iterdir()) if file.is_file())
         encoder = [weights, tokenizers, [dict(part.config) for part in self.folder.text_encoders], config.compute.dtype]
 
-        def encode(prompts: Sequence[str]) -> Callable[[int, int], dict[str, np.ndarray]]:
-            return lambda first, last: {k: v.astype(np.float16) for k, v in pipe.text(prompts[first:last]).items()}
+        def encode(prompts: Sequence[str]) -> Callable[[list[int]], dict[str, np.ndarray]]:
+            return lambda numbers: {k: v.astype(np.float16) for k, v in pipe.text([prompts[i] for i in numbers]).items()}
 
         key = record_cache.key_of(encoder, self.prompts)
         self.texts = self.cache("prompts", key, len(self.prompts), encode(self.prompts), "encoding prompts", rows=16)
@@ -275,9 +280,9 @@ class TextRun(TextSetup):
             captions = [pair.caption for pair in self.pairs]
             texts = encode(captions)
 
-            def read(first: int, last: int) -> dict[str, np.ndarray]:
-                images = np.stack([fit_image(pair.read(), height, width) for pair in self.pairs[first:last]])
-                return {**texts(first, last), "latents": pipe.encode(images)}
+            def read(numbers: list[int]) -> dict[str, np.ndarray]:
+                images = np.stack([fit_image(self.pairs[i].read(), height, width) for i in numbers])
+                return {**texts(numbers), "latents": pipe.encode(images)}
 
             stamps = [pair.stamp for pair in self.pairs]
             key = record_cache.key_of(encoder, self.hash_of(self.folder.vae), captions, stamps, self.size)
@@ -289,18 +294,16 @@ class TextRun(TextSetup):
             sampler = {"steps": config.teacher.steps, "guidance": config.teacher.guidance, "seed": config.seed + 200}
             solver = config.teacher.get("solver")
 
-            rows = config.log.batch_size * pipe.parts
-
-            def draw(first: int, last: int) -> dict[str, np.ndarray]:
-                options = {**sampler, "start": first, "height": height, "width": width, "batch_size": config.log.batch_size}
-                # Filled up, so that one program draws them all.
-                wanted = captions[first:last] + captions[last - 1 : last] * (rows - (last - first))
-                return {**texts(first, last), "latents": pipe(wanted, decode=False, **options)[: last - first]}
+            def draw(numbers: list[int]) -> dict[str, np.ndarray]:
+                options = {**sampler, "start": numbers[0], "height": height, "width": width, "batch_size": config.log.batch_size}
+                return {**texts(numbers), "latents": pipe([captions[i] for i in numbers], decode=False, **options)}
 
             key = record_cache.key_of(
                 encoder, self.hash_of(self.folder.unet), captions, sampler, solver, dict(self.folder.scheduler), self.size
             )
-            self.reals = self.cache("teacher", key, len(captions), draw, "the teacher's images for the discriminator", rows=rows)
+            self.reals = self.cache(
+                "teacher", key, len(captions), draw, "the teacher's images for the discriminator", rows=config.log.batch_size * pipe.parts
+            )
 
     def cond(self, record: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A batch's conditioning: float32, with XL's time ids."""

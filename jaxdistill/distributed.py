@@ -252,8 +252,9 @@ HANG_SECONDS = 60
 class Watchdog:
     """Ends this process with one line where its steps do not come any more. Armed once two steps have ended: the first one compiles."""
 
-    def __init__(self, limit: float = HANG_SECONDS) -> None:
-        self._limit, self._longest, self._last, self._armed, self._ended = limit, 0.0, 0.0, False, 0
+    def __init__(self, limit: float | None = None) -> None:
+        """`limit`: seconds, HANG_SECONDS by default."""
+        self._limit, self._longest, self._last, self._armed, self._ended = HANG_SECONDS if limit is None else limit, 0.0, 0.0, False, 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()

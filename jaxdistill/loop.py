@@ -95,13 +95,18 @@ class StopSignal:
 def prepare(what: str, work: Iterable[Any], stop: StopSignal) -> None:
     """Go through `work`, which has as many pieces in all processes, to its end or until a signal comes: then all stop, and it is closed.
 
-    Raises Stopped.
+    A piece that does not end is told as a step is that does not. Raises Stopped.
     """
+    watchdog = distributed.Watchdog() if jax.process_count() > 1 else None
     try:
         for _ in work:
+            if watchdog is not None:
+                watchdog.step()
             if stop.between():
                 raise Stopped(f"{what}: stopped by {stop.received}; the same command resumes it")
     finally:
+        if watchdog is not None:
+            watchdog.close()
         if isinstance(work, Generator):
             work.close()
 

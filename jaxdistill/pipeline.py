@@ -98,8 +98,8 @@ def load_tokenizer(folder: Path, length: int) -> Callable[[Sequence[str]], Token
 
 
 def say_cut(prompts: Sequence[str], cut: Sequence[str], length: int) -> None:
-    """A line on stderr for each prompt that is longer than the encoder takes."""
-    for prompt, rest in zip(prompts, cut, strict=True):
+    """A line on stderr for each prompt that is longer than the encoder takes, one for equal ones."""
+    for prompt, rest in dict(zip(prompts, cut, strict=True)).items():
         if rest:
             print(f"warning: prompt {prompt[:40]!r}... has more than {length} tokens; cut: {rest!r}", file=sys.stderr)
 

@@ -278,10 +278,10 @@ def test_a_signal_while_prompts_are_encoded_is_heeded_and_what_is_encoded_is_kep
         run.stop = stop
         with pytest.raises(loop.Stopped, match=r"^encoding prompts: stopped by SIGTERM; the same command resumes it$"):
             run.open_data(pipe)
-    assert asked == [16, 16]
+    assert asked == [16, 16]  # rows of a program, always
     run = distil.TextRun(config, tmp_path / "run")
     run.open_data(pipe)
-    assert asked == [16, 16, 8] and len(run.texts) == 40
+    assert asked == [16, 16, 16] and len(run.texts) == 40
     np.testing.assert_allclose(run.texts[20]["context"], text(["a cat 20"])["context"][0], atol=2e-3)
 
 

@@ -180,6 +180,32 @@ def test_a_signal_to_one_process_ends_the_preparation_of_all(tmp_path):
     assert log_of(workdir, 0).count("at work") == log_of(workdir, 1).count("at work")
 
 
+STUCK = """
+import sys, time
+from jaxdistill import distributed, loop
+distributed.start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+distributed.HANG_SECONDS = 3
+def work():
+    for i in range(9):
+        if sys.argv[2] == "1" and i == 4:
+            print("stuck", flush=True)
+            time.sleep(100)
+        assert distributed.everyone(True)
+        yield
+loop.prepare("drawing", work(), loop.StopSignal())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_in_the_preparation_ends_all(tmp_path):
+    workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    processes = [begin(workdir, i, 1, "-c", STUCK, coordinator, i) for i in range(2)]
+    wait_until(lambda: "stuck" in log_of(workdir, 1), seconds=120, what="the hang")
+    began = time.monotonic()
+    assert [process.wait(timeout=60) for process in processes] == [3, 3] and time.monotonic() - began < 40
+    assert "no step has ended for 3 s" in log_of(workdir, 0) + log_of(workdir, 1)
+
+
 HANGING = """
 import time
 from jaxdistill.distributed import Watchdog
