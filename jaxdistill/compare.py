@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -95,7 +96,7 @@ def draw(
       pipe: of `pipeline.load`.
       items: the prompts.
       folder: is made with the first image.
-      batch_size: images at once.
+      batch_size: images at once, on each device.
       label: of the progress bar.
       **options: of the pipe: steps, guidance, height, width, seed, negative_prompt.
 
@@ -103,7 +104,7 @@ def draw(
       CompareError: an image is not finite.
     """
     files: list[Path] = []
-    chunk = 8 * batch_size
+    chunk = 8 * batch_size * jax.device_count()
     with tqdm(total=len(items), desc=label, unit="image", file=sys.stderr) as bar:
         for start in range(0, len(items), chunk):
             prompts = [item["prompt"] for item in items[start : start + chunk]]
@@ -134,7 +135,7 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
         gc.collect()
     rows = []
     for model, source, counts, guidance, solver in plan:
-        pipe = pipeline.load(source, solver=solver, **computed)
+        pipe = pipeline.load(source, solver=solver, layout=pipeline.every_device(), **computed)
         for steps in counts:
             folder = out / "images" / f"{model}-{steps}"
             options = {"steps": steps, "guidance": guidance, "height": args.height, "width": args.width, "seed": args.seed}
@@ -348,7 +349,7 @@ def parser() -> Parser:
     p.add_argument("--height", type=int, help="pixels; default: the checkpoint's own")
     p.add_argument("--width", type=int, help="pixels; default: the checkpoint's own")
     p.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its prompt")
-    p.add_argument("--batch_size", type=int, default=4, help="images at once, drawn or scored")
+    p.add_argument("--batch_size", type=int, default=4, help="images at once: drawn, on each device, or scored")
     add_computing(p)
     p.add_argument("--inception", help="safetensors file of FID's Inception; for FID, KID, precision and recall")
     p.add_argument("--protocol", choices=list(PROTOCOLS), default="clean-fid", help="how images become Inception's input")

@@ -403,6 +403,11 @@ def check_latents(latents: np.ndarray, shape: tuple[int, int, int, int]) -> np.n
     return latents.astype(np.float32).transpose(0, 2, 3, 1)
 
 
+def every_device() -> partition.Layout | None:
+    """All devices side by side, to draw on; None for a single one."""
+    return partition.layout() if jax.device_count() > 1 else None
+
+
 def load(
     path: str | Path,
     *,
@@ -414,6 +419,7 @@ def load(
     noise_correction: bool | None = None,
     tile: int = 0,
     scan: bool = False,
+    layout: partition.Layout | None = None,
 ) -> TextToImage:
     """A pipeline from a diffusers folder, or from a student's export whose card names the folder of its other components.
 
@@ -427,6 +433,7 @@ def load(
       noise_correction: instead of the folder's.
       tile: decode in tiles of so many latents a side where an image is larger; 0 never does.
       scan: run the transformer blocks of a level as a loop; an export is read as it was trained.
+      layout: draw on all devices of its mesh, as `every_device`.
 
     Raises:
       FolderError, WeightsError, CheckpointError: what cannot be read, in one line.
@@ -448,4 +455,5 @@ def load(
     scheduler = diffusers_scheduler.of_folder(folder, grid=grid, solver=solver, noise_correction=noise_correction)
     if params is None:
         params = diffusers_folder.load_params(folder.unet, dtype=param_dtype)
-    return TextToImage(folder, params, scheduler, settings=settings, param_dtype=param_dtype, tile=tile)
+    params = params if layout is None else layout.place(params)
+    return TextToImage(folder, params, scheduler, settings=settings, param_dtype=param_dtype, tile=tile, layout=layout)

@@ -51,7 +51,9 @@ def parser() -> Parser:
     p.add_argument("--labels", type=labels_list, help="classes, taken in turn; default: all")
     p.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the model's")
     p.add_argument("--noise_correction", type=boolean, help="true or false; default: the model's")
-    p.add_argument("--batch_size", type=int, help="images sampled at once; default: 500, and 4 with a prompt")
+    p.add_argument(
+        "--batch_size", type=int, help="images sampled at once; default: 500, and 4 with a prompt (on each device, of a pipeline)"
+    )
     p.add_argument("--out", required=True, help=".png for a grid, .npz for images float32 [n, h, w, c] in [0, 1] and labels or prompts")
     text = p.add_argument_group("text to image")
     text.add_argument("--prompt", help="what to draw")
@@ -185,7 +187,9 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
             raise ValueError(f"--latents={args.latents} cannot be read as .npy ({error})") from None
         if args.num is None and latents.ndim == 4:
             num = len(latents)
-    pipe = pipeline.load(args.model, grid=args.grid, solver=args.solver, noise_correction=args.noise_correction, **options)
+    pipe = pipeline.load(
+        args.model, grid=args.grid, solver=args.solver, noise_correction=args.noise_correction, layout=pipeline.every_device(), **options
+    )
     prompts = [args.prompt] * num
     images = pipe(
         prompts,

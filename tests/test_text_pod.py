@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import text_config
-from jaxdistill import distil, distributed, loop, partition
+from jaxdistill import distil, distributed, loop, pipeline
 workdir, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
 if len(sys.argv) > 3:
     distributed.start(sys.argv[3], 2, int(sys.argv[4]), timeout=60)
@@ -45,6 +45,13 @@ for name, more in changes.items():
         found |= {f"{name}/{kind}/{i}/{field}": value for i in range(len(cache)) for field, value in cache[i].items()}
     found[f"{name}/asked"] = np.array([p for p in asked if p])
     found[f"{name}/drawn"] = pipe(run.prompts[:3], steps=2, guidance=2.0, batch_size=1, seed=3)
+if jax.process_count() == 1:
+    images = []
+    for layout in (None, pipeline.every_device()):
+        pipe = pipeline.load(config.teacher.folder, layout=layout)
+        images.append(pipe(run.prompts[:3], steps=2, guidance=2.0, batch_size=1))
+        assert {len(leaf.devices()) for leaf in jax.tree.leaves(pipe.params)} == {4 if layout else 1}
+    np.testing.assert_allclose(*images, atol=1e-4)
 np.savez(workdir / f"found-{jax.process_index()}.npz", **found)
 """
 
