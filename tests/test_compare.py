@@ -167,8 +167,8 @@ def test_each_model_has_its_solver_and_both_are_computed_alike(place):
     # The teacher's folder is read before the first image and again to draw.
     assert [call[1:] for call in calls if call[0] == "load"] == [
         ("teacher", {"solver": "dpm_solver_pp_2m", **alike}),
-        ("student", {"solver": "ddim", **alike}),
-        ("teacher", {"solver": "dpm_solver_pp_2m", **alike}),
+        ("student", {"solver": "ddim", "layout": None, **alike}),
+        ("teacher", {"solver": "dpm_solver_pp_2m", "layout": None, **alike}),
     ]
     for row, solver in zip(results["rows"], ("dpm_solver_pp_2m", "ddim"), strict=True):
         said = json.loads((folder / "out" / "images" / f"{row['model']}-{row['steps']}" / "row.json").read_text())
