@@ -397,7 +397,7 @@ def test_a_bucket_that_cannot_be_asked_is_one_line(bucket, monkeypatch):
         raise RuntimeError("Forbidden: 403\nat length")
 
     monkeypatch.setattr(Store, "cat_file", refuse)
-    with pytest.raises(CheckpointError, match=r"run/12 cannot be compared with its checksums \(Forbidden: 403\); mend that"):
+    with pytest.raises(CheckpointError, match=r"run/12 cannot be compared with its checksums \(Forbidden: 403 at length\); mend that"):
         Checkpoints(bucket).restore(a_state())
 
 
