@@ -418,8 +418,10 @@ def cli() -> None:
     main.parse_flags()
     if TOPOLOGY.value is None:
         main.fail(f"--topology is missing: CHIP:SHAPE, as {KNOWN}")
-    if JSON.value and not Path(JSON.value).resolve().parent.is_dir():
-        main.fail(f"--json={JSON.value}: the folder {Path(JSON.value).parent} does not exist")
+    in_bucket = bool(SAVE.value) and "://" in SAVE.value
+    for flag, path in (("json", JSON.value), ("save", None if in_bucket else SAVE.value)):
+        if path and not Path(path).resolve().parent.is_dir():
+            main.fail(f"--{flag}={path}: the folder {Path(path).parent} does not exist")
     if SAVE.value and (SEARCH.value or PROGRAM.value != "step"):
         main.fail("--save keeps a run's train step: leave out --search and --program")
     if SEARCH.value and PROGRAM.value == "teacher":
@@ -431,6 +433,8 @@ def cli() -> None:
     config = main.given_config(workdir=False)
     jax.config.update("jax_platforms", "cpu")  # the devices of this machine play no part
     try:
+        if in_bucket:
+            checkpoint.reach(SAVE.value.rpartition("/")[0], f"--save={SAVE.value}")
         report = plan(config, TOPOLOGY.value, find=SEARCH.value, slices=SLICES.value, program=PROGRAM.value, save=SAVE.value or "")
     except DoesNotFit as error:
         print(f"error: {error}; {knobs(config)}", file=sys.stderr)

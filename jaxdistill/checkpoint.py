@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -11,16 +12,19 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from fsspec.implementations.local import LocalFileSystem
 
 from jaxdistill import distributed
 
 FULL = "the disk is full"
+
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
@@ -34,10 +38,21 @@ def disk_is_full(error: BaseException) -> bool:
     )
 
 
+def told(error: BaseException) -> str:
+    """What an error says, in one line; those of a bucket name the missing right in their second."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
 def not_written(what: str, error: BaseException, then: str = "") -> CheckpointError:
     """A failed write as the error that says why, and what to do."""
-    reason = FULL if disk_is_full(error) else (str(error).splitlines() or [type(error).__name__])[0][:300]
+    reason = FULL if disk_is_full(error) else told(error)
     return CheckpointError(f"cannot {what} ({reason}); mend that and give the same command again{then}")
+
+
+def not_opened(name: str, error: BaseException) -> CheckpointError:
+    """A bucket that cannot be opened as the error that says why, and what to do."""
+    mend = 'pip install ".[tpu]"' if isinstance(error, ImportError) else "check the bucket's name and this machine's rights to it"
+    return CheckpointError(f"{name} cannot be opened ({told(error)}); {mend}")
 
 
 class Checkpoints:
@@ -50,15 +65,15 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
         remote = "://" in str(folder)
+        if remote:
+            reach(f"{folder}-objects", str(folder), orbax=True)
         try:
             self._manager = ocp.CheckpointManager(str(folder) if remote else Path(folder).absolute(), options=options)
         except Exception as error:  # a bucket's library has many
             if not remote:
                 raise
-            mend = 'pip install ".[tpu]"' if isinstance(error, ImportError) else "check the bucket's name and this machine's rights to it"
-            raise CheckpointError(
-                f"{folder} cannot be opened ({(str(error).splitlines() or [type(error).__name__])[0][:200]}); {mend}"
-            ) from None
+            raise not_opened(str(folder), error) from None
+        self._remote = remote
         self._folder = str(folder) if remote else str(self._manager.directory)
         self._manifests = manifests_of(self._folder)
         self._summing: threading.Thread | None = None
@@ -92,6 +107,12 @@ class Checkpoints:
                 f"checkpoint {self.latest} in {self._manager.directory} does not fit this run "
                 f"({str(error).splitlines()[0]}); use a new workdir"
             ) from None
+        except Exception as error:  # a bucket's library has many
+            if not self._remote or isinstance(error, jax.errors.JaxRuntimeError):
+                raise
+            raise CheckpointError(
+                f"checkpoint {self.latest} in {self._folder} cannot be read ({told(error)}); mend that and give the same command again"
+            ) from None
         return restored.state, restored.meta
 
     def wait(self) -> None:
@@ -101,10 +122,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """A failed write as one line. The checkpoints before it are whole: Orbax renames a finished one into its place."""
+        """A failed write as one line. The checkpoints before it are whole: Orbax renames a finished one into its place, or marks it."""
         try:
             yield
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            # A bucket's library has many. A peer that has died is told elsewhere.
+            if not isinstance(error, (OSError, ValueError)) and (not self._remote or isinstance(error, jax.errors.JaxRuntimeError)):
+                raise
             kept = "starts anew" if self.latest is None else f"goes on from step {self.latest}, which is kept"
             raise not_written(f"save in {self._folder}", error, f": it {kept}") from None
 
@@ -114,13 +138,14 @@ class Checkpoints:
         self._sum()
         if self._summing is not None:
             self._summing.join()
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
     def _sum(self) -> None:
         """Start writing the manifests of finished checkpoints that have none, and drop those of deleted ones."""
         if self._summing is not None:
             self._summing.join()
-        if not (distributed.is_main() if "://" in self._folder else distributed.writes()):
+        if not (distributed.is_main() if self._remote else distributed.writes()):
             return
         steps = {str(step) for step in self._manager.all_steps()}
 
@@ -129,8 +154,7 @@ class Checkpoints:
                 self._manifests.keep(steps)
             except Exception as error:  # a bucket's library has many
                 if not disk_is_full(error):  # of which the next save tells
-                    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                    print(f"warning: {self._folder}: no checksums of its checkpoints ({said})", file=sys.stderr, flush=True)
+                    print(f"warning: {self._folder}: no checksums of its checkpoints ({told(error)})", file=sys.stderr, flush=True)
 
         self._summing = threading.Thread(target=work, daemon=True)
         self._summing.start()
@@ -141,15 +165,69 @@ class Checkpoints:
         try:
             bad = self._manifests.differing(str(step))
         except Exception as error:  # a bucket's library has many
-            said = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise CheckpointError(
-                f"{folder} cannot be compared with its checksums ({said}); mend that and give the same command again"
+                f"{folder} cannot be compared with its checksums ({told(error)}); mend that and give the same command again"
             ) from None
         if bad:
             older = sorted(s for s in self._manager.all_steps() if step is not None and s < step)
             back = f"the run then goes back to step {older[-1]}" if older else "the run then starts anew"
             name, state = next(iter(bad.items()))
             raise CheckpointError(f"{folder}/{name} {state}: it does not match its checksum; remove {folder}, {back}")
+
+
+REACH_SECONDS = 60
+"""A bucket that has not answered for so long is told; its libraries go on for many minutes."""
+
+
+def store(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a path or a URL, and the path in it."""
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs with a traceback it also raises
+    return fsspec.core.url_to_fs(url)
+
+
+def within(work: Callable[[], T]) -> T:
+    """`work()`. Raises TimeoutError where it takes more than REACH_SECONDS, and leaves it behind."""
+    found: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(REACH_SECONDS)
+    if failed:
+        raise failed[0]
+    if not found:
+        raise TimeoutError(f"no answer within {REACH_SECONDS} s")
+    return found[0]
+
+
+def reach(folder: str, name: str, *, orbax: bool = False) -> None:
+    """Write an object in a folder of a bucket and remove it. `orbax`: ask for the bucket, too, as Orbax does to remove a checkpoint.
+
+    Raises CheckpointError, which names it `name`: a missing right is told at the start, and not at the first or the third save.
+    """
+
+    def work() -> None:
+        files, path = store(folder)
+        if orbax and folder.startswith("gs://"):
+            from google.cloud import storage
+
+            retry = storage.retry.DEFAULT_RETRY.with_timeout(REACH_SECONDS / 2)
+            storage.Client().get_bucket(path.partition("/")[0], retry=retry)
+        files.makedirs(path, exist_ok=True)
+        probe = f"{path}/.write-test-{jax.process_index()}"
+        files.pipe_file(probe, b"test")
+        files.rm_file(probe)
+
+    try:
+        within(work)
+    except Exception as error:  # a bucket's library has many
+        raise not_opened(name, error) from None
 
 
 class Manifests:
@@ -169,9 +247,8 @@ class Manifests:
         for step in known - steps:
             self._files.rm_file(f"{self._folder}/{step}.json")
         for step in sorted(steps - known):
-            path = f"{self._folder}/{step}.json"
-            self._files.pipe_file(f"{path}.tmp", json.dumps(self._sums(f"{self._checkpoints}/{step}"), indent=2).encode())
-            self._files.mv(f"{path}.tmp", path)
+            sums = self._sums(f"{self._checkpoints}/{step}")
+            put_whole(self._files, f"{self._folder}/{step}.json", json.dumps(sums, indent=2).encode())
 
     def differing(self, step: str) -> dict[str, str]:
         """{name: what is wrong} of the files of a checkpoint that are not as they were; {} where it has no manifest."""
@@ -191,20 +268,33 @@ class Manifests:
 
 def manifests_of(checkpoints: str) -> Manifests:
     """SHA-256 of what is on a disk; of what is in a bucket, whose bytes would have to travel, the sums that the store keeps itself."""
-    files, path = fsspec.core.url_to_fs(checkpoints)
+    files, path = store(checkpoints)
     if "://" in checkpoints:
         return Manifests(files, path, f"{path}-objects", partial(object_sums, files))
     return Manifests(files, path, f"{path}-sha256", lambda folder: _hashes(Path(folder)))
 
 
+def put_whole(files: Any, path: str, content: bytes) -> None:
+    """Write a file of an fsspec file system, so that a reader never sees half of it.
+
+    An object appears whole by itself. To move it would take a request that not every store knows.
+    """
+    if isinstance(files, LocalFileSystem):
+        files.pipe_file(f"{path}.tmp", content)
+        files.mv(f"{path}.tmp", path)
+    else:
+        files.pipe_file(path, content)
+
+
 def object_sums(files: Any, folder: str) -> dict[str, dict[str, Any]]:
     """{name: {"size", and the store's own checksum} of each object} below a folder of an fsspec file system.
 
-    A checksum of the bytes where there is one: an ETag also changes where nothing but an object's labels did.
+    MD5 before CRC32C: many files of an Orbax checkpoint end in their own CRC32C, so that the store's is one number for all of them. A
+    checksum of the bytes where there is one: an ETag also changes where nothing but an object's labels did.
     """
     found = {}
     for path, info in files.find(folder, detail=True).items():
-        kind = next((kind for kind in ("crc32c", "md5Hash", "etag", "ETag") if info.get(kind)), None)
+        kind = next((kind for kind in ("md5Hash", "crc32c", "etag", "ETag") if info.get(kind)), None)
         found[path.removeprefix(folder).lstrip("/")] = {"size": info["size"]} | ({kind: info[kind]} if kind else {})
     return found
 

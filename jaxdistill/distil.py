@@ -497,8 +497,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     try:
         job = TextRun(config, workdir)
         prepare_workdir(workdir, config)
-        if config.compute.compilation_cache:
-            jax.config.update("jax_compilation_cache_dir", config.compute.compilation_cache)
+        if cache := config.compute.compilation_cache:
+            if "://" in cache:  # JAX only warns, and compiles at each start
+                checkpoint.reach(cache, f"config.compute.compilation_cache = {cache}")
+            jax.config.update("jax_compilation_cache_dir", cache)
         job.agree()
         with loop.StopSignal().installed() as stop:
             return job.run(stop)

@@ -10,10 +10,10 @@ import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import fsspec
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+from jaxdistill.checkpoint import not_written, put_whole, store, told, within
 from jaxdistill.experiment import flatten
 
 FORMAT = "jaxdistill-program/1"
@@ -48,7 +48,7 @@ def step_hash(lowered: Any) -> str:
 
 
 def save(path: str, lowered: Any, compiled: Any, mesh: Mesh, config: Mapping[str, Any]) -> None:
-    """Write `lowered.compile()`, which is `compiled`. `config` is only for the message where it does not fit. Raises OSError."""
+    """Write `lowered.compile()`, which is `compiled`. `config` is only for the message where it does not fit. Raises CheckpointError."""
     payload, _, _ = serialize_executable.serialize(compiled)
     header = {
         "format": FORMAT,
@@ -57,9 +57,11 @@ def save(path: str, lowered: Any, compiled: Any, mesh: Mesh, config: Mapping[str
         "config": dict(config),
         "sha256": hashlib.sha256(payload).hexdigest(),
     }
-    files, place = fsspec.core.url_to_fs(path)
-    files.pipe_file(f"{place}.tmp", json.dumps(header).encode() + b"\n" + payload)
-    files.mv(f"{place}.tmp", place)
+    files, place = store(path)
+    try:
+        put_whole(files, place, json.dumps(header).encode() + b"\n" + payload)
+    except Exception as error:  # a bucket's library has many
+        raise not_written(f"write {path}", error) from None
 
 
 def load(path: str, lower: Callable[[], Any], mesh: Mesh, config: Mapping[str, Any]) -> Any:
@@ -69,10 +71,11 @@ def load(path: str, lower: Callable[[], Any], mesh: Mesh, config: Mapping[str, A
     """
     name = f"config.compute.program = {path}"
     try:
-        files, place = fsspec.core.url_to_fs(path)
+        files, place = store(path)
+        within(lambda: files.info(place))  # to say soon that nothing answers
         head, _, payload = files.cat_file(place).partition(b"\n")
     except Exception as error:  # a bucket's library has many
-        raise ProgramError(f"{name} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0][:200]}); {MEND}") from None
+        raise ProgramError(f"{name} cannot be read ({told(error)}); {MEND}") from None
     try:
         header = json.loads(head)
         if header["format"] != FORMAT or header["sha256"] != hashlib.sha256(payload).hexdigest():
@@ -91,7 +94,7 @@ def load(path: str, lower: Callable[[], Any], mesh: Mesh, config: Mapping[str, A
             payload, lowered.in_tree, lowered.out_tree, backend=devices[0].client, execution_devices=devices
         )
     except Exception as error:  # the runtime has many, and all mean the same
-        raise ProgramError(f"{name} cannot be loaded ({(str(error).splitlines() or [type(error).__name__])[0][:200]}); {MEND}") from None
+        raise ProgramError(f"{name} cannot be loaded ({told(error)}); {MEND}") from None
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

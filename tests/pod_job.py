@@ -1,6 +1,6 @@
 """A small training as one of several processes: `python tests/pod_job.py WORKDIR COORDINATOR PROCESSES PROCESS`, or WORKDIR alone.
 
-POD_STEPS: how many steps.
+POD_STEPS: how many steps. POD_CHECKPOINTS: a folder for the checkpoints in place of the workdir's.
 """
 
 import os
@@ -54,6 +54,7 @@ def main(workdir: str, coordinator: str = "", processes: str = "1", process: str
                 workdir=folder,
                 stop=stop,
                 advice="",
+                checkpoint_folder=os.environ.get("POD_CHECKPOINTS"),
             )
         except loop.Stopped as stopped:
             say(str(stopped))

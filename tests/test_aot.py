@@ -203,6 +203,10 @@ def test_a_job_that_does_not_fit_names_its_buffers_and_the_knobs():
             "--search looks for config.student.batch_size",
         ),
         (["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--json=/nowhere/x.json"], "the folder /nowhere does not exist"),
+        (
+            ["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--save=/nowhere/step"],
+            "--save=/nowhere/step: the folder /nowhere does not exist",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(flags, words):
