@@ -367,7 +367,7 @@ class _Program:
         elif op == "convolution":
             parts.append((1, _NOTHING._replace(flops=_convolution_flops(instruction, computation))))
         elif op == "custom-call":
-            declared = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes)
+            declared = re.search(r'"cost_estimate":\{[^{}]*"flops":"(\d+)"', instruction.attributes)
             parts.append((1, _NOTHING._replace(flops=float(declared[1]) if declared else 0.0)))
         for name in _names(instruction, "calls", "called_computations") if op in ("fusion", "custom-call") else []:
             inner = self.computations[name]

@@ -106,8 +106,10 @@ def test_a_window_meets_what_it_meets_one_by_one(size, stride, low, left, right,
     assert count(module(lines)).flops == 2 * expected
 
 
-def test_a_kernel_counts_what_it_declares():
-    config = 'backend_config={"custom_call_config":{"body":"TUz","cost_estimate":{"flops":"1234","transcendentals":"5"}}}'
+@pytest.mark.parametrize("estimate", ['"flops":"1234","transcendentals":"5"', '"bytes_accessed":"7","flops":"1234"'])
+def test_a_kernel_counts_what_it_declares(estimate):
+    """In the order of its fields, as JAX prints it, or of the alphabet, as the TPU's compiler does."""
+    config = f'backend_config={{"custom_call_config":{{"body":"TUz","cost_estimate":{{{estimate}}}}}}}'
     lines = ["x = f32[8] parameter(0)", f'ROOT k = f32[8] custom-call(x), custom_call_target="tpu_custom_call", {config}']
     assert count(module(lines)).flops == 1234
 
