@@ -264,7 +264,7 @@ class TextToImage:
         self.unet, self.vae = folder.unet.module, folder.vae.module
         self.text: TextEncoders = share.text if share else TextEncoders(folder, dtype=param_dtype)
         self.vae_params: Any = share.vae_params if share else diffusers_folder.load_params(folder.vae, dtype=param_dtype)
-        self.advance = jax.jit(partial(guided_step, self.unet, scheduler, layout), static_argnames="guided")
+        self.advance = jax.jit(self._step, static_argnames="guided")
         self._decode: Callable[..., Array] = share._decode if share else jax.jit(partial(self._vae, "decode"))
         self._encode: Callable[..., Array] = share._encode if share else jax.jit(partial(self._vae, "encode"))
 
@@ -309,6 +309,9 @@ class TextToImage:
         return jnp.asarray(rows) if self.layout is None else jax.device_put(rows, partition.batch_sharding(self.layout.mesh))
 
     # -- programs
+
+    def _step(self, *arguments: Any, guided: bool) -> Any:
+        return guided_step(self.unet, self.scheduler, self.layout, *arguments, guided=guided)
 
     def _vae(self, method: str, params: Any, x: Array) -> Any:
         with on_mesh(self.layout):

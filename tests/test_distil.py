@@ -81,10 +81,11 @@ def test_a_stopped_run_ends_in_the_bits_of_one_that_was_not(finished, tmp_path):
 
 # Without SRL: its targets move with the student, and those of a teacher of random weights anywhere.
 LEARNING = {
-    "student.iterations": 24,
-    "student.health_every": 24,
-    "student.learning_rate": 3e-3,
-    "log.checkpoint_every": 10,
+    "student.iterations": 12,
+    "student.health_every": 12,
+    "student.learning_rate": 3e-4,
+    "student.steps": (2,),
+    "log.checkpoint_every": 4,
     "adversarial.weight": 0.0,
     "method.srl": False,
 }
@@ -98,18 +99,22 @@ def losses(folder):
 def test_the_loss_of_a_student_falls(tmp_path):
     distil.run(make_config(tmp_path, "sd", **LEARNING), tmp_path / "run")
     found = losses(tmp_path / "run")
-    assert len(found) == 24 and np.mean(found[-8:]) < 0.85 * np.mean(found[:8])
+    assert len(found) == 12 and np.mean(found[-4:]) < 0.7 * np.mean(found[:2])
 
 
 @pytest.mark.slow
-def test_the_loss_of_an_xl_student_falls_and_a_stop_does_not_show(tmp_path):
+def test_the_loss_of_an_xl_student_falls_and_a_resumed_run_ends_in_its_bits(tmp_path):
     config = make_config(tmp_path, "sdxl", **LEARNING)
-    run_in_two_starts(config, tmp_path / "parts", stop_at=15)
     distil.run(config, tmp_path / "whole")
+    # As a start leaves it that is killed behind its checkpoint of step 8.
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts", ignore=shutil.ignore_patterns("student", "diffusers", "results.*"))
+    shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "parts" / "checkpoints", dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "student" / "12")
+    distil.run(config, tmp_path / "parts")
     curves = [losses(tmp_path / name) for name in ("parts", "whole")]
-    assert curves[0] == curves[1] and len(curves[0]) == 24
+    assert curves[0] == curves[1] and len(curves[0]) == 12
     assert_same_bits(*(checkpoint.load_export(tmp_path / name / "student")[0] for name in ("parts", "whole")))
-    assert np.mean(curves[0][-8:]) < 0.85 * np.mean(curves[0][:8])
+    assert np.mean(curves[0][-4:]) < 0.7 * np.mean(curves[0][:2])
 
 
 @pytest.mark.slow
@@ -147,12 +152,12 @@ def test_what_a_run_leaves(finished):
 @pytest.mark.slow
 def test_a_student_of_one_step_learns_from_a_finished_one(finished, tmp_path):
     config = variants.chosen(make_config(tmp_path), "one", file="text_config")
-    config.update_from_flattened_dict({"teacher.folder": str(finished / "diffusers"), "student.iterations": 20, "student.health_every": 20})
+    config.update_from_flattened_dict({"teacher.folder": str(finished / "diffusers"), "student.iterations": 10, "student.health_every": 10})
     results = distil.run(config, tmp_path / "run")
     assert [row["steps"] for row in results["rows"]] == [1]
     curve = loop.read_curve(tmp_path / "run" / "curves" / "student.jsonl")
     losses = [record["loss"] for record in curve if "loss" in record]
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
     drawn, saved = (
         np.asarray(Image.open(f / "samples" / name)) for f, name in ((tmp_path / "run", "teacher.png"), (finished, "student_0000006.png"))
     )

@@ -44,14 +44,10 @@ for name, more in changes.items():
     for kind, cache in (("texts", run.texts), ("reals", run.reals)):
         found |= {f"{name}/{kind}/{i}/{field}": value for i in range(len(cache)) for field, value in cache[i].items()}
     found[f"{name}/asked"] = np.array([p for p in asked if p])
-    found[f"{name}/drawn"] = pipe(run.prompts[:3], steps=2, guidance=2.0, batch_size=1, seed=3)
-if jax.process_count() == 1:
-    images = []
-    for layout in (None, pipeline.every_device()):
-        pipe = pipeline.load(config.teacher.folder, layout=layout)
-        images.append(pipe(run.prompts[:3], steps=2, guidance=2.0, batch_size=1))
-        assert {len(leaf.devices()) for leaf in jax.tree.leaves(pipe.params)} == {4 if layout else 1}
-    np.testing.assert_allclose(*images, atol=1e-4)
+alone = jax.process_count() == 1
+pipe = pipeline.load(config.teacher.folder, layout=pipeline.every_device() if alone else None)
+assert {len(leaf.devices()) for leaf in jax.tree.leaves(pipe.params)} == {4 if alone else 1}
+found["drawn/loaded"] = pipe(run.prompts[:3], steps=2, guidance=2.0, batch_size=1, seed=3)
 np.savez(workdir / f"found-{jax.process_index()}.npz", **found)
 """
 
