@@ -11,15 +11,15 @@ divides its parameters. Whether a slice is large enough is told, without a TPU a
 What it says at full size (docs/results/aot_*_step.json), each bound by compute but for :v6e, which is by memory:
 
     config  slice     rows a chip  GiB a chip    of them temporaries  FLOPs / analytic  ms a step  images a second a chip, at most
-            v4:2x2x2  8            29.5 of 32    14.5                 1.07              535        15.0
+            v4:2x2x2  8            29.7 of 32    14.6                 1.10              520        15.4
     :v5e    v5e:4x4   4            15.0 of 16    10.7                 1.13              392        10.2
     :v6e    v6e:4x4   8            29.8 of 32    14.6                 1.07              267        30.0
     :sdxl   v4:2x2x4  4            24.4 of 32    21.3                 1.12              2434       1.6
 
-Those of v5e and SDXL were compiled before upsampling and guidance were made cheaper: a step of 1.5 has 5.7 % fewer FLOPs now, one of XL
-1.8 % (docs/results/flops.json).
+Those of v5e and SDXL were compiled before upsampling and guidance were made cheaper: by count a step of 1.5 has 5.7 % fewer FLOPs now, one
+of XL 1.8 % (docs/results/flops.json). Of v4's compiled step 2.8 % were left of it, with 9 % more bytes: 520 ms at least, 535 before.
 
-The first reduces 3.2 GiB of gradients a step and gathers nothing. :v5e, in groups of 4 chips, gathers 3.2 GiB of parameters and
+The first reduces 3.4 GiB of gradients a step and gathers nothing. :v5e, in groups of 4 chips, gathers 3.2 GiB of parameters and
 reduces 1.6; :sdxl, over all 16, gathers 9.6 and reduces 51.7, as each of its four micro-batches reduces its gradients: 219 ms of
 interconnect beside 2434 of compute. :v6e
 reduces 3.4 GiB and gathers nothing; its chips compute in 151 ms what they move in 267. It took an hour and 20 minutes to compile (65 of a
