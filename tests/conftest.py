@@ -43,9 +43,10 @@ settings.load_profile("tests")
 import pytest  # noqa: E402
 
 
+@pytest.hookimpl(trylast=True)  # of what is left
 def pytest_collection_modifyitems(items):
     """Files with the most slow tests first: a worker that begins one of them last leaves the other idle."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("long"))
     items.sort(key=lambda item: -slow[item.path])
 
 

@@ -47,7 +47,7 @@ def smoke(source, tmp_path_factory):
     return workdir, flags
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smoke_benchmark_scores_every_method_at_every_step_count(smoke):
     workdir, _ = smoke
     results = json.loads((workdir / "results.json").read_text())
@@ -61,7 +61,7 @@ def test_smoke_benchmark_scores_every_method_at_every_step_count(smoke):
     assert Image.open(workdir / "results.png").size[0] == 1200
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_methods_spend_the_same_budget(smoke):
     workdir, _ = smoke
     config = config_file.get_config("smoke")
@@ -72,7 +72,7 @@ def test_methods_spend_the_same_budget(smoke):
         assert config.student.budget - slack <= spent <= config.student.budget, method
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_alone_carry_a_finished_benchmark_and_other_settings_are_refused(smoke, tmp_path):
     workdir, flags = smoke
     bare = tmp_path / "bare"
@@ -92,7 +92,7 @@ def test_rows_alone_carry_a_finished_benchmark_and_other_settings_are_refused(sm
     assert "another config" in errors[0] and "eval.samples" in errors[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["imagine_flash-0", "step_distillation-0-2"])
 def test_export_draws_the_images_that_were_scored(smoke, name):
     """The card alone, with the encoder, brings back solver, grid and noise correction."""
@@ -108,13 +108,13 @@ def test_export_draws_the_images_that_were_scored(smoke, name):
     np.testing.assert_allclose(model(captions[:3], seed=config.eval.seed, batch_size=2), images[:3], atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_stages_export_names_a_step_count_that_it_serves(smoke):
     steps = {p.parent.name: json.loads(p.read_text())["sampler"]["steps"] for p in smoke[0].glob("students/*/card.json")}
     assert steps == {"imagine_flash-0": 2, "step_distillation-0-2": 2, "step_distillation-0-1": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sample_reads_captions(smoke, tmp_path, capsys):
     folder, out = smoke[0] / "students" / "imagine_flash-0", tmp_path / "x.npz"
     flags = [f"--model={folder}", f"--out={out}", f"--text_encoder={GOLDEN}"]
@@ -159,7 +159,7 @@ def test_bad_config_is_refused_before_any_work(changes, words):
         assert word in str(error.value)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_variants_run_on_the_exports_of_another_benchmark(smoke, tmp_path):
     made, flags = smoke
     config = config_file.get_config("smoke")
@@ -187,7 +187,7 @@ def test_variants_run_on_the_exports_of_another_benchmark(smoke, tmp_path):
     benchmark.check(config)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_teacher_is_scored_on_real_and_on_the_students_states(smoke, tmp_path):
     workdir, _ = smoke
     flags = [f"--benchmark={workdir}", f"--out={tmp_path}", "--samples=50", "--steps=2"]

@@ -153,7 +153,7 @@ def test_a_stop_does_not_show_where_checkpoints_are_in_a_bucket(bucket, tmp_path
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_two_processes_save_in_a_bucket_one_restores_in_the_same_bits(bucket, tmp_path):
     workdir = tmp_path / "two"
     finish(workdir, start(workdir, 2, POD_STEPS="30", POD_CHECKPOINTS="gs://bucket/pod"), {0})

@@ -95,14 +95,14 @@ def losses(folder):
     return [r["loss"] for r in loop.read_curve(folder / "curves" / "student.jsonl") if "loss" in r]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_loss_of_a_student_falls(tmp_path):
     distil.run(make_config(tmp_path, "sd", **LEARNING), tmp_path / "run")
     found = losses(tmp_path / "run")
     assert len(found) == 12 and np.mean(found[-4:]) < 0.7 * np.mean(found[:2])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_loss_of_an_xl_student_falls_and_a_resumed_run_ends_in_its_bits(tmp_path):
     config = make_config(tmp_path, "sdxl", **LEARNING)
     distil.run(config, tmp_path / "whole")

@@ -57,7 +57,7 @@ def losses(workdir):
     return {r["step"]: r["loss"] for r in loop.read_curve(workdir / "curves" / "student.jsonl") if "loss" in r}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_are_one_run_and_survive_each_other(tmp_path):
     """2 x 2 devices against 1 x 4: the same losses and weights; killed, stopped, and gone on with by one process."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -89,7 +89,7 @@ def test_two_processes_are_one_run_and_survive_each_other(tmp_path):
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layouts_of_processes_and_devices_train_alike(tmp_path):
     """One process with eight devices against 2 x 4 and 4 x 1: only the order of sums differs. What they draw together is the same."""
     found, alone = {}, None

@@ -118,7 +118,7 @@ saved_program.save(sys.argv[2], lowered, executable, mesh, json.loads(config.to_
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_with_a_saved_program_takes_the_steps_of_one_that_compiles(tmp_path, monkeypatch):
     """Compiled in another process, from the folder's configs alone; every step of the run in the same bits as its own, compiled here."""
     path, steps = tmp_path / "step", []

@@ -52,7 +52,7 @@ np.savez(workdir / f"found-{jax.process_index()}.npz", **found)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_prepare_what_one_does_each_its_part(tmp_path):
     """1 x 4 devices against 2 x 2, the teacher whole and divided by two: the same records and images, and half of the work each."""
     (tmp_path / "images").mkdir()
