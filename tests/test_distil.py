@@ -171,7 +171,7 @@ def test_a_folder_that_is_no_student_cannot_teach_one_step(tmp_path):
         distil.run(config, tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_low_rank_updates_load_in_diffusers_and_fuse(tmp_path):
     pytest.importorskip("peft")
     changes = {"student.lora_rank": 3, "student.lora_targets": ("to_q", "to_out.0", "conv1", "proj_in"), "adversarial.weight": 0.0}

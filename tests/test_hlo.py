@@ -713,7 +713,7 @@ def test_one_tpu_chip():
     assert found["scan looped"]["whiles"] and found["scan looped"]["xla"] < 0.3 * found["scan looped"]["flops"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_tpu_chips():
     found = tpu(FOUR_CHIPS)
     for name in ("exchange", "v4", "v5e"):

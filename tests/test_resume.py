@@ -48,7 +48,7 @@ def leaves(folder, phase):
     return steps[-1], jax.tree.leaves(state)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_run_ends_in_the_same_bits(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     text, _ = (process := start(whole)).communicate(timeout=300)
