@@ -21,9 +21,9 @@ of XL 1.8 % (docs/results/flops.json). Of v4's compiled step 2.8 % were left of 
 
 The first reduces 3.4 GiB of gradients a step and gathers nothing. :v5e, in groups of 4 chips, gathers 3.2 GiB of parameters and
 reduces 1.6; :sdxl, over all 16, gathers 9.6 and reduces 51.7, as each of its four micro-batches reduces its gradients: 219 ms of
-interconnect beside 2434 of compute. :v6e
-reduces 3.4 GiB and gathers nothing; its chips compute in 151 ms what they move in 267. It took an hour and 20 minutes to compile (65 of a
-core, 18.9 GiB), and jaxlib 0.10.2 cannot read what libtpu 0.0.52 makes of it: the report is counted from the compiler's own text.
+interconnect beside 2434 of compute. :v6e reduces 3.4 GiB and gathers nothing; its chips compute in 151 ms, and move what they need in 267.
+It took an hour and 20 minutes to compile (65 of a core, 18.9 GiB), and jaxlib 0.10.2 cannot read what libtpu 0.0.52 makes of it: the report
+is counted from the compiler's own text.
 
 Nothing here has been run on a TPU yet: rates are a start, not a result.
 """

@@ -108,25 +108,22 @@ def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
 def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     """The student's sampler with the decoder: config.student.batch_size images, in the most of config.student.steps. Raises ValueError."""
     from jaxdistill.interop import diffusers_folder
-    from jaxdistill.text_setup import DTYPES, TextSetup, open_teacher
+    from jaxdistill.text_setup import TextSetup, open_teacher
 
     rows = config.student.batch_size
     setup = TextSetup(config, open_teacher(config), devices=devices)
     layout, steps = setup.layout, max(setup.grids)
     place = partition.batch_sharding(layout.mesh)
 
-    def weights(part: Any) -> Any:
-        dtype = DTYPES[config.compute.teacher_dtype]
-        return layout.describe(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), diffusers_folder.abstract_params(part)))
-
     noise = jax.ShapeDtypeStruct((rows, *setup.latent_shape), np.float32)
-    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), (noise, setup.abstract_cond(rows)))
+    batch = partition.described((noise, setup.abstract_cond(rows)), place)
 
     def sample(unet: Any, vae: Any, noise: Any, cond: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):  # the flash kernel asks for it
+        with partition.on_mesh(layout):
             return setup.sample(unet, vae, noise, cond, steps=steps)
 
-    unet, vae = weights(setup.folder.unet), weights(setup.folder.vae)
+    unet = layout.describe(setup.frozen(setup.abstract))
+    vae = layout.describe(setup.frozen(diffusers_folder.abstract_params(setup.folder.vae)))
     flops = rows * (steps * setup.call_flops() + setup.decode_flops())
     kinds = {"student": unet, "decoder": vae, "batch": batch}
     return Program(jax.jit(sample, out_shardings=place), (unet, vae, *batch), kinds, flops, rows)
@@ -139,22 +136,16 @@ def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     """
     from jaxdistill import pipeline
     from jaxdistill.interop import diffusers_scheduler
-    from jaxdistill.text_setup import DTYPES, TextSetup, open_teacher
+    from jaxdistill.text_setup import TextSetup, open_teacher
 
     setup = TextSetup(config, open_teacher(config), devices=devices)
-    own = [device for device in devices if device.process_index == devices[0].process_index]
-    layout = setup.layout if len(own) == len(devices) else partition.Layout(partition.make_mesh(devices=own))
+    layout = partition.own_layout(setup.layout, process=devices[0].process_index)
     scheduler = diffusers_scheduler.of_folder(setup.folder, solver=config.teacher.get("solver") or None)
     rows, guided = config.log.batch_size * partition.parts(layout.mesh), config.teacher.guidance > 1.0
     place, whole = partition.batch_sharding(layout.mesh), partition.replicated(layout.mesh)
-
-    def described(tree: Any, sharding: Any) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
-
-    dtype = DTYPES[config.compute.teacher_dtype]
-    teacher = layout.describe(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), setup.abstract))
-    noise, cond = described((jax.ShapeDtypeStruct((rows, *setup.latent_shape), np.float32), setup.abstract_cond(rows)), place)
-    null, scalar = described((setup.abstract_null(), jax.ShapeDtypeStruct((), np.float32)), whole)
+    teacher = layout.describe(setup.frozen(setup.abstract))
+    noise, cond = partition.described((jax.ShapeDtypeStruct((rows, *setup.latent_shape), np.float32), setup.abstract_cond(rows)), place)
+    null, scalar = partition.described((setup.abstract_null(), jax.ShapeDtypeStruct((), np.float32)), whole)
     begin = partial(scheduler.begin, run=scheduler.run(config.teacher.steps))
     # The first step's arguments as the run has them: the solver's state follows the start.
     state = jax.tree.map(

@@ -123,13 +123,7 @@ def everyone(holds: bool) -> bool:
 
 def divided(count: int, make: Callable[[int], np.ndarray]) -> list[np.ndarray]:
     """[make(0), ..., make(count - 1)], arrays of one shape, each made by one process and then held by all, who must all call this."""
-    processes, rounds = jax.process_count(), -(-count // jax.process_count())
-    if processes == 1:
-        return [make(i) for i in range(count)]
-    # In a last round that is not full the last one is made more than once: all processes gather the same shape.
-    mine = np.stack([make(min(i * processes + jax.process_index(), count - 1)) for i in range(rounds)])
-    found = np.asarray(multihost_utils.process_allgather(mine))
-    return [found[i % processes, i // processes] for i in range(count)]
+    return list(divided_rows(0, count, lambda first, last: {"": np.stack([make(i) for i in range(first, last)])})[""])
 
 
 def divided_rows(first: int, last: int, make: Callable[[int, int], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """The device mesh, and where arrays live on it: batches over "data" and "fsdp", parameters by rules over "fsdp" and "tensor"."""
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -209,9 +210,21 @@ def put(value: Any, sharding: NamedSharding) -> Any:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def own_layout(layout: Layout) -> Layout:
-    """Where this process computes by itself: on the mesh, or as one of several with its own devices side by side."""
-    return layout if jax.process_count() == 1 else Layout(make_mesh(devices=jax.local_devices()))
+def on_mesh(layout: Layout | None) -> contextlib.AbstractContextManager[Any]:
+    """Within a program: the flash kernel asks for the mesh, where there are several devices."""
+    return contextlib.nullcontext() if layout is None else jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh)
+
+
+def own_layout(layout: Layout, process: int | None = None) -> Layout:
+    """Where a process, by default this one, computes by itself: on the mesh, or as one of several with its own devices side by side."""
+    process = jax.process_index() if process is None else process
+    own = [device for device in layout.mesh.devices.flat if device.process_index == process]
+    return layout if len(own) == layout.mesh.size else Layout(make_mesh(devices=own))
+
+
+def described(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays, or their shapes, as ShapeDtypeStructs that all live so."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
 def local(tree: Any, mesh: Mesh | None = None) -> Any:

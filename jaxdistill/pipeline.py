@@ -1,6 +1,5 @@
 """Text to image from a pipeline folder or a student's export: prompts in, images out."""
 
-import contextlib
 import json
 import re
 import sys
@@ -204,11 +203,6 @@ def image_size(folder: Folder, height: int | None, width: int | None) -> tuple[i
     return found[0], found[1]
 
 
-def on_mesh(layout: partition.Layout | None) -> contextlib.AbstractContextManager[Any]:
-    """Within a program: the flash kernel asks for the mesh, where there are several devices."""
-    return contextlib.nullcontext() if layout is None else jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh)
-
-
 def guided_step(
     unet: Any,
     scheduler: Scheduler,
@@ -237,7 +231,7 @@ def guided_step(
         scale=guidance if guided else 1.0,
         shared=True,
     )
-    with on_mesh(layout):
+    with partition.on_mesh(layout):
         return scheduler.advance(denoiser, state, noise, t, t_next)
 
 
@@ -314,7 +308,7 @@ class TextToImage:
         return guided_step(self.unet, self.scheduler, self.layout, *arguments, guided=guided)
 
     def _vae(self, method: str, params: Any, x: Array) -> Any:
-        with on_mesh(self.layout):
+        with partition.on_mesh(self.layout):
             return self.vae.apply(params, x, method=method)
 
     def encode(self, images: np.ndarray) -> np.ndarray:

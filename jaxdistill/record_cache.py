@@ -78,7 +78,6 @@ class Writer:
         """Keep what was added; the folder appears where that is all."""
         self._end_file()
         if self.done == self._count and self._temporary.exists():
-            checkpoint.write_json(self._temporary / META, {"count": self._count, "fields": self._fields, "files": self._names})
             checkpoint.swap_in(self._temporary, self._folder)
 
 

@@ -156,7 +156,7 @@ class TextSetup:
             with jax.ensure_compile_time_eval():  # tables of the method are numbers, also where a step is traced
                 loss = with_null(given["null"])
             params, teacher = self.layout.gathered(params, dtype), self.layout.gathered(given["teacher"], dtype)
-            with jax.sharding.use_abstract_mesh(self.layout.mesh.abstract_mesh):  # the flash kernel asks for it
+            with partition.on_mesh(self.layout):
                 return loss({**params, "student": self.variables(params["student"], teacher)}, teacher, batch, key)
 
         return with_base
@@ -193,8 +193,7 @@ class TextSetup:
         rows = self.config.student.batch_size
         latents, cond = jax.ShapeDtypeStruct((rows, *self.latent_shape), np.float32), self.abstract_cond(rows)
         found = {"x0": latents, "cond": cond} | ({"real": latents, "real_cond": cond} if self.adversarial else {})
-        place = partition.batch_sharding(self.layout.mesh)
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), found)
+        return partition.described(found, partition.batch_sharding(self.layout.mesh))
 
     def abstract_null(self) -> dict[str, Any]:
         """Shapes of the null conditioning."""
@@ -205,10 +204,14 @@ class TextSetup:
         student = jax.eval_shape(self.fresh_updates) if self.config.student.lora_rank else self.abstract
         return {"student": student, "discriminator": jax.eval_shape(self.fresh_heads)}
 
+    def frozen(self, abstract: Any) -> Any:
+        """Shapes of weights in the dtype of what is not trained."""
+        dtype = DTYPES[self.config.compute.teacher_dtype]
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
+
     def programs(self) -> Programs:
         """The run's own programs with the shapes of their arguments."""
-        config, dtype = self.config.student, DTYPES[self.config.compute.teacher_dtype]
-        teacher = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), self.abstract)
+        config, teacher = self.config.student, self.frozen(self.abstract)
         options = {"ema_decay": config.ema_decay, "ema_of": student_of, "accumulate": config.accumulate}
         given = {"teacher": teacher, "null": self.abstract_null()}
         return programs(self.layout, self.loss, self.tx, self.abstract_student(), given, **options)

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import optax
 from ml_collections import ConfigDict
-from small import SHAPE, flash, make
+from small import SHAPE, flash, make, train
 
 from jaxdistill import data, distributed, loop, partition
-from jaxdistill.workdir import say, train_phase
+from jaxdistill.workdir import say
 
 STEPS, BATCH = int(os.environ.get("POD_STEPS", 120)), 32
 
@@ -36,24 +36,16 @@ def main(workdir: str, coordinator: str = "", processes: str = "1", process: str
     distributed.share_folder(folder)
     with distributed.device_errors_are_one_line(), loop.StopSignal().installed() as stop:
         try:
-            state, _ = train_phase(
-                "student",
-                lambda: {"student": jax.tree.map(np.asarray, teacher)},
-                {"student": teacher},
-                jax.random.key(0),
+            state = train(
+                teacher,
                 loss,
                 optax.adam(1e-4),
                 data.Batches(split, BATCH, 0, partition.process_rows(layout.mesh, BATCH)).__getitem__,
-                jax.tree.map(np.asarray, teacher),
-                lambda params, step: {},
-                layout=layout,
-                ema_decay=0.9,
                 steps=STEPS,
-                health_every=STEPS,
+                layout=layout,
                 log=ConfigDict({"every": 5, "checkpoint_every": 25}),
                 workdir=folder,
                 stop=stop,
-                advice="",
                 checkpoint_folder=os.environ.get("POD_CHECKPOINTS"),
             )
         except loop.Stopped as stopped:

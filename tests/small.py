@@ -11,6 +11,7 @@ from jaxdistill.methods.imagine_flash import Model, Reconstruction, imagine_flas
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.models.mlp import ResidualMLP
 from jaxdistill.prediction import v_prediction
+from jaxdistill.workdir import train_phase
 
 SHAPE = (4, 4, 1)
 NESTED = [np.asarray((1.0, 0.6, 0.3)[:n], np.float32) for n in (1, 2, 3)]
@@ -77,3 +78,23 @@ def predict(model, params, x, t, cond):
     v = model.apply(params, x, jnp.full(len(x), t), cond)
     a, s = COSINE.alpha(t), COSINE.sigma(t)
     return a * x - s * v, s * x + a * v
+
+
+def train(teacher, loss, tx, batches, *, steps, **options):
+    """The last state of a `train_phase` in which the student starts as its teacher; without health numbers."""
+    return train_phase(
+        "student",
+        lambda: {"student": jax.tree.map(np.asarray, teacher)},
+        {"student": teacher},
+        jax.random.key(0),
+        loss,
+        tx,
+        batches,
+        jax.tree.map(np.asarray, teacher),
+        lambda params, step: {},
+        ema_decay=0.9,
+        steps=steps,
+        health_every=steps,
+        advice="",
+        **options,
+    )[0]

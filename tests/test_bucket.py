@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small
 import text_config
 from ml_collections import ConfigDict
 from shell import ROOT, assert_same_bits, quick
@@ -23,7 +24,7 @@ from jaxdistill import checkpoint, distil, loop, partition, saved_program
 from jaxdistill.checkpoint import CheckpointError, Checkpoints
 from jaxdistill.saved_program import ProgramError
 from jaxdistill.train import init_state
-from jaxdistill.workdir import UserError, train_phase
+from jaxdistill.workdir import UserError
 
 ALONE = partition.layout({"data": 1, "fsdp": 1, "smallest": 64})
 """One device."""
@@ -120,26 +121,9 @@ def train(folder, workdir, *, steps=6, stop_at=0):
         stop.received = "SIGTERM" if i + 1 == stop_at else None
         return {"x0": np.full((4, *SHAPE), i, np.float32), "cond": np.arange(4) % 10}
 
-    return train_phase(
-        "student",
-        lambda: {"student": jax.tree.map(np.asarray, teacher)},
-        {"student": teacher},
-        jax.random.key(0),
-        flash(model),
-        optax.adam(1e-3),
-        batch,
-        jax.tree.map(np.asarray, teacher),
-        lambda params, step: {},
-        layout=ALONE,
-        ema_decay=0.9,
-        steps=steps,
-        health_every=steps,
-        log=ConfigDict({"every": 1, "checkpoint_every": 2}),
-        workdir=workdir,
-        stop=stop,
-        advice="",
-        checkpoint_folder=folder,
-    )[0]
+    log = ConfigDict({"every": 1, "checkpoint_every": 2})
+    options = {"layout": ALONE, "log": log, "workdir": workdir, "stop": stop, "checkpoint_folder": folder}
+    return small.train(teacher, flash(model), optax.adam(1e-3), batch, steps=steps, **options)
 
 
 def test_a_stop_does_not_show_where_checkpoints_are_in_a_bucket(bucket, tmp_path, capsys):
