@@ -13,9 +13,10 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from jaxdistill import checkpoint, loop, main
-from jaxdistill.evaluate import Metrics
-from jaxdistill.report import COLUMNS
+from jaxdistill import main
+from jaxdistill.metrics.evaluate import Metrics
+from jaxdistill.run import checkpoint, loop
+from jaxdistill.run.report import COLUMNS
 
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds, comma-separated; each trains its own teacher.")
 VARIANTS_FLAG = flags.DEFINE_list("variants", None, "Names of variants to run; default: all.")

@@ -23,9 +23,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxdistill import checkpoint, hlo, main, partition, saved_program
-from jaxdistill.chips import CHIPS, Chip
-from jaxdistill.workdir import missing_extra
+from jaxdistill import main, partition
+from jaxdistill.costs import hlo
+from jaxdistill.costs.chips import CHIPS, Chip
+from jaxdistill.run import checkpoint, saved_program
+from jaxdistill.run.workdir import missing_extra
 
 KNOWN = "v4:2x2x1, v4:2x2x2, v4:2x2x4, v4:4x4x4, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v5p:2x2x2, v5p:4x4x4, v6e:2x2, v6e:4x4, v6e:8x8"
 """Topologies that the compiler describes; others of these chips work alike."""
@@ -89,7 +91,7 @@ class Program(NamedTuple):
 
 def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     """The train step of a text-to-image config. Raises ValueError."""
-    from jaxdistill.text_setup import TextSetup, open_teacher
+    from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
     setup = TextSetup(config, open_teacher(config), devices=devices)
     made, batch = setup.programs(), setup.abstract_batch()
@@ -108,7 +110,7 @@ def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
 def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     """The student's sampler with the decoder: config.student.batch_size images, in the most of config.student.steps. Raises ValueError."""
     from jaxdistill.interop import diffusers_folder
-    from jaxdistill.text_setup import TextSetup, open_teacher
+    from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
     rows = config.student.batch_size
     setup = TextSetup(config, open_teacher(config), devices=devices)
@@ -134,9 +136,9 @@ def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
 
     Of several hosts each draws by itself, so that it is compiled for the chips of one. Raises ValueError.
     """
-    from jaxdistill import pipeline
     from jaxdistill.interop import diffusers_scheduler
-    from jaxdistill.text_setup import TextSetup, open_teacher
+    from jaxdistill.tasks.text_to_image import pipeline
+    from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
     setup = TextSetup(config, open_teacher(config), devices=devices)
     layout = partition.own_layout(setup.layout, process=devices[0].process_index)

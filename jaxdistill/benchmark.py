@@ -24,19 +24,21 @@ from filelock import FileLock, Timeout
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from jaxdistill import card, checkpoint, loop, main, partition, report, sampling, scenes, workers
-from jaxdistill.contenders import METHODS, Method, Pairs, Setting, Stage
-from jaxdistill.data import DataError, fashion_mnist
-from jaxdistill.evaluate import class_spread
-from jaxdistill.experiment import flatten, make_optimizer, student_of
-from jaxdistill.interop import sentence_encoder
+from jaxdistill import main, partition, sampling
+from jaxdistill.interop import card, sentence_encoder
+from jaxdistill.methods.contenders import METHODS, Method, Pairs, Setting, Stage
 from jaxdistill.methods.denoising import denoising
-from jaxdistill.methods.progressive_adversarial import pair_states
+from jaxdistill.methods.lightning import pair_states
+from jaxdistill.metrics.evaluate import class_spread
 from jaxdistill.models.discriminator import fresh_heads
 from jaxdistill.prediction import Denoiser, LossFn
-from jaxdistill.recognise import SCALE_IMAGES, SceneEvaluator, SceneRecogniser, train_recogniser, unit
+from jaxdistill.run import checkpoint, loop, report, workers
+from jaxdistill.run.workdir import train_phase
+from jaxdistill.tasks.labelled_images.data import DataError, fashion_mnist
+from jaxdistill.tasks.labelled_images.experiment import flatten, make_optimizer, student_of
+from jaxdistill.tasks.scenes import scenes
+from jaxdistill.tasks.scenes.recognise import SCALE_IMAGES, SceneEvaluator, SceneRecogniser, train_recogniser, unit
 from jaxdistill.train import TrainState, everything, gradient_of
-from jaxdistill.workdir import train_phase
 
 SHAPE = (scenes.SIDE, scenes.SIDE, 3)
 
@@ -349,7 +351,7 @@ class Benchmark:
         health: loop.HealthFn,
         ema_of: Callable[[Any], Any] = everything,
     ) -> TrainState:
-        """The loop of `jaxdistill.loop` on the mesh."""
+        """The loop of `jaxdistill.run.loop` on the mesh."""
         trained, seconds = train_phase(
             name,
             lambda: params,

@@ -24,10 +24,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxdistill import card, image_metrics, pipeline, report
-from jaxdistill.image_metrics import CLIP, METRICS, PROTOCOLS, Inception, Reference
-from jaxdistill.interop import diffusers_folder
+from jaxdistill.interop import card, diffusers_folder
+from jaxdistill.metrics import image_metrics
+from jaxdistill.metrics.image_metrics import CLIP, METRICS, PROTOCOLS, Inception, Reference
+from jaxdistill.run import report
 from jaxdistill.sample import Parser, add_computing, check_numbers, computing
+from jaxdistill.tasks.text_to_image import pipeline
 
 ROW = "row.json"
 """What drew the images of a folder."""

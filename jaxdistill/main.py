@@ -20,12 +20,16 @@ import optax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxdistill import card, checkpoint, data, distributed, evaluate, loop, partition, report
-from jaxdistill.experiment import Experiment, build, flatten, from_student, scored_split, student_of
+from jaxdistill import partition
+from jaxdistill.interop import card
 from jaxdistill.methods import imagine_flash as flash
+from jaxdistill.metrics import evaluate
 from jaxdistill.prediction import LossFn
+from jaxdistill.run import checkpoint, distributed, loop, report
+from jaxdistill.run.workdir import UserError, missing_extra, prepare_workdir, say, train_phase, versions
+from jaxdistill.tasks.labelled_images import data
+from jaxdistill.tasks.labelled_images.experiment import Experiment, build, flatten, from_student, scored_split, student_of
 from jaxdistill.train import TrainState, everything
-from jaxdistill.workdir import UserError, missing_extra, prepare_workdir, say, train_phase, versions
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(); --config.key=value sets any key.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, exports and results; a second start in it resumes.")
@@ -518,7 +522,7 @@ def job(config: ConfigDict) -> None:
 def run_text(config: ConfigDict) -> None:
     """A config that distils a diffusers folder."""
     try:
-        from jaxdistill import distil  # its libraries are not needed by the other configs
+        from jaxdistill.tasks.text_to_image import distil  # its libraries are not needed by the other configs
 
         distil.run(config, WORKDIR.value)
     except loop.Stopped as stopped:

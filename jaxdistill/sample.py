@@ -12,9 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import card, checkpoint, report
-from jaxdistill.models.latent_layers import ATTENTION
-from jaxdistill.workdir import missing_extra
+from jaxdistill.interop import card
+from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
+from jaxdistill.run import checkpoint, report
+from jaxdistill.run.workdir import missing_extra
 
 
 def boolean(text: str) -> bool:
@@ -152,7 +153,7 @@ def prompt_numbers(args: argparse.Namespace, *, batch_size: int) -> tuple[int, i
 def caption_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     """Images and their captions from a benchmark's export. Raises ValueError."""
     try:
-        from jaxdistill.text_export import TextExport
+        from jaxdistill.interop.text_export import TextExport
     except ModuleNotFoundError as error:
         raise ValueError(missing_extra(error)) from None
 
@@ -171,7 +172,7 @@ def caption_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
 def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     """Images and their prompts. Raises ValueError."""
     try:
-        from jaxdistill import pipeline  # the tokenizers' library takes seconds to import
+        from jaxdistill.tasks.text_to_image import pipeline  # the tokenizers' library takes seconds to import
     except ModuleNotFoundError as error:
         raise ValueError(missing_extra(error)) from None
 

@@ -24,8 +24,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import jaxdistill
+from jaxdistill.run.workdir import missing_extra
 from jaxdistill.sample import Parser, kind
-from jaxdistill.workdir import missing_extra
 
 try:
     import uvicorn
@@ -36,9 +36,9 @@ try:
     from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
     from starlette.exceptions import HTTPException
 
-    from jaxdistill import pipeline
-    from jaxdistill.serving import Busy, Cancelled, Engine, Expired, ExportPainter, Job, Painter, PipelinePainter
-    from jaxdistill.text_export import TextExport
+    from jaxdistill.interop.text_export import TextExport
+    from jaxdistill.page.engine import Busy, Cancelled, Engine, Expired, ExportPainter, Job, Painter, PipelinePainter
+    from jaxdistill.tasks.text_to_image import pipeline
 except ModuleNotFoundError as error:
     print(f"error: {missing_extra(error)}", file=sys.stderr)
     sys.exit(2)
@@ -384,7 +384,7 @@ def describe(folder: str, painters: dict[str, Painter]) -> dict[str, Any]:
     student, teacher = painters["student"], painters.get("teacher")
     examples, hint = ["a photo of a cat", "a watercolour of a lighthouse at dusk"], ""
     if isinstance(student, ExportPainter) and student.export.card["data"]["name"] == "scenes":
-        from jaxdistill import scenes
+        from jaxdistill.tasks.scenes import scenes
 
         pairs = [("red", "sneaker", "blue", "bag"), ("green", "dress", "white", "trousers"), ("purple", "coat", "yellow", "boot")]
         shown = [scenes.Scene(scenes.AXES[i % 2], pair[:2], pair[2:]) for i, pair in enumerate(pairs)]

@@ -17,13 +17,15 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from jaxdistill import card, checkpoint, loop, main, report, sampling
+from jaxdistill import main, sampling
 from jaxdistill.benchmark import SHAPE, Benchmark, check, choose_method
-from jaxdistill.contenders import imagine_flash_method
-from jaxdistill.data import DataError
-from jaxdistill.experiment import SHIFTS
+from jaxdistill.interop import card
+from jaxdistill.methods.contenders import imagine_flash_method
 from jaxdistill.methods.imagine_flash import Trajectory
 from jaxdistill.prediction import diffuse
+from jaxdistill.run import checkpoint, loop, report
+from jaxdistill.tasks.labelled_images.data import DataError
+from jaxdistill.tasks.labelled_images.experiment import SHIFTS
 
 FOLDER = flags.DEFINE_string("benchmark", None, "Workdir of a benchmark that has trained the student.")
 STUDENT = flags.DEFINE_string("student", "imagine_flash-0", "Name of its folder in students/.")

@@ -8,7 +8,7 @@ import sys
 import folders
 import numpy as np
 
-from jaxdistill import pipeline
+from jaxdistill.tasks.text_to_image import pipeline
 
 
 def main(folder: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxdistill.data import FASHION_FILES
+from jaxdistill.tasks.labelled_images.data import FASHION_FILES
 
 
 def write_fashion(folder: Path) -> Path:

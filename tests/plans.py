@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from jaxdistill import aot
-from jaxdistill.chips import CHIPS
+from jaxdistill.costs.chips import CHIPS
 
 for name in sys.argv[1:]:
     report = json.loads(Path(name).read_text())

@@ -13,8 +13,10 @@ import optax
 from ml_collections import ConfigDict
 from small import SHAPE, flash, make, train
 
-from jaxdistill import data, distributed, loop, partition
-from jaxdistill.workdir import say
+from jaxdistill import partition
+from jaxdistill.run import distributed, loop
+from jaxdistill.run.workdir import say
+from jaxdistill.tasks.labelled_images import data
 
 STEPS, BATCH = int(os.environ.get("POD_STEPS", 120)), 32
 

@@ -15,8 +15,9 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from jaxdistill import card, checkpoint, serve
-from jaxdistill.interop import sentence_encoder
+from jaxdistill import serve
+from jaxdistill.interop import card, sentence_encoder
+from jaxdistill.run import checkpoint
 
 GOLDEN = Path(__file__).parent / "golden" / "bert"
 CAPTION = "a red bag above a blue boot"

@@ -9,9 +9,9 @@ import numpy as np
 from jaxdistill import adversarial, schedule
 from jaxdistill.methods.imagine_flash import Model, Reconstruction, imagine_flash
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
-from jaxdistill.models.mlp import ResidualMLP
+from jaxdistill.models.small.mlp import ResidualMLP
 from jaxdistill.prediction import v_prediction
-from jaxdistill.workdir import train_phase
+from jaxdistill.run.workdir import train_phase
 
 SHAPE = (4, 4, 1)
 NESTED = [np.asarray((1.0, 0.6, 0.3)[:n], np.float32) for n in (1, 2, 3)]

@@ -10,9 +10,11 @@ import pytest
 import text_config
 from shell import assert_one_error_line, run_command
 
-from jaxdistill import aot, card, chips, hlo, partition, pipeline, variants
-from jaxdistill.interop import architectures, diffusers_scheduler
-from jaxdistill.text_setup import TextSetup, open_teacher
+from jaxdistill import aot, partition, variants
+from jaxdistill.costs import chips, hlo
+from jaxdistill.interop import architectures, card, diffusers_scheduler
+from jaxdistill.tasks.text_to_image import pipeline
+from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
 TINY = {
     "unet": {

@@ -5,7 +5,8 @@ import tiny
 from shell import run_command
 
 from configs import digits, fashion, sd15, sd21, sdxl
-from jaxdistill import ablate, experiment, sample, variants
+from jaxdistill import ablate, sample, variants
+from jaxdistill.tasks.labelled_images import experiment
 
 
 @pytest.mark.parametrize(

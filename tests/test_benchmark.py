@@ -14,9 +14,12 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from shell import assert_one_error_line, run_command
 
-from jaxdistill import benchmark, card, contenders, loop, main, report, sample, sampling, schedule, teacher_states
-from jaxdistill.scenes import open_scenes
-from jaxdistill.text_export import TextExport
+from jaxdistill import benchmark, main, sample, sampling, schedule, teacher_states
+from jaxdistill.interop import card
+from jaxdistill.interop.text_export import TextExport
+from jaxdistill.methods import contenders
+from jaxdistill.run import loop, report
+from jaxdistill.tasks.scenes.scenes import open_scenes
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from configs import benchmark as config_file

@@ -20,11 +20,13 @@ from shell import ROOT, assert_same_bits, quick
 from small import SHAPE, flash, make
 from test_distributed import finish, losses, start
 
-from jaxdistill import checkpoint, distil, loop, partition, saved_program
-from jaxdistill.checkpoint import CheckpointError, Checkpoints
-from jaxdistill.saved_program import ProgramError
+from jaxdistill import partition
+from jaxdistill.run import checkpoint, loop, saved_program
+from jaxdistill.run.checkpoint import CheckpointError, Checkpoints
+from jaxdistill.run.saved_program import ProgramError
+from jaxdistill.run.workdir import UserError
+from jaxdistill.tasks.text_to_image import distil
 from jaxdistill.train import init_state
-from jaxdistill.workdir import UserError
 
 ALONE = partition.layout({"data": 1, "fsdp": 1, "smallest": 64})
 """One device."""
@@ -296,7 +298,7 @@ def test_a_run_names_its_bucket_before_it_reads_weights(bucket, tmp_path, monkey
 CACHED = """
 import collections, sys
 import jax, jax.numpy as jnp, text_config
-from jaxdistill import distil
+from jaxdistill.tasks.text_to_image import distil
 found = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: found.update([event.rpartition("/")[2]]))
 class Run(distil.TextRun):

@@ -15,8 +15,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from shell import TINY, assert_same_bits, flip_bit, folder_bytes, run_command, run_script
 
-from jaxdistill import checkpoint
-from jaxdistill.checkpoint import CheckpointError, Checkpoints, Manifests, export, load_export
+from jaxdistill.run import checkpoint
+from jaxdistill.run.checkpoint import CheckpointError, Checkpoints, Manifests, export, load_export
 from jaxdistill.train import init_state, train_step
 
 # ----------------------------------------------------------------------------------------------- exports

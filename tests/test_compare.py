@@ -9,8 +9,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from test_image_metrics import write_clip
 
-from jaxdistill import compare, image_metrics, pipeline, report
-from jaxdistill.image_metrics import Inception
+from jaxdistill import compare
+from jaxdistill.metrics import image_metrics
+from jaxdistill.metrics.image_metrics import Inception
+from jaxdistill.run import report
+from jaxdistill.tasks.text_to_image import pipeline
 
 PROMPTS = ["a red cat", "two $dogs$ | one $cat", "a bird", "a house", "a tree by the sea", "snow"]
 

@@ -4,8 +4,8 @@ import struct
 import numpy as np
 import pytest
 
-from jaxdistill import data
-from jaxdistill.data import Batches, DataError, Split, digits, fashion_mnist, read_idx
+from jaxdistill.tasks.labelled_images import data
+from jaxdistill.tasks.labelled_images.data import Batches, DataError, Split, digits, fashion_mnist, read_idx
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 from shell import assert_one_error_line, assert_same_bits, run_command
 
-from jaxdistill import checkpoint, distil, loop, partition, pipeline, record_cache, variants
+from jaxdistill import partition, variants
 from jaxdistill.interop import diffusers_folder, lora
-from jaxdistill.workdir import UserError
+from jaxdistill.run import checkpoint, loop, record_cache
+from jaxdistill.run.workdir import UserError
+from jaxdistill.tasks.text_to_image import distil, pipeline
 
 CONFIG = Path(text_config.__file__)
 

@@ -13,7 +13,7 @@ import pod_job
 import pytest
 from shell import ROOT, quick, wait_until
 
-from jaxdistill import distributed, loop
+from jaxdistill.run import distributed, loop
 
 
 def free_port():
@@ -124,7 +124,8 @@ def test_processes_of_different_configs_do_not_start(tmp_path):
 
 ALONE = """
 import sys
-from jaxdistill import distributed, main
+from jaxdistill.run import distributed
+from jaxdistill import main
 distributed.start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
 with distributed.device_errors_are_one_line():
     if sys.argv[2] == sys.argv[3]:
@@ -146,7 +147,7 @@ def test_a_mistake_of_one_process_ends_both_within_a_minute(tmp_path, mistaken):
 
 PREPARING = """
 import sys, time
-from jaxdistill import distributed, loop
+from jaxdistill.run import distributed, loop
 distributed.start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
 def work():
     try:
@@ -182,7 +183,7 @@ def test_a_signal_to_one_process_ends_the_preparation_of_all(tmp_path):
 
 STUCK = """
 import sys, time
-from jaxdistill import distributed, loop
+from jaxdistill.run import distributed, loop
 distributed.start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
 distributed.HANG_SECONDS = 3
 def work():
@@ -208,7 +209,7 @@ def test_a_process_that_hangs_in_the_preparation_ends_all(tmp_path):
 
 HANGING = """
 import time
-from jaxdistill.distributed import Watchdog
+from jaxdistill.run.distributed import Watchdog
 dog = Watchdog(2)
 time.sleep(4)  # the first step compiles
 dog.step()

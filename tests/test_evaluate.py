@@ -2,9 +2,17 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill import evaluate
-from jaxdistill.data import Dataset, Split, digits
-from jaxdistill.evaluate import Evaluator, Extractor, class_spread, frechet_distance, health, nearest_neighbour_distance, precision_recall
+from jaxdistill.metrics import evaluate
+from jaxdistill.metrics.evaluate import (
+    Evaluator,
+    Extractor,
+    class_spread,
+    frechet_distance,
+    health,
+    nearest_neighbour_distance,
+    precision_recall,
+)
+from jaxdistill.tasks.labelled_images.data import Dataset, Split, digits
 
 # -------------------------------------------------------------------------------------- Fréchet distance
 

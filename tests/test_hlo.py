@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdistill.hlo import NETWORK, Gather, count
+from jaxdistill.costs.hlo import NETWORK, Gather, count
 
 
 def module(entry, *computations):
@@ -604,7 +604,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 sys.path[:0] = [{tests!r}, {root!r}]
 from test_hlo import LOOPS, LOOP_FREE, both, layer, pulled
-from jaxdistill.hlo import count
+from jaxdistill.costs.hlo import count
 
 V4 = dict(topology_name="v4:2x2x1", chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1))
 v4, v5 = (topologies.get_topology_desc(platform="tpu", **t).devices for t in (V4, dict(topology_name="v5e:2x2")))

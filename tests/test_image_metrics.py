@@ -22,12 +22,12 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxdistill import image_metrics
-from jaxdistill.image_metrics import PROTOCOLS, MetricError
 from jaxdistill.interop import torch_weights
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.torch_weights import WeightsError
-from jaxdistill.models.inception import InceptionV3
+from jaxdistill.metrics import image_metrics
+from jaxdistill.metrics.image_metrics import PROTOCOLS, MetricError
+from jaxdistill.models.vision.inception import InceptionV3
 
 GOLDEN: dict = {
     "resize": {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.models.latent_layers import (
+from jaxdistill.models.stable_diffusion.latent_layers import (
     Conv,
     auto_attention,
     convolution,
@@ -14,7 +14,7 @@ from jaxdistill.models.latent_layers import (
     nearest,
     plain_attention,
 )
-from jaxdistill.models.unet_condition import UNetCondition
+from jaxdistill.models.stable_diffusion.unet_condition import UNetCondition
 
 
 @pytest.mark.parametrize(("length", "context"), [(256, 256), (300, 300), (256, 7), (263, 263)])

@@ -13,11 +13,13 @@ import tensorboardX
 from ml_collections import ConfigDict
 from shell import assert_same_bits
 
-from jaxdistill import chips, loop, partition
-from jaxdistill.checkpoint import Checkpoints
-from jaxdistill.loop import Curve, NonFiniteError, Stopped, StopSignal, read_curve, train_loop
+from jaxdistill import partition
+from jaxdistill.costs import chips
+from jaxdistill.run import loop
+from jaxdistill.run.checkpoint import Checkpoints
+from jaxdistill.run.loop import Curve, NonFiniteError, Stopped, StopSignal, read_curve, train_loop
+from jaxdistill.run.workdir import train_phase
 from jaxdistill.train import init_state, train_step
-from jaxdistill.workdir import train_phase
 
 STEPS = 20
 TX = optax.adam(0.05)

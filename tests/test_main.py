@@ -9,7 +9,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from jaxdistill import ablate, card, checkpoint, experiment, main, sample
+from jaxdistill import ablate, main, sample
+from jaxdistill.interop import card
+from jaxdistill.run import checkpoint
+from jaxdistill.tasks.labelled_images import experiment
 
 WITHOUT_US = """
 import sys

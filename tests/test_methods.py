@@ -10,15 +10,18 @@ import pytest
 from small import compiled, make, make_adversary
 
 from jaxdistill import schedule as schedules
-from jaxdistill.methods import adversarial_distillation, consistency, distribution_matching, trajectory_matching
+from jaxdistill.methods import add as adversarial_distillation
 from jaxdistill.methods import direct as direct_module
+from jaxdistill.methods import dmd2 as distribution_matching
 from jaxdistill.methods import endpoint as endpoint_module
+from jaxdistill.methods import lcm as consistency
 from jaxdistill.methods import step_distillation as step_module
-from jaxdistill.methods.consistency import consistency_function
-from jaxdistill.methods.distribution_matching import matching_gradient
+from jaxdistill.methods import tdm as trajectory_matching
+from jaxdistill.methods.dmd2 import matching_gradient
 from jaxdistill.methods.imagine_flash import Model
-from jaxdistill.methods.progressive_adversarial import lightning
-from jaxdistill.methods.trajectory_matching import diffuse_on
+from jaxdistill.methods.lcm import consistency_function
+from jaxdistill.methods.lightning import lightning
+from jaxdistill.methods.tdm import diffuse_on
 from jaxdistill.prediction import Prediction, v_prediction, x0_prediction
 from jaxdistill.sampling import renoise, rollout, start, trailing_grid
 from jaxdistill.train import init_state, train_step

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.models.mlp import ResidualMLP
-from jaxdistill.models.text_unet import AttentionPool, CrossAttention, TextUNet, places
-from jaxdistill.models.unet import SmallUNet
+from jaxdistill.models.small.mlp import ResidualMLP
+from jaxdistill.models.small.text_unet import AttentionPool, CrossAttention, TextUNet, places
+from jaxdistill.models.small.unet import SmallUNet
 
 
 @pytest.mark.parametrize("model", [ResidualMLP(32, 2), SmallUNet((16, 16), 1, 2)])

@@ -19,7 +19,7 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 sys.path.insert(0, "tests")
 from jaxdistill import partition
-from jaxdistill.workdir import programs
+from jaxdistill.run.workdir import programs
 from small import batch, flash, make
 
 model, teacher = make(64, 2)

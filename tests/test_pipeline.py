@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from shell import assert_one_error_line, run_command
 
-from jaxdistill import pipeline, sample, sampling
+from jaxdistill import sample, sampling
 from jaxdistill.interop import diffusers_folder
-from jaxdistill.pipeline import PromptError
-from jaxdistill.serving import PipelinePainter
+from jaxdistill.page.engine import PipelinePainter
+from jaxdistill.tasks.text_to_image import pipeline
+from jaxdistill.tasks.text_to_image.pipeline import PromptError
 
 SIZE = 64
 

@@ -6,7 +6,9 @@ import pytest
 from shell import ROOT
 
 from configs import benchmark as config_file
-from jaxdistill import benchmark, card, checkpoint
+from jaxdistill import benchmark
+from jaxdistill.interop import card
+from jaxdistill.run import checkpoint
 
 SCENES = Path(ROOT) / "pretrained" / "scenes"
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from jaxdistill import scenes
-from jaxdistill.recognise import SceneEvaluator, compare, train_recogniser, unit
+from jaxdistill.tasks.scenes import scenes
+from jaxdistill.tasks.scenes.recognise import SceneEvaluator, compare, train_recogniser, unit
 
 ASKED = np.array([[0, 1, 2, 3, 4], [1, 0, 0, 5, 7]])
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from shell import ROOT, TINY, assert_one_error_line, environment, flip_bit, folder_bytes, run_command, tiny_config
 
-from jaxdistill import checkpoint, experiment, main, sample
+from jaxdistill import main, sample
+from jaxdistill.run import checkpoint
+from jaxdistill.tasks.labelled_images import experiment
 
 # ------------------------------------------------------------------------------------ before any work
 

@@ -11,8 +11,12 @@ import pytest
 from PIL import Image
 from shell import TINY, assert_same_bits, folder_bytes, run_command, tiny_config
 
-from jaxdistill import card, checkpoint, evaluate, experiment, loop, main, sample, train, variants
-from jaxdistill.workdir import UserError
+from jaxdistill import main, sample, train, variants
+from jaxdistill.interop import card
+from jaxdistill.metrics import evaluate
+from jaxdistill.run import checkpoint, loop
+from jaxdistill.run.workdir import UserError
+from jaxdistill.tasks.labelled_images import experiment
 
 ROW_KEYS = {"model", "steps", "guidance", "fd", "accuracy", "precision", "recall", "diversity", "images_per_second"}
 

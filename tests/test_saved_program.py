@@ -12,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from shell import ROOT, assert_same_bits, flip_bit, quick
 from test_distil import make_config
 
-from jaxdistill import aot, distil, saved_program
-from jaxdistill.saved_program import ProgramError
-from jaxdistill.workdir import UserError
+from jaxdistill import aot
+from jaxdistill.run import saved_program
+from jaxdistill.run.saved_program import ProgramError
+from jaxdistill.run.workdir import UserError
+from jaxdistill.tasks.text_to_image import distil
 
 
 def lowered_on(devices, width=16):
@@ -109,7 +111,8 @@ from pathlib import Path
 import jax
 from test_distil import make_config
 from test_saved_program import SMALL
-from jaxdistill import aot, saved_program
+from jaxdistill import aot
+from jaxdistill.run import saved_program
 config = make_config(Path(sys.argv[1]), **SMALL)
 program = aot.text_program(config, jax.devices())
 lowered, executable = aot.compiled(program)[:2]

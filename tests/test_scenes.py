@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from idx import write_fashion
 
-from jaxdistill import data, scenes
-from jaxdistill.scenes import COLOURS, GARMENTS, HELD_OUT, PAIRS, Scene, captions, draw_scene, parse, render
+from jaxdistill.tasks.labelled_images import data
+from jaxdistill.tasks.scenes import scenes
+from jaxdistill.tasks.scenes.scenes import COLOURS, GARMENTS, HELD_OUT, PAIRS, Scene, captions, draw_scene, parse, render
 
 pairs = st.sampled_from(PAIRS)
 any_scene = st.builds(Scene, st.sampled_from(scenes.AXES), pairs, pairs)
@@ -113,7 +114,7 @@ def test_missing_idx_files_are_named(tmp_path):
 
 def test_captions_of_a_stored_dataset_serve_as_prompts(opened):
     """Any TFDS set in array_record files, without TensorFlow and without its builder's code."""
-    from jaxdistill.distil import prompts_of
+    from jaxdistill.tasks.text_to_image.distil import prompts_of
 
     _, folder, _ = opened
     name = "fashion_scenes"
@@ -130,7 +131,7 @@ def test_captions_of_a_stored_dataset_serve_as_prompts(opened):
 
 
 def test_images_of_a_stored_dataset_serve_as_reals(opened):
-    from jaxdistill.distil import captioned_images
+    from jaxdistill.tasks.text_to_image.distil import captioned_images
 
     _, folder, sources = opened
     found = captioned_images("tfds:fashion_scenes:validation", str(folder))

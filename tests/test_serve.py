@@ -20,7 +20,7 @@ from running import CAPTION, GOLDEN, Running, open_all
 from shell import ROOT, assert_one_error_line, quick, run_command, wait_until
 
 from jaxdistill import serve
-from jaxdistill.text_export import TextExport
+from jaxdistill.interop.text_export import TextExport
 
 
 def pixels(png: str) -> np.ndarray:
@@ -61,8 +61,8 @@ TWO_DEVICES = """
 import sys
 import numpy as np
 from running import CAPTION, GOLDEN
-from jaxdistill.serving import ExportPainter
-from jaxdistill.text_export import TextExport
+from jaxdistill.page.engine import ExportPainter
+from jaxdistill.interop.text_export import TextExport
 
 export = TextExport(sys.argv[1], encoder=GOLDEN)
 painter = ExportPainter(export, (1, 3, 4))

@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import text_config
-from jaxdistill import distil, distributed, loop, pipeline
+from jaxdistill.tasks.text_to_image import distil, pipeline
+from jaxdistill.run import distributed, loop
 workdir, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
 if len(sys.argv) > 3:
     distributed.start(sys.argv[3], 2, int(sys.argv[4]), timeout=60)

@@ -9,7 +9,7 @@ import time
 import pytest
 from shell import wait_until
 
-from jaxdistill import loop, workers
+from jaxdistill.run import loop, workers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no core affinity")
 
@@ -67,7 +67,7 @@ raise SystemExit(10 * len(got))
 def test_a_helper_ends_with_the_process_it_helps(tmp_path):
     child = f"""
 import os, pathlib, time
-from jaxdistill import workers
+from jaxdistill.run import workers
 workers.end_with(os.getppid(), every=0.05)
 pathlib.Path(r'{tmp_path}', 'pid').write_text(str(os.getpid()))
 time.sleep(60)

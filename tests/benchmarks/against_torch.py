@@ -86,7 +86,7 @@ def torch_sampler(setup: Setup, unet: Callable) -> Callable[[], np.ndarray]:
 
 
 def jax_sampler(setup: Setup, texts: list[str] | None = None) -> Callable[[], np.ndarray]:
-    """The same by this package, one program a step as `jaxdistill.pipeline` has it; its compiled text is appended to `texts`."""
+    """The same by this package, one program a step as `pipeline` has it; its compiled text is appended to `texts`."""
     step = sampling.ddim(SCHEDULE)
     both = {"context": np.concatenate([setup.context, setup.null])}
 

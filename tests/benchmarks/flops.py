@@ -19,8 +19,8 @@ from jaxtyping import Array
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs import tpu_v4
-from jaxdistill.models import latent_layers
-from jaxdistill.text_setup import TextSetup, open_teacher
+from jaxdistill.models.stable_diffusion import latent_layers
+from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
 
 class Plain(TextSetup):

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill import hlo, partition
+from jaxdistill import partition
+from jaxdistill.costs import hlo
 from jaxdistill.interop import architectures, diffusers_folder
-from jaxdistill.text_setup import TextSetup
+from jaxdistill.tasks.text_to_image.setup import TextSetup
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import text_config  # noqa: E402

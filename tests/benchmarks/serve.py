@@ -26,7 +26,7 @@ import numpy as np
 import websockets
 from PIL import Image
 
-from jaxdistill.workdir import versions
+from jaxdistill.run.workdir import versions
 
 COLOURS, GARMENTS = ("red", "blue", "green", "white"), ("bag", "dress", "coat", "boot")
 

@@ -1,0 +1,1 @@
+"""Distances between sets of images and of features, and the networks that read images for them."""

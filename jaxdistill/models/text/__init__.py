@@ -1,0 +1,1 @@
+"""Text encoders: CLIP's and BERT's."""

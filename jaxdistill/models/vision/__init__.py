@@ -1,0 +1,1 @@
+"""Networks that judge images: Inception, CLIP's image tower, and the classifiers trained here."""

@@ -1,0 +1,1 @@
+"""What is distilled and how it is judged: one folder a task."""

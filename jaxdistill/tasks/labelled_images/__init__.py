@@ -1,0 +1,1 @@
+"""Class-conditional images: the digits of scikit-learn, and Fashion-MNIST."""
