@@ -2,12 +2,14 @@
 
     python -m jaxdistill.main --config=configs/digits.py --workdir=runs/digits
 
-About 4 minutes on 2 CPU cores. Expected on the test split (seeds 0-2): FD 0.182 for the teacher at 50 steps, 0.167, 0.183 and 0.198
-for the student at 3, 2 and 1 steps; accuracy 0.998 or more.
+About 4 minutes on 2 CPU cores. Expected on the test split (seeds 0-2): FD 0.182 for the teacher at
+50 steps, 0.167, 0.183 and 0.198 for the student at 3, 2 and 1 steps; accuracy 0.998 or more.
 
-    python -m jaxdistill.main --config=configs/digits.py:one --config.teacher.path=runs/digits/student --workdir=runs/one
+    python -m jaxdistill.main --config=configs/digits.py:one
+    --config.teacher.path=runs/digits/student --workdir=runs/one
 
-then trains a student of one step alone on where that one's three steps end: a minute more, FD 0.180 at one step.
+then trains a student of one step alone on where that one's three steps end: a minute more, FD 0.180
+at one step.
 
 The data are the 1,797 real digits of scikit-learn (1,078 to train, 359 to validate, 360 to test).
 """
@@ -22,10 +24,15 @@ def get_config(name: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of parameters, batches and noise; not of the splits or the feature extractor
 
-    config.data = ConfigDict({"name": "digits", "folder": ""})  # name: digits | fashion; folder: of fashion's idx files
+    config.data = ConfigDict(
+        {"name": "digits", "folder": ""}
+    )  # name: digits | fashion; folder: of fashion's idx files
 
-    # One constructor of jaxdistill.models: "mlp" (width, depth, cond_width) or "unet" (channels, blocks, patch).
-    config.model = ConfigDict({"name": "mlp", "width": 384, "depth": 3, "cond_width": 128, "time_scale": 1000.0})
+    # One constructor of jaxdistill.models: "mlp" (width, depth, cond_width) or "unet" (channels,
+    # blocks, patch).
+    config.model = ConfigDict(
+        {"name": "mlp", "width": 384, "depth": 3, "cond_width": 128, "time_scale": 1000.0}
+    )
 
     config.schedule = ConfigDict(
         {
@@ -56,7 +63,8 @@ def get_config(name: str = "") -> ConfigDict:
         }
     )
 
-    # Devices: the batch is divided by data x fsdp, parameters of at least `smallest` elements by fsdp and tensor; -1: all that are left.
+    # Devices: the batch is divided by data x fsdp, parameters of at least `smallest` elements by
+    # fsdp and tensor; -1: all that are left.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "smallest": 65536, "rules": ()})
     config.student = ConfigDict(
         {
@@ -97,7 +105,10 @@ def get_config(name: str = "") -> ConfigDict:
         {
             "power": {"strength": 0.3, "power": 3.0},
             "linear": {"low": 0.1, "high": 0.9},
-            "table": {"times": (0.2, 0.5, 1.0), "values": (0.8, 0.8, 0.8)},  # tuned, as k and the guidance
+            "table": {
+                "times": (0.2, 0.5, 1.0),
+                "values": (0.8, 0.8, 0.8),
+            },  # tuned, as k and the guidance
         }
     )
 

@@ -1,10 +1,12 @@
 """Fashion-MNIST at 28x28: the digits job with a small U-Net.
 
-    python -m jaxdistill.main --config=configs/fashion.py --config.data.folder=FOLDER --workdir=runs/fashion
+    python -m jaxdistill.main --config=configs/fashion.py --config.data.folder=FOLDER
+    --workdir=runs/fashion
 
-FOLDER holds the four idx files (plain or .gz), e.g. /usr/share/datasets/fashion-mnist of Debian's dataset-fashion-mnist.
-About 45 minutes on 2 CPU cores. Expected on the test split (seed 0): FD 0.58 for the teacher at 50 steps, 0.56, 0.61 and 1.22 for
-the student at 3, 2 and 1 steps; accuracy 0.79 and 0.71 to 0.74. `configs/fashion.py:one` (not run yet) is what the digits config says.
+FOLDER holds the four idx files (plain or .gz), e.g. /usr/share/datasets/fashion-mnist of Debian's
+dataset-fashion-mnist. About 45 minutes on 2 CPU cores. Expected on the test split (seed 0): FD 0.58
+for the teacher at 50 steps, 0.56, 0.61 and 1.22 for the student at 3, 2 and 1 steps; accuracy 0.79
+and 0.71 to 0.74. `configs/fashion.py:one` (not run yet) is what the digits config says.
 
 50,000 images train, 10,000 validate, 10,000 test.
 """
@@ -19,7 +21,9 @@ def get_config(name: str = "") -> ConfigDict:
     """The config; what is not set here is as in the digits config."""
     config = digits.get_config()
     config.data.name = "fashion"
-    config.model = ConfigDict({"name": "unet", "channels": (32, 64), "blocks": 1, "patch": 2, "time_scale": 1000.0})
+    config.model = ConfigDict(
+        {"name": "unet", "channels": (32, 64), "blocks": 1, "patch": 2, "time_scale": 1000.0}
+    )
 
     config.teacher.iterations = 5000
     config.teacher.batch_size = 64

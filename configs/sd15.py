@@ -3,9 +3,11 @@
     python -m jaxdistill.main --config=configs/sd15.py --workdir=runs/sd15 \
         --config.teacher.folder=FOLDER --config.data.prompts=prompts.txt
 
-FOLDER is a pipeline as diffusers' `save_pretrained` writes it; no images are needed. Leaves runs/sd15/diffusers (a pipeline for
-diffusers) and runs/sd15/student (Orbax). Not run at full size yet: the iterations and rates below are a start, not a result.
-`configs/sd15.py:one` with --config.teacher.folder=runs/sd15/diffusers trains a student of one step alone on where that one's end.
+FOLDER is a pipeline as diffusers' `save_pretrained` writes it; no images are needed. Leaves
+runs/sd15/diffusers (a pipeline for diffusers) and runs/sd15/student (Orbax). Not run at full size
+yet: the iterations and rates below are a start, not a result. `configs/sd15.py:one` with
+--config.teacher.folder=runs/sd15/diffusers trains a student of one step alone on where that one's
+end.
 """
 
 from ml_collections import ConfigDict
@@ -116,6 +118,8 @@ def get_config(name: str = "") -> ConfigDict:
     config.export = ConfigDict({"dtype": "float16"})  # of the UNet in diffusers/
     config.log = ConfigDict({"every": 10, "checkpoint_every": 500, "health_prompts": 4})
     config.log.batch_size = 4  # images a device that are drawn at once: the health lines', and the teacher's for the discriminator
-    config.log.checkpoints = ""  # folder of the checkpoints, default: the workdir's; may be gs://bucket/path
+    config.log.checkpoints = (
+        ""  # folder of the checkpoints, default: the workdir's; may be gs://bucket/path
+    )
     config.log.profile = 0  # steps of which a trace is written for TensorBoard
     return variants.chosen(config, name, file="sd15")

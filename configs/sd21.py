@@ -1,4 +1,5 @@
-"""Stable Diffusion 2.x (v-prediction at 768x768, or eps at 512x512 as the folder says) to one, two and three steps.
+"""Stable Diffusion 2.x (v-prediction at 768x768, or eps at 512x512 as the folder says) to one, two
+and three steps.
 
     python -m jaxdistill.main --config=configs/sd21.py --workdir=runs/sd21 \
         --config.teacher.folder=FOLDER --config.data.prompts=prompts.txt

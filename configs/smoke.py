@@ -1,8 +1,11 @@
-"""The digits job with everything made small: it shows that all parts work, not how good they are. Used by CI.
+"""The digits job with everything made small: it shows that all parts work, not how good they are.
+
+Used by CI.
 
 python -m jaxdistill.main --config=configs/smoke.py --workdir=runs/smoke
 
-Under a minute on 2 CPU cores; the images are not meant to be good (FD about 4 for the teacher, 9 at 3 steps).
+Under a minute on 2 CPU cores; the images are not meant to be good (FD about 4 for the teacher, 9 at
+3 steps).
 """
 
 from ml_collections import ConfigDict

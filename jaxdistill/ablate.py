@@ -1,7 +1,8 @@
-"""`python -m jaxdistill.ablate --config=configs/digits.py --workdir=DIR --seeds=0,1,2`: the method without each of its parts.
+"""`python -m jaxdistill.ablate --config=configs/digits.py --workdir=DIR --seeds=0,1,2`: the method
+without each of its parts.
 
-One full run and its variants a seed, all distilled from one teacher; one table of means over the seeds. A killed
-ablation goes on where it stopped; finished runs are not repeated.
+One full run and its variants a seed, all distilled from one teacher; one table of means over the
+seeds. A killed ablation goes on where it stopped; finished runs are not repeated.
 """
 
 import shutil
@@ -40,14 +41,20 @@ VARIANTS: dict[str, Variant] = {
     "SRL with fresh noise": Variant({"method.noise": "fresh"}),
     "SRL with x_T": Variant({"method.noise": "initial"}),
     "one random step": Variant({"method.whole_trajectory": False}),
-    # Noise correction is the identity for v-prediction with zero terminal SNR, so an eps model shows what it does.
+    # Noise correction is the identity for v-prediction with zero terminal SNR, so an eps model
+    # shows what it does.
     "eps model": Variant(EPS, None),
-    "eps model, no noise correction": Variant({**EPS, "method.noise_correction": False}, "eps model"),
+    "eps model, no noise correction": Variant(
+        {**EPS, "method.noise_correction": False}, "eps model"
+    ),
 }
 
 
 def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A locked copy of the config with dotted keys set. Raises KeyError for a key that is not there."""
+    """A locked copy of the config with dotted keys set.
+
+    Raises KeyError for a key that is not there.
+    """
     copy = ConfigDict(config.to_dict())
     copy.lock()
     copy.update_from_flattened_dict(dict(changes))
@@ -60,15 +67,25 @@ def slug(name: str, seed: int) -> str:
 
 
 def summary(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[dict[str, Any]], str]:
-    """Mean and standard deviation over seeds of each variant, model, guidance and step count, as rows and as a table."""
+    """Mean and standard deviation over seeds of each variant, model, guidance and step count, as
+    rows and as a table.
+    """
     grouped: dict[tuple[str, str, float, int], list[Mapping[str, Any]]] = {}
     for name, runs in results.items():
         for run in runs:
             for cell in run["rows"]:
-                grouped.setdefault((name, cell["model"], cell["guidance"], cell["steps"]), []).append(cell)
+                grouped.setdefault(
+                    (name, cell["model"], cell["guidance"], cell["steps"]), []
+                ).append(cell)
     rows = []
     for (name, model, guidance, steps), cells in grouped.items():
-        row: dict[str, Any] = {"variant": name, "model": model, "guidance": guidance, "steps": steps, "seeds": len(cells)}
+        row: dict[str, Any] = {
+            "variant": name,
+            "model": model,
+            "guidance": guidance,
+            "steps": steps,
+            "seeds": len(cells),
+        }
         for key in (*Metrics._fields, "ratio"):
             values = [cell[key] for cell in cells if cell[key] is not None]
             row[key] = round(float(np.mean(values)), 4) if values else None
@@ -76,19 +93,30 @@ def summary(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[di
         rows.append(row)
     shown = ("fd", "ratio", "accuracy", "precision", "recall", "diversity", "nearest_neighbour")
     titles = [COLUMNS[key][0] for key in shown]
-    lines = ["| variant | model | steps | " + " | ".join(titles) + " |", "|" + "---|" * (3 + len(shown))]
+    lines = [
+        "| variant | model | steps | " + " | ".join(titles) + " |",
+        "|" + "---|" * (3 + len(shown)),
+    ]
     for row in rows:
-        texts = [f"{row[k]:.3f}" + (f" ± {row[f'{k}_sd']:.3f}" if row[f"{k}_sd"] is not None else "") for k in shown]
+        texts = [
+            f"{row[k]:.3f}" + (f" ± {row[f'{k}_sd']:.3f}" if row[f"{k}_sd"] is not None else "")
+            for k in shown
+        ]
         model = f"teacher, guidance {row['guidance']:g}" if row["model"] == "teacher" else "student"
         lines.append(f"| {row['variant']} | {model} | {row['steps']} | " + " | ".join(texts) + " |")
     return rows, "\n".join(lines) + "\n"
 
 
 def ablate(config: ConfigDict, workdir: Path, seeds: Sequence[int], names: Sequence[str]) -> str:
-    """Run what is missing and write ablation.json and ablation.md; returns the table. Raises UserError."""
+    """Run what is missing and write ablation.json and ablation.md; returns the table.
+
+    Raises UserError.
+    """
     for name in names:
         if name not in VARIANTS:
-            raise main.UserError(f"--variants: {name!r} is not known; choose from {', '.join(map(repr, VARIANTS))}")
+            raise main.UserError(
+                f"--variants: {name!r} is not known; choose from {', '.join(map(repr, VARIANTS))}"
+            )
     needed = [n for n in VARIANTS if n in names or any(VARIANTS[m].teacher_of == n for m in names)]
     results: dict[str, list[dict[str, Any]]] = {}
     table = ""
@@ -104,17 +132,41 @@ def ablate(config: ConfigDict, workdir: Path, seeds: Sequence[int], names: Seque
                     shutil.copytree(source / "extractor", folder / "extractor")
             path = folder / "results.json"
             print(f"\n== {name}, seed {seed}{' (done)' if path.exists() else ''}", flush=True)
-            run = main.read_results(path) if path.exists() else main.run(changed(config, changes), folder)
-            references.setdefault(name, run["reference"]["fd"] if run["reference"] else references[variant.teacher_of or name])
+            run = (
+                main.read_results(path)
+                if path.exists()
+                else main.run(changed(config, changes), folder)
+            )
+            references.setdefault(
+                name,
+                (
+                    run["reference"]["fd"]
+                    if run["reference"]
+                    else references[variant.teacher_of or name]
+                ),
+            )
             for row in run["rows"]:
                 row["ratio"] = row["fd"] / references[name]
             results.setdefault(name, []).append(run)
             rows, table = summary(results)
             config_used = results[needed[0]][0]["config"]
-            keys = ("reference_set", "reference_sha256", "extractor_sha256", "samples", "sampling_seed")
-            report = {"rows": rows, "seeds": list(seeds), "protocol": {k: run["protocol"][k] for k in keys}}
+            keys = (
+                "reference_set",
+                "reference_sha256",
+                "extractor_sha256",
+                "samples",
+                "sampling_seed",
+            )
+            report = {
+                "rows": rows,
+                "seeds": list(seeds),
+                "protocol": {k: run["protocol"][k] for k in keys},
+            }
             report |= {"seconds": {n: [r["seconds"] for r in runs] for n, runs in results.items()}}
-            checkpoint.write_json(workdir / "ablation.json", {**report, "config": config_used, "versions": run["versions"]})
+            checkpoint.write_json(
+                workdir / "ablation.json",
+                {**report, "config": config_used, "versions": run["versions"]},
+            )
             (workdir / "ablation.md").write_text(heading(report) + table)
     return table
 
@@ -124,9 +176,10 @@ def heading(report: Mapping[str, Any]) -> str:
     protocol, seeds = report["protocol"], report["seeds"]
     spread = "mean ± standard deviation over seeds" if len(seeds) > 1 else "one seed"
     return (
-        f"# {protocol['reference_set']}, seeds {', '.join(map(str, seeds))}\n\n"
-        f"{protocol['samples']:,} samples a row, {spread}; ratio: FD over that of the teacher's reference sampler, of the same seed; "
-        f"feature extractor {protocol['extractor_sha256']}.\n\n"
+        f"# {protocol['reference_set']}, seeds"
+        f" {', '.join(map(str, seeds))}\n\n{protocol['samples']:,} samples a row, {spread}; ratio:"
+        " FD over that of the teacher's reference sampler, of the same seed; feature extractor"
+        f" {protocol['extractor_sha256']}.\n\n"
     )
 
 
@@ -140,7 +193,9 @@ def cli() -> None:
     except ValueError:
         main.fail(f"--seeds={','.join(SEEDS.value)} is no list of whole numbers")
     try:
-        print(ablate(config, Path(main.WORKDIR.value), seeds, VARIANTS_FLAG.value or list(VARIANTS)))
+        print(
+            ablate(config, Path(main.WORKDIR.value), seeds, VARIANTS_FLAG.value or list(VARIANTS))
+        )
     except loop.Stopped as stopped:
         print(stopped)
     except (main.UserError, loop.NonFiniteError) as error:

@@ -1,7 +1,9 @@
-"""The adversarial term: a discriminator of light heads on the frozen teacher's features at a random noise level.
+"""The adversarial term: a discriminator of light heads on the frozen teacher's features at a random
+noise level.
 
-The paper adds a discriminator without saying which; this is the latent form of Sauer et al. 2024 (LADD): student
-images and reals are noised to a random time, the teacher's hidden states are the features, and only the heads learn.
+The paper adds a discriminator without saying which; this is the latent form of Sauer et al. 2024
+(LADD): student images and reals are noised to a random time, the teacher's hidden states are the
+features, and only the heads learn.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,20 +32,26 @@ class GanLoss(NamedTuple):
 
 
 hinge = GanLoss(
-    discriminator=lambda real, fake: jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)),
+    discriminator=lambda real, fake: (
+        jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))
+    ),
     generator=lambda fake: -jnp.mean(fake),
 )
 """E max(0, 1 - D(x)) + E max(0, 1 + D(G)), and -E D(G) (Lim & Ye 2017)."""
 
 non_saturating = GanLoss(
-    discriminator=lambda real, fake: jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake)),
+    discriminator=lambda real, fake: (
+        jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))
+    ),
     generator=lambda fake: jnp.mean(jax.nn.softplus(-fake)),
 )
 """E log(1 + e^{-D(x)}) + E log(1 + e^{D(G)}), and E log(1 + e^{-D(G)}) (Goodfellow et al. 2014)."""
 
 
 class AdversarialTerms(NamedTuple):
-    """generator pulls only on the student, discriminator only on the heads: their sum can be one loss."""
+    """generator pulls only on the student, discriminator only on the heads: their sum can be one
+    loss.
+    """
 
     generator: Array
     discriminator: Array
@@ -60,19 +68,31 @@ def uniform_time(low: float, high: float) -> Callable[[Array, int], Array]:
 
 
 def noised_features(
-    features: FeatureFn, schedule: NoiseSchedule, params: Any, x: Array, eps: Array, t: Array, cond: Any
+    features: FeatureFn,
+    schedule: NoiseSchedule,
+    params: Any,
+    x: Array,
+    eps: Array,
+    t: Array,
+    cond: Any,
 ) -> Sequence[Array]:
     """The hidden states of `features` for x [b, ...] noised by ε to the times t [b]."""
     return features(params, diffuse(schedule, x, eps, t), schedule.network_time(t), cond)
 
 
 def players(
-    heads: HeadsFn, head_params: Any, on_fake: Sequence[Array], on_real: Sequence[Array], fake_cond: Any, real_cond: Any, loss: GanLoss
+    heads: HeadsFn,
+    head_params: Any,
+    on_fake: Sequence[Array],
+    on_real: Sequence[Array],
+    fake_cond: Any,
+    real_cond: Any,
+    loss: GanLoss,
 ) -> AdversarialTerms:
     """Both losses of hidden states, the generator's with weight 1.
 
-    The generator's reads the states through heads without gradient, the discriminator's through states without gradient.
-    `on_real` must carry no gradient.
+    The generator's reads the states through heads without gradient, the discriminator's through
+    states without gradient. `on_real` must carry no gradient.
     """
     generator = loss.generator(heads(jax.lax.stop_gradient(head_params), on_fake, fake_cond))
     fake_logits = heads(head_params, jax.lax.stop_gradient(on_fake), fake_cond)
@@ -115,17 +135,34 @@ def adversary(
       ValueError: weight is not above 0 (leave the adversary out instead).
     """
     if not weight > 0:
-        raise ValueError(f"the adversarial weight must be above 0, got {weight}; pass no adversary to switch it off")
+        raise ValueError(
+            f"the adversarial weight must be above 0, got {weight}; pass no adversary to switch"
+            " it off"
+        )
 
     def terms(
-        head_params: Any, teacher_params: Any, fake: Array, fake_cond: Any, real: Array, real_cond: Any, key: Array
+        head_params: Any,
+        teacher_params: Any,
+        fake: Array,
+        fake_cond: Any,
+        real: Array,
+        real_cond: Any,
+        key: Array,
     ) -> AdversarialTerms:
         teacher_params = jax.lax.stop_gradient(teacher_params)
 
         def at_random_noise(x: Array, cond: Any, key: Array) -> Sequence[Array]:
             key_t, key_eps = jax.random.split(key)
             t = constrain(noise_time(key_t, x.shape[0]))
-            return noised_features(features, schedule, teacher_params, x, constrain(jax.random.normal(key_eps, x.shape, x.dtype)), t, cond)
+            return noised_features(
+                features,
+                schedule,
+                teacher_params,
+                x,
+                constrain(jax.random.normal(key_eps, x.shape, x.dtype)),
+                t,
+                cond,
+            )
 
         key_fake, key_real = jax.random.split(key)
         on_fake = at_random_noise(fake, fake_cond, key_fake)

@@ -1,8 +1,10 @@
-"""`python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2`: does the job fit, and how fast can it be?
+"""`python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2`: does the job fit, and
+how fast can it be?
 
-Compiles the run's own train step, or the student's sampler, for a TPU slice that is not here, with the compiler of the TPU (libtpu), and
-reports memory, arithmetic and communication. No TPU, no weights and no prompts are needed; without config.teacher.folder the published
-architecture config.teacher.architecture stands for the teacher.
+Compiles the run's own train step, or the student's sampler, for a TPU slice that is not here, with
+the compiler of the TPU (libtpu), and reports memory, arithmetic and communication. No TPU, no
+weights and no prompts are needed; without config.teacher.folder the published architecture
+config.teacher.architecture stands for the teacher.
 """
 
 import importlib.metadata
@@ -29,7 +31,10 @@ from jaxdistill.costs.chips import CHIPS, Chip
 from jaxdistill.run import checkpoint, saved_program
 from jaxdistill.run.workdir import missing_extra
 
-KNOWN = "v4:2x2x1, v4:2x2x2, v4:2x2x4, v4:4x4x4, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v5p:2x2x2, v5p:4x4x4, v6e:2x2, v6e:4x4, v6e:8x8"
+KNOWN = (
+    "v4:2x2x1, v4:2x2x2, v4:2x2x4, v4:4x4x4, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v5p:2x2x2,"
+    " v5p:4x4x4, v6e:2x2, v6e:4x4, v6e:8x8"
+)
 """Topologies that the compiler describes; others of these chips work alike."""
 
 RESERVED = 0.03
@@ -52,12 +57,18 @@ class DoesNotFit(AotError):
 
 
 def topology(name: str, *, slices: int = 1) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of a slice, one device a chip. Raises AotError for an unknown name or a missing compiler."""
+    """The chip and the devices of a slice, one device a chip.
+
+    Raises AotError for an unknown name or a missing compiler.
+    """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not all(part.isdigit() and int(part) > 0 for part in shape.split("x")):
         raise AotError(f"--topology = {name!r} is not known; use CHIP:SHAPE, as {KNOWN}")
     if importlib.util.find_spec("libtpu") is None:
-        raise AotError('the compiler of the TPU is not installed: pip install "jaxdistill[tpu]" (".[tpu]" in a checkout)')
+        raise AotError(
+            'the compiler of the TPU is not installed: pip install "jaxdistill[tpu]" (".[tpu]" in a'
+            " checkout)"
+        )
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -71,7 +82,9 @@ def topology(name: str, *, slices: int = 1) -> tuple[Chip, list[Any]]:
     try:
         found = topologies.get_topology_desc(platform="tpu", **options)
     except Exception as error:  # the library has several
-        raise AotError(f"--topology = {name!r} cannot be described ({_first(error)}); known are {KNOWN}") from None
+        raise AotError(
+            f"--topology = {name!r} cannot be described ({_first(error)}); known are {KNOWN}"
+        ) from None
     return CHIPS[kind], list(found.devices)
 
 
@@ -80,7 +93,9 @@ def _first(error: Exception) -> str:
 
 
 class Program(NamedTuple):
-    """What is compiled: a jitted function, its abstract arguments by kind, and the FLOPs it must spend on all devices."""
+    """What is compiled: a jitted function, its abstract arguments by kind, and the FLOPs it must
+    spend on all devices.
+    """
 
     function: Any
     arguments: tuple[Any, ...]
@@ -104,11 +119,19 @@ def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
         "teacher": made.teacher,
         "batch": batch,
     }
-    return Program(made.step, (state, batch, made.teacher), kinds, setup.step_flops(), config.student.batch_size)
+    return Program(
+        made.step,
+        (state, batch, made.teacher),
+        kinds,
+        setup.step_flops(),
+        config.student.batch_size,
+    )
 
 
 def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
-    """The student's sampler with the decoder: config.student.batch_size images, in the most of config.student.steps. Raises ValueError."""
+    """The student's sampler with the decoder: config.student.batch_size images, in the most of
+    config.student.steps. Raises ValueError.
+    """
     from jaxdistill.interop import diffusers_folder
     from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
@@ -132,9 +155,11 @@ def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
 
 
 def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
-    """A step of the teacher's own images, config.log.batch_size a chip: what a run's preparation and health lines draw with.
+    """A step of the teacher's own images, config.log.batch_size a chip: what a run's preparation
+    and health lines draw with.
 
-    Of several hosts each draws by itself, so that it is compiled for the chips of one. Raises ValueError.
+    Of several hosts each draws by itself, so that it is compiled for the chips of one. Raises
+    ValueError.
     """
     from jaxdistill.interop import diffusers_scheduler
     from jaxdistill.tasks.text_to_image import pipeline
@@ -142,20 +167,39 @@ def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
 
     setup = TextSetup(config, open_teacher(config), devices=devices)
     layout = partition.own_layout(setup.layout, process=devices[0].process_index)
-    scheduler = diffusers_scheduler.of_folder(setup.folder, solver=config.teacher.get("solver") or None)
-    rows, guided = config.log.batch_size * partition.parts(layout.mesh), config.teacher.guidance > 1.0
+    scheduler = diffusers_scheduler.of_folder(
+        setup.folder, solver=config.teacher.get("solver") or None
+    )
+    rows, guided = (
+        config.log.batch_size * partition.parts(layout.mesh),
+        config.teacher.guidance > 1.0,
+    )
     place, whole = partition.batch_sharding(layout.mesh), partition.replicated(layout.mesh)
     teacher = layout.describe(setup.frozen(setup.abstract))
-    noise, cond = partition.described((jax.ShapeDtypeStruct((rows, *setup.latent_shape), np.float32), setup.abstract_cond(rows)), place)
-    null, scalar = partition.described((setup.abstract_null(), jax.ShapeDtypeStruct((), np.float32)), whole)
+    noise, cond = partition.described(
+        (jax.ShapeDtypeStruct((rows, *setup.latent_shape), np.float32), setup.abstract_cond(rows)),
+        place,
+    )
+    null, scalar = partition.described(
+        (setup.abstract_null(), jax.ShapeDtypeStruct((), np.float32)), whole
+    )
     begin = partial(scheduler.begin, run=scheduler.run(config.teacher.steps))
     # The first step's arguments as the run has them: the solver's state follows the start.
     state = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place if a.shape == noise.shape else whole), jax.eval_shape(begin, noise)
+        lambda a: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=place if a.shape == noise.shape else whole
+        ),
+        jax.eval_shape(begin, noise),
     )
     function = jax.jit(partial(pipeline.guided_step, setup.unet, scheduler, layout, guided=guided))
     flops = rows * setup.call_flops(copies=2 if guided else 1)
-    return Program(function, (teacher, state, noise, cond, null, scalar, scalar, scalar), {"teacher": teacher, "batch": cond}, flops, rows)
+    return Program(
+        function,
+        (teacher, state, noise, cond, null, scalar, scalar, scalar),
+        {"teacher": teacher, "batch": cond},
+        flops,
+        rows,
+    )
 
 
 PROGRAMS: Mapping[str, Callable[[ConfigDict, Sequence[Any]], Program]] = {
@@ -200,8 +244,8 @@ def compiled(program: Program) -> Compiled:
         try:
             return Compiled(lowered, executable, executable.as_text(), "", seconds)
         except jax.errors.JaxRuntimeError as error:
-            # jaxlib has the program parsed anew for its text, and a libtpu of another time may write what it does not know. The compiler's
-            # own text needs no parser.
+            # jaxlib has the program parsed anew for its text, and a libtpu of another time may
+            # write what it does not know. The compiler's own text needs no parser.
             found = [path.read_text() for path in Path(folder).glob(WRITTEN)]
             text = max(found, key=len, default="")
             return Compiled(lowered, executable, text, "" if text else _first(error), seconds)
@@ -217,8 +261,12 @@ def _compile(lowered: Any, options: Mapping[str, Any]) -> Any:
         raise DoesNotFit(f"the program does not fit: {_first(error)}", text) from None
 
 
-def measure(program: Program, chip: Chip, devices: int, *, keep: Callable[[Any, Any], None] | None = None) -> dict[str, Any]:
-    """Compile the program and count it: the report as JSON values. `keep` is given what is lowered and what is compiled.
+def measure(
+    program: Program, chip: Chip, devices: int, *, keep: Callable[[Any, Any], None] | None = None
+) -> dict[str, Any]:
+    """Compile the program and count it: the report as JSON values.
+
+    `keep` is given what is lowered and what is compiled.
 
     Raises DoesNotFit, AotError.
     """
@@ -256,11 +304,16 @@ def measure(program: Program, chip: Chip, devices: int, *, keep: Callable[[Any, 
 
 
 def counted(counts: hlo.Counts, program: Program, chip: Chip, devices: int) -> dict[str, Any]:
-    """What the compiled text of one chip says, as JSON values: FLOPs, bytes and the times that they take at least."""
+    """What the compiled text of one chip says, as JSON values: FLOPs, bytes and the times that they
+    take at least.
+    """
     times = {
         "compute": counts.flops / chip.flops,
         "memory": counts.main_bytes / chip.bandwidth,
-        "interconnect": sum(size for kind, size in counts.collectives.items() if kind != hlo.NETWORK) / chip.interconnect,
+        "interconnect": (
+            sum(size for kind, size in counts.collectives.items() if kind != hlo.NETWORK)
+            / chip.interconnect
+        ),
     }
     if hlo.NETWORK in counts.collectives:
         times["network"] = counts.collectives[hlo.NETWORK] / chip.network
@@ -284,7 +337,15 @@ def counted(counts: hlo.Counts, program: Program, chip: Chip, devices: int) -> d
 def gathered(counts: hlo.Counts) -> list[dict[str, Any]]:
     """The all-gathers, largest first: what is gathered, and where it comes from."""
     ranked = sorted(counts.gathers, key=lambda g: -g.bytes * g.times)[:8]
-    return [{"shape": g.shape, "mib": round(g.bytes / 2**20, 3), "times": g.times, "op": g.op_name[-120:]} for g in ranked]
+    return [
+        {
+            "shape": g.shape,
+            "mib": round(g.bytes / 2**20, 3),
+            "times": g.times,
+            "op": g.op_name[-120:],
+        }
+        for g in ranked
+    ]
 
 
 def kinds_of(report: Mapping[str, Any]) -> list[str]:
@@ -298,27 +359,61 @@ def text_of(report: Mapping[str, Any]) -> str:
     gib = ", ".join(f"{kind} {memory[kind]:.2f}" for kind in kinds_of(report))
     verdict = "fits" if report["fits"] else "DOES NOT FIT"
     lines = [
-        f"{report['topology']}: {report['compiled']}, {report['chips']} chips, {report['rows']} rows, {report['rows_a_chip']:g} a chip",
+        (
+            f"{report['topology']}: {report['compiled']}, {report['chips']} chips, {report['rows']}"
+            f" rows, {report['rows_a_chip']:g} a chip"
+        ),
         f"  memory a chip, GiB   {gib}",
         f"                       {memory['needed']:.2f} of {memory['chip']:.0f}: {verdict}",
     ]
     compile_line = f"  compiled in          {report['compile_seconds']:.0f} s"
     if "unread" in report:
-        note = f"  note                 jaxlib cannot read what libtpu compiled ({report['unread']}): no counts and times, only the memory"
-        return "\n".join([*lines, f"  analytic FLOPs       {report['analytic_flops_a_chip']:.4g} a chip", compile_line, note])
-    collectives = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in sorted(report["collective_bytes_a_chip"].items())) or "none"
+        note = (
+            f"  note                 jaxlib cannot read what libtpu compiled ({report['unread']}):"
+            " no counts and times, only the memory"
+        )
+        return "\n".join(
+            [
+                *lines,
+                f"  analytic FLOPs       {report['analytic_flops_a_chip']:.4g} a chip",
+                compile_line,
+                note,
+            ]
+        )
+    collectives = (
+        ", ".join(
+            f"{kind} {size / 2**20:.1f} MiB"
+            for kind, size in sorted(report["collective_bytes_a_chip"].items())
+        )
+        or "none"
+    )
     roofline = ", ".join(f"{name} {value:.1f}" for name, value in report["roofline_ms"].items())
     lines += [
-        f"  FLOPs a chip         {report['flops_a_chip']:.4g}, {report['flops_ratio']:.3f} x the analytic count",
-        f"  bytes a chip         {report['bytes_a_chip']:.4g} through main memory; collectives: {collectives}",
+        (
+            f"  FLOPs a chip         {report['flops_a_chip']:.4g}, {report['flops_ratio']:.3f} x"
+            " the analytic count"
+        ),
+        (
+            f"  bytes a chip         {report['bytes_a_chip']:.4g} through main memory; collectives:"
+            f" {collectives}"
+        ),
         f"  roofline, ms         {roofline}: bound by {report['bound']}",
-        f"  at most              {report['rows_a_second_a_chip_at_most']:g} rows a second a chip, MFU {report['mfu_at_most']:.2f}",
+        (
+            f"  at most              {report['rows_a_second_a_chip_at_most']:g} rows a second a"
+            f" chip, MFU {report['mfu_at_most']:.2f}"
+        ),
         compile_line,
     ]
     if report["unknown_loops"]:
-        lines.append(f"  note                 {report['unknown_loops']} loops of unknown length were counted once")
+        lines.append(
+            f"  note                 {report['unknown_loops']} loops of unknown length were counted"
+            " once"
+        )
     for gather in report["gathered"][:3]:
-        lines.append(f"  gathered             {gather['shape']} {gather['mib']:.1f} MiB x {gather['times']:g}")
+        lines.append(
+            f"  gathered             {gather['shape']} {gather['mib']:.1f} MiB x"
+            f" {gather['times']:g}"
+        )
     return "\n".join(lines)
 
 
@@ -328,7 +423,8 @@ def knobs(config: ConfigDict) -> str:
     if config.compute.remat != "full":
         found.append("config.compute.remat=full")
     found.append(
-        f"config.student.batch_size below {config.student.batch_size}, or config.student.accumulate above {config.student.accumulate}"
+        f"config.student.batch_size below {config.student.batch_size}, or config.student.accumulate"
+        f" above {config.student.accumulate}"
     )
     found.append("config.mesh.fsdp above " + str(config.mesh.fsdp))
     if config.compute.attention in ("auto", "plain"):
@@ -338,8 +434,12 @@ def knobs(config: ConfigDict) -> str:
     return "; ".join(found)
 
 
-def search(make: Callable[[int], Program], chip: Chip, devices: int, step: int, limit: int = 1024) -> tuple[int, dict[str, Any] | None]:
-    """The most rows a chip, in multiples of `step`, that fit, with their report; (0, None) where not even `step` do."""
+def search(
+    make: Callable[[int], Program], chip: Chip, devices: int, step: int, limit: int = 1024
+) -> tuple[int, dict[str, Any] | None]:
+    """The most rows a chip, in multiples of `step`, that fit, with their report; (0, None) where
+    not even `step` do.
+    """
 
     def attempt(rows: int) -> dict[str, Any] | None:
         try:
@@ -364,10 +464,17 @@ def search(make: Callable[[int], Program], chip: Chip, devices: int, step: int, 
     return best, found
 
 
-def plan(config: ConfigDict, name: str, *, find: bool, slices: int, program: str = "step", save: str = "") -> dict[str, Any]:
-    """The report of one of PROGRAMS on a topology; `save` is a file for the program. Raises ValueError, AotError, DoesNotFit, OSError."""
+def plan(
+    config: ConfigDict, name: str, *, find: bool, slices: int, program: str = "step", save: str = ""
+) -> dict[str, Any]:
+    """The report of one of PROGRAMS on a topology; `save` is a file for the program.
+
+    Raises ValueError, AotError, DoesNotFit, OSError.
+    """
     if config.get("task") != "text_to_image":
-        raise AotError("jaxdistill.aot plans text-to-image configs, as configs/tpu_v4.py or configs/sd15.py")
+        raise AotError(
+            "jaxdistill.aot plans text-to-image configs, as configs/tpu_v4.py or configs/sd15.py"
+        )
     chip, devices = topology(name, slices=slices)
 
     def make(rows: int) -> Program:
@@ -380,7 +487,10 @@ def plan(config: ConfigDict, name: str, *, find: bool, slices: int, program: str
         rows, report = search(make, chip, len(devices), step)
         if report is None:
             raise DoesNotFit(f"not even {step} rows a chip fit on {name}", "")
-        print(f"the largest batch: {rows} rows a chip, config.student.batch_size = {rows * len(devices)}")
+        print(
+            f"the largest batch: {rows} rows a chip, config.student.batch_size ="
+            f" {rows * len(devices)}"
+        )
     else:
         found = make(config.student.batch_size)
         mesh = jax.tree.leaves(found.arguments)[0].sharding.mesh
@@ -389,21 +499,33 @@ def plan(config: ConfigDict, name: str, *, find: bool, slices: int, program: str
             saved_program.save(save, lowered, executable, mesh, json.loads(config.to_json()))
 
         report = measure(found, chip, mesh.size, keep=keep if save else None)
-    return {"topology": name if slices == 1 else f"{slices} x {name}", "compiled": program, **report}
+    return {
+        "topology": name if slices == 1 else f"{slices} x {name}",
+        "compiled": program,
+        **report,
+    }
 
 
 TOPOLOGY = flags.DEFINE_string("topology", None, f"CHIP:SHAPE, as {KNOWN}.")
-SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data-center network.")
+SLICES = flags.DEFINE_integer(
+    "slices", 1, "Slices of that topology, joined by the data-center network."
+)
 JSON = flags.DEFINE_string("json", None, "File for the report as JSON.")
 PROGRAM = flags.DEFINE_enum(
     "program",
     "step",
     list(PROGRAMS),
-    "The train step; the student's sampler of config.student.batch_size images, decoded; or a step of the teacher's images, "
-    "config.log.batch_size a chip, of the chips of one host.",
+    "The train step; the student's sampler of config.student.batch_size images, decoded; or a step"
+    " of the teacher's images, config.log.batch_size a chip, of the chips of one host.",
 )
-SAVE = flags.DEFINE_string("save", None, "File for the compiled train step, which runs on such a slice take as config.compute.program.")
-SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch a chip that fits; compiles several times.")
+SAVE = flags.DEFINE_string(
+    "save",
+    None,
+    "File for the compiled train step, which runs on such a slice take as config.compute.program.",
+)
+SEARCH = flags.DEFINE_bool(
+    "search", False, "Find the largest batch a chip that fits; compiles several times."
+)
 
 
 def cli() -> None:
@@ -419,7 +541,8 @@ def cli() -> None:
         main.fail("--save keeps a run's train step: leave out --search and --program")
     if SEARCH.value and PROGRAM.value == "teacher":
         main.fail(
-            "--search looks for config.student.batch_size: leave it out, and set --config.log.batch_size, the teacher's images a chip"
+            "--search looks for config.student.batch_size: leave it out, and set"
+            " --config.log.batch_size, the teacher's images a chip"
         )
     if SLICES.value < 1:
         main.fail(f"--slices must be at least 1, got {SLICES.value}")
@@ -428,7 +551,14 @@ def cli() -> None:
     try:
         if in_bucket:
             checkpoint.reach(SAVE.value.rpartition("/")[0], f"--save={SAVE.value}")
-        report = plan(config, TOPOLOGY.value, find=SEARCH.value, slices=SLICES.value, program=PROGRAM.value, save=SAVE.value or "")
+        report = plan(
+            config,
+            TOPOLOGY.value,
+            find=SEARCH.value,
+            slices=SLICES.value,
+            program=PROGRAM.value,
+            save=SAVE.value or "",
+        )
     except DoesNotFit as error:
         print(f"error: {error}; {knobs(config)}", file=sys.stderr)
         print("\n".join(largest_buffers(error.report)), file=sys.stderr)
@@ -439,25 +569,44 @@ def cli() -> None:
         main.fail(str(error))
     print(text_of(report))
     if JSON.value:
-        whole = {"command": shlex.join(["python", "-m", "jaxdistill.aot", *sys.argv[1:]]), **report, "config": json.loads(config.to_json())}
+        whole = {
+            "command": shlex.join(["python", "-m", "jaxdistill.aot", *sys.argv[1:]]),
+            **report,
+            "config": json.loads(config.to_json()),
+        }
         checkpoint.write_json(Path(JSON.value), whole)
     if not report["fits"]:
         largest = sorted(kinds_of(report), key=lambda kind: -report["memory_gib"][kind])
-        print("\n".join(f"  {kind}: {report['memory_gib'][kind]:.2f} GiB" for kind in largest), file=sys.stderr)
-        print(f"error: {report['memory_gib']['needed']} GiB a chip do not fit; {knobs(config)}", file=sys.stderr)
+        print(
+            "\n".join(f"  {kind}: {report['memory_gib'][kind]:.2f} GiB" for kind in largest),
+            file=sys.stderr,
+        )
+        print(
+            f"error: {report['memory_gib']['needed']} GiB a chip do not fit; {knobs(config)}",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 
 def largest_buffers(report: str, count: int = 8) -> list[str]:
-    """The lines of the compiler's out-of-memory report that name the largest buffers; its first lines where it names none."""
+    """The lines of the compiler's out-of-memory report that name the largest buffers; its first
+    lines where it names none.
+    """
     lines = [line.strip() for line in report.splitlines() if line.strip()]
     sizes = [i for i, line in enumerate(lines) if line.startswith("Size:")]
     if not sizes:
-        return [f"  {line[:200]}" for line in lines[1 : 1 + count] if "Traceback" not in line and "traceback" not in line]
+        return [
+            f"  {line[:200]}"
+            for line in lines[1 : 1 + count]
+            if "Traceback" not in line and "traceback" not in line
+        ]
     found = []
     for i in sizes[:count]:
         near = lines[i : i + 8]
-        shape, source = (next((line for line in near if line.startswith(word)), "") for word in ("Shape:", "Operator:"))
+        shape, source = (
+            next((line for line in near if line.startswith(word)), "")
+            for word in ("Shape:", "Operator:")
+        )
         found.append("  " + "  ".join(part[:120] for part in (lines[i], shape, source) if part))
     return found
 

@@ -1,7 +1,9 @@
-"""`python -m jaxdistill.benchmark --config=configs/benchmark.py --workdir=DIR`: few-step methods on one teacher, one table.
+"""`python -m jaxdistill.benchmark --config=configs/benchmark.py --workdir=DIR`: few-step methods on
+one teacher, one table.
 
-Text to image on scenes. Every method gets the same budget in network calls and the same batch; a killed benchmark goes on where it
-stopped, and finished students are not trained again. On a CPU several processes share the work, each on its own cores (`--processes`).
+Text to image on scenes. Every method gets the same budget in network calls and the same batch; a
+killed benchmark goes on where it stopped, and finished students are not trained again. On a CPU
+several processes share the work, each on its own cores (`--processes`).
 """
 
 import json
@@ -37,7 +39,13 @@ from jaxdistill.run.workdir import train_phase
 from jaxdistill.tasks.labelled_images.data import DataError, fashion_mnist
 from jaxdistill.tasks.labelled_images.experiment import flatten, make_optimizer, student_of
 from jaxdistill.tasks.scenes import scenes
-from jaxdistill.tasks.scenes.recognise import SCALE_IMAGES, SceneEvaluator, SceneRecogniser, train_recogniser, unit
+from jaxdistill.tasks.scenes.recognise import (
+    SCALE_IMAGES,
+    SceneEvaluator,
+    SceneRecogniser,
+    train_recogniser,
+    unit,
+)
 from jaxdistill.train import TrainState, everything, gradient_of
 
 SHAPE = (scenes.SIDE, scenes.SIDE, 3)
@@ -53,24 +61,44 @@ Stream = Callable[[int], dict[str, Any]]
 
 
 class SceneBatches:
-    """An endless shuffled stream of {"x0" float32 [b, h, w, c] in [-1, 1], "cond"}; batch i depends on (seed, i) alone."""
+    """An endless shuffled stream of {"x0" float32 [b, h, w, c] in [-1, 1], "cond"}; batch i depends
+    on (seed, i) alone.
+    """
 
     def __init__(self, source: Any, embeddings: Embed, batch_size: int, seed: int) -> None:
         self._embeddings = embeddings
-        self._batches = grain.MapDataset.source(source).shuffle(seed=seed).repeat().batch(batch_size, batch_fn=list)
+        self._batches = (
+            grain.MapDataset.source(source)
+            .shuffle(seed=seed)
+            .repeat()
+            .batch(batch_size, batch_fn=list)
+        )
 
     def __call__(self, i: int) -> dict[str, Any]:
         """Batch i."""
         items = self._batches[i]
         images = np.stack([item["image"] for item in items])
-        return {"x0": images.astype(np.float32) / 127.5 - 1.0, "cond": self._embeddings([caption_of(item) for item in items])}
+        return {
+            "x0": images.astype(np.float32) / 127.5 - 1.0,
+            "cond": self._embeddings([caption_of(item) for item in items]),
+        }
 
 
 class PairBatches:
-    """An endless stream of {"noise", "target" [b, h, w, c], "x0", "cond"} from stored pairs, shuffled by `seed`."""
+    """An endless stream of {"noise", "target" [b, h, w, c], "x0", "cond"} from stored pairs,
+    shuffled by `seed`.
+    """
 
-    def __init__(self, targets: np.ndarray, captions: Sequence[str], embeddings: Embed, size: int, seed: int) -> None:
-        self._targets, self._captions, self._embeddings, self._size, self._seed = targets, captions, embeddings, size, seed
+    def __init__(
+        self, targets: np.ndarray, captions: Sequence[str], embeddings: Embed, size: int, seed: int
+    ) -> None:
+        self._targets, self._captions, self._embeddings, self._size, self._seed = (
+            targets,
+            captions,
+            embeddings,
+            size,
+            seed,
+        )
 
     def __call__(self, i: int) -> dict[str, Any]:
         """Batch i."""
@@ -79,7 +107,12 @@ class PairBatches:
         rows = np.resize(order[(i % per_epoch) * self._size :], self._size)
         noise = np.asarray(pair_noise(rows))
         targets = self._targets[rows]
-        return {"noise": noise, "target": targets, "x0": targets, "cond": self._embeddings([self._captions[int(r)] for r in rows])}
+        return {
+            "noise": noise,
+            "target": targets,
+            "x0": targets,
+            "cond": self._embeddings([self._captions[int(r)] for r in rows]),
+        }
 
 
 def flops_of(function: Any, *inputs: Any) -> float:
@@ -99,7 +132,9 @@ def caption_of(item: Mapping[str, Any]) -> str:
 
 
 class Benchmark:
-    """One teacher and its students in one workdir; data, recogniser and teacher may come from `config.base`, another's workdir."""
+    """One teacher and its students in one workdir; data, recogniser and teacher may come from
+    `config.base`, another's workdir.
+    """
 
     def __init__(self, config: ConfigDict, workdir: Path, stop: loop.StopSignal) -> None:
         self.config, self.workdir, self.stop = config, workdir, stop
@@ -110,13 +145,24 @@ class Benchmark:
         self.constrain = partition.constrain_batch(self.layout.mesh)
         encoder = sentence_encoder.load(config.text.folder)
         with self.claim("scenes", folder=self.caches):
-            self.sources = scenes.open_scenes(config.data.source, self.caches / "scenes", scale=config.data.scale)
-            self.captions = {split: [caption_of(item) for item in source] for split, source in self.sources.items()}
+            self.sources = scenes.open_scenes(
+                config.data.source, self.caches / "scenes", scale=config.data.scale
+            )
+            self.captions = {
+                split: [caption_of(item) for item in source]
+                for split, source in self.sources.items()
+            }
             everything = [c for captions in self.captions.values() for c in captions]
             self.embeddings = sentence_encoder.cached_embeddings(
-                encoder, everything, self.caches / "text", length=config.text.length, watch=partial(self.watched, "captions")
+                encoder,
+                everything,
+                self.caches / "text",
+                length=config.text.length,
+                watch=partial(self.watched, "captions"),
             )
-        self.setting = setting_of(config, self.constrain, {"sha256": encoder.hash, "length": config.text.length})
+        self.setting = setting_of(
+            config, self.constrain, {"sha256": encoder.hash, "length": config.text.length}
+        )
         self.model, self.schedule = self.setting.model, self.setting.schedule
         self.null_cond: Any = self.setting.null_cond
         self.target = card.PREDICTIONS[config.prediction][1]
@@ -128,9 +174,11 @@ class Benchmark:
 
     @contextmanager
     def claim(self, name: str, *, folder: Path | None = None, wait: bool = True) -> Iterator[bool]:
-        """Whether this process has `name` to itself inside the block: at once, or with `wait` as soon as no other has it.
+        """Whether this process has `name` to itself inside the block: at once, or with `wait` as
+        soon as no other has it.
 
-        The system ends the claim of a process that dies. Raises `loop.Stopped` where a signal comes while it waits.
+        The system ends the claim of a process that dies. Raises `loop.Stopped` where a signal comes
+        while it waits.
         """
         folder = (folder or self.workdir) / "claims"
         folder.mkdir(exist_ok=True)
@@ -152,18 +200,27 @@ class Benchmark:
             lock.release()
 
     def heed_stop(self) -> None:
-        """Raise `loop.Stopped` after a signal: where no training step would see it. What is finished is kept."""
+        """Raise `loop.Stopped` after a signal: where no training step would see it.
+
+        What is finished is kept.
+        """
         if self.stop.received:
-            raise loop.Stopped(f"stopped by {self.stop.received}; start the same command again to go on")
+            raise loop.Stopped(
+                f"stopped by {self.stop.received}; start the same command again to go on"
+            )
 
     def watched(self, name: str, steps: Iterable[int]) -> Iterator[int]:
-        """The steps of a long work, with a progress bar where it takes more than ten seconds, ended by a signal."""
+        """The steps of a long work, with a progress bar where it takes more than ten seconds, ended
+        by a signal.
+        """
         for step in loop.tqdm(steps, desc=name, mininterval=10, delay=10):
             self.heed_stop()
             yield step
 
     def share(self, tasks: Mapping[str, Callable[[], None]]) -> None:
-        """Do the tasks that no other process is at; then those that others were at, which is nothing where they finished them."""
+        """Do the tasks that no other process is at; then those that others were at, which is
+        nothing where they finished them.
+        """
         others = []
         for name, task in tasks.items():
             with self.claim(name, wait=False) as mine:
@@ -179,22 +236,30 @@ class Benchmark:
 
     def labels(self, split: str, count: int) -> np.ndarray:
         """Labels int [count, 5] of the split's first captions."""
-        return np.stack([self.sources[split][i]["labels"] for i in range(min(count, len(self.sources[split])))])
+        return np.stack(
+            [self.sources[split][i]["labels"] for i in range(min(count, len(self.sources[split])))]
+        )
 
     def images(self, split: str, count: int) -> np.ndarray:
         """uint8 [count, h, w, 3], the split's first."""
-        return np.stack([self.sources[split][i]["image"] for i in range(min(count, len(self.sources[split])))])
+        return np.stack(
+            [self.sources[split][i]["image"] for i in range(min(count, len(self.sources[split])))]
+        )
 
     def recogniser(self) -> SceneRecogniser:
         """Trained at the first start, then read from the workdir."""
         block, folder = self.config.recogniser, self.base / "recogniser"
         size: dict[str, Any] = {"channels": tuple(block.channels), "features": block.features}
         if (folder / "card.json").exists():
-            return SceneRecogniser(checkpoint.load_export(folder)[0], unit(self.images("train", SCALE_IMAGES)), **size)
+            return SceneRecogniser(
+                checkpoint.load_export(folder)[0], unit(self.images("train", SCALE_IMAGES)), **size
+            )
         print("recogniser: training", flush=True)
         # On every composition: one that never saw a pair would call its garment by its colour.
         garments = fashion_mnist(self.config.data.source).train
-        images, labels = scenes.every_composition(scenes.make_sprites(garments.images, garments.labels), len(self.sources["train"]), 0)
+        images, labels = scenes.every_composition(
+            scenes.make_sprites(garments.images, garments.labels), len(self.sources["train"]), 0
+        )
         made = train_recogniser(
             images,
             labels,
@@ -205,7 +270,14 @@ class Benchmark:
             **size,
         )
         checkpoint.export(
-            folder, made.params, {"format": card.FORMAT, "role": "recogniser", "hash": made.hash, "recogniser": block.to_dict()}
+            folder,
+            made.params,
+            {
+                "format": card.FORMAT,
+                "role": "recogniser",
+                "hash": made.hash,
+                "recogniser": block.to_dict(),
+            },
         )
         return made
 
@@ -217,7 +289,9 @@ class Benchmark:
         sprites = scenes.make_sprites(part.images, part.labels)
         rng = np.random.default_rng(1)
         parsed = [scenes.parse(c) for c in self.captions[split][: ev.diversity_captions]]
-        real = np.stack([scenes.render(scene, sprites, rng) for scene in parsed for _ in range(ev.repeats)])
+        real = np.stack(
+            [scenes.render(scene, sprites, rng) for scene in parsed for _ in range(ev.repeats)]
+        )
         return SceneEvaluator(
             recogniser,
             unit(self.images(split, len(self.sources[split]))),
@@ -227,7 +301,14 @@ class Benchmark:
             spread=class_spread(unit(real), np.arange(len(real)) // ev.repeats),
         )
 
-    def score(self, evaluator: SceneEvaluator, key: Mapping[str, Any], program: Any, params: Any, grid: np.ndarray) -> dict[str, Any]:
+    def score(
+        self,
+        evaluator: SceneEvaluator,
+        key: Mapping[str, Any],
+        program: Any,
+        params: Any,
+        grid: np.ndarray,
+    ) -> dict[str, Any]:
         """Sample with the split's captions, score, and keep the first images."""
         ev = self.config.eval
         split, count = ev.split, ev.samples
@@ -241,19 +322,32 @@ class Benchmark:
         path.parent.mkdir(exist_ok=True)
         np.save(path, (images[:PICTURED] * 255.0 + 0.5).astype(np.uint8))
         unseen = draw(self.captions["unseen"][: min(count, ev.unseen)], ev.seed + 1)
-        repeated = draw([c for c in self.captions[split][: ev.diversity_captions] for _ in range(ev.repeats)], ev.seed + 2)
+        repeated = draw(
+            [c for c in self.captions[split][: ev.diversity_captions] for _ in range(ev.repeats)],
+            ev.seed + 2,
+        )
         scores = evaluator(images, unseen, repeated)._asdict()
-        return {k: None if np.isnan(v) else round(v, 5) for k, v in scores.items()} | {"images_per_second": round(rate, 1)}
+        return {k: None if np.isnan(v) else round(v, 5) for k, v in scores.items()} | {
+            "images_per_second": round(rate, 1)
+        }
 
     # -- sampling
 
-    def draw(self, program: Any, params: Any, grid: np.ndarray, captions: Sequence[str], seed: int) -> np.ndarray:
-        """Images [n, h, w, c] in [0, 1] of the captions, in blocks of config.eval.batch_size; image i has noise (seed, i)."""
+    def draw(
+        self, program: Any, params: Any, grid: np.ndarray, captions: Sequence[str], seed: int
+    ) -> np.ndarray:
+        """Images [n, h, w, c] in [0, 1] of the captions, in blocks of config.eval.batch_size; image
+        i has noise (seed, i).
+        """
         block, out = self.config.eval.batch_size, []
         for i in self.watched("images", range(0, len(captions), block)):
             rows = list(captions[i : i + block])
             cond = self.embeddings(rows + [rows[-1]] * (block - len(rows)))
-            out.append(np.asarray(program(params, card.draw_noise(seed, i, block, SHAPE), cond, jnp.asarray(grid)))[: len(rows)])
+            out.append(
+                np.asarray(
+                    program(params, card.draw_noise(seed, i, block, SHAPE), cond, jnp.asarray(grid))
+                )[: len(rows)]
+            )
         return np.concatenate(out)
 
     def denoiser(self, params: Any, cond: Any, guidance: float = 1.0) -> Denoiser:
@@ -261,11 +355,15 @@ class Benchmark:
         return self.setting.network.guided(params, cond, self.null_cond, guidance)
 
     def sample_fn(self, sampler: card.Sampler, *, guidance: float = 1.0) -> Any:
-        """(params, noise [b, h, w, c], cond, grid [n]) -> images [b, h, w, c] in [0, 1], jitted once for all that ask."""
+        """(params, noise [b, h, w, c], cond, grid [n]) -> images [b, h, w, c] in [0, 1], jitted
+        once for all that ask.
+        """
         block = sampler.card["sampler"]
         key = (guidance, block["solver"], block["noise_correction"])
         if key not in self.programs:
-            self.programs[key] = jax.jit(partial(sampler.sample, guidance=guidance, correct_noise=block["noise_correction"]))
+            self.programs[key] = jax.jit(
+                partial(sampler.sample, guidance=guidance, correct_noise=block["noise_correction"])
+            )
         return self.programs[key]
 
     # -- teacher
@@ -273,13 +371,21 @@ class Benchmark:
     def teacher_sampler(self, solver: str = "ddim") -> card.Sampler:
         """The teacher's sampler with its card."""
         block = self.config.teacher
-        sampler = {"solver": solver, "grid": block.grid, "steps": block.steps, "guidance": block.guidance, "noise_correction": False}
+        sampler = {
+            "solver": solver,
+            "grid": block.grid,
+            "steps": block.steps,
+            "guidance": block.guidance,
+            "noise_correction": False,
+        }
         return card.build_sampler(self.setting.export_card("teacher", sampler))
 
     def init_params(self, seed: int) -> Any:
         """Fresh parameters."""
         cond = self.embeddings(self.captions["train"][:1])
-        return jax.jit(self.model.init)(jax.random.key(seed), jnp.zeros((1, *SHAPE)), jnp.zeros((1,)), cond)
+        return jax.jit(self.model.init)(
+            jax.random.key(seed), jnp.zeros((1, *SHAPE)), jnp.zeros((1,)), cond
+        )
 
     def teacher(self, evaluator: SceneEvaluator) -> Any:
         """The teacher's parameters, from its export or trained."""
@@ -298,7 +404,9 @@ class Benchmark:
         tx = make_optimizer(config)
         sampler = self.teacher_sampler()
         program = self.sample_fn(sampler, guidance=config.guidance)
-        health = self.health("teacher", evaluator, program, [sampler.grid(self.config.log.teacher_steps)])
+        health = self.health(
+            "teacher", evaluator, program, [sampler.grid(self.config.log.teacher_steps)]
+        )
         batches = SceneBatches(self.sources["train"], self.embeddings, config.batch_size, 0)
         state = self.train(
             "teacher",
@@ -316,7 +424,9 @@ class Benchmark:
         checkpoint.export(folder, state.ema_params, sampler.card)
         return jax.tree.map(np.asarray, state.ema_params)
 
-    def health(self, name: str, evaluator: SceneEvaluator, program: Any, grids: Sequence[np.ndarray]) -> loop.HealthFn:
+    def health(
+        self, name: str, evaluator: SceneEvaluator, program: Any, grids: Sequence[np.ndarray]
+    ) -> loop.HealthFn:
         """FD and all-right on validation captions, and a picture, for each grid."""
         count = self.config.log.health_samples
         captions = self.captions["validation"][:count]
@@ -331,7 +441,11 @@ class Benchmark:
                 pictures.append(images[:20])
             text = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
             main.say(f"health  {name} {step}: {text} on validation ({count} images)")
-            report.save_grid(self.workdir / "samples" / f"{name.replace('/', '-')}_{step:07d}.png", np.concatenate(pictures), columns=20)
+            report.save_grid(
+                self.workdir / "samples" / f"{name.replace('/', '-')}_{step:07d}.png",
+                np.concatenate(pictures),
+                columns=20,
+            )
             return numbers
 
         return report_health
@@ -382,25 +496,37 @@ class Benchmark:
 
     def make(self, name: str) -> Callable[[int], Method]:
         """Iterations of a stage with share 1 -> Method. Raises ValueError for an unknown name."""
-        return partial(choose_method(self.config, name), self.setting, self.config.method_settings[name])
+        return partial(
+            choose_method(self.config, name), self.setting, self.config.method_settings[name]
+        )
 
     # -- students
 
     def calls_per_step(self, stage: Stage, batch: Any, teacher: Any, params: Any) -> float:
-        """The cost of one iteration in network calls on its batch: FLOPs of loss and gradient over those of one forward call.
+        """The cost of one iteration in network calls on its batch: FLOPs of loss and gradient over
+        those of one forward call.
 
-        Loops are unrolled in the methods' losses, so that the compiler's count holds them whole. The inputs are placed as in training,
-        which then has no need to trace the loss again.
+        Loops are unrolled in the methods' losses, so that the compiler's count holds them whole.
+        The inputs are placed as in training, which then has no need to trace the loss again.
         """
         layout, key = self.layout, jax.random.key(0)
         if not self.call_flops:
             t = jnp.ones((len(batch["x0"]),))
-            self.call_flops = flops_of(self.setting.network.apply, params["student"], batch["x0"], t, batch["cond"])
-        inputs = layout.describe(params), layout.describe(teacher), partition.put_batch(batch, layout.mesh), layout.place(key)
+            self.call_flops = flops_of(
+                self.setting.network.apply, params["student"], batch["x0"], t, batch["cond"]
+            )
+        inputs = (
+            layout.describe(params),
+            layout.describe(teacher),
+            partition.put_batch(batch, layout.mesh),
+            layout.place(key),
+        )
         return flops_of(gradient_of(stage.loss), *inputs) / self.call_flops
 
     def group_params(self, stage: Stage, student: Any, teacher: Any, seed: int) -> dict[str, Any]:
-        """Start of each group: the student where it stands, a target or a fake score as the teacher, fresh heads."""
+        """Start of each group: the student where it stands, a target or a fake score as the
+        teacher, fresh heads.
+        """
         params: dict[str, Any] = {}
         for group in stage.groups:
             if group == "discriminator":
@@ -411,20 +537,30 @@ class Benchmark:
                     states = self.setting.features(*inputs)
                     return pair_states(states, states) if stage.pair_states else states
 
-                params[group] = fresh_heads(self.setting.heads, jax.random.key(seed + 2), states_of, *inputs, cond=None)
+                params[group] = fresh_heads(
+                    self.setting.heads, jax.random.key(seed + 2), states_of, *inputs, cond=None
+                )
             else:
                 params[group] = jax.tree.map(jnp.array, teacher if group == "fake" else student)
         return params
 
     def pairs(self, teacher: Any, pairs: Pairs) -> tuple[np.ndarray, list[str]]:
-        """Teacher images in [-1, 1] from noises and train captions, made once: as many as their share of the budget pays for."""
+        """Teacher images in [-1, 1] from noises and train captions, made once: as many as their
+        share of the budget pays for.
+        """
         block, student = self.config.teacher, self.config.student
         calls = pairs.steps * (1 if block.guidance == 1.0 else 2)
         count = int(pairs.share * student.budget * student.batch_size / calls)
         if count < 1:
-            raise ValueError(f"pairs_share = {pairs.share:g} of the budget does not pay for one image of {calls} network calls; raise it")
+            raise ValueError(
+                f"pairs_share = {pairs.share:g} of the budget does not pay for one image of {calls}"
+                " network calls; raise it"
+            )
         # Named by the sampler: variants on one base may have others.
-        path = self.caches / f"pairs-{count}-{pairs.solver}-{block.grid}-{pairs.steps}-{block.guidance:g}.npy"
+        path = (
+            self.caches
+            / f"pairs-{count}-{pairs.solver}-{block.grid}-{pairs.steps}-{block.guidance:g}.npy"
+        )
         captions = [self.captions["train"][i % len(self.captions["train"])] for i in range(count)]
         with self.claim("pairs", folder=self.caches):
             if not path.exists():
@@ -440,7 +576,9 @@ class Benchmark:
                 temporary.replace(path)
         return np.load(path), captions
 
-    def student(self, name: str, seed: int, teacher: Any, evaluator: SceneEvaluator) -> dict[int, Any]:
+    def student(
+        self, name: str, seed: int, teacher: Any, evaluator: SceneEvaluator
+    ) -> dict[int, Any]:
         """{step count: parameters} of one method, trained or from the exports."""
         config, method = self.config, self.make(name)(1)
         current, result = teacher, dict[int, Any]()
@@ -451,21 +589,42 @@ class Benchmark:
         for i, stage in enumerate(method.stages):
             label = f"{name}-{seed}" + (f"-{stage.name}" if stage.name else "")
             folder = self.workdir / "students" / label
-            previous = {"teacher": teacher, "previous": current, "both": {"original": teacher, "previous": current}}[stage.teacher]
+            previous = {
+                "teacher": teacher,
+                "previous": current,
+                "both": {"original": teacher, "previous": current},
+            }[stage.teacher]
             if (folder / "card.json").exists():
                 current = checkpoint.load_export(folder)[0]
             else:
-                batches: Stream = SceneBatches(self.sources["train"], self.embeddings, size, seed + 1)
+                batches: Stream = SceneBatches(
+                    self.sources["train"], self.embeddings, size, seed + 1
+                )
                 if stage.data == "pairs":
                     targets, captions = pairs
                     batches = PairBatches(targets, captions, self.embeddings, size, seed)
                 params = self.group_params(stage, current, teacher, seed)
                 cost = self.calls_per_step(stage, batches(0), previous, params)
-                iterations = max(1, int(stage.share * (1 - (method.pairs.share if method.pairs else 0)) * config.student.budget / cost))
-                stage = self.make(name)(iterations).stages[i]._replace(loss=stage.loss)  # which has been traced
+                iterations = max(
+                    1,
+                    int(
+                        stage.share
+                        * (1 - (method.pairs.share if method.pairs else 0))
+                        * config.student.budget
+                        / cost
+                    ),
+                )
+                stage = (
+                    self.make(name)(iterations).stages[i]._replace(loss=stage.loss)
+                )  # which has been traced
                 main.say(f"{label}: {cost:.1f} network calls an iteration, {iterations} iterations")
                 program, grid = self.sample_fn(method.sampler), method.sampler.grid
-                health = self.health(label, evaluator, program, [grid(n) for n in stage.serves or (max(config.student.steps),)])
+                health = self.health(
+                    label,
+                    evaluator,
+                    program,
+                    [grid(n) for n in stage.serves or (max(config.student.steps),)],
+                )
                 every = max(1, iterations // 4)
                 state = self.train(
                     label,
@@ -481,11 +640,18 @@ class Benchmark:
                     health,
                     student_of,
                 )
-                about = {"method": name, "seed": seed, "calls_an_iteration": round(cost, 2), "iterations": iterations}
+                about = {
+                    "method": name,
+                    "seed": seed,
+                    "calls_an_iteration": round(cost, 2),
+                    "iterations": iterations,
+                }
                 block = dict(method.sampler.card["sampler"])
                 if stage.serves and block["steps"] not in stage.serves:
                     block["steps"] = max(stage.serves)
-                checkpoint.export(folder, state.ema_params, {**method.sampler.card, "sampler": block, **about})
+                checkpoint.export(
+                    folder, state.ema_params, {**method.sampler.card, "sampler": block, **about}
+                )
                 current = jax.tree.map(np.asarray, state.ema_params)
             result |= {n: current for n in stage.serves}
         return dict(sorted(result.items()))
@@ -501,7 +667,11 @@ class Benchmark:
         """How many students are still to be trained or scored."""
         path = self.workdir / "rows.json"
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        return sum(not self.scored(rows, name, seed) for name in self.config.methods for seed in self.config.seeds)
+        return sum(
+            not self.scored(rows, name, seed)
+            for name in self.config.methods
+            for seed in self.config.seeds
+        )
 
     def prepare(self) -> tuple[SceneRecogniser, SceneEvaluator, Any]:
         """Recogniser, scores on validation, the teacher's parameters: trained at the first start."""
@@ -510,8 +680,14 @@ class Benchmark:
             validation = self.evaluator(recogniser, "validation")
             return recogniser, validation, self.teacher(validation)
 
-    def run(self, prepared: tuple[SceneRecogniser, SceneEvaluator, Any] | None = None, *, helper: bool = False) -> dict[str, Any]:
-        """Teacher, students, scores, files; a `helper` leaves the files to another process, and its result is empty.
+    def run(
+        self,
+        prepared: tuple[SceneRecogniser, SceneEvaluator, Any] | None = None,
+        *,
+        helper: bool = False,
+    ) -> dict[str, Any]:
+        """Teacher, students, scores, files; a `helper` leaves the files to another process, and its
+        result is empty.
 
         `prepared` is what `prepare` gave, where it has been called.
         """
@@ -529,13 +705,21 @@ class Benchmark:
         }
 
         def known_rows() -> list[Any]:
-            stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"protocol": protocol, "rows": []}
+            stored: dict[str, Any] = (
+                json.loads(path.read_text())
+                if path.exists()
+                else {"protocol": protocol, "rows": []}
+            )
             if stored["protocol"] != protocol:
-                raise main.UserError(f"{path} holds rows of another protocol ({stored['protocol']}); remove it or use another workdir")
+                raise main.UserError(
+                    f"{path} holds rows of another protocol ({stored['protocol']}); remove it or"
+                    " use another workdir"
+                )
             unknown = {row["method"] for row in stored["rows"]} - {"teacher", *config.methods}
             if unknown:
                 raise main.UserError(
-                    f"{path} holds rows of {sorted(unknown)[0]}, which config.methods does not name; take them out or add it"
+                    f"{path} holds rows of {sorted(unknown)[0]}, which config.methods does not"
+                    " name; take them out or add it"
                 )
             return stored["rows"]
 
@@ -544,7 +728,9 @@ class Benchmark:
                 row = {**key, **make()}
                 main.say("  " + ", ".join(f"{k} {v}" for k, v in row.items()))
                 with self.claim("rows"):
-                    checkpoint.write_json(path, {"protocol": protocol, "rows": [*known_rows(), row]})
+                    checkpoint.write_json(
+                        path, {"protocol": protocol, "rows": [*known_rows(), row]}
+                    )
 
         def score_teacher(guidance: float, count: int) -> None:
             sampler = self.teacher_sampler()
@@ -560,20 +746,39 @@ class Benchmark:
             program = self.sample_fn(method.sampler)
             for count, params in students.items():
                 key = {"method": name, "seed": seed, "steps": count, "guidance": 1.0}
-                add_row(key, partial(self.score, evaluator, key, program, params, method.sampler.grid(count)))
+                add_row(
+                    key,
+                    partial(
+                        self.score, evaluator, key, program, params, method.sampler.grid(count)
+                    ),
+                )
 
         known_rows()
         guidances = dict.fromkeys((config.teacher.guidance, *config.eval.guidances))
-        samplers = [(g, config.teacher.steps) for g in guidances] + [(config.teacher.guidance, n) for n in config.student.steps]
-        tasks = {f"teacher-{guidance:g}-{count}": partial(score_teacher, guidance, count) for guidance, count in samplers}
-        self.share(tasks | {f"{name}-{seed}": partial(make_student, name, seed) for seed in config.seeds for name in config.methods})
+        samplers = [(g, config.teacher.steps) for g in guidances] + [
+            (config.teacher.guidance, n) for n in config.student.steps
+        ]
+        tasks = {
+            f"teacher-{guidance:g}-{count}": partial(score_teacher, guidance, count)
+            for guidance, count in samplers
+        }
+        self.share(
+            tasks
+            | {
+                f"{name}-{seed}": partial(make_student, name, seed)
+                for seed in config.seeds
+                for name in config.methods
+            }
+        )
         if helper:
             return {}
         rows = self.in_order(known_rows())
         seconds = self.workdir / "seconds.json"
         results = {
             "rows": rows,
-            "reference": next(r for r in rows if r["method"] == "teacher" and r["steps"] == config.teacher.steps),
+            "reference": next(
+                r for r in rows if r["method"] == "teacher" and r["steps"] == config.teacher.steps
+            ),
             "ceiling": {k: round(v, 4) for k, v in evaluator.ceiling().items()},
             "floor_fd": round(evaluator.floor_fd(), 5),
             "protocol": protocol,
@@ -586,7 +791,11 @@ class Benchmark:
             (self.workdir / "results.md").write_text(table(results))
             shown = self.pictured(rows)
             report.methods_picture(
-                self.workdir / "results.png", results, self.captions[split][:PICTURED], shown, chart=config.chart.to_dict()
+                self.workdir / "results.png",
+                results,
+                self.captions[split][:PICTURED],
+                shown,
+                chart=config.chart.to_dict(),
             )
         return results
 
@@ -596,29 +805,57 @@ class Benchmark:
 
         def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
             reference = (row["steps"] != teacher.steps, row["guidance"] != teacher.guidance)
-            return methods.index(row["method"]), row["seed"], *reference, row["guidance"], row["steps"]
+            return (
+                methods.index(row["method"]),
+                row["seed"],
+                *reference,
+                row["guidance"],
+                row["steps"],
+            )
 
         return sorted(rows, key=place)
 
     def picture_path(self, key: Mapping[str, Any]) -> Path:
         """Where the first images of a row are kept."""
-        return self.workdir / "pictures" / f"{key['method']}-{key['seed']}-{key['steps']}-{key['guidance']:g}.npy"
+        return (
+            self.workdir
+            / "pictures"
+            / f"{key['method']}-{key['seed']}-{key['steps']}-{key['guidance']:g}.npy"
+        )
 
     def pictured(self, rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], np.ndarray]:
-        """{(method, steps): its first images [c, h, w, ch]}: the reference, and each method's first seed at 3 steps (or the most below)."""
+        """{(method, steps): its first images [c, h, w, ch]}: the reference, and each method's first
+        seed at 3 steps (or the most below).
+        """
         config, shown = self.config, dict[tuple[str, int], np.ndarray]()
         wanted = [("teacher", config.teacher.steps, 0)]
         count = max((n for n in config.student.steps if n <= 3), default=min(config.student.steps))
         wanted += [(name, count, config.seeds[0]) for name in config.methods if config.seeds]
         for method, steps, seed in wanted:
-            row = next(r for r in rows if (r["method"], r["steps"], r["seed"]) == (method, steps, seed))
+            row = next(
+                r for r in rows if (r["method"], r["steps"], r["seed"]) == (method, steps, seed)
+            )
             path = self.picture_path(row)
-            blank = np.full((min(PICTURED, config.eval.samples), *SHAPE), 127, np.uint8)  # where rows.json alone was carried here
-            shown[method, steps] = (np.load(path) if path.exists() else blank).astype(np.float32) / 255.0
+            blank = np.full(
+                (min(PICTURED, config.eval.samples), *SHAPE), 127, np.uint8
+            )  # where rows.json alone was carried here
+            shown[method, steps] = (np.load(path) if path.exists() else blank).astype(
+                np.float32
+            ) / 255.0
         return shown
 
 
-SHOWN = ("fd", "precision", "recall", "colour", "garment", "relation", "all_right", "unseen_all_right", "diversity")
+SHOWN = (
+    "fd",
+    "precision",
+    "recall",
+    "colour",
+    "garment",
+    "relation",
+    "all_right",
+    "unseen_all_right",
+    "diversity",
+)
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -626,7 +863,10 @@ def table(results: Mapping[str, Any]) -> str:
     reference, groups = results["reference"], dict[tuple[str, int], list[Mapping[str, Any]]]()
     for row in results["rows"]:
         groups.setdefault((row["method"], row["steps"]), []).append(row)
-    lines = ["| method | steps | seeds | FD / teacher's | " + " | ".join(SHOWN) + " |", "|" + "---|" * (4 + len(SHOWN))]
+    lines = [
+        "| method | steps | seeds | FD / teacher's | " + " | ".join(SHOWN) + " |",
+        "|" + "---|" * (4 + len(SHOWN)),
+    ]
     for (method, steps), rows in groups.items():
 
         def shown(values: Sequence[float], digits: int = 3) -> str:
@@ -639,25 +879,42 @@ def table(results: Mapping[str, Any]) -> str:
     ceiling = ", ".join(f"{k} {v:.3f}" for k, v in results["ceiling"].items())
     protocol = results["protocol"]
     return (
-        f"# Few-step methods on scenes, {protocol['split']} split\n\n" + "\n".join(lines) + "\n\n"
-        f"{protocol['samples']:,} samples a row; two halves of the real scenes are {results['floor_fd']:.3f} apart. "
-        f"Real scenes score {ceiling}. Recogniser {protocol['recogniser_sha256']}; {results['versions']['machine']}.\n"
+        f"# Few-step methods on scenes, {protocol['split']} split\n\n"
+        + "\n".join(lines)
+        + f"\n\n{protocol['samples']:,} samples a row; two halves of the real scenes are"
+        f" {results['floor_fd']:.3f} apart. Real scenes score {ceiling}. Recogniser"
+        f" {protocol['recogniser_sha256']}; {results['versions']['machine']}.\n"
     )
 
 
-def setting_of(config: ConfigDict, constrain: sampling.Constrain, text: Mapping[str, Any]) -> Setting:
+def setting_of(
+    config: ConfigDict, constrain: sampling.Constrain, text: Mapping[str, Any]
+) -> Setting:
     """What the config's methods share. Raises ValueError."""
-    model, schedule = card.build_model(config.model.to_dict()), card.build_schedule(config.schedule.to_dict())
+    model, schedule = (
+        card.build_model(config.model.to_dict()),
+        card.build_schedule(config.schedule.to_dict()),
+    )
     parameterization, _ = card.choose(card.PREDICTIONS, config.prediction, "config.prediction")
-    return Setting(config, model, schedule, parameterization, constrain, image_shape=SHAPE, text=text)
+    return Setting(
+        config, model, schedule, parameterization, constrain, image_shape=SHAPE, text=text
+    )
 
 
 def choose_method(config: ConfigDict, name: str) -> Callable[[Setting, ConfigDict, int], Method]:
-    """The method of that name, or the one that the settings of a variant name. Raises ValueError."""
+    """The method of that name, or the one that the settings of a variant name.
+
+    Raises ValueError.
+    """
     settings = config.method_settings
     if name not in settings:
-        raise ValueError(f"config.methods holds {name!r}, which config.method_settings does not know; it has {', '.join(sorted(settings))}")
-    return card.choose(METHODS, settings[name].get("method", name), f"config.method_settings.{name}.method")
+        raise ValueError(
+            f"config.methods holds {name!r}, which config.method_settings does not know; it has"
+            f" {', '.join(sorted(settings))}"
+        )
+    return card.choose(
+        METHODS, settings[name].get("method", name), f"config.method_settings.{name}.method"
+    )
 
 
 SHARED = ("data.scale", "text.length", "model", "schedule", "prediction", "teacher", "recogniser")
@@ -674,19 +931,30 @@ def check_base(config: ConfigDict) -> None:
     folder = Path(config.base)
     for part in ("config.json", "teacher/card.json", "recogniser/card.json"):
         if not (folder / part).exists():
-            raise ValueError(f"config.base = {config.base} has no {part}; give the workdir of a benchmark that has trained its teacher")
+            raise ValueError(
+                f"config.base = {config.base} has no {part}; give the workdir of a benchmark that"
+                " has trained its teacher"
+            )
     there = flatten(json.loads((folder / "config.json").read_text()))
     here = flatten(json.loads(config.to_json()))
     for key in sorted(there.keys() | here.keys()):
-        shared = any(key == part or key.startswith(part + ".") for part in SHARED) and key not in FREE
+        shared = (
+            any(key == part or key.startswith(part + ".") for part in SHARED) and key not in FREE
+        )
         if shared and there.get(key) != here.get(key):
-            raise ValueError(f"config.base = {config.base} was made with {key} = {there.get(key)}, here it is {here.get(key)}")
+            raise ValueError(
+                f"config.base = {config.base} was made with {key} = {there.get(key)}, here it is"
+                f" {here.get(key)}"
+            )
 
 
 def check(config: ConfigDict) -> None:
     """Raise ValueError for what can be known before any work."""
     if not config.student.steps or min(config.student.steps) < 1:
-        raise ValueError(f"config.student.steps must hold step counts of at least 1, got {tuple(config.student.steps)}")
+        raise ValueError(
+            "config.student.steps must hold step counts of at least 1, got"
+            f" {tuple(config.student.steps)}"
+        )
     setting = setting_of(config, sampling.unconstrained, {})
     for name in config.methods:
         build = choose_method(config, name)
@@ -697,8 +965,9 @@ def check(config: ConfigDict) -> None:
     check_base(config)
     if config.eval.samples <= config.recogniser.features:
         raise ValueError(
-            f"config.eval.samples = {config.eval.samples} is too few for a Frechet distance of {config.recogniser.features} features; "
-            f"at least {config.recogniser.features + 1} are needed"
+            f"config.eval.samples = {config.eval.samples} is too few for a Frechet distance of"
+            f" {config.recogniser.features} features; at least {config.recogniser.features + 1} are"
+            " needed"
         )
     card.choose({"validation": 0, "test": 0}, config.eval.split, "config.eval.split")
     card.choose(report.CHARTS, config.chart.kind, "config.chart.kind")
@@ -707,8 +976,14 @@ def check(config: ConfigDict) -> None:
             report.on_axis(name, config.chart.axis)
 
 
-PROCESSES = flags.DEFINE_integer("processes", 0, "Processes that share the work on a CPU, each on its own cores; 0: one a core, at most 4.")
-HELPER = flags.DEFINE_integer("helper", 0, "Set by the command itself: the process that this one helps.")
+PROCESSES = flags.DEFINE_integer(
+    "processes",
+    0,
+    "Processes that share the work on a CPU, each on its own cores; 0: one a core, at most 4.",
+)
+HELPER = flags.DEFINE_integer(
+    "helper", 0, "Set by the command itself: the process that this one helps."
+)
 
 
 def processes_of() -> int:
@@ -717,7 +992,10 @@ def processes_of() -> int:
     if wanted < 0:
         raise ValueError(f"--processes must be at least 0, got {wanted}")
     if wanted > 1 and not cpu:
-        raise ValueError(f"--processes = {wanted} shares the cores of a CPU; a {jax.default_backend()} takes one process")
+        raise ValueError(
+            f"--processes = {wanted} shares the cores of a CPU; a {jax.default_backend()} takes one"
+            " process"
+        )
     return wanted or (min(len(workers.cores()), workers.MOST) if cpu else 1)
 
 
@@ -731,7 +1009,10 @@ def keep_programs(folder: Path) -> None:
 
 
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-"""Flags of XLA's CPU compiler: kernels without MLIR, and a program in one piece. The TPU's compiler ends a process that has them."""
+"""Flags of XLA's CPU compiler: kernels without MLIR, and a program in one piece.
+
+The TPU's compiler ends a process that has them.
+"""
 
 
 def choose_optimizations(config: ConfigDict) -> None:
@@ -739,7 +1020,9 @@ def choose_optimizations(config: ConfigDict) -> None:
     if not config.optimize:
         jax.config.update("jax_disable_most_optimizations", True)
         if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]
-            os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()  # which the other processes inherit
+            os.environ["XLA_FLAGS"] = (
+                f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+            )  # which the other processes inherit
 
 
 def cli() -> None:
@@ -765,9 +1048,21 @@ def cli() -> None:
             count, prepared = min(count, bench.unscored()), None
             if count > 1:
                 prepared = bench.prepare()  # one training is faster with all cores
-                main.say(f"{count} processes share the rest; all but the first write to {workdir / 'logs'}")
+                main.say(
+                    f"{count} processes share the rest; all but the first write to"
+                    f" {workdir / 'logs'}"
+                )
                 workers.run(
-                    [sys.executable, "-m", "jaxdistill.benchmark", *sys.argv[1:], f"--helper={os.getpid()}"], count, workdir / "logs", stop
+                    [
+                        sys.executable,
+                        "-m",
+                        "jaxdistill.benchmark",
+                        *sys.argv[1:],
+                        f"--helper={os.getpid()}",
+                    ],
+                    count,
+                    workdir / "logs",
+                    stop,
                 )
                 bench.heed_stop()
             results = bench.run(prepared)  # what a process that failed has left, and the files
@@ -776,7 +1071,9 @@ def cli() -> None:
         return
     except (main.UserError, loop.NonFiniteError, DataError, ValueError) as error:
         if HELPER.value:
-            print(f"process {os.getpid()} has failed: {error}")  # the error is that of the process it helps, which comes to the same place
+            print(
+                f"process {os.getpid()} has failed: {error}"
+            )  # the error is that of the process it helps, which comes to the same place
             sys.exit(2)
         main.fail(str(error))
     print(table(results))

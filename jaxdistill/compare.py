@@ -3,8 +3,9 @@
     python -m jaxdistill.compare --teacher=FOLDER --student=FOLDER --prompts=FILE --out=DIR
       --inception=inception.safetensors --reference=FOLDER --clip=FOLDER
 
-In --out: `images/<row>/00000.png`, ... in the order of the prompts; `scores.json` with the protocol of every number; `scores.md`;
-`images.jsonl` with the CLIP score of every image; and `page.png`. With --images=DIR/images they are scored again, or images of others.
+In --out: `images/<row>/00000.png`, ... in the order of the prompts; `scores.json` with the protocol
+of every number; `scores.md`; `images.jsonl` with the CLIP score of every image; and `page.png`.
+With --images=DIR/images they are scored again, or images of others.
 """
 
 import gc
@@ -52,7 +53,9 @@ class CompareError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """Images of one model at one setting; image i belongs to prompt i. None is not known; drawn is what row.json says of them."""
+    """Images of one model at one setting; image i belongs to prompt i. None is not known; drawn is
+    what row.json says of them.
+    """
 
     model: str
     steps: int | None
@@ -63,14 +66,20 @@ class Row:
     @property
     def name(self) -> str:
         """For a label."""
-        return self.model if self.steps is None else f"{self.model}, {self.steps} step{'s' * (self.steps > 1)}"
+        return (
+            self.model
+            if self.steps is None
+            else f"{self.model}, {self.steps} step{'s' * (self.steps > 1)}"
+        )
 
 
-# --------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 def read_prompts(paths: Sequence[str], repeat: int = 1) -> list[dict[str, Any]]:
-    """The prompts of .txt and .jsonl files, each `repeat` times in a row. Of several files, the name is a prompt's category.
+    """The prompts of .txt and .jsonl files, each `repeat` times in a row.
+
+    Of several files, the name is a prompt's category.
 
     Raises PromptError for a file that cannot be used.
     """
@@ -86,13 +95,20 @@ def prompts_hash(items: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256("\n".join(item["prompt"] for item in items).encode()).hexdigest()[:12]
 
 
-# ---------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def draw(
-    pipe: Callable[..., np.ndarray], items: Sequence[Mapping[str, Any]], folder: Path, *, batch_size: int, label: str, **options: Any
+    pipe: Callable[..., np.ndarray],
+    items: Sequence[Mapping[str, Any]],
+    folder: Path,
+    *,
+    batch_size: int,
+    label: str,
+    **options: Any,
 ) -> list[Path]:
-    """Draw image i of prompt i into `folder`, as 8-bit PNG; never more than eight batches are in memory.
+    """Draw image i of prompt i into `folder`, as 8-bit PNG; never more than eight batches are in
+    memory.
 
     Args:
       pipe: of `pipeline.load`.
@@ -112,8 +128,13 @@ def draw(
             prompts = [item["prompt"] for item in items[start : start + chunk]]
             for image in pipe(prompts, start=start, batch_size=batch_size, **options):
                 if not np.isfinite(image).all():
-                    raise CompareError(f"image {len(files)} of {label} is not finite; the weights are damaged or the type is too narrow")
-                folder.mkdir(parents=True, exist_ok=True)  # not before there is an image: a setting that is refused leaves no trace
+                    raise CompareError(
+                        f"image {len(files)} of {label} is not finite; the weights are damaged or"
+                        " the type is too narrow"
+                    )
+                folder.mkdir(
+                    parents=True, exist_ok=True
+                )  # not before there is an image: a setting that is refused leaves no trace
                 files.append(folder / f"{len(files):05d}.png")
                 Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)).save(files[-1])
             bar.update(len(prompts))
@@ -132,21 +153,43 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
     plan = [entry for entry in plan if entry[1]]
     computed = computing(args)
     for _, source, counts, guidance, solver in plan[1:]:
-        # Read once and let go, so that a damaged folder is found before the first image and only one pipeline is in memory.
-        pipeline.load(source, solver=solver, **computed).check(steps=max(counts), guidance=guidance, height=args.height, width=args.width)
+        # Read once and let go, so that a damaged folder is found before the first image and only
+        # one pipeline is in memory.
+        pipeline.load(source, solver=solver, **computed).check(
+            steps=max(counts), guidance=guidance, height=args.height, width=args.width
+        )
         gc.collect()
     rows = []
     for model, source, counts, guidance, solver in plan:
         pipe = pipeline.load(source, solver=solver, layout=pipeline.every_device(), **computed)
         for steps in counts:
             folder = out / "images" / f"{model}-{steps}"
-            options = {"steps": steps, "guidance": guidance, "height": args.height, "width": args.width, "seed": args.seed}
+            options = {
+                "steps": steps,
+                "guidance": guidance,
+                "height": args.height,
+                "width": args.width,
+                "seed": args.seed,
+            }
             if args.negative_prompt is not None:
                 options["negative_prompt"] = args.negative_prompt
-            files = draw(pipe, items, folder, batch_size=args.batch_size, label=f"{model}-{steps}", **options)
+            files = draw(
+                pipe, items, folder, batch_size=args.batch_size, label=f"{model}-{steps}", **options
+            )
             used = getattr(pipe, "guidance", None) if guidance is None else guidance
-            said = {"model": model, "source": str(source), "prompts": prompts_hash(items), **options}
-            said |= {"guidance": used, "batch_size": args.batch_size, "solver": solver, **computed, "dtype": args.dtype}
+            said = {
+                "model": model,
+                "source": str(source),
+                "prompts": prompts_hash(items),
+                **options,
+            }
+            said |= {
+                "guidance": used,
+                "batch_size": args.batch_size,
+                "solver": solver,
+                **computed,
+                "dtype": args.dtype,
+            }
             (folder / ROW).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
             rows.append(Row(model, steps, used, files, said))
         del pipe
@@ -155,35 +198,52 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
 
 
 def open_rows(folder: str | Path, items: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Images that are there already: a row of each subfolder with images, or one of the folder's own. File i belongs to prompt i.
+    """Images that are there already: a row of each subfolder with images, or one of the folder's
+    own. File i belongs to prompt i.
 
     Raises:
       MetricError: no such folder, or no image in it.
-      CompareError: their number is not that of the prompts, or they were drawn here from other prompts.
+      CompareError: their number is not that of the prompts, or they were drawn here from other
+        prompts.
     """
     folder = Path(folder)
     inside = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     rows = []
-    for part in [p for p in inside if any(f.suffix.lower() in image_metrics.ENDINGS for f in p.iterdir())] or [folder]:
+    for part in [
+        p for p in inside if any(f.suffix.lower() in image_metrics.ENDINGS for f in p.iterdir())
+    ] or [folder]:
         files = image_metrics.image_files(part).files
         if len(files) != len(items):
-            raise CompareError(f"{part} holds {len(files):,} images for {len(items):,} prompts; there must be one for each, in their order")
+            raise CompareError(
+                f"{part} holds {len(files):,} images for {len(items):,} prompts; there must be one"
+                " for each, in their order"
+            )
         said = diffusers_folder.read_json(part / ROW) if (part / ROW).is_file() else {}
         if said and said.get("prompts") != prompts_hash(items):
-            raise CompareError(f"{part} was drawn from other prompts; give the file that its {ROW} was made with")
-        rows.append(Row(said.get("model", part.name), said.get("steps"), said.get("guidance"), files, said or {"source": str(part)}))
+            raise CompareError(
+                f"{part} was drawn from other prompts; give the file that its {ROW} was made with"
+            )
+        rows.append(
+            Row(
+                said.get("model", part.name),
+                said.get("steps"),
+                said.get("guidance"),
+                files,
+                said or {"source": str(part)},
+            )
+        )
     return sorted(rows, key=lambda row: (row.model != "teacher", row.model, row.steps or 0))
 
 
-# ---------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 
 @dataclass(frozen=True)
 class Judges:
     """What scores a row.
 
-    metrics of METRICS, and what they need; texts are CLIP's embeddings of the prompts [n, p], cut says how many distinct prompts were
-    longer than it takes; subset_size of KID.
+    metrics of METRICS, and what they need; texts are CLIP's embeddings of the prompts [n, p], cut
+    says how many distinct prompts were longer than it takes; subset_size of KID.
     """
 
     metrics: list[str]
@@ -208,37 +268,66 @@ def mean_score(scores: np.ndarray) -> dict[str, Any]:
     return {"clip": float(scores.mean()), "clip_error": error}
 
 
-def score(row: Row, items: Sequence[Mapping[str, Any]], judges: Judges) -> tuple[dict[str, Any], np.ndarray | None]:
-    """A row's scores with their protocol, and the CLIP scores of its images [n] where CLIP is there. Raises MetricError."""
+def score(
+    row: Row, items: Sequence[Mapping[str, Any]], judges: Judges
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """A row's scores with their protocol, and the CLIP scores of its images [n] where CLIP is
+    there. Raises MetricError.
+    """
     images = image_metrics.ImageFiles(row.files[0].parent, row.files)
     result: dict[str, Any] = {"model": row.model, "steps": row.steps, "guidance": row.guidance}
     result["count"] = len(row.files)
     # All distinct sizes would be a list as long as a set of photographs.
-    protocol: dict[str, Any] = {"count": len(row.files), "drawn": dict(row.drawn), "sizes": images.sizes()[:8]}
+    protocol: dict[str, Any] = {
+        "count": len(row.files),
+        "drawn": dict(row.drawn),
+        "sizes": images.sizes()[:8],
+    }
     single = None
-    if judges.extractor is not None and judges.reference is not None and set(judges.metrics) - {"clip"}:
+    if (
+        judges.extractor is not None
+        and judges.reference is not None
+        and set(judges.metrics) - {"clip"}
+    ):
         found = image_metrics.feature_scores(
-            judges.extractor.features(images), judges.reference, judges.metrics, subset_size=judges.subset_size
+            judges.extractor.features(images),
+            judges.reference,
+            judges.metrics,
+            subset_size=judges.subset_size,
         )
         protocol |= found.pop("protocol")
         result |= found
     if judges.clip is not None and judges.texts is not None:
         single = image_metrics.clip_scores(judges.clip.images(images), judges.texts)
         result |= mean_score(single)
-        protocol["clip"] = {**judges.clip.protocol, "score": "mean of 100 max(cos, 0)", "cut_prompts": judges.cut}
+        protocol["clip"] = {
+            **judges.clip.protocol,
+            "score": "mean of 100 max(cos, 0)",
+            "cut_prompts": judges.cut,
+        }
         names = [str(item.get("category", "")) for item in items]
         if any(names):
-            parts = {name or "(none)": single[[n == name for n in names]] for name in dict.fromkeys(names)}
-            result["categories"] = {name: {**mean_score(part), "count": len(part)} for name, part in parts.items()}
+            parts = {
+                name or "(none)": single[[n == name for n in names]]
+                for name in dict.fromkeys(names)
+            }
+            result["categories"] = {
+                name: {**mean_score(part), "count": len(part)} for name, part in parts.items()
+            }
     return {**result, "protocol": protocol}, single
 
 
-# ---------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------- output
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
+        + "\n"
+    )
 
 
 def _cell(value: Any, form: str = "{}") -> str:
@@ -248,27 +337,60 @@ def _cell(value: Any, form: str = "{}") -> str:
 def markdown(results: Mapping[str, Any]) -> str:
     """scores.json as tables and a list of the protocol."""
     rows = results["rows"]
-    shown = {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    shown = {
+        key: column
+        for key, column in COLUMNS.items()
+        if any(row.get(key) is not None for row in rows)
+    }
 
     def cells(row: Mapping[str, Any]) -> list[str]:
-        scores = [_cell(None if row.get(key) is None else row[key] * scale, form) for key, (_, scale, form) in shown.items()]
-        return [row["model"], _cell(row["steps"]), _cell(row["guidance"], "{:g}"), f"{row['count']:,}", *scores]
+        scores = [
+            _cell(None if row.get(key) is None else row[key] * scale, form)
+            for key, (_, scale, form) in shown.items()
+        ]
+        return [
+            row["model"],
+            _cell(row["steps"]),
+            _cell(row["guidance"], "{:g}"),
+            f"{row['count']:,}",
+            *scores,
+        ]
 
-    text = _table(["model", "steps", "guidance", "images", *(title for title, _, _ in shown.values())], [cells(row) for row in rows])
+    text = _table(
+        ["model", "steps", "guidance", "images", *(title for title, _, _ in shown.values())],
+        [cells(row) for row in rows],
+    )
     if any("categories" in row for row in rows):
         names = list(rows[0]["categories"])
         counts = [f"{name} ({rows[0]['categories'][name]['count']:,})" for name in names]
-        body = [[row["model"], _cell(row["steps"]), *(f"{row['categories'][name]['clip']:.2f}" for name in names)] for row in rows]
-        text += "\nCLIP score of each category (number of images):\n\n" + _table(["model", "steps", *counts], body)
-    text += f"\nPrompts: {results['prompts']['count']:,} from {', '.join(results['prompts']['files'])} ({results['prompts']['hash']}).\n"
+        body = [
+            [
+                row["model"],
+                _cell(row["steps"]),
+                *(f"{row['categories'][name]['clip']:.2f}" for name in names),
+            ]
+            for row in rows
+        ]
+        text += "\nCLIP score of each category (number of images):\n\n" + _table(
+            ["model", "steps", *counts], body
+        )
+    text += (
+        f"\nPrompts: {results['prompts']['count']:,} from {', '.join(results['prompts']['files'])}"
+        f" ({results['prompts']['hash']}).\n"
+    )
     for title, part in rows[0]["protocol"].items():
         if isinstance(part, dict) and title != "drawn":  # which differs from row to row
-            text += f"\n{title}: " + "; ".join(f"{name} {value}" for name, value in part.items()) + "\n"
+            text += (
+                f"\n{title}: " + "; ".join(f"{name} {value}" for name, value in part.items()) + "\n"
+            )
     return text + f"\n`{results['command']}`\n"
 
 
-def page(path: Path, rows: Sequence[Row], items: Sequence[Mapping[str, Any]], *, count: int) -> None:
-    """A picture of up to `count` prompts as columns, spread evenly over all, and the models as rows.
+def page(
+    path: Path, rows: Sequence[Row], items: Sequence[Mapping[str, Any]], *, count: int
+) -> None:
+    """A picture of up to `count` prompts as columns, spread evenly over all, and the models as
+    rows.
 
     Args:
       path: PNG to write.
@@ -276,7 +398,9 @@ def page(path: Path, rows: Sequence[Row], items: Sequence[Mapping[str, Any]], *,
       items: the prompts.
       count: largest number of columns.
     """
-    chosen = sorted({int(i) for i in np.linspace(0, len(items) - 1, min(count, len(items))).round()})
+    chosen = sorted(
+        {int(i) for i in np.linspace(0, len(items) - 1, min(count, len(items))).round()}
+    )
     height, width = image_metrics.read_image(rows[0].files[chosen[0]]).shape[:2]
     side = (max(1, width * TILE // max(height, width)), max(1, height * TILE // max(height, width)))
 
@@ -286,16 +410,27 @@ def page(path: Path, rows: Sequence[Row], items: Sequence[Mapping[str, Any]], *,
         way = Image.Resampling.NEAREST if image.width < side[0] else Image.Resampling.BICUBIC
         return np.asarray(image.resize(side, way), np.float32) / 255
 
-    grid = report.image_grid(np.stack([np.stack([tile(row.files[i]) for i in chosen]) for row in rows]), scale=1, gap=6)
+    grid = report.image_grid(
+        np.stack([np.stack([tile(row.files[i]) for i in chosen]) for row in rows]), scale=1, gap=6
+    )
     dpi = 128
     figure = report.new_figure(grid.shape[1] / dpi + 2.0, grid.shape[0] / dpi + 1.5)
     axes = figure.subplots()
     axes.imshow(grid, interpolation="nearest", aspect="equal")
     down, across = grid.shape[0] / len(rows), grid.shape[1] / len(chosen)
-    axes.set_yticks([down * (i + 0.5) for i in range(len(rows))], [row.name for row in rows], parse_math=False)
-    captions = [textwrap.fill(textwrap.shorten(items[i]["prompt"], 150, placeholder=" ..."), max(8, side[0] // 9)) for i in chosen]
+    axes.set_yticks(
+        [down * (i + 0.5) for i in range(len(rows))], [row.name for row in rows], parse_math=False
+    )
+    captions = [
+        textwrap.fill(
+            textwrap.shorten(items[i]["prompt"], 150, placeholder=" ..."), max(8, side[0] // 9)
+        )
+        for i in chosen
+    ]
     # A prompt may hold a dollar sign, which is no formula.
-    axes.set_xticks([across * (i + 0.5) for i in range(len(chosen))], captions, fontsize=7, parse_math=False)
+    axes.set_xticks(
+        [across * (i + 0.5) for i in range(len(chosen))], captions, fontsize=7, parse_math=False
+    )
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     for spine in axes.spines.values():
@@ -303,18 +438,31 @@ def page(path: Path, rows: Sequence[Row], items: Sequence[Mapping[str, Any]], *,
     figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.1)
 
 
-def write(out: Path, results: Mapping[str, Any], rows: Sequence[Row], items: Sequence[Mapping[str, Any]], singles: Sequence[Any]) -> None:
+def write(
+    out: Path,
+    results: Mapping[str, Any],
+    rows: Sequence[Row],
+    items: Sequence[Mapping[str, Any]],
+    singles: Sequence[Any],
+) -> None:
     """scores.json, scores.md and images.jsonl."""
-    (out / "scores.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "scores.json").write_text(
+        json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (out / "scores.md").write_text(markdown(results), encoding="utf-8")
     with (out / "images.jsonl").open("w", encoding="utf-8") as file:
         for row, single in zip(rows, singles, strict=True):
             for i, (path, item) in enumerate(zip(row.files, items, strict=True)):
-                line = {"row": row.name, "file": str(path), "clip": None if single is None else float(single[i]), "prompt": dict(item)}
+                line = {
+                    "row": row.name,
+                    "file": str(path),
+                    "clip": None if single is None else float(single[i]),
+                    "prompt": dict(item),
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-# --------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 
 
 def counts(text: str) -> list[int]:
@@ -338,27 +486,60 @@ def parser() -> Parser:
     p = Parser(prog="python -m jaxdistill.compare", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--teacher", help="pipeline folder")
     p.add_argument("--student", help="pipeline folder, or a student's export")
-    p.add_argument("--images", help="folder of images that are there already, instead of --teacher and --student")
-    p.add_argument("--prompts", type=names, help=".txt or .jsonl files, separated by commas; of several, the name is the category")
+    p.add_argument(
+        "--images",
+        help="folder of images that are there already, instead of --teacher and --student",
+    )
+    p.add_argument(
+        "--prompts",
+        type=names,
+        help=".txt or .jsonl files, separated by commas; of several, the name is the category",
+    )
     p.add_argument("--images_per_prompt", type=int, default=1, help="each of another seed")
-    p.add_argument("--steps", type=counts, default=[1, 2, 3], help="the student's, separated by commas")
+    p.add_argument(
+        "--steps", type=counts, default=[1, 2, 3], help="the student's, separated by commas"
+    )
     p.add_argument("--teacher_steps", type=int, default=50)
     p.add_argument("--guidance", type=float, help="the teacher's; default: its folder's own")
     p.add_argument("--student_guidance", type=float, help="default: its folder's own")
-    p.add_argument("--solver", choices=tuple(card.SOLVERS), help="the teacher's; default: its folder's scheduler")
-    p.add_argument("--student_solver", choices=tuple(card.SOLVERS), help="default: its folder's scheduler")
+    p.add_argument(
+        "--solver",
+        choices=tuple(card.SOLVERS),
+        help="the teacher's; default: its folder's scheduler",
+    )
+    p.add_argument(
+        "--student_solver", choices=tuple(card.SOLVERS), help="default: its folder's scheduler"
+    )
     p.add_argument("--negative_prompt", help="default: the pipeline's own")
     p.add_argument("--height", type=int, help="pixels; default: the checkpoint's own")
     p.add_argument("--width", type=int, help="pixels; default: the checkpoint's own")
-    p.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its prompt")
-    p.add_argument("--batch_size", type=int, default=4, help="images at once: drawn, on each device, or scored")
+    p.add_argument(
+        "--seed", type=int, default=0, help="image i depends on the seed, i and its prompt"
+    )
+    p.add_argument(
+        "--batch_size", type=int, default=4, help="images at once: drawn, on each device, or scored"
+    )
     add_computing(p)
-    p.add_argument("--inception", help="safetensors file of FID's Inception; for FID, KID, precision and recall")
-    p.add_argument("--protocol", choices=list(PROTOCOLS), default="clean-fid", help="how images become Inception's input")
+    p.add_argument(
+        "--inception",
+        help="safetensors file of FID's Inception; for FID, KID, precision and recall",
+    )
+    p.add_argument(
+        "--protocol",
+        choices=list(PROTOCOLS),
+        default="clean-fid",
+        help="how images become Inception's input",
+    )
     p.add_argument("--reference", help="folder of real images, or an .npz of --save_reference")
-    p.add_argument("--save_reference", help=".npz to keep the reference's statistics and features in")
+    p.add_argument(
+        "--save_reference", help=".npz to keep the reference's statistics and features in"
+    )
     p.add_argument("--clip", help="CLIP folder of transformers; for the CLIP score")
-    p.add_argument("--metrics", type=names, help=f"of {','.join(METRICS)}; default: all that the files given allow")
+    p.add_argument(
+        "--metrics",
+        type=names,
+        help=f"of {','.join(METRICS)}; default: all that the files given allow",
+    )
     p.add_argument("--kid_subset_size", type=int, default=1000)
     p.add_argument("--page_prompts", type=int, default=8, help="columns of the picture page")
     p.add_argument("--out", help="new folder for images and scores")
@@ -368,8 +549,13 @@ def parser() -> Parser:
 def check_flags(args: Namespace) -> None:
     """Raise CompareError where flags do not go together, ValueError where one is out of range."""
     if args.images and (args.teacher or args.student):
-        raise CompareError("--images stands instead of --teacher and --student; give one or the other")
-    counts = {flag: getattr(args, flag) for flag in ("images_per_prompt", "teacher_steps", "batch_size", "page_prompts")}
+        raise CompareError(
+            "--images stands instead of --teacher and --student; give one or the other"
+        )
+    counts = {
+        flag: getattr(args, flag)
+        for flag in ("images_per_prompt", "teacher_steps", "batch_size", "page_prompts")
+    }
     check_numbers(seed=args.seed, **counts)
     computing(args)
     if bool(args.inception) != bool(args.reference):
@@ -394,23 +580,38 @@ def check_flags(args: Namespace) -> None:
 
 
 def wanted(args: Namespace, reference: Reference | None) -> list[str]:
-    """The metrics to compute: those asked for, or all that can be. Raises CompareError for one whose files are not given."""
-    possible = (["clip"] if args.clip else []) + (["fid", "kid", "precision_recall"] if reference is not None else [])
+    """The metrics to compute: those asked for, or all that can be.
+
+    Raises CompareError for one whose files are not given.
+    """
+    possible = (["clip"] if args.clip else []) + (
+        ["fid", "kid", "precision_recall"] if reference is not None else []
+    )
     if args.metrics is None:
         if reference is not None and reference.features is None:
-            print(f"{args.reference} holds statistics only: KID, precision and recall are left out", file=sys.stderr)
+            print(
+                f"{args.reference} holds statistics only: KID, precision and recall are left out",
+                file=sys.stderr,
+            )
             return [metric for metric in possible if metric in ("fid", "clip")]
         return possible
     for metric in args.metrics:
         if metric not in METRICS:
-            raise CompareError(f"--metrics: {metric!r} is not known; known are {', '.join(METRICS)}")
+            raise CompareError(
+                f"--metrics: {metric!r} is not known; known are {', '.join(METRICS)}"
+            )
         if metric not in possible:
-            raise CompareError(f"--metrics: {metric} needs {'--clip' if metric == 'clip' else '--inception and --reference'}")
+            raise CompareError(
+                f"--metrics: {metric} needs"
+                f" {'--clip' if metric == 'clip' else '--inception and --reference'}"
+            )
     return list(args.metrics)
 
 
 def run(args: Namespace, command: str = "") -> dict[str, Any]:
-    """What the command does; returns scores.json. All that is given is read and checked before the first image is drawn.
+    """What the command does; returns scores.json.
+
+    All that is given is read and checked before the first image is drawn.
 
     Raises:
       ValueError: a flag, file or folder that cannot be used, in one line.
@@ -420,7 +621,9 @@ def run(args: Namespace, command: str = "") -> dict[str, Any]:
     ready = open_rows(args.images, items) if args.images else []
     extractor = reference = None
     if args.inception:
-        extractor = image_metrics.load_inception(args.inception, protocol=args.protocol, batch_size=args.batch_size)
+        extractor = image_metrics.load_inception(
+            args.inception, protocol=args.protocol, batch_size=args.batch_size
+        )
         reference = image_metrics.open_reference(args.reference, extractor)
         if args.save_reference:
             image_metrics.save_reference(args.save_reference, reference)
@@ -430,7 +633,11 @@ def run(args: Namespace, command: str = "") -> dict[str, Any]:
     metrics = wanted(args, reference)
     if reference is not None:
         image_metrics.check_counts(metrics, len(items), reference, subset_size=args.kid_subset_size)
-    clip = image_metrics.load_clip(args.clip, batch_size=args.batch_size) if "clip" in metrics else None
+    clip = (
+        image_metrics.load_clip(args.clip, batch_size=args.batch_size)
+        if "clip" in metrics
+        else None
+    )
     texts, cut = embed(clip, items) if clip is not None else (None, 0)
     judges = Judges(metrics, extractor, reference, clip, texts, cut, args.kid_subset_size)
     out = Path(args.out)
@@ -440,7 +647,12 @@ def run(args: Namespace, command: str = "") -> dict[str, Any]:
     scored = [score(row, items, judges) for row in rows]
     results = {
         "rows": [result for result, _ in scored],
-        "prompts": {"files": args.prompts, "hash": prompts_hash(items), "count": len(items), "images_per_prompt": args.images_per_prompt},
+        "prompts": {
+            "files": args.prompts,
+            "hash": prompts_hash(items),
+            "count": len(items),
+            "images_per_prompt": args.images_per_prompt,
+        },
         "seed": None if args.images else args.seed,
         "command": command,
         "machine": image_metrics.machine(),

@@ -1,4 +1,6 @@
-"""The device mesh, and where arrays live on it: batches over "data" and "fsdp", parameters by rules over "fsdp" and "tensor"."""
+"""The device mesh, and where arrays live on it: batches over "data" and "fsdp", parameters by rules
+over "fsdp" and "tensor".
+"""
 
 import contextlib
 import re
@@ -18,11 +20,14 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))
 
 Rule = tuple[str, Sequence[str | None]]
-"""A regular expression of the path, and the mesh axes of the last dimensions of what it finds; () is a copy on each device."""
+"""A regular expression of the path, and the mesh axes of the last dimensions of what it finds; ()
+is a copy on each device.
+"""
 
 RULES: tuple[Rule, ...] = (
     (r"^null/", ()),  # the null conditioning beside a teacher: one row
-    # The second of two layers takes what the first has divided, so that one sum over "tensor" serves both.
+    # The second of two layers takes what the first has divided, so that one sum over "tensor"
+    # serves both.
     (r"(to_out\.0|net\.2|fc2|out_proj|proj_out|linear_2|conv2)/kernel$", ("tensor", "fsdp")),
     (r"(kernel|embedding|down|up)$", ("fsdp", "tensor")),
     (r"(scale|bias)$", ()),
@@ -30,7 +35,9 @@ RULES: tuple[Rule, ...] = (
 """For the networks of this package, their optimizer states and averages."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
     """Devices as [data, fsdp, tensor]; one size may be -1: what the others leave.
 
     Raises ValueError where the sizes do not make up the number of devices.
@@ -43,18 +50,35 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
         raise ValueError(f"the mesh ({shown}) must have positive sizes, and -1 at most once")
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(found) % fixed or (not free and fixed != len(found)):
-        mend = f"make {free[0]} x {fixed} = {len(found)}" if free else f"their product must be {len(found)}"
+        mend = (
+            f"make {free[0]} x {fixed} = {len(found)}"
+            if free
+            else f"their product must be {len(found)}"
+        )
         raise ValueError(f"the mesh ({shown}) does not divide the {len(found)} devices; {mend}")
     sizes |= {name: len(found) // fixed for name in free}
     # Not every kind of chip says its slice where there is only one.
-    slices = len({getattr(device, "slice_index", 0) for device in found}) if found[0].platform == "tpu" else 1
+    slices = (
+        len({getattr(device, "slice_index", 0) for device in found})
+        if found[0].platform == "tpu"
+        else 1
+    )
     if sizes["data"] % slices:
-        raise ValueError(f"the mesh ({shown}) must divide data over the {slices} slices: only gradients should travel between them")
-    # Chips that are near on the torus become neighbours on the mesh; an axis of the torus may be divided among axes of the mesh.
+        raise ValueError(
+            f"the mesh ({shown}) must divide data over the {slices} slices: only gradients should"
+            " travel between them"
+        )
+    # Chips that are near on the torus become neighbours on the mesh; an axis of the torus may be
+    # divided among axes of the mesh.
     within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     arrange = partial(mesh_utils.create_device_mesh, within, allow_split_physical_axes=True)
     if slices > 1:
-        arrange = partial(mesh_utils.create_hybrid_device_mesh, within, (slices, 1, 1), allow_split_physical_axes=True)
+        arrange = partial(
+            mesh_utils.create_hybrid_device_mesh,
+            within,
+            (slices, 1, 1),
+            allow_split_physical_axes=True,
+        )
     arranged = arrange(devices=found)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -84,7 +108,7 @@ def constrain_batch(mesh: Mesh) -> Callable[[Array], Array]:
     return lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
-# ------------------------------------------------------------------------------------------ parameters
+# --------------------------------------------------------------------------------------- parameters
 
 
 def path_name(path: Any) -> str:
@@ -93,15 +117,21 @@ def path_name(path: Any) -> str:
 
 
 def sharding_of(
-    name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536
+    name: str,
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
+    rules: Sequence[Rule] = RULES,
+    *,
+    smallest: int = 65536,
 ) -> NamedSharding:
     """Where one array lives: by the first rule whose expression is found in its name.
 
-    Arrays below `smallest` elements are copied: gathering them costs more than it saves. An axis that does not divide its dimension takes
-    another that the rule leaves free, or is left out.
+    Arrays below `smallest` elements are copied: gathering them costs more than it saves. An axis
+    that does not divide its dimension takes another that the rule leaves free, or is left out.
 
     Raises:
-      ValueError: an array of at least `smallest` elements that no rule names, or that its rule leaves whole though it means not to.
+      ValueError: an array of at least `smallest` elements that no rule names, or that its rule
+        leaves whole though it means not to.
     """
     divided = mesh.size // mesh.shape["data"]
     if divided == 1 or int(np.prod(shape)) < smallest:
@@ -109,7 +139,10 @@ def sharding_of(
     axes = next((axes for expression, axes in rules if re.search(expression, name)), None)
     shown = f"{name} {list(shape)} ({4 * int(np.prod(shape)) / 2**20:.0f} MiB in float32)"
     if axes is None:
-        raise ValueError(f"no partition rule names {shown}; add one to config.mesh.rules: (expression, axes of its last dimensions)")
+        raise ValueError(
+            f"no partition rule names {shown}; add one to config.mesh.rules: (expression, axes of"
+            " its last dimensions)"
+        )
     if not axes:
         return replicated(mesh)
     found: list[str | None] = [None] * len(shape)
@@ -117,14 +150,22 @@ def sharding_of(
     for i, axis in enumerate(reversed(axes), 1):
         if axis is None or mesh.shape[axis] == 1:
             continue
-        # Its own dimension first, else another that divides: a first convolution has four channels in.
+        # Its own dimension first, else another that divides: a first convolution has four channels
+        # in.
         for j in (*(j for j in last if j == i), *(j for j in last if j != i)):
-            if found[-j] is None and shape[-j] % mesh.shape[axis] == 0 and (j == i or _free(axes, j, mesh)):
+            if (
+                found[-j] is None
+                and shape[-j] % mesh.shape[axis] == 0
+                and (j == i or _free(axes, j, mesh))
+            ):
                 found[-j] = axis
                 break
     if not any(found):
         wanted = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes if axis is not None)
-        raise ValueError(f"{shown} does not divide over {wanted}; choose other mesh sizes or add a rule to config.mesh.rules")
+        raise ValueError(
+            f"{shown} does not divide over {wanted}; choose other mesh sizes or add a rule to"
+            " config.mesh.rules"
+        )
     return NamedSharding(mesh, PartitionSpec(*found))
 
 
@@ -134,10 +175,13 @@ def _free(axes: Sequence[str | None], j: int, mesh: Mesh | AbstractMesh) -> bool
     return axis is None or mesh.shape[axis] == 1
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536) -> Any:
+def shardings(
+    tree: Any, mesh: Mesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536
+) -> Any:
     """A tree of `sharding_of` for arrays or ShapeDtypeStructs. Raises ValueError."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: sharding_of(path_name(path), leaf.shape, mesh, rules, smallest=smallest), tree
+        lambda path, leaf: sharding_of(path_name(path), leaf.shape, mesh, rules, smallest=smallest),
+        tree,
     )
 
 
@@ -148,14 +192,19 @@ class Layout:
         self.mesh, self.rules, self.smallest = mesh, tuple(rules), smallest
 
     def of(self, tree: Any) -> Any:
-        """The shardings of a tree of parameters, or of anything with the same paths in it. Raises ValueError."""
+        """The shardings of a tree of parameters, or of anything with the same paths in it.
+
+        Raises ValueError.
+        """
         return shardings(tree, self.mesh, self.rules, smallest=self.smallest)
 
     def gathered(self, tree: Any, dtype: Any = None) -> Any:
-        """Parameters inside a jitted function as the networks use them: whole over "fsdp", kernels in `dtype`.
+        """Parameters inside a jitted function as the networks use them: whole over "fsdp", kernels
+        in `dtype`.
 
-        Without it the compiler may divide a layer's sum over "fsdp" instead, and compute the batch's rows on every device: values agree,
-        and the cost does not fall. Their gradient comes back divided.
+        Without it the compiler may divide a layer's sum over "fsdp" instead, and compute the
+        batch's rows on every device: values agree, and the cost does not fall. Their gradient comes
+        back divided.
         """
         if self.mesh.shape["fsdp"] == 1:
             return tree
@@ -172,33 +221,48 @@ class Layout:
 
     def describe(self, tree: Any) -> Any:
         """The tree as ShapeDtypeStructs with their shardings: what a compiler needs to know of it."""
-        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, self.of(tree))
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, self.of(tree)
+        )
 
     def place(self, tree: Any) -> Any:
         """Host arrays, or arrays on the devices, onto the mesh; every process must hold the same."""
         return jax.tree.map(put, tree, self.of(tree))
 
 
-def layout(block: Mapping[str, Any] | None = None, *, devices: Sequence[Any] | None = None) -> Layout:
-    """{"data", "fsdp", "tensor", "smallest", "rules"}, config.mesh, as a Layout; None is data parallel. Raises ValueError."""
+def layout(
+    block: Mapping[str, Any] | None = None, *, devices: Sequence[Any] | None = None
+) -> Layout:
+    """{"data", "fsdp", "tensor", "smallest", "rules"}, config.mesh, as a Layout; None is data
+    parallel. Raises ValueError.
+    """
     given = dict(block or {})
     rules, smallest = tuple(given.pop("rules", ())), int(given.pop("smallest", 65536))
     for expression, axes in rules:
         unknown = [axis for axis in axes if axis not in (None, *AXES[1:])]
         if unknown:
-            raise ValueError(f"config.mesh.rules: {expression!r} names the axis {unknown[0]!r}; use fsdp, tensor or None")
+            raise ValueError(
+                f"config.mesh.rules: {expression!r} names the axis {unknown[0]!r}; use fsdp, tensor"
+                " or None"
+            )
         try:
             re.compile(expression)
         except re.error as error:
-            raise ValueError(f"config.mesh.rules: {expression!r} is no regular expression ({error})") from None
+            raise ValueError(
+                f"config.mesh.rules: {expression!r} is no regular expression ({error})"
+            ) from None
     return Layout(make_mesh(**given, devices=devices), (*rules, *RULES), smallest=smallest)
 
 
-# -------------------------------------------------------------------------------------- arrays on it
+# ------------------------------------------------------------------------------------- arrays on it
 
 
 def put(value: Any, sharding: NamedSharding) -> Any:
-    """One array onto the mesh. In many processes each puts its own part of the same value, which may be an array that is there already."""
+    """One array onto the mesh.
+
+    In many processes each puts its own part of the same value, which may be an array that is there
+    already.
+    """
     if isinstance(value, jax.Array) and value.sharding == sharding:
         return value
     if sharding.is_fully_addressable:
@@ -212,11 +276,17 @@ def put(value: Any, sharding: NamedSharding) -> Any:
 
 def on_mesh(layout: Layout | None) -> contextlib.AbstractContextManager[Any]:
     """Within a program: the flash kernel asks for the mesh, where there are several devices."""
-    return contextlib.nullcontext() if layout is None else jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh)
+    return (
+        contextlib.nullcontext()
+        if layout is None
+        else jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh)
+    )
 
 
 def own_layout(layout: Layout, process: int | None = None) -> Layout:
-    """Where a process, by default this one, computes by itself: on the mesh, or as one of several with its own devices side by side."""
+    """Where a process, by default this one, computes by itself: on the mesh, or as one of several
+    with its own devices side by side.
+    """
     process = jax.process_index() if process is None else process
     own = [device for device in layout.mesh.devices.flat if device.process_index == process]
     return layout if len(own) == layout.mesh.size else Layout(make_mesh(devices=own))
@@ -228,9 +298,12 @@ def described(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def local(tree: Any, mesh: Mesh | None = None) -> Any:
-    """Arrays of all processes as arrays of this one, gathered where they are divided. All processes must call it.
+    """Arrays of all processes as arrays of this one, gathered where they are divided.
 
-    They come on its first device or, with the mesh of its devices, as the copies that each of these holds already.
+    All processes must call it.
+
+    They come on its first device or, with the mesh of its devices, as the copies that each of these
+    holds already.
     """
 
     def one(leaf: Any) -> Any:
@@ -238,7 +311,9 @@ def local(tree: Any, mesh: Mesh | None = None) -> Any:
             return leaf
         if not leaf.is_fully_replicated:
             assert isinstance(leaf.sharding, NamedSharding)
-            leaf = jax.device_put(leaf, replicated(leaf.sharding.mesh))  # no program to compile for each shape
+            leaf = jax.device_put(
+                leaf, replicated(leaf.sharding.mesh)
+            )  # no program to compile for each shape
         if mesh is None:
             return leaf.addressable_data(0)
         copies = [shard.data for shard in leaf.addressable_shards]
@@ -262,19 +337,31 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(partial(jax.make_array_from_process_local_data, rows), batch)
 
 
-def jit_train_step(step: Callable[..., Any], mesh: Mesh, state: Any = None, teacher: Any = None) -> Callable[..., Any]:
-    """Jit (state, batch, teacher_params) -> (state, metrics) on the mesh; the state is donated, the teacher never.
+def jit_train_step(
+    step: Callable[..., Any], mesh: Mesh, state: Any = None, teacher: Any = None
+) -> Callable[..., Any]:
+    """Jit (state, batch, teacher_params) -> (state, metrics) on the mesh; the state is donated, the
+    teacher never.
 
     `state` and `teacher` are trees of shardings, as of `Layout.of`; None is a copy on each device.
     """
     whole = replicated(mesh)
     state, teacher = whole if state is None else state, whole if teacher is None else teacher
-    return jax.jit(step, in_shardings=(state, batch_sharding(mesh), teacher), out_shardings=(state, whole), donate_argnums=0)
+    return jax.jit(
+        step,
+        in_shardings=(state, batch_sharding(mesh), teacher),
+        out_shardings=(state, whole),
+        donate_argnums=0,
+    )
 
 
 def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
     """Raise ValueError where a batch does not divide over the mesh's "data" and "fsdp"."""
     count = parts(mesh)
     if batch_size < 1 or batch_size % count:
-        shown = f"{count} devices" if mesh.shape["tensor"] == 1 else f"{count} parts of the mesh (data x fsdp)"
+        shown = (
+            f"{count} devices"
+            if mesh.shape["tensor"] == 1
+            else f"{count} parts of the mesh (data x fsdp)"
+        )
         raise ValueError(f"{name} = {batch_size} must be a positive multiple of the {shown}")

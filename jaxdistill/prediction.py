@@ -1,4 +1,6 @@
-"""What a network's output says: conversions between eps, v, x0 and flow outputs and the pair (x̂0, ε̂)."""
+"""What a network's output says: conversions between eps, v, x0 and flow outputs and the pair (x̂0,
+ε̂).
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +11,9 @@ from jaxtyping import Array, Float
 from jaxdistill.schedule import NoiseSchedule, Time
 
 ApplyFn = Callable[..., Array]
-"""(params, x, t, cond) -> raw network output of x's shape; t is a float batch [b] in the network's own units."""
+"""(params, x, t, cond) -> raw network output of x's shape; t is a float batch [b] in the network's
+own units.
+"""
 
 
 Batch = Float[Array, "b *d"]
@@ -20,7 +24,10 @@ Level = Float[Array, "..."]
 
 
 class Prediction(NamedTuple):
-    """x̂0 and ε̂ of a batch, both of x's shape. On purpose not forced to satisfy x = α x̂0 + σ ε̂."""
+    """x̂0 and ε̂ of a batch, both of x's shape.
+
+    On purpose not forced to satisfy x = α x̂0 + σ ε̂.
+    """
 
     x0: Array
     eps: Array
@@ -107,8 +114,8 @@ def as_denoiser(
       cond: conditioning of the batch, handed on as it is.
       schedule: the forward process that the network was trained on.
       parameterization: what the output means, e.g. `v_prediction`.
-      copies: rows of conditioning for each row of x, one after the other, where the network itself takes so many: x [b, ...] gives
-        predictions of copies · b rows.
+      copies: rows of conditioning for each row of x, one after the other, where the network itself
+        takes so many: x [b, ...] gives predictions of copies · b rows.
 
     Raises:
       ValueError: the network's output has another shape than x (of so many copies).
@@ -124,7 +131,9 @@ def as_denoiser(
                 f"the model returned shape {output.shape} for an input of shape {x.shape}; "
                 "an ApplyFn must keep the shape (does yours also predict a variance?)"
             )
-        return parameterization(output, x, expand(schedule.alpha(t), x), expand(schedule.sigma(t), x))
+        return parameterization(
+            output, x, expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
+        )
 
     return denoiser
 
@@ -132,19 +141,27 @@ def as_denoiser(
 def check_pair(schedule: NoiseSchedule, parameterization: Parameterization) -> None:
     """Refuse a network output that the schedule cannot turn into x̂0.
 
-    eps: x̂0 = (x - σ ε̂)/α divides by α_T = 0 at zero terminal SNR. v gives x0 back only where α² + σ² = 1,
-    flow only where α + σ = 1.
+    eps: x̂0 = (x - σ ε̂)/α divides by α_T = 0 at zero terminal SNR. v gives x0 back only where α² +
+    σ² = 1, flow only where α + σ = 1.
 
     Raises:
-      ValueError: `eps_prediction` with α(T) = 0, `v_prediction` where α² + σ² ≠ 1, `flow_prediction` where α + σ ≠ 1.
+      ValueError: `eps_prediction` with α(T) = 0, `v_prediction` where α² + σ² ≠ 1,
+        `flow_prediction` where α + σ ≠ 1.
     """
     alpha, sigma = float(schedule.alpha(0.5 * schedule.T)), float(schedule.sigma(0.5 * schedule.T))
     if parameterization is v_prediction and abs(alpha**2 + sigma**2 - 1) > 1e-3:
-        raise ValueError("prediction 'v' needs a schedule with alpha^2 + sigma^2 = 1, such as 'cosine'; with this one use 'flow' or 'x0'")
+        raise ValueError(
+            "prediction 'v' needs a schedule with alpha^2 + sigma^2 = 1, such as 'cosine'; with"
+            " this one use 'flow' or 'x0'"
+        )
     if parameterization is flow_prediction and abs(alpha + sigma - 1) > 1e-3:
-        raise ValueError("prediction 'flow' needs the schedule with alpha + sigma = 1, 'flow'; with this one use 'v' or 'x0'")
+        raise ValueError(
+            "prediction 'flow' needs the schedule with alpha + sigma = 1, 'flow'; with this one use"
+            " 'v' or 'x0'"
+        )
     if parameterization is eps_prediction and float(schedule.alpha(schedule.T)) < 1e-6:
         raise ValueError(
-            "prediction 'eps' cannot start from zero terminal SNR (alpha_T = 0): x0 = (x - sigma eps)/alpha "
-            "is undefined there; use prediction 'v' or 'x0', or a schedule with alpha_T > 0"
+            "prediction 'eps' cannot start from zero terminal SNR (alpha_T = 0): x0 = (x - sigma"
+            " eps)/alpha is undefined there; use prediction 'v' or 'x0', or a schedule with"
+            " alpha_T > 0"
         )

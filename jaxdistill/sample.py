@@ -1,6 +1,8 @@
-"""`python -m jaxdistill.sample --model=FOLDER --out=grid.png`: images from an export or a pipeline folder.
+"""`python -m jaxdistill.sample --model=FOLDER --out=grid.png`: images from an export or a pipeline
+folder.
 
-With `--prompt` from a diffusers folder, a text-to-image student or a benchmark's export, with `--labels` from a class-conditional one.
+With `--prompt` from a diffusers folder, a text-to-image student or a benchmark's export, with
+`--labels` from a class-conditional one.
 """
 
 import argparse
@@ -30,7 +32,9 @@ def labels_list(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of class numbers such as 3,7") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of class numbers such as 3,7"
+        ) from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,39 +49,83 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """The flags."""
     p = Parser(prog="python -m jaxdistill.sample", description=__doc__)
-    p.add_argument("--model", required=True, help="teacher/ or student/ folder of a run, or a pipeline folder of diffusers")
+    p.add_argument(
+        "--model",
+        required=True,
+        help="teacher/ or student/ folder of a run, or a pipeline folder of diffusers",
+    )
     p.add_argument("--steps", type=int, help="steps of the sampler; default: the model's")
     p.add_argument("--num", type=int, help="number of images; default: 64, and one with a prompt")
     p.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone")
     p.add_argument("--labels", type=labels_list, help="classes, taken in turn; default: all")
-    p.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the model's")
+    p.add_argument(
+        "--guidance", type=float, help="classifier-free guidance scale; default: the model's"
+    )
     p.add_argument("--noise_correction", type=boolean, help="true or false; default: the model's")
     p.add_argument(
-        "--batch_size", type=int, help="images sampled at once; default: 500, and 4 with a prompt (on each device, of a pipeline)"
+        "--batch_size",
+        type=int,
+        help=(
+            "images sampled at once; default: 500, and 4 with a prompt (on each device, of a"
+            " pipeline)"
+        ),
     )
-    p.add_argument("--out", required=True, help=".png for a grid, .npz for images float32 [n, h, w, c] in [0, 1] and labels or prompts")
+    p.add_argument(
+        "--out",
+        required=True,
+        help=(
+            ".png for a grid, .npz for images float32 [n, h, w, c] in [0, 1] and labels or prompts"
+        ),
+    )
     text = p.add_argument_group("text to image")
     text.add_argument("--prompt", help="what to draw")
-    text.add_argument("--text_encoder", help="folder of the MiniLM of a benchmark's export; default: the installed package's")
-    text.add_argument("--negative_prompt", help="what guidance leads away from; default: the pipeline's own")
+    text.add_argument(
+        "--text_encoder",
+        help="folder of the MiniLM of a benchmark's export; default: the installed package's",
+    )
+    text.add_argument(
+        "--negative_prompt", help="what guidance leads away from; default: the pipeline's own"
+    )
     text.add_argument("--height", type=int, help="pixels; default: the checkpoint's")
     text.add_argument("--width", type=int, help="pixels; default: the checkpoint's")
-    text.add_argument("--grid", choices=tuple(card.GRIDS), help="spacing of the times; default: the folder's")
-    text.add_argument("--solver", choices=tuple(card.SOLVERS), help="default: the folder's scheduler")
+    text.add_argument(
+        "--grid", choices=tuple(card.GRIDS), help="spacing of the times; default: the folder's"
+    )
+    text.add_argument(
+        "--solver", choices=tuple(card.SOLVERS), help="default: the folder's scheduler"
+    )
     add_computing(text)
-    text.add_argument("--latents", help=".npy of starts, float32 [num, c, h, w], standard normal, instead of the seed's")
+    text.add_argument(
+        "--latents",
+        help=".npy of starts, float32 [num, c, h, w], standard normal, instead of the seed's",
+    )
     return p
 
 
 def add_computing(flags: Any) -> None:
     """How a pipeline computes, as flags of a parser or of a group."""
-    flags.add_argument("--tile", type=int, default=0, help="decode larger images in tiles of so many latents a side; 0: never")
-    flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks' computation")
-    flags.add_argument("--attention", choices=tuple(ATTENTION), default="auto", help="flash is a TPU kernel")
+    flags.add_argument(
+        "--tile",
+        type=int,
+        default=0,
+        help="decode larger images in tiles of so many latents a side; 0: never",
+    )
+    flags.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the networks' computation",
+    )
+    flags.add_argument(
+        "--attention", choices=tuple(ATTENTION), default="auto", help="flash is a TPU kernel"
+    )
 
 
 def computing(args: argparse.Namespace) -> dict[str, Any]:
-    """Those flags as options of `pipeline.load`. Raises ValueError for tiles that cannot overlap."""
+    """Those flags as options of `pipeline.load`.
+
+    Raises ValueError for tiles that cannot overlap.
+    """
     if args.tile < 0 or args.tile == 1:
         raise ValueError(f"--tile must be 0 (never) or at least 2, got {args.tile}")
     return {"tile": args.tile, "dtype": jnp.dtype(args.dtype), "attention": args.attention}
@@ -100,7 +148,10 @@ def generate(
     """
     params, exported = checkpoint.load_export(folder)
     if "sampler" not in exported:
-        raise ValueError(f"{folder} holds a {exported.get('role', 'thing')} that draws no images; give a teacher/ or student/ folder")
+        raise ValueError(
+            f"{folder} holds a {exported.get('role', 'thing')} that draws no images; give a"
+            " teacher/ or student/ folder"
+        )
     sampler = card.build_sampler(exported)
     settings, names = exported["sampler"], exported["data"]["class_names"]
     steps = settings["steps"] if steps is None else steps
@@ -110,9 +161,15 @@ def generate(
     classes = list(range(len(names))) if labels is None else labels
     for label in classes:
         if not 0 <= label < len(names):
-            raise ValueError(f"--labels: class {label} is not in 0..{len(names) - 1} ({', '.join(names)})")
+            raise ValueError(
+                f"--labels: class {label} is not in 0..{len(names) - 1} ({', '.join(names)})"
+            )
     conds = np.resize(np.asarray(classes, np.int32), num)
-    options: dict[str, Any] = {"steps": steps, "guidance": guidance, "noise_correction": noise_correction}
+    options: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance,
+        "noise_correction": noise_correction,
+    }
     return sampler.draw(params, conds, seed=seed, batch_size=batch_size, **options), conds
 
 
@@ -129,7 +186,9 @@ PIPELINE_FLAGS = ("negative_prompt", "height", "width", "grid", "solver", "laten
 
 
 def kind(folder: Path) -> str:
-    """What a folder draws from: "pipeline" (a diffusers folder, or an export that names one), "caption" or "label"."""
+    """What a folder draws from: "pipeline" (a diffusers folder, or an export that names one),
+    "caption" or "label".
+    """
     if (folder / "model_index.json").is_file():
         return "pipeline"
     try:
@@ -144,8 +203,13 @@ def prompt_numbers(args: argparse.Namespace, *, batch_size: int) -> tuple[int, i
     if args.prompt is None:
         raise ValueError(f'{args.model} draws from text: give --prompt="a photo of a cat"')
     if args.labels is not None:
-        raise ValueError(f"--labels: {args.model} draws from text and has no classes; give --prompt")
-    num, batch_size = 1 if args.num is None else args.num, batch_size if args.batch_size is None else args.batch_size
+        raise ValueError(
+            f"--labels: {args.model} draws from text and has no classes; give --prompt"
+        )
+    num, batch_size = (
+        1 if args.num is None else args.num,
+        (batch_size if args.batch_size is None else args.batch_size),
+    )
     check_numbers(seed=args.seed, num=num, batch_size=batch_size)
     return num, batch_size
 
@@ -160,19 +224,27 @@ def caption_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     num, batch_size = prompt_numbers(args, batch_size=500)
     given = [f"--{name}" for name in PIPELINE_FLAGS if getattr(args, name) is not None]
     if given:
-        raise ValueError(f"{given[0]}: {args.model} has its own size, grid and solver; leave it out")
+        raise ValueError(
+            f"{given[0]}: {args.model} has its own size, grid and solver; leave it out"
+        )
     model = TextExport(args.model, encoder=args.text_encoder or "")
     if args.steps is not None:
         check_numbers(seed=args.seed, steps=args.steps)
     captions = [args.prompt] * num
-    settings = {"steps": args.steps, "guidance": args.guidance, "noise_correction": args.noise_correction}
+    settings = {
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "noise_correction": args.noise_correction,
+    }
     return model(captions, **settings, seed=args.seed, batch_size=batch_size), captions
 
 
 def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     """Images and their prompts. Raises ValueError."""
     try:
-        from jaxdistill.tasks.text_to_image import pipeline  # the tokenizers' library takes seconds to import
+        from jaxdistill.tasks.text_to_image import (
+            pipeline,
+        )  # the tokenizers' library takes seconds to import
     except ModuleNotFoundError as error:
         raise ValueError(missing_extra(error)) from None
 
@@ -189,7 +261,12 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
         if args.num is None and latents.ndim == 4:
             num = len(latents)
     pipe = pipeline.load(
-        args.model, grid=args.grid, solver=args.solver, noise_correction=args.noise_correction, layout=pipeline.every_device(), **options
+        args.model,
+        grid=args.grid,
+        solver=args.solver,
+        noise_correction=args.noise_correction,
+        layout=pipeline.every_device(),
+        **options,
     )
     prompts = [args.prompt] * num
     images = pipe(
@@ -217,12 +294,21 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--out={out}: the folder {out.parent} does not exist")
         draws_from = kind(Path(args.model))
         if draws_from != "label":
-            images, prompts = text_images(args) if draws_from == "pipeline" else caption_images(args)
+            images, prompts = (
+                text_images(args) if draws_from == "pipeline" else caption_images(args)
+            )
             extra: dict[str, Any] = {"prompts": np.asarray(prompts)}
         else:
-            given = [f"--{name}" for name in ("prompt", "text_encoder", *PIPELINE_FLAGS) if getattr(args, name) is not None]
+            given = [
+                f"--{name}"
+                for name in ("prompt", "text_encoder", *PIPELINE_FLAGS)
+                if getattr(args, name) is not None
+            ]
             if given and (Path(args.model) / "card.json").is_file():
-                raise ValueError(f"{given[0]}: {args.model} draws classes, not text; give --labels, or a pipeline folder as --model")
+                raise ValueError(
+                    f"{given[0]}: {args.model} draws classes, not text; give --labels, or a"
+                    " pipeline folder as --model"
+                )
             if given:
                 raise ValueError(f"{args.model} is no pipeline folder: it has no model_index.json")
             images, labels = generate(

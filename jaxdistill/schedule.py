@@ -40,9 +40,11 @@ def log_snr(schedule: NoiseSchedule, t: Time) -> Array:
 
 
 def cosine() -> NoiseSchedule:
-    """α_t = cos(π t / 2), σ_t = sin(π t / 2) for t in [0, 1] (Nichol & Dhariwal 2021 without its offset).
+    """α_t = cos(π t / 2), σ_t = sin(π t / 2) for t in [0, 1] (Nichol & Dhariwal 2021 without its
+    offset).
 
-    Terminal SNR is exactly zero: α is computed as sin(π (1 - t) / 2), which float32 rounds to 0 at t = 1.
+    Terminal SNR is exactly zero: α is computed as sin(π (1 - t) / 2), which float32 rounds to 0 at
+    t = 1.
     """
     return NoiseSchedule(
         alpha=lambda t: jnp.sin(jnp.pi / 2 * (1.0 - _identity(t))),
@@ -52,15 +54,18 @@ def cosine() -> NoiseSchedule:
 
 
 def flow() -> NoiseSchedule:
-    """α_t = 1 - t, σ_t = t for t in [0, 1] (rectified flow; Liu et al. 2022). Not variance preserving."""
+    """α_t = 1 - t, σ_t = t for t in [0, 1] (rectified flow; Liu et al. 2022).
+
+    Not variance preserving.
+    """
     return NoiseSchedule(alpha=lambda t: 1.0 - _identity(t), sigma=_identity, T=1.0)
 
 
 def shifted(schedule: NoiseSchedule, snr_scale: float) -> NoiseSchedule:
     """The variance-preserving schedule whose α/σ is `snr_scale` times that of `schedule`.
 
-    Shifts the log-SNR by a constant, as a change of resolution does (Hoogeboom et al. 2023), and keeps
-    α = 0 where it was 0. Raises ValueError unless snr_scale > 0.
+    Shifts the log-SNR by a constant, as a change of resolution does (Hoogeboom et al. 2023), and
+    keeps α = 0 where it was 0. Raises ValueError unless snr_scale > 0.
     """
     if not snr_scale > 0:
         raise ValueError(f"snr_scale must be above 0, got {snr_scale}")
@@ -82,7 +87,9 @@ def linear_betas(n: int = 1000, start: float = 1e-4, end: float = 0.02) -> np.nd
 
 
 def scaled_linear_betas(n: int = 1000, start: float = 0.00085, end: float = 0.012) -> np.ndarray:
-    """√β_i linear from √start to √end: float64 [n] (latent diffusion; the defaults are Stable Diffusion's)."""
+    """√β_i linear from √start to √end: float64 [n] (latent diffusion; the defaults are Stable
+    Diffusion's).
+    """
     return np.linspace(start**0.5, end**0.5, n, dtype=np.float64) ** 2
 
 
@@ -107,10 +114,11 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def linear_ratio(schedule: NoiseSchedule, *, log: bool = False) -> NoiseSchedule:
-    """The discrete schedule with σ/α, not α², linear between its integer times: how k-diffusion's samplers read it.
+    """The discrete schedule with σ/α, not α², linear between its integer times: how k-diffusion's
+    samplers read it.
 
-    With `log` the logarithm of σ/α is linear from time 1 on, as where a time is looked up by its σ/α. The same at integers. Variance
-    preserving; α_T must be above 0.
+    With `log` the logarithm of σ/α is linear from time 1 on, as where a time is looked up by its
+    σ/α. The same at integers. Variance preserving; α_T must be above 0.
     """
 
     def ratio(t: Time) -> Array:
@@ -119,7 +127,11 @@ def linear_ratio(schedule: NoiseSchedule, *, log: bool = False) -> NoiseSchedule
         high = jnp.minimum(low + 1.0, schedule.T)
         ratios = [schedule.sigma(at) / schedule.alpha(at) for at in (low, high)]
         found = ratios[0] + (t - low) * (ratios[1] - ratios[0])
-        return jnp.where(low < 1.0, found, ratios[0] * (ratios[1] / ratios[0]) ** (t - low)) if log else found
+        return (
+            jnp.where(low < 1.0, found, ratios[0] * (ratios[1] / ratios[0]) ** (t - low))
+            if log
+            else found
+        )
 
     return NoiseSchedule(
         alpha=lambda t: jax.lax.rsqrt(1.0 + ratio(t) ** 2),
@@ -132,8 +144,8 @@ def linear_ratio(schedule: NoiseSchedule, *, log: bool = False) -> NoiseSchedule
 def ddpm(betas: np.ndarray) -> NoiseSchedule:
     """The schedule of n discrete betas, α_t = √ᾱ_{t-1} at integer t in 1..n, and α_0 = 1.
 
-    Between integers α² is interpolated linearly, so the schedule can be read at continuous times and is
-    exact at the integers. T = n; the network is told t - 1, its own training step.
+    Between integers α² is interpolated linearly, so the schedule can be read at continuous times
+    and is exact at the integers. T = n; the network is told t - 1, its own training step.
 
     Args:
       betas: float [n], each in (0, 1]; a last beta of 1 gives zero terminal SNR.
@@ -143,14 +155,18 @@ def ddpm(betas: np.ndarray) -> NoiseSchedule:
     """
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size < 2 or not ((betas > 0) & (betas <= 1)).all():
-        raise ValueError(f"betas must be a vector of at least 2 values in (0, 1], got shape {betas.shape}")
-    # ᾱ is accumulated in float64 on the host: in float32 its tail drifts by 1e-5 and σ near 0 is lost.
+        raise ValueError(
+            f"betas must be a vector of at least 2 values in (0, 1], got shape {betas.shape}"
+        )
+    # ᾱ is accumulated in float64 on the host: in float32 its tail drifts by 1e-5 and σ near 0 is
+    # lost.
     alpha_bar = np.concatenate([[1.0], np.cumprod(1.0 - betas)])
     n = betas.size
     alpha_sq, sigma_sq = alpha_bar.astype(np.float32), (1.0 - alpha_bar).astype(np.float32)
 
     def read(table: np.ndarray, t: Time) -> Array:
-        # Not jnp.interp, which reads T as the end of the last interval and loses a small last value to rounding.
+        # Not jnp.interp, which reads T as the end of the last interval and loses a small last value
+        # to rounding.
         t, values = jnp.clip(_identity(t), 0.0, n), jnp.asarray(table)
         i = jnp.floor(t).astype(jnp.int32)
         return jnp.sqrt(values[i] + (t - i) * (values[jnp.minimum(i + 1, n)] - values[i]))

@@ -1,7 +1,8 @@
-"""`python -m jaxdistill.serve --model=DIR/student [--teacher=DIR/teacher]`: a page where an image changes with each keystroke.
+"""`python -m jaxdistill.serve --model=DIR/student [--teacher=DIR/teacher]`: a page where an image
+changes with each keystroke.
 
-`POST /api/image` is the same for programs (JSON in, PNG out; `/openapi.json` describes it); `/healthz` and `/metrics` are for those who
-run it.
+`POST /api/image` is the same for programs (JSON in, PNG out; `/openapi.json` describes it);
+`/healthz` and `/metrics` are for those who run it.
 """
 
 import asyncio
@@ -32,12 +33,28 @@ try:
     from fastapi import FastAPI, Request, WebSocket
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, Response
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from prometheus_client import (
+        CONTENT_TYPE_LATEST,
+        CollectorRegistry,
+        Counter,
+        Gauge,
+        Histogram,
+        generate_latest,
+    )
     from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
     from starlette.exceptions import HTTPException
 
     from jaxdistill.interop.text_export import TextExport
-    from jaxdistill.page.engine import Busy, Cancelled, Engine, Expired, ExportPainter, Job, Painter, PipelinePainter
+    from jaxdistill.page.engine import (
+        Busy,
+        Cancelled,
+        Engine,
+        Expired,
+        ExportPainter,
+        Job,
+        Painter,
+        PipelinePainter,
+    )
     from jaxdistill.tasks.text_to_image import pipeline
 except ModuleNotFoundError as error:
     print(f"error: {missing_extra(error)}", file=sys.stderr)
@@ -47,14 +64,18 @@ PAGE = Path(__file__).parent / "page"
 FILES = {"index.html": "text/html", "app.js": "text/javascript", "style.css": "text/css"}
 MAX_PROMPT, MAX_COUNT, MAX_FRAME, MAX_UNREAD = 300, 9, 8192, 1024
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:;"
+        " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
 
-Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT)]
+Prompt = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT)
+]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -103,8 +124,15 @@ class Meters:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.images = Counter("jaxdistill_images", "Images by model and outcome.", ["model", "outcome"], registry=self.registry)
-        self.seconds = Histogram("jaxdistill_image_seconds", "From request to image.", ["model"], registry=self.registry)
+        self.images = Counter(
+            "jaxdistill_images",
+            "Images by model and outcome.",
+            ["model", "outcome"],
+            registry=self.registry,
+        )
+        self.seconds = Histogram(
+            "jaxdistill_image_seconds", "From request to image.", ["model"], registry=self.registry
+        )
         self.sessions = Gauge("jaxdistill_sessions", "Open pages.", registry=self.registry)
         self.waiting = Gauge("jaxdistill_waiting", "Queued images.", registry=self.registry)
 
@@ -127,7 +155,9 @@ class Session:
 
     def __init__(self, app: "Server", socket: WebSocket) -> None:
         self.app, self.socket, self.jobs = app, socket, list[Job]()
-        self.outgoing: asyncio.Queue[tuple[int, dict[str, Any], np.ndarray | None]] = asyncio.Queue()
+        self.outgoing: asyncio.Queue[tuple[int, dict[str, Any], np.ndarray | None]] = (
+            asyncio.Queue()
+        )
         self.newest = -1
         self.pending: Frame | None = None
         self.asked = asyncio.Event()
@@ -155,7 +185,11 @@ class Session:
             except ValidationError as error:
                 self.refuse(number, line_of(error))
             except (ValueError, RecursionError) as error:
-                text = "a frame must be JSON text" if isinstance(error, (json.JSONDecodeError, RecursionError)) else str(error)
+                text = (
+                    "a frame must be JSON text"
+                    if isinstance(error, (json.JSONDecodeError, RecursionError))
+                    else str(error)
+                )
                 self.refuse(number, text)
             else:
                 self.pending = frame
@@ -173,7 +207,9 @@ class Session:
         """An error that is the page's own; a page that reads none of them gets no more."""
         if self.outgoing.qsize() >= MAX_UNREAD:
             return
-        self.outgoing.put_nowait((number, {"kind": "error", "code": "invalid", "message": message}, None))
+        self.outgoing.put_nowait(
+            (number, {"kind": "error", "code": "invalid", "message": message}, None)
+        )
 
     def begin(self, frame: Frame) -> None:
         """Queue the images of a request in place of the one before."""
@@ -181,17 +217,30 @@ class Session:
         self.newest = frame.id
         for model in [name for name in self.app.painters if getattr(frame, name)]:
             steps = frame.steps if model == "student" else self.app.painters["teacher"].steps
-            correct = frame.noise_correction if model == "student" else self.app.painters["teacher"].correct
+            correct = (
+                frame.noise_correction
+                if model == "student"
+                else self.app.painters["teacher"].correct
+            )
             left = [frame.count]
             for index in range(frame.count):
                 self.queue(frame, model, index, steps, correct, left)
 
-    def queue(self, frame: Frame, model: str, index: int, steps: int, correct: bool, left: list[int]) -> None:
+    def queue(
+        self, frame: Frame, model: str, index: int, steps: int, correct: bool, left: list[int]
+    ) -> None:
         """Queue one image."""
-        app, loop, began, seed = self.app, asyncio.get_running_loop(), time.monotonic(), (frame.seed + index) % 2**31
+        app, loop, began, seed = (
+            self.app,
+            asyncio.get_running_loop(),
+            time.monotonic(),
+            (frame.seed + index) % 2**31,
+        )
 
         def say(body: dict[str, Any], image: np.ndarray | None = None) -> None:
-            loop.call_soon_threadsafe(self.outgoing.put_nowait, (frame.id, {"model": model, **body}, image))
+            loop.call_soon_threadsafe(
+                self.outgoing.put_nowait, (frame.id, {"model": model, **body}, image)
+            )
 
         def answer(found: Any) -> None:
             app.count(model, found, began)
@@ -202,8 +251,23 @@ class Session:
                 code, _, message = outcome_of(found)
                 say({"kind": "error", "code": code, "message": message})
                 return
-            settings = {"prompt": frame.prompt, "model": model, "steps": steps, "seed": seed, "noise_correction": correct}
-            say({"kind": "image", "index": index, "seed": seed, "milliseconds": milliseconds, "settings": settings}, found)
+            settings = {
+                "prompt": frame.prompt,
+                "model": model,
+                "steps": steps,
+                "seed": seed,
+                "noise_correction": correct,
+            }
+            say(
+                {
+                    "kind": "image",
+                    "index": index,
+                    "seed": seed,
+                    "milliseconds": milliseconds,
+                    "settings": settings,
+                },
+                found,
+            )
             left[0] -= 1
             if not left[0]:
                 say({"kind": "done", "milliseconds": milliseconds})
@@ -212,7 +276,16 @@ class Session:
             say({"kind": "progress", "done": done, "of": of})
 
         shown = progress if model == "teacher" and index == 0 else None
-        job = Job(model, frame.prompt, steps, seed, correct, answer, shown, time.monotonic() + app.deadline)
+        job = Job(
+            model,
+            frame.prompt,
+            steps,
+            seed,
+            correct,
+            answer,
+            shown,
+            time.monotonic() + app.deadline,
+        )
         self.jobs.append(job)
         try:
             app.engine.submit(job)
@@ -234,7 +307,14 @@ class Session:
 class Server:
     """The engine with what the page and programs are told."""
 
-    def __init__(self, painters: dict[str, Painter], info: dict[str, Any], *, limit: int = 256, deadline: float = 30.0) -> None:
+    def __init__(
+        self,
+        painters: dict[str, Painter],
+        info: dict[str, Any],
+        *,
+        limit: int = 256,
+        deadline: float = 30.0,
+    ) -> None:
         self.painters, self.info, self.deadline, self.meters = painters, info, deadline, Meters()
         self.engine = Engine(painters, limit=limit)
         self.meters.waiting.set_function(self.engine.waiting)
@@ -271,7 +351,16 @@ class Server:
             self.count(request.model, found, began)
             loop.call_soon_threadsafe(settle, found)
 
-        job = Job(request.model, request.prompt, steps, request.seed, correct, answer, None, time.monotonic() + self.deadline)
+        job = Job(
+            request.model,
+            request.prompt,
+            steps,
+            request.seed,
+            correct,
+            answer,
+            None,
+            time.monotonic() + self.deadline,
+        )
         try:
             self.engine.submit(job)
             found = await future
@@ -282,10 +371,18 @@ class Server:
             job.cancelled = True  # the client may have left
         if isinstance(found, Exception):
             code, status, message = outcome_of(found)
-            return JSONResponse({"code": code, "message": message}, status, {"Retry-After": "1"} if status == 503 else None)
+            return JSONResponse(
+                {"code": code, "message": message},
+                status,
+                {"Retry-After": "1"} if status == 503 else None,
+            )
         settings = request.model_dump() | {"steps": steps, "noise_correction": correct}
         png = await asyncio.to_thread(png_of, found, settings)
-        return Response(png, media_type="image/png", headers={"X-Milliseconds": f"{1000 * (time.monotonic() - began):.2f}"})
+        return Response(
+            png,
+            media_type="image/png",
+            headers={"X-Milliseconds": f"{1000 * (time.monotonic() - began):.2f}"},
+        )
 
 
 def make_app(server: Server) -> FastAPI:
@@ -296,7 +393,13 @@ def make_app(server: Server) -> FastAPI:
         yield
         await asyncio.to_thread(server.engine.close)
 
-    app = FastAPI(title="jaxdistill", version=jaxdistill.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="jaxdistill",
+        version=jaxdistill.__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
     files = {name: (PAGE / name).read_bytes() for name in FILES}
 
     @app.middleware("http")
@@ -323,14 +426,22 @@ def make_app(server: Server) -> FastAPI:
 
     @app.get("/static/{name}", include_in_schema=False)
     async def static(name: str) -> Response:
-        return Response(files[name], media_type=FILES[name]) if name in files else Response(status_code=404)
+        return (
+            Response(files[name], media_type=FILES[name])
+            if name in files
+            else Response(status_code=404)
+        )
 
     @app.get("/api/info")
     async def info() -> dict[str, Any]:
         """What is served here."""
         return server.info
 
-    @app.post("/api/image", response_class=Response, responses={200: {"content": {"image/png": {}}}, 503: {}, 504: {}})
+    @app.post(
+        "/api/image",
+        response_class=Response,
+        responses={200: {"content": {"image/png": {}}}, 503: {}, 504: {}},
+    )
     async def image(request: ImageRequest) -> Response:
         """One image as PNG, its settings inside."""
         return await server.image(request)
@@ -353,7 +464,9 @@ def make_app(server: Server) -> FastAPI:
             return
         await socket.accept()
         session = Session(server, socket)
-        tasks = [asyncio.create_task(part()) for part in (session.send, session.receive, session.work)]
+        tasks = [
+            asyncio.create_task(part()) for part in (session.send, session.receive, session.work)
+        ]
         server.meters.sessions.inc()
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -386,10 +499,19 @@ def describe(folder: str, painters: dict[str, Painter]) -> dict[str, Any]:
     if isinstance(student, ExportPainter) and student.export.card["data"]["name"] == "scenes":
         from jaxdistill.tasks.scenes import scenes
 
-        pairs = [("red", "sneaker", "blue", "bag"), ("green", "dress", "white", "trousers"), ("purple", "coat", "yellow", "boot")]
-        shown = [scenes.Scene(scenes.AXES[i % 2], pair[:2], pair[2:]) for i, pair in enumerate(pairs)]
+        pairs = [
+            ("red", "sneaker", "blue", "bag"),
+            ("green", "dress", "white", "trousers"),
+            ("purple", "coat", "yellow", "boot"),
+        ]
+        shown = [
+            scenes.Scene(scenes.AXES[i % 2], pair[:2], pair[2:]) for i, pair in enumerate(pairs)
+        ]
         examples = [scenes.captions(scene)[0] for scene in shown]
-        hint = f"Two garments and where they are. Colours: {', '.join(scenes.COLOURS)}. Garments: {', '.join(scenes.GARMENTS)}."
+        hint = (
+            f"Two garments and where they are. Colours: {', '.join(scenes.COLOURS)}. Garments:"
+            f" {', '.join(scenes.GARMENTS)}."
+        )
     path = Path(folder).resolve()
     return {
         "name": path.name,
@@ -416,12 +538,27 @@ def parser() -> Parser:
         return found
 
     p = Parser(prog="python -m jaxdistill.serve", description=__doc__)
-    p.add_argument("--model", required=True, help="folder of a student that reads captions: an export or a diffusers folder")
+    p.add_argument(
+        "--model",
+        required=True,
+        help="folder of a student that reads captions: an export or a diffusers folder",
+    )
     p.add_argument("--teacher", default="", help="folder of its teacher, to be drawn beside it")
-    p.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in")
+    p.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in"
+    )
     p.add_argument("--port", type=int, default=8000)
-    p.add_argument("--text_encoder", default="", help="folder of the MiniLM of a benchmark's export; default: the installed package's")
-    p.add_argument("--batch_sizes", type=sizes, default=(1, 4, 16), help="images drawn together, such as 1,4,16; each is compiled at start")
+    p.add_argument(
+        "--text_encoder",
+        default="",
+        help="folder of the MiniLM of a benchmark's export; default: the installed package's",
+    )
+    p.add_argument(
+        "--batch_sizes",
+        type=sizes,
+        default=(1, 4, 16),
+        help="images drawn together, such as 1,4,16; each is compiled at start",
+    )
     p.add_argument("--queue", type=int, default=256, help="images that may wait")
     p.add_argument("--deadline", type=float, default=30.0, help="seconds that one may wait")
     return p
@@ -436,7 +573,9 @@ def check_address(host: str, port: int) -> None:
             probe.bind((host, port))
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ValueError(f"cannot listen at --host={host} --port={port} ({reason}); choose another port") from None
+        raise ValueError(
+            f"cannot listen at --host={host} --port={port} ({reason}); choose another port"
+        ) from None
 
 
 def cores() -> int:
@@ -451,25 +590,45 @@ def main(argv: list[str] | None = None) -> None:
         if not 0 < args.port < 2**16:
             raise ValueError(f"--port must be in 1..65535, got {args.port}")
         if args.queue < 1 or not args.deadline > 0:
-            raise ValueError(f"--queue must be at least 1 and --deadline above 0, got {args.queue} and {args.deadline:g}")
+            raise ValueError(
+                f"--queue must be at least 1 and --deadline above 0, got {args.queue} and"
+                f" {args.deadline:g}"
+            )
         check_address(args.host, args.port)
-        # On a CPU each core is a device of its own: XLA's threads gain nothing on networks as small as the benchmark's.
+        # On a CPU each core is a device of its own: XLA's threads gain nothing on networks as small
+        # as the benchmark's.
         jax.config.update("jax_num_cpu_devices", min(cores(), max(args.batch_sizes)))
         print("compiling", flush=True)
-        painters = {"student": open_painter(args.model, args.batch_sizes, encoder=args.text_encoder)}
+        painters = {
+            "student": open_painter(args.model, args.batch_sizes, encoder=args.text_encoder)
+        }
         if args.teacher:
-            painters["teacher"] = open_painter(args.teacher, args.batch_sizes, encoder=args.text_encoder)
+            painters["teacher"] = open_painter(
+                args.teacher, args.batch_sizes, encoder=args.text_encoder
+            )
             if painters["teacher"].size != painters["student"].size:
-                raise ValueError(f"--teacher={args.teacher} draws {painters['teacher'].size}, the student {painters['student'].size}")
+                raise ValueError(
+                    f"--teacher={args.teacher} draws {painters['teacher'].size}, the student"
+                    f" {painters['student'].size}"
+                )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
         print(f"error: {missing_extra(error)}", file=sys.stderr)
         sys.exit(2)
-    server = Server(painters, describe(args.model, painters), limit=args.queue, deadline=args.deadline)
+    server = Server(
+        painters, describe(args.model, painters), limit=args.queue, deadline=args.deadline
+    )
     print(f"http://{args.host}:{args.port}", flush=True)
-    uvicorn.run(make_app(server), host=args.host, port=args.port, log_level="warning", ws_max_size=MAX_FRAME, timeout_graceful_shutdown=5)
+    uvicorn.run(
+        make_app(server),
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        ws_max_size=MAX_FRAME,
+        timeout_graceful_shutdown=5,
+    )
 
 
 if __name__ == "__main__":

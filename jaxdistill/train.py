@@ -27,9 +27,20 @@ def everything(params: Any) -> Any:
     return params
 
 
-def init_state(params: Any, tx: optax.GradientTransformation, key: Array, *, ema_of: Callable[[Any], Any] = everything) -> TrainState:
-    """The state before step 0. `ema_of` picks the part of params that is averaged (the student, not its discriminator)."""
-    ema = jax.tree.map(jnp.array, ema_of(params))  # a copy: the state is donated, and may not hold one buffer twice
+def init_state(
+    params: Any,
+    tx: optax.GradientTransformation,
+    key: Array,
+    *,
+    ema_of: Callable[[Any], Any] = everything,
+) -> TrainState:
+    """The state before step 0.
+
+    `ema_of` picks the part of params that is averaged (the student, not its discriminator).
+    """
+    ema = jax.tree.map(
+        jnp.array, ema_of(params)
+    )  # a copy: the state is donated, and may not hold one buffer twice
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params), key)
 
 
@@ -40,7 +51,9 @@ def ema_decay_at(step: Int[Array, ""], decay: float) -> Float[Array, ""]:
 
 @lru_cache(maxsize=4)
 def gradient_of(loss_fn: LossFn) -> jax.stages.Wrapped:
-    """(params, teacher_params, batch, key) -> ((loss, metrics), gradient), traced once for all programs that ask for one loss's."""
+    """(params, teacher_params, batch, key) -> ((loss, metrics), gradient), traced once for all
+    programs that ask for one loss's.
+    """
     return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
 
 
@@ -57,7 +70,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step and one EMA step: θ ← tx(∇loss), θ_ema ← d θ_ema + (1 - d) θ.
 
-    Jit it with `donate_argnums=0`; the teacher is an argument, so that it is neither donated nor a constant.
+    Jit it with `donate_argnums=0`; the teacher is an argument, so that it is neither donated nor a
+    constant.
 
     Args:
       state: at step i.
@@ -67,7 +81,8 @@ def train_step(
       tx: the optimizer of all of params.
       ema_decay: d, in [0, 1).
       ema_of: as given to `init_state`.
-      accumulate: micro-batches whose gradients are averaged before the optimizer's step; must divide the batch.
+      accumulate: micro-batches whose gradients are averaged before the optimizer's step; must
+        divide the batch.
 
     Returns:
       The state at step i + 1, and the metrics with `loss` and `grad_norm` added.
@@ -77,7 +92,9 @@ def train_step(
     if accumulate == 1:
         (loss, metrics), grads = gradient(state.params, teacher_params, batch, key)
     else:
-        (loss, metrics), grads = accumulated(gradient, state.params, teacher_params, batch, key, accumulate)
+        (loss, metrics), grads = accumulated(
+            gradient, state.params, teacher_params, batch, key, accumulate
+        )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay_at(state.step, ema_decay)
@@ -86,16 +103,29 @@ def train_step(
     return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
 
 
-def accumulated(gradient: Callable[..., Any], params: Any, teacher_params: Any, batch: Any, key: Array, count: int) -> Any:
-    """The mean over `count` micro-batches of what `gradient` (a value_and_grad with metrics) gives; one is in memory at a time.
+def accumulated(
+    gradient: Callable[..., Any],
+    params: Any,
+    teacher_params: Any,
+    batch: Any,
+    key: Array,
+    count: int,
+) -> Any:
+    """The mean over `count` micro-batches of what `gradient` (a value_and_grad with metrics) gives;
+    one is in memory at a time.
 
-    Micro-batch j holds rows j, j + count, ...: with a sharded batch each device keeps its own rows. Raises ValueError where `count` does
-    not divide the rows.
+    Micro-batch j holds rows j, j + count, ...: with a sharded batch each device keeps its own rows.
+    Raises ValueError where `count` does not divide the rows.
     """
     rows = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
     if count < 1 or any(n % count for n in rows):
-        raise ValueError(f"accumulate = {count} must be at least 1 and divide the batch's rows ({', '.join(map(str, sorted(rows)))})")
-    parts = jax.tree.map(lambda a: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1), batch)
+        raise ValueError(
+            f"accumulate = {count} must be at least 1 and divide the batch's rows"
+            f" ({', '.join(map(str, sorted(rows)))})"
+        )
+    parts = jax.tree.map(
+        lambda a: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1), batch
+    )
 
     def add(total: Any, item: Any) -> Any:
         j, part = item
@@ -103,5 +133,8 @@ def accumulated(gradient: Callable[..., Any], params: Any, teacher_params: Any, 
         return jax.tree.map(lambda a, b: a + b / count, total, found), None
 
     first = jax.tree.map(lambda a: a[0], parts)
-    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, params, teacher_params, first, key))
+    zero = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype),
+        jax.eval_shape(gradient, params, teacher_params, first, key),
+    )
     return jax.lax.scan(add, zero, (jnp.arange(count), parts))[0]

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-r"""Fills in launch/gke_jobset.yaml: a run on a multi-host TPU slice of a GKE cluster with the JobSet controller.
+r"""Fills in launch/gke_jobset.yaml: a run on a multi-host TPU slice of a GKE cluster with the
+JobSet controller.
 
-    launch/gke_jobset.py --name=NAME --accelerator=tpu-v4-podslice --topology=2x2x4 --image=IMAGE --claim=CLAIM \
+    launch/gke_jobset.py --name=NAME --accelerator=tpu-v4-podslice --topology=2x2x4 --image=IMAGE
+    --claim=CLAIM \
       -- --config=CONFIG --workdir=/runs/NAME ...
 
-Prints the YAML; --apply hands it to kubectl instead. With --commit the workers clone the repository at that commit and install it, and
---image defaults to python:3.12; without it the image holds an installed checkout as its working directory. The claim is of a volume that
-all workers can write to; they see it as /runs.
+Prints the YAML; --apply hands it to kubectl instead. With --commit the workers clone the repository
+at that commit and install it, and --image defaults to python:3.12; without it the image holds an
+installed checkout as its working directory. The claim is of a volume that all workers can write to;
+they see it as /runs.
 """
 
 import argparse
@@ -24,7 +27,12 @@ from typing import Any, NoReturn
 
 MOUNT = "/runs"
 TEMPLATE = Path(__file__).with_name("gke_jobset.yaml")
-DIMENSIONS = {"tpu-v4-podslice": 3, "tpu-v5p-slice": 3, "tpu-v5-lite-podslice": 2, "tpu-v6e-slice": 2}
+DIMENSIONS = {
+    "tpu-v4-podslice": 3,
+    "tpu-v5p-slice": 3,
+    "tpu-v5-lite-podslice": 2,
+    "tpu-v6e-slice": 2,
+}
 """Of the topologies of the accelerators we know; others are taken as they are."""
 
 
@@ -39,14 +47,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2."""
-        fail(f"{message}; launch/gke_jobset.py --help lists the options, the run's own flags come after --")
+        fail(
+            f"{message}; launch/gke_jobset.py --help lists the options, the run's own flags come"
+            " after --"
+        )
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the run's flags after --."""
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
-    parser = Parser("launch/gke_jobset.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        "launch/gke_jobset.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--name", required=True, help="of the JobSet")
     add("--namespace", default="default")
@@ -58,7 +74,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--commit", help="all 40 digits; the workers install it")
     add("--repo", help="URL that the workers can read; needed with --commit")
     add("--claim", help=f"the PersistentVolumeClaim that the workers see as {MOUNT}")
-    add("--setup", default="", help="a command of each worker before the run, such as copying a teacher")
+    add(
+        "--setup",
+        default="",
+        help="a command of each worker before the run, such as copying a teacher",
+    )
     add("--service-account", help="of Kubernetes, bound to one that may write to the bucket")
     add("--spot", action="store_true", help="nodes that are cheaper, and may be taken away")
     add("--restarts", default="100", help="after preemptions and failures (default 100)")
@@ -77,55 +97,87 @@ def number(option: str, text: str) -> int:
 def check_name(option: str, text: str, longest: int) -> None:
     """A name as Kubernetes takes it."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", text) or len(text) > longest:
-        fail(f"{option}={text} must be lower-case letters, digits and -, from a letter on, at most {longest} of them")
+        fail(
+            f"{option}={text} must be lower-case letters, digits and -, from a letter on, at most"
+            f" {longest} of them"
+        )
 
 
 def workers_of(options: argparse.Namespace) -> int:
     """How many workers the slice has."""
     if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}", options.topology):
-        fail(f"--topology={options.topology} is no topology; give 2x2x4 (v4, v5p) or 4x4 (v5e, v6e), say")
+        fail(
+            f"--topology={options.topology} is no topology; give 2x2x4 (v4, v5p) or 4x4 (v5e,"
+            " v6e), say"
+        )
     sizes = [int(size) for size in options.topology.split("x")]
     wanted = DIMENSIONS.get(options.accelerator, len(sizes))
     given = f"--topology={options.topology}"
     if len(sizes) != wanted:
-        fail(f"{given} has {len(sizes)} sizes, {options.accelerator} has {wanted}; give --topology={'x'.join('4' * wanted)}, say")
+        fail(
+            f"{given} has {len(sizes)} sizes, {options.accelerator} has {wanted}; give"
+            f" --topology={'x'.join('4' * wanted)}, say"
+        )
     total, chips = math.prod(sizes), number("--chips", options.chips)
     workers, rest = divmod(total, chips)
     if rest:
-        fail(f"{given} has {total} chips, which --chips={chips} a worker does not divide; see the node pool's machine type")
+        fail(
+            f"{given} has {total} chips, which --chips={chips} a worker does not divide; see the"
+            " node pool's machine type"
+        )
     if options.workers is not None and number("--workers", options.workers) != workers:
         mend = f"leave it out or give {workers}"
-        fail(f"--workers={options.workers} does not fit {given}, {total} chips, with --chips={chips} a worker; {mend}")
+        fail(
+            f"--workers={options.workers} does not fit {given}, {total} chips, with --chips={chips}"
+            f" a worker; {mend}"
+        )
     return workers
 
 
 def check_flags(flags: Sequence[str], claim: str | None) -> None:
-    """Leave where the run's flags lack something, hold what is added here, or put the results where they are lost."""
+    """Leave where the run's flags lack something, hold what is added here, or put the results where
+    they are lost.
+    """
     given = dict(flag.split("=", 1) for flag in flags if "=" in flag)
     for flag, after in itertools.pairwise(flags):
         given.setdefault(flag, after)  # --config FILE
     for name in ("--config", "--workdir"):
         if not given.get(name):
-            fail(f"the run's {name} is missing; give it after --: ... -- --config=configs/sd15.py --workdir={MOUNT}/sd15")
+            fail(
+                f"the run's {name} is missing; give it after --: ... -- --config=configs/sd15.py"
+                f" --workdir={MOUNT}/sd15"
+            )
     for name in ("--distributed", "--coordinator", "--num_processes", "--process_id"):
         if name in given or name in flags:
             fail(f"{name} is given by this script; leave it out")
     workdir = given["--workdir"]
     if "://" in workdir:
-        fail(f"--workdir={workdir} must be a folder (not so the checkpoints); give --claim=CLAIM and, after --, --workdir={MOUNT}/NAME")
+        fail(
+            f"--workdir={workdir} must be a folder (not so the checkpoints); give --claim=CLAIM"
+            f" and, after --, --workdir={MOUNT}/NAME"
+        )
     if claim is None or not workdir.startswith(f"{MOUNT}/"):
-        fail(f"--workdir={workdir} goes when the containers go; give --claim=CLAIM and, after --, --workdir={MOUNT}/NAME")
+        fail(
+            f"--workdir={workdir} goes when the containers go; give --claim=CLAIM and, after --,"
+            f" --workdir={MOUNT}/NAME"
+        )
 
 
 def values_of(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
     """What the template's <> stand for; None leaves the line out."""
     check_name("--name", options.name, 40)
     check_name("--namespace", options.namespace, 63)
-    for option, value in (("--service-account", options.service_account), ("--claim", options.claim)):
+    for option, value in (
+        ("--service-account", options.service_account),
+        ("--claim", options.claim),
+    ):
         if value is not None:
             check_name(option, value, 63)
     if not re.fullmatch(r"[a-z0-9-]+", options.accelerator):
-        fail(f"--accelerator={options.accelerator} is no accelerator of GKE; give {', '.join(DIMENSIONS)}, say")
+        fail(
+            f"--accelerator={options.accelerator} is no accelerator of GKE; give"
+            f" {', '.join(DIMENSIONS)}, say"
+        )
     workers = workers_of(options)
     if options.commit is None:
         if options.image is None:
@@ -134,7 +186,10 @@ def values_of(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, An
             fail(f"--repo={options.repo} needs --commit, the commit that is taken from it")
     else:
         if not re.fullmatch(r"[0-9a-f]{40}", options.commit):
-            fail(f"--commit={options.commit} must be all 40 digits; `git rev-parse {shlex.quote(options.commit)}` prints them")
+            fail(
+                f"--commit={options.commit} must be all 40 digits; `git rev-parse"
+                f" {shlex.quote(options.commit)}` prints them"
+            )
         if options.repo is None:
             fail("--repo is missing; give the URL from which the workers clone: --repo=https://...")
     restarts = number("--restarts", options.restarts)
@@ -189,7 +244,9 @@ def main() -> None:
         return
     command = ["kubectl", "apply", "--filename=-"]
     if options.dry_run:
-        asked = [word for word in words[: words.index("--")] if word not in ("--apply", "--dry-run")]
+        asked = [
+            word for word in words[: words.index("--")] if word not in ("--apply", "--dry-run")
+        ]
         print(f"+ {shlex.join([sys.argv[0], *asked, '--', *flags])} | {shlex.join(command)}")
         return
     if shutil.which("kubectl") is None:

@@ -11,7 +11,8 @@ import quick
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# Workers, commands and restarts compile the same programs, down to single operations: one cache for all, new each time.
+# Workers, commands and restarts compile the same programs, down to single operations: one cache for
+# all, new each time.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="jax-cache-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
@@ -20,9 +21,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 os.environ.update(quick.VARIABLES)
 
-# Two workers whose XLA has threads on both cores get in each other's way: each has its own share of the cores, as have its commands.
+# Two workers whose XLA has threads on both cores get in each other's way: each has its own share of
+# the cores, as have its commands.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    _worker, _workers = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    _worker, _workers = (
+        int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")),
+        int(os.environ["PYTEST_XDIST_WORKER_COUNT"]),
+    )
     _cores = sorted(os.sched_getaffinity(0))[_worker::_workers]
     if _cores:
         os.sched_setaffinity(0, _cores)
@@ -45,14 +50,22 @@ import pytest  # noqa: E402
 
 @pytest.hookimpl(trylast=True)  # of what is left
 def pytest_collection_modifyitems(items):
-    """Files with the most slow tests first: a worker that begins one of them last leaves the other idle."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("long"))
+    """Files with the most slow tests first: a worker that begins one of them last leaves the other
+    idle.
+    """
+    slow = Counter(
+        item.path
+        for item in items
+        if item.get_closest_marker("slow") or item.get_closest_marker("long")
+    )
     items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """(workdir, results) of one very small run from beginning to end; trained once, each worker has a copy."""
+    """(workdir, results) of one very small run from beginning to end; trained once, each worker has
+    a copy.
+    """
     import tiny
 
     from jaxdistill import main

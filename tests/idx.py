@@ -1,4 +1,6 @@
-"""Fashion-MNIST's four idx files with random garments, of the real sizes, for tests of what reads them."""
+"""Fashion-MNIST's four idx files with random garments, of the real sizes, for tests of what reads
+them.
+"""
 
 import struct
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""A small training as one of several processes: `python tests/pod_job.py WORKDIR COORDINATOR PROCESSES PROCESS`, or WORKDIR alone.
+"""A small training as one of several processes: `python tests/pod_job.py WORKDIR COORDINATOR
+PROCESSES PROCESS`, or WORKDIR alone.
 
 POD_STEPS: how many steps. POD_CHECKPOINTS: a folder for the checkpoints in place of the workdir's.
 """
@@ -42,7 +43,9 @@ def main(workdir: str, coordinator: str = "", processes: str = "1", process: str
                 teacher,
                 loss,
                 optax.adam(1e-4),
-                data.Batches(split, BATCH, 0, partition.process_rows(layout.mesh, BATCH)).__getitem__,
+                data.Batches(
+                    split, BATCH, 0, partition.process_rows(layout.mesh, BATCH)
+                ).__getitem__,
                 steps=STEPS,
                 layout=layout,
                 log=ConfigDict({"every": 5, "checkpoint_every": 25}),
@@ -59,7 +62,9 @@ def main(workdir: str, coordinator: str = "", processes: str = "1", process: str
         made.append(i)
         return np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(1), i), (3, 2)))
 
-    np.savez(folder / f"drawn-{process}.npz", drawn=np.stack(distributed.divided(5, draw)), made=made)
+    np.savez(
+        folder / f"drawn-{process}.npz", drawn=np.stack(distributed.divided(5, draw)), made=made
+    )
     if distributed.writes():
         np.savez(folder / "student.npz", *jax.tree.leaves(state.ema_params))
 

@@ -1,8 +1,14 @@
-"""How the tests compile: most of their programs run for moments and take far longer to compile than to run."""
+"""How the tests compile: most of their programs run for moments and take far longer to compile than
+to run.
+"""
 
 VARIABLES = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    # Of the CPU's compiler: kernels without MLIR, and a program in one piece, as each worker has one core.
+    # Of the CPU's compiler: kernels without MLIR, and a program in one piece, as each worker has
+    # one core.
     "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 }
-"""XLA leaves its costly passes out; `.ci/run` has commands with all of them. The TPU's compiler ends a process that has these flags."""
+"""XLA leaves its costly passes out; `.ci/run` has commands with all of them.
+
+The TPU's compiler ends a process that has these flags.
+"""

@@ -26,12 +26,30 @@ CAPTION = "a red bag above a blue boot"
 def make_export(folder: Path, role: str, *, steps: int, guidance: float) -> Path:
     """An export of random weights whose images differ by caption, seed, steps and noise correction."""
     encoder = sentence_encoder.load(GOLDEN)
-    sampler = {"solver": "ddim", "grid": "trailing", "steps": steps, "guidance": guidance, "noise_correction": role == "student"}
+    sampler = {
+        "solver": "ddim",
+        "grid": "trailing",
+        "steps": steps,
+        "guidance": guidance,
+        "noise_correction": role == "student",
+    }
     block = {
         "format": card.FORMAT,
         "role": role,
-        "model": {"name": "text_unet", "channels": (8,), "blocks": 1, "patch": 4, "text_width": 16, "time_scale": 1.0},
-        "schedule": {"name": "scaled_linear", "snr_scale": 1.0, "zero_terminal_snr": False, "num_train_steps": 1000},
+        "model": {
+            "name": "text_unet",
+            "channels": (8,),
+            "blocks": 1,
+            "patch": 4,
+            "text_width": 16,
+            "time_scale": 1.0,
+        },
+        "schedule": {
+            "name": "scaled_linear",
+            "snr_scale": 1.0,
+            "zero_terminal_snr": False,
+            "num_train_steps": 1000,
+        },
         "prediction": "x0",
         "data": {"name": "scenes", "image_shape": [32, 32, 3], "range": [-1.0, 1.0]},
         "text": {"sha256": encoder.hash, "length": 32},
@@ -39,7 +57,9 @@ def make_export(folder: Path, role: str, *, steps: int, guidance: float) -> Path
     }
     tokens, mask = encoder([CAPTION], length=32, batch_size=1)
     cond = {"tokens": tokens.astype(np.float32), "mask": mask}
-    params = jax.jit(card.build_model(block["model"]).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros(1), cond)
+    params = jax.jit(card.build_model(block["model"]).init)(
+        jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros(1), cond
+    )
     noisy = lambda path, a: a + 0.2 * jax.random.normal(jax.random.key(len(str(path))), a.shape)  # noqa: E731  (its last layer starts at 0)
     checkpoint.export(folder, jax.tree_util.tree_map_with_path(noisy, params), block)
     return folder
@@ -59,8 +79,14 @@ class Running:
     def start(self) -> "Running":
         self.server = serve.Server(self.painters, self.info, **self.options)
         app = serve.make_app(self.server)
-        options = {"log_level": "error", "ws_max_size": serve.MAX_FRAME, "timeout_graceful_shutdown": 2}
-        self.uvicorn = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=self.port, **options))
+        options = {
+            "log_level": "error",
+            "ws_max_size": serve.MAX_FRAME,
+            "timeout_graceful_shutdown": 2,
+        }
+        self.uvicorn = uvicorn.Server(
+            uvicorn.Config(app, host="127.0.0.1", port=self.port, **options)
+        )
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
         self.thread.start()
         while not self.uvicorn.started:
@@ -81,7 +107,9 @@ class Running:
     def get(self, path: str, body: object = None) -> tuple[int, bytes, dict]:
         """(status, body, headers)."""
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} if data is not None else {})
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"} if data is not None else {}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, answer.read(), dict(answer.headers)
@@ -100,4 +128,7 @@ def open_all(folder: Path) -> tuple[dict[str, Path], dict]:
         "student": make_export(folder / "student", "student", steps=3, guidance=1.0),
         "teacher": make_export(folder / "teacher", "teacher", steps=8, guidance=2.0),
     }
-    return exports, {name: serve.open_painter(str(path), (1, 4), encoder=str(GOLDEN)) for name, path in exports.items()}
+    return exports, {
+        name: serve.open_painter(str(path), (1, 4), encoder=str(GOLDEN))
+        for name, path in exports.items()
+    }

@@ -33,8 +33,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def quick(*flags: str, **more: str) -> dict[str, str]:
-    """`environment` where XLA compiles in half of the time, as in this process; `flags` are XLA's own."""
-    return environment(**{**VARIABLES, "XLA_FLAGS": " ".join((VARIABLES["XLA_FLAGS"], *flags))}, **more)
+    """`environment` where XLA compiles in half of the time, as in this process; `flags` are XLA's
+    own.
+    """
+    return environment(
+        **{**VARIABLES, "XLA_FLAGS": " ".join((VARIABLES["XLA_FLAGS"], *flags))}, **more
+    )
 
 
 def command(module: str, *arguments: object) -> list[str]:
@@ -42,24 +46,45 @@ def command(module: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def run_command(module: str, *arguments: object, timeout: float = 200) -> subprocess.CompletedProcess:
+def run_command(
+    module: str, *arguments: object, timeout: float = 200
+) -> subprocess.CompletedProcess:
     """Run a command of the package from the repository's root, as a user does."""
     env = environment() if module == "jaxdistill.aot" else quick()
-    return subprocess.run(command(module, *arguments), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command(module, *arguments),
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def run_script(code: str, *arguments: object, timeout: float = 200) -> subprocess.CompletedProcess:
-    """Run code in a process of its own, in which jaxdistill is never imported (and fails if it was)."""
-    guarded = code + "\nimport sys\nassert not [m for m in sys.modules if m.split('.')[0] == 'jaxdistill'], 'imported jaxdistill'\n"
+    """Run code in a process of its own, in which jaxdistill is never imported (and fails if it
+    was).
+    """
+    guarded = (
+        code
+        + "\nimport sys\nassert not [m for m in sys.modules if m.split('.')[0] == 'jaxdistill'],"
+        " 'imported jaxdistill'\n"
+    )
     found = subprocess.run(
-        [sys.executable, "-c", guarded, *map(str, arguments)], env=environment(), capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-c", guarded, *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert found.returncode == 0, found.stderr
     return found
 
 
 def assert_one_error_line(found: subprocess.CompletedProcess, *words: str) -> str:
-    """Exit code != 0, one line on stderr that starts with "error: " and holds the words, and no traceback."""
+    """Exit code != 0, one line on stderr that starts with "error: " and holds the words, and no
+    traceback.
+    """
     assert found.returncode != 0, found.stdout
     assert "Traceback" not in found.stderr + found.stdout, found.stderr
     lines = found.stderr.splitlines()
@@ -83,9 +108,16 @@ def host(tree):
     """The leaves by path, as host arrays; typed keys by their data."""
 
     def array(leaf):
-        return np.asarray(jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+        return np.asarray(
+            jax.random.key_data(leaf)
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else leaf
+        )
 
-    return {jax.tree_util.keystr(path): array(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): array(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def assert_same_bits(a, b) -> None:
@@ -100,7 +132,9 @@ def assert_same_bits(a, b) -> None:
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def flip_bit(path: Path, position: int | None = None) -> None:

@@ -23,18 +23,24 @@ def trained(model, key, *inputs):
     """Parameters whose output is not the zero of a fresh network."""
     leaves, tree = jax.tree.flatten(model.init(key, *inputs))
     keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-    return tree.unflatten([a + 0.05 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)])
+    return tree.unflatten(
+        [a + 0.05 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    )
 
 
 @cache
 def make(width=32, depth=2, seed=0):
     """(model, params)."""
     model = ResidualMLP(width, depth, 10, 1000.0)
-    return model, trained(model, jax.random.key(seed), jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    return model, trained(
+        model, jax.random.key(seed), jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    )
 
 
 def compiled(method):
-    """The method, with its loss in one program: op by op, each of hundreds would be compiled by itself."""
+    """The method, with its loss in one program: op by op, each of hundreds would be compiled by
+    itself.
+    """
     return lambda *networks, **options: jax.jit(method(*networks, **options))
 
 
@@ -43,11 +49,19 @@ def network(model):
 
 
 def batch(size=6):
-    return {"x0": jax.random.normal(jax.random.key(9), (size, *SHAPE)), "cond": jnp.arange(size) % 10}
+    return {
+        "x0": jax.random.normal(jax.random.key(9), (size, *SHAPE)),
+        "cond": jnp.arange(size) % 10,
+    }
 
 
 def flash(model, **options):
-    options = {"grids": NESTED, "null_cond": model.null_cond, "reconstruction": Reconstruction(steps=2), **options}
+    options = {
+        "grids": NESTED,
+        "null_cond": model.null_cond,
+        "reconstruction": Reconstruction(steps=2),
+        **options,
+    }
     return imagine_flash(network(model), network(model), **options)
 
 
@@ -81,7 +95,9 @@ def predict(model, params, x, t, cond):
 
 
 def train(teacher, loss, tx, batches, *, steps, **options):
-    """The last state of a `train_phase` in which the student starts as its teacher; without health numbers."""
+    """The last state of a `train_phase` in which the student starts as its teacher; without health
+    numbers.
+    """
     return train_phase(
         "student",
         lambda: {"student": jax.tree.map(np.asarray, teacher)},

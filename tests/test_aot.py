@@ -1,4 +1,6 @@
-"""Planning for a TPU that is not here: the compiler's own report, the search for a batch, and what is refused."""
+"""Planning for a TPU that is not here: the compiler's own report, the search for a batch, and what
+is refused.
+"""
 
 import json
 import re
@@ -43,11 +45,17 @@ def tiny(monkeypatch):
 
 @pytest.mark.parametrize("variant", ["", "one"])
 def test_the_analytic_count_is_what_xla_counts(tiny, variant):
-    """The step as it is written, its loops counted as often as they run: N states of 3 student and k c teacher calls each."""
-    config = variants.chosen(make_config(**{"method.teacher_steps": 2}), variant, file="text_config")
+    """The step as it is written, its loops counted as often as they run: N states of 3 student and
+    k c teacher calls each.
+    """
+    config = variants.chosen(
+        make_config(**{"method.teacher_steps": 2}), variant, file="text_config"
+    )
     setup = TextSetup(config, open_teacher(config))
     made = setup.programs()
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (made.state, setup.abstract_batch()))
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (made.state, setup.abstract_batch())
+    )
     teacher = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), made.teacher)
     gradient = jax.grad(lambda p, t, b: setup.loss(p, t, b, jax.random.key(0))[0])
     lowered = jax.jit(gradient).lower(shapes[0].params, teacher, shapes[1])
@@ -59,11 +67,20 @@ def test_the_analytic_count_is_what_xla_counts(tiny, variant):
 def test_the_planned_sampler_draws_the_pipelines_images():
     folders = pytest.importorskip("folders")
     pipe = pipeline.load(folders.folder("sd"))
-    config = make_config(**{"teacher.folder": str(folders.folder("sd")), "compute.dtype": "float32", "data.height": 64, "data.width": 64})
+    config = make_config(
+        **{
+            "teacher.folder": str(folders.folder("sd")),
+            "compute.dtype": "float32",
+            "data.height": 64,
+            "data.width": 64,
+        }
+    )
     setup = TextSetup(config, open_teacher(config))
     start = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
     plain = diffusers_scheduler.student_config(pipe.folder.scheduler, noise_correction=False)
-    pipe.scheduler = diffusers_scheduler.of_folder(pipe.folder._replace(scheduler=plain), noise_correction=True)
+    pipe.scheduler = diffusers_scheduler.of_folder(
+        pipe.folder._replace(scheduler=plain), noise_correction=True
+    )
     expected = pipe(folders.PROMPTS, steps=3, guidance=1.0, height=64, width=64, latents=start)
     found = setup.sample(
         pipe.params,
@@ -80,24 +97,34 @@ def test_the_sampler_is_counted_as_it_is_written(tiny):
     config = make_config(**{"student.batch_size": 6, "student.steps": (1, 3)})
     program = aot.sampler_program(config, jax.devices())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), program.arguments)
-    counted = hlo.count(program.function.lower(*shapes).compiler_ir(dialect="hlo").as_hlo_text()).flops
+    counted = hlo.count(
+        program.function.lower(*shapes).compiler_ir(dialect="hlo").as_hlo_text()
+    ).flops
     assert counted == pytest.approx(program.analytic_flops, rel=0.02) and program.rows == 6
     setup = TextSetup(config, open_teacher(config))
-    assert program.analytic_flops == pytest.approx(6 * (3 * setup.call_flops() + setup.decode_flops()))
+    assert program.analytic_flops == pytest.approx(
+        6 * (3 * setup.call_flops() + setup.decode_flops())
+    )
     assert set(program.kinds) == {"student", "decoder", "batch"}
 
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_the_teachers_step_is_counted_as_it_is_written(tiny, guidance):
-    """Of one host's chips, each with config.log.batch_size images; under guidance with two rows of conditioning for one of states."""
+    """Of one host's chips, each with config.log.batch_size images; under guidance with two rows of
+    conditioning for one of states.
+    """
     config = make_config(**{"log.batch_size": 3, "teacher.guidance": guidance})
     program = aot.teacher_program(config, jax.devices())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), program.arguments)
-    counted = hlo.count(program.function.lower(*shapes).compiler_ir(dialect="hlo").as_hlo_text()).flops
+    counted = hlo.count(
+        program.function.lower(*shapes).compiler_ir(dialect="hlo").as_hlo_text()
+    ).flops
     setup = TextSetup(config, open_teacher(config))
     assert counted == pytest.approx(program.analytic_flops, rel=0.02)
     assert program.rows == 3 * len(jax.devices()) and set(program.kinds) == {"teacher", "batch"}
-    assert program.analytic_flops == pytest.approx(program.rows * setup.call_flops(copies=2 if guidance > 1 else 1))
+    assert program.analytic_flops == pytest.approx(
+        program.rows * setup.call_flops(copies=2 if guidance > 1 else 1)
+    )
     assert setup.call_flops(copies=2) > 1.3 * setup.call_flops()
 
 
@@ -105,10 +132,20 @@ def test_what_goes_between_slices_is_priced_by_their_network():
     chip = chips.CHIPS["v4"]
     program = aot.Program(None, (), {}, 275e12, 8)
     counts = hlo.Counts(
-        flops=275e12, bytes=0.0, collectives={"all-reduce": 3e9, hlo.NETWORK: 12.5e9}, gathers=[], unknown_loops=0, main_bytes=0.0
+        flops=275e12,
+        bytes=0.0,
+        collectives={"all-reduce": 3e9, hlo.NETWORK: 12.5e9},
+        gathers=[],
+        unknown_loops=0,
+        main_bytes=0.0,
     )
     report = aot.counted(counts, program, chip, 1)
-    assert report["roofline_ms"] == {"compute": 1000.0, "memory": 0.0, "interconnect": 10.0, "network": 2000.0}
+    assert report["roofline_ms"] == {
+        "compute": 1000.0,
+        "memory": 0.0,
+        "interconnect": 10.0,
+        "network": 2000.0,
+    }
     assert report["bound"] == "network" and report["step_ms_at_least"] == 2000.0
     del counts.collectives[hlo.NETWORK]
     assert aot.counted(counts, program, chip, 1)["bound"] == "compute"
@@ -116,7 +153,12 @@ def test_what_goes_between_slices_is_priced_by_their_network():
 
 def test_the_sum_of_the_kinds_is_what_the_arguments_weigh():
     layout = partition.layout()
-    tree = layout.describe({"kernel": jax.ShapeDtypeStruct((64, 32), jnp.bfloat16), "key": jax.eval_shape(lambda: jax.random.key(0))})
+    tree = layout.describe(
+        {
+            "kernel": jax.ShapeDtypeStruct((64, 32), jnp.bfloat16),
+            "key": jax.eval_shape(lambda: jax.random.key(0)),
+        }
+    )
     assert aot.bytes_a_device(tree) == 64 * 32 * 2 + 8
 
 
@@ -130,7 +172,9 @@ def fake(limit, calls):
     return measure
 
 
-@pytest.mark.parametrize(("limit", "step", "best"), [(44, 1, 11), (44, 2, 10), (4, 1, 1), (3, 1, 0), (4096, 1, 1024)])
+@pytest.mark.parametrize(
+    ("limit", "step", "best"), [(44, 1, 11), (44, 2, 10), (4, 1, 1), (3, 1, 0), (4096, 1, 1024)]
+)
 def test_the_search_finds_the_largest_batch_that_fits(monkeypatch, limit, step, best):
     calls = []
     monkeypatch.setattr(aot, "measure", fake(limit, calls))
@@ -169,9 +213,14 @@ def test_without_any_text_the_memory_figures_are_kept(monkeypatch):
     report = aot.measure(program, chips.CHIPS["v6e"], 1)
     assert report["unread"] == "INTERNAL: RET_CHECK failure" and report["fits"]
     same = ("memory_gib", "analytic_flops_a_chip", "rows", "versions")
-    assert {key: report[key] for key in same} == {key: whole[key] for key in same} and "flops_ratio" in whole
+    assert {key: report[key] for key in same} == {
+        key: whole[key] for key in same
+    } and "flops_ratio" in whole
     text = aot.text_of({"topology": "v6e:1x1", "compiled": "step", **report})
-    assert "of 32: fits" in text and "cannot read what libtpu compiled (INTERNAL: RET_CHECK failure)" in text
+    assert (
+        "of 32: fits" in text
+        and "cannot read what libtpu compiled (INTERNAL: RET_CHECK failure)" in text
+    )
 
 
 OOM = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 16G
@@ -184,10 +233,18 @@ OOM = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 
 
 def test_a_job_that_does_not_fit_names_its_buffers_and_the_knobs():
     lines = aot.largest_buffers(OOM.replace("1. ", ""))
-    assert lines == ['  Size: 4.00G  Shape: bf16[48,8,4096,4096]  Operator: op_name="jit(train_step)/dot"']
+    assert lines == [
+        '  Size: 4.00G  Shape: bf16[48,8,4096,4096]  Operator: op_name="jit(train_step)/dot"'
+    ]
     assert aot.largest_buffers("first\nsecond\n\nthird") == ["  second", "  third"]
     text = aot.knobs(make_config())
-    for knob in ("compute.remat=full", "student.batch_size below 16", "mesh.fsdp above 1", "attention=flash", "lora_rank=64"):
+    for knob in (
+        "compute.remat=full",
+        "student.batch_size below 16",
+        "mesh.fsdp above 1",
+        "attention=flash",
+        "lora_rank=64",
+    ):
         assert knob in text
     assert "lora_rank" not in aot.knobs(make_config(**{"student.lora_rank": 4}))
 
@@ -197,14 +254,20 @@ def test_a_job_that_does_not_fit_names_its_buffers_and_the_knobs():
     [
         (["--topology=v4:2x2x1"], "--config is missing"),
         (["--config=configs/tpu_v4.py"], "--topology is missing: CHIP:SHAPE, as v4:2x2x1"),
-        (["--config=configs/tpu_v4.py", "--topology=v9:2x2"], "--topology = 'v9:2x2' is not known; use CHIP:SHAPE"),
+        (
+            ["--config=configs/tpu_v4.py", "--topology=v9:2x2"],
+            "--topology = 'v9:2x2' is not known; use CHIP:SHAPE",
+        ),
         (["--config=configs/digits.py", "--topology=v4:2x2x1"], "plans text-to-image configs"),
         (["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--program=all"], "--program=all"),
         (
             ["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--program=teacher", "--search"],
             "--search looks for config.student.batch_size",
         ),
-        (["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--json=/nowhere/x.json"], "the folder /nowhere does not exist"),
+        (
+            ["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--json=/nowhere/x.json"],
+            "the folder /nowhere does not exist",
+        ),
         (
             ["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--save=/nowhere/step"],
             "--save=/nowhere/step: the folder /nowhere does not exist",
@@ -219,7 +282,13 @@ def test_a_mistake_is_one_line(flags, words):
     ("changes", "words"),
     [
         ({"mesh.fsdp": 3}, "does not divide the 1 devices"),
-        ({"student.accumulate": 3}, "config.student.accumulate = 3 must be at least 1 and divide config.student.batch_size = 16"),
+        (
+            {"student.accumulate": 3},
+            (
+                "config.student.accumulate = 3 must be at least 1 and divide"
+                " config.student.batch_size = 16"
+            ),
+        ),
         ({"student.batch_size": 0}, "must be a positive multiple"),
         ({"compute.remat": "some"}, "config.compute.remat = 'some' is not known"),
         ({"teacher.architecture": "sd99"}, "config.teacher.architecture = 'sd99' is not known"),
@@ -234,7 +303,11 @@ def test_a_plan_that_cannot_be_is_refused(tiny, changes, words):
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_one_slice_of_every_kind_of_chip_makes_a_mesh(name):
     _, devices = aot.topology(name)
-    assert partition.make_mesh(2, -1, 1, devices=devices).shape == {"data": 2, "fsdp": len(devices) // 2, "tensor": 1}
+    assert partition.make_mesh(2, -1, 1, devices=devices).shape == {
+        "data": 2,
+        "fsdp": len(devices) // 2,
+        "tensor": 1,
+    }
 
 
 def test_several_slices_divide_the_data_and_nothing_else():

@@ -16,7 +16,10 @@ from jaxdistill.tasks.labelled_images import experiment
         ({"student.times": (0.9, 0.5, 0.2)}, "must start at T = 1, got"),
         ({"student.grid": "leading"}, "must start at T = 1, got"),
         ({"prediction": "eps"}, "cannot start from zero terminal SNR"),
-        ({"prediction": "epsilon"}, "prediction = 'epsilon' is not known; choose one of 'eps', 'v'"),
+        (
+            {"prediction": "epsilon"},
+            "prediction = 'epsilon' is not known; choose one of 'eps', 'v'",
+        ),
         ({"schedule.name": "cos"}, "schedule.name = 'cos' is not known"),
         ({"schedule.snr_scale": 0.0}, "snr_scale must be above 0"),
         ({"model.name": "resnet"}, "model.name = 'resnet' is not known"),
@@ -24,20 +27,41 @@ from jaxdistill.tasks.labelled_images import experiment
         ({"data.name": "fashion"}, "config.data.folder is empty"),
         ({"method.noise": "white"}, "method.noise = 'white' is not known"),
         ({"method.shift": "step"}, "method.shift = 'step' is not known"),
-        ({"method.shift": "linear", "shifts.linear.high": 1.2}, "linear_shift needs 0 < low <= high <= 1, got"),
-        ({"method.shift": "power", "shifts.power.strength": 1.5}, "power_shift needs 0 <= strength < 1"),
-        ({"method.teacher_solver": "heun"}, "method.teacher_solver = 'heun' is not known; choose one of 'ddim', 'dpm_solver_pp_2m'"),
+        (
+            {"method.shift": "linear", "shifts.linear.high": 1.2},
+            "linear_shift needs 0 < low <= high <= 1, got",
+        ),
+        (
+            {"method.shift": "power", "shifts.power.strength": 1.5},
+            "power_shift needs 0 <= strength < 1",
+        ),
+        (
+            {"method.teacher_solver": "heun"},
+            "method.teacher_solver = 'heun' is not known; choose one of 'ddim', 'dpm_solver_pp_2m'",
+        ),
         ({"teacher.solver": "euler"}, "sampler.solver = 'euler' is not known"),
         ({"adversarial.loss": "wasserstein"}, "adversarial.loss = 'wasserstein' is not known"),
         ({"adversarial.reals": "web"}, "adversarial.reals = 'web' is not known"),
         ({"student.steps": (0, 1)}, "student.steps must hold step counts of at least 1"),
-        ({"student.keep_best": "fd_9"}, "config.student.keep_best = 'fd_9' is not known; use one of fd_1, "),
+        (
+            {"student.keep_best": "fd_9"},
+            "config.student.keep_best = 'fd_9' is not known; use one of fd_1, ",
+        ),
         ({"method.teacher_steps": 0}, "config.method.teacher_steps must be at least 1, got 0"),
-        ({"student.decay_to": 1.5}, "config.student.decay_to must be in [0, 1] (1: no decay), got 1.5"),
+        (
+            {"student.decay_to": 1.5},
+            "config.student.decay_to must be in [0, 1] (1: no decay), got 1.5",
+        ),
         ({"student.batch_size": 0}, "config.student.batch_size = 0 must be a positive multiple"),
         ({"teacher.drop_cond": 0.0}, "needs a teacher trained with config.teacher.drop_cond > 0"),
-        ({"eval.samples": 10}, "too few for a Frechet distance of 16 features; at least 17 are needed"),
-        ({"student.grid": "trailing", "student.batch_size": 11}, "must be a multiple of the 2 grids"),
+        (
+            {"eval.samples": 10},
+            "too few for a Frechet distance of 16 features; at least 17 are needed",
+        ),
+        (
+            {"student.grid": "trailing", "student.batch_size": 11},
+            "must be a multiple of the 2 grids",
+        ),
     ],
 )
 def test_a_bad_config_is_refused_with_the_value_and_the_mend(changes, message):
@@ -49,8 +73,17 @@ def test_a_bad_config_is_refused_with_the_value_and_the_mend(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "config.teacher.path is empty: config.method.name = 'endpoint' needs the student/ folder"),
-        ({"method.name": "end"}, "method.name = 'end' is not known; choose one of 'imagine_flash', 'endpoint'"),
+        (
+            {},
+            (
+                "config.teacher.path is empty: config.method.name = 'endpoint' needs the student/"
+                " folder"
+            ),
+        ),
+        (
+            {"method.name": "end"},
+            "method.name = 'end' is not known; choose one of 'imagine_flash', 'endpoint'",
+        ),
         ({"student.steps": (1, 2)}, 'set config.student.steps="(1,)", got (1, 2)'),
         ({"teacher.steps": 1}, "set config.teacher.steps to the several steps of that one, got 1"),
         ({"teacher.guidance": 1.5}, "set config.teacher.guidance=1, got 1.5"),
@@ -59,24 +92,40 @@ def test_a_bad_config_is_refused_with_the_value_and_the_mend(changes, message):
 )
 def test_a_bad_config_of_one_step_from_several_is_refused(changes, message):
     with pytest.raises(ValueError) as error:
-        experiment.build(ablate.changed(variants.chosen(tiny.get_config(), "one", file="tiny"), changes))
+        experiment.build(
+            ablate.changed(variants.chosen(tiny.get_config(), "one", file="tiny"), changes)
+        )
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("config", [digits, fashion, sd15, sd21, sdxl], ids=lambda config: config.__name__)
+@pytest.mark.parametrize(
+    "config", [digits, fashion, sd15, sd21, sdxl], ids=lambda config: config.__name__
+)
 def test_each_config_has_its_variant_of_one_step_and_no_other(config):
     found, plain = config.get_config("one"), config.get_config()
     assert experiment.from_student(found) and not experiment.from_student(plain)
     assert found.teacher.steps == 3 and found.teacher.guidance == 1.0
     file = config.__name__.removeprefix("configs.")
-    with pytest.raises(ValueError, match=rf"configs/{file}.py:two is not known; use one of configs/{file}.py, configs/{file}.py:one"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"configs/{file}.py:two is not known; use one of configs/{file}.py,"
+            rf" configs/{file}.py:one"
+        ),
+    ):
         config.get_config("two")
 
 
 def test_a_model_that_does_not_fit_the_images_is_refused():
     config = tiny.get_config()
     with config.unlocked():
-        config.model = {"name": "unet", "channels": (8, 8), "blocks": 1, "patch": 3, "time_scale": 1000.0}
+        config.model = {
+            "name": "unet",
+            "channels": (8, 8),
+            "blocks": 1,
+            "patch": 3,
+            "time_scale": 1000.0,
+        }
     with pytest.raises(ValueError, match="does not take images of shape"):
         experiment.build(config)
 
@@ -85,19 +134,35 @@ def test_a_model_that_does_not_fit_the_images_is_refused():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config=tests/tiny.py", "--workdir={dir}", "--config.studnt.steps=1"], "unknown config key: studnt Did you mean"),
+        (
+            ["--config=tests/tiny.py", "--workdir={dir}", "--config.studnt.steps=1"],
+            "unknown config key: studnt Did you mean",
+        ),
         (["--config=configs/nope.py", "--workdir={dir}"], "--config cannot be loaded"),
         (["--config=tests/tiny.py"], "both flags are needed"),
         (["--config=tests/tiny.py", "--workdir={dir}/file/run"], "cannot be written"),
         (["--config=tests/tiny.py", "--workdir={dir}", "--config.seed=a"], "config.seed=a"),
-        (["--config=tests/tiny.py", "--workdir={dir}", "--config.data.name=fashion", "--config.data.folder={dir}"], "missing data file"),
+        (
+            [
+                "--config=tests/tiny.py",
+                "--workdir={dir}",
+                "--config.data.name=fashion",
+                "--config.data.folder={dir}",
+            ],
+            "missing data file",
+        ),
     ],
 )
 def test_the_command_answers_a_mistake_in_one_line(flags, message, tmp_path):
     (tmp_path / "file").write_text("")
     run = run_command("jaxdistill.main", *(flag.format(dir=tmp_path) for flag in flags))
     lines = [line for line in run.stderr.splitlines() if not line.startswith(("W", "I", "E0"))]
-    assert run.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], run.stderr
+    assert (
+        run.returncode == 2
+        and len(lines) == 1
+        and lines[0].startswith("error: ")
+        and message in lines[0]
+    ), run.stderr
 
 
 @pytest.mark.parametrize(
@@ -106,18 +171,36 @@ def test_the_command_answers_a_mistake_in_one_line(flags, message, tmp_path):
         (["--model={dir}", "--out={dir}/x.png"], "is no export"),
         (["--model={student}", "--out={dir}/x.jpg"], "must end in .png or .npz"),
         (["--model={student}", "--out={dir}/no/x.png"], "does not exist"),
-        (["--model={student}", "--out={dir}/x.png", "--steps=0"], "--steps must be at least 1, got 0"),
+        (
+            ["--model={student}", "--out={dir}/x.png", "--steps=0"],
+            "--steps must be at least 1, got 0",
+        ),
         (["--model={student}", "--out={dir}/x.png", "--num=0"], "--num must be at least 1, got 0"),
         (["--model={student}", "--out={dir}/x.png", "--labels=3,12"], "class 12 is not in 0..9"),
         (["--model={student}", "--out={dir}/x.png", "--labels=a"], "no list of class numbers"),
-        (["--model={student}", "--out={dir}/x.png", "--noise_correction=maybe"], "neither true nor false"),
-        (["--model={student}", "--out={dir}/x.png", "--guidance=-1"], "--guidance must be a number of at least 0"),
+        (
+            ["--model={student}", "--out={dir}/x.png", "--noise_correction=maybe"],
+            "neither true nor false",
+        ),
+        (
+            ["--model={student}", "--out={dir}/x.png", "--guidance=-1"],
+            "--guidance must be a number of at least 0",
+        ),
         (["--model={extractor}", "--out={dir}/x.png"], "draws no images"),
     ],
 )
 def test_sample_answers_a_mistake_in_one_line(flags, message, finished, tmp_path, capsys):
-    paths = {"dir": tmp_path, "student": finished[0] / "student", "extractor": finished[0] / "extractor"}
+    paths = {
+        "dir": tmp_path,
+        "student": finished[0] / "student",
+        "extractor": finished[0] / "extractor",
+    }
     with pytest.raises(SystemExit) as stop:
         sample.main([flag.format(**paths) for flag in flags])
     text = capsys.readouterr().err
-    assert stop.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and message in text
+    assert (
+        stop.value.code == 2
+        and text.startswith("error: ")
+        and text.count("\n") == 1
+        and message in text
+    )

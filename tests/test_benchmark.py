@@ -56,10 +56,17 @@ def test_smoke_benchmark_scores_every_method_at_every_step_count(smoke):
     results = json.loads((workdir / "results.json").read_text())
     found = {(row["method"], row["steps"]) for row in results["rows"]}
     config = config_file.get_config("smoke")
-    assert found == {(m, n) for m in METHODS for n in config.student.steps} | {("teacher", n) for n in (1, 2, 4)}
+    assert found == {(m, n) for m in METHODS for n in config.student.steps} | {
+        ("teacher", n) for n in (1, 2, 4)
+    }
     for row in results["rows"]:
         assert np.isfinite([row[k] for k in benchmark.SHOWN]).all() and row["images_per_second"] > 0
-    assert results["floor_fd"] > 0 and set(results["ceiling"]) == {"colour", "garment", "relation", "all_right"}
+    assert results["floor_fd"] > 0 and set(results["ceiling"]) == {
+        "colour",
+        "garment",
+        "relation",
+        "all_right",
+    }
     assert "| step_distillation | 2 |" in (workdir / "results.md").read_text()
     assert Image.open(workdir / "results.png").size[0] == 1200
 
@@ -69,7 +76,9 @@ def test_methods_spend_the_same_budget(smoke):
     workdir, _ = smoke
     config = config_file.get_config("smoke")
     for method in METHODS:
-        cards = [json.loads(p.read_text()) for p in (workdir / "students").glob(f"{method}-0*/card.json")]
+        cards = [
+            json.loads(p.read_text()) for p in (workdir / "students").glob(f"{method}-0*/card.json")
+        ]
         spent = sum(card["calls_an_iteration"] * card["iterations"] for card in cards)
         slack = sum(card["calls_an_iteration"] for card in cards)
         assert config.student.budget - slack <= spent <= config.student.budget, method
@@ -79,11 +88,17 @@ def test_methods_spend_the_same_budget(smoke):
 def test_rows_alone_carry_a_finished_benchmark_and_other_settings_are_refused(smoke, tmp_path):
     workdir, flags = smoke
     bare = tmp_path / "bare"
-    shutil.copytree(workdir, bare, ignore=shutil.ignore_patterns("students", "checkpoints", "pictures"))
+    shutil.copytree(
+        workdir, bare, ignore=shutil.ignore_patterns("students", "checkpoints", "pictures")
+    )
     (bare / "results.json").unlink()
-    found = run_command("jaxdistill.benchmark", *(f.replace(str(workdir), str(bare)) for f in flags), timeout=300)
+    found = run_command(
+        "jaxdistill.benchmark", *(f.replace(str(workdir), str(bare)) for f in flags), timeout=300
+    )
     assert found.returncode == 0, found.stderr[-3000:]
-    assert not (bare / "students").exists() and not (bare / "pictures").exists()  # nothing was trained or scored again
+    assert (
+        not (bare / "students").exists() and not (bare / "pictures").exists()
+    )  # nothing was trained or scored again
     assert (bare / "rows.json").read_bytes() == (workdir / "rows.json").read_bytes()
     again, first = (json.loads((folder / "results.json").read_text()) for folder in (bare, workdir))
     assert again["rows"] == first["rows"] and again["ceiling"] == first["ceiling"]
@@ -100,7 +115,10 @@ def test_rows_alone_carry_a_finished_benchmark_and_other_settings_are_refused(sm
 def test_export_draws_the_images_that_were_scored(smoke, name):
     """The card alone, with the encoder, brings back solver, grid and noise correction."""
     workdir, _ = smoke
-    config, model = config_file.get_config("smoke"), TextExport(workdir / "students" / name, encoder=GOLDEN)
+    config, model = (
+        config_file.get_config("smoke"),
+        TextExport(workdir / "students" / name, encoder=GOLDEN),
+    )
     scenes = open_scenes(workdir, workdir / "scenes", scale=config.data.scale)
     captions = [benchmark.caption_of(item) for item in scenes["test"]][: config.eval.samples]
     images = model(captions, steps=2, seed=config.eval.seed, batch_size=config.eval.batch_size)
@@ -108,12 +126,17 @@ def test_export_draws_the_images_that_were_scored(smoke, name):
     np.testing.assert_allclose(images[: len(scored)] * 255.0, scored, atol=1.01)
     assert model.card["sampler"]["steps"] == 2 and model.card["sampler"]["guidance"] == 1.0
     # An image is a function of its caption, the seed and its number, not of its batch.
-    np.testing.assert_allclose(model(captions[:3], seed=config.eval.seed, batch_size=2), images[:3], atol=1e-4)
+    np.testing.assert_allclose(
+        model(captions[:3], seed=config.eval.seed, batch_size=2), images[:3], atol=1e-4
+    )
 
 
 @pytest.mark.long
 def test_each_stages_export_names_a_step_count_that_it_serves(smoke):
-    steps = {p.parent.name: json.loads(p.read_text())["sampler"]["steps"] for p in smoke[0].glob("students/*/card.json")}
+    steps = {
+        p.parent.name: json.loads(p.read_text())["sampler"]["steps"]
+        for p in smoke[0].glob("students/*/card.json")
+    }
     assert steps == {"imagine_flash-0": 2, "step_distillation-0-2": 2, "step_distillation-0-1": 1}
 
 
@@ -179,7 +202,10 @@ def test_variants_run_on_the_exports_of_another_benchmark(smoke, tmp_path):
     assert found.returncode == 0, found.stderr[-3000:]
     assert not (workdir / "teacher").exists() and not (workdir / "recogniser").exists()
     assert {p: p.stat().st_mtime_ns for p in base.rglob("*")} == before
-    rows = {name: json.loads((folder / "results.json").read_text())["reference"] for name, folder in (("base", made), ("run", workdir))}
+    rows = {
+        name: json.loads((folder / "results.json").read_text())["reference"]
+        for name, folder in (("base", made), ("run", workdir))
+    }
     assert {k: v for k, v in rows["run"].items() if k != "images_per_second"} == {
         k: v for k, v in rows["base"].items() if k != "images_per_second"
     }
@@ -197,17 +223,31 @@ def test_teacher_is_scored_on_real_and_on_the_students_states(smoke, tmp_path):
     found = run_command("jaxdistill.teacher_states", *flags, timeout=300)
     assert found.returncode == 0, found.stderr[-3000:]
     results = json.loads((tmp_path / "teacher_states.json").read_text())
-    times = {source: [r["t"] for r in results["rows"] if r["source"] == source] for source in teacher_states.SOURCES}
-    assert times["student"] == [1.0, 0.75] and times["renoised"] == times["renoised_fresh"] == [0.87, 0.77]
-    assert sorted(times["real"]) == sorted({*times["student"], *times["renoised"]})  # each has a real state to compare with
+    times = {
+        source: [r["t"] for r in results["rows"] if r["source"] == source]
+        for source in teacher_states.SOURCES
+    }
+    assert times["student"] == [1.0, 0.75] and times["renoised"] == times["renoised_fresh"] == [
+        0.87,
+        0.77,
+    ]
+    assert sorted(times["real"]) == sorted(
+        {*times["student"], *times["renoised"]}
+    )  # each has a real state to compare with
     # At t = T every state is noise, and these two are of different draws of it.
     at_T = [r["fd"] for r in results["rows"] if r["t"] == 1.0]
     assert len(at_T) == 2 and np.isfinite(at_T).all()
     assert (tmp_path / "teacher_states.png").stat().st_size > 5000
     found = run_command("jaxdistill.teacher_states", f"--benchmark={workdir}", "--student=nobody")
     assert found.returncode == 2 and "students/nobody/card.json" in found.stderr
-    found = run_command("jaxdistill.teacher_states", f"--benchmark={workdir}", "--student=step_distillation-0-2")
-    assert found.returncode == 2 and "'step_distillation', which has no shift" in found.stderr and "Traceback" not in found.stderr
+    found = run_command(
+        "jaxdistill.teacher_states", f"--benchmark={workdir}", "--student=step_distillation-0-2"
+    )
+    assert (
+        found.returncode == 2
+        and "'step_distillation', which has no shift" in found.stderr
+        and "Traceback" not in found.stderr
+    )
 
 
 def setting_of(config):
@@ -224,8 +264,13 @@ def test_every_variant_of_the_studies_can_be_built(size):
     for name in config.methods:
         method = benchmark.choose_method(config, name)(setting, config.method_settings[name], 100)
         assert method.sampler.grid(3)[0] == 1.0
-        changes = {k for k, v in config.method_settings[name].items() if k != "method" and v != full.get(k)}
-        assert size == "leakage" or len(changes - {"shift_settings"}) == (name != "full"), (name, changes)
+        changes = {
+            k for k, v in config.method_settings[name].items() if k != "method" and v != full.get(k)
+        }
+        assert size == "leakage" or len(changes - {"shift_settings"}) == (name != "full"), (
+            name,
+            changes,
+        )
 
 
 def test_what_is_left_to_train_is_known_from_the_rows(tmp_path):
@@ -241,8 +286,14 @@ def test_what_is_left_to_train_is_known_from_the_rows(tmp_path):
     assert Fake().unscored() == 3  # seed 1 of `direct` lacks two steps
 
 
-def test_programs_are_kept_for_the_other_processes_unless_the_environment_names_a_place(tmp_path, monkeypatch):
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
+def test_programs_are_kept_for_the_other_processes_unless_the_environment_names_a_place(
+    tmp_path, monkeypatch
+):
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
     before = {name: getattr(jax.config, name) for name in names}
     benchmark.keep_programs(tmp_path / "first")  # the tests' own cache
     jax.jit(lambda x: x * 2.25)(np.ones(7, np.float32)).block_until_ready()
@@ -265,14 +316,22 @@ def test_the_smoke_size_compiles_without_costly_passes_and_the_others_with_them(
             monkeypatch.setenv("XLA_FLAGS", "--mine")
             benchmark.choose_optimizations(config_file.get_config(size))
             assert jax.config.read("jax_disable_most_optimizations") == left_out
-            assert os.environ["XLA_FLAGS"] == (f"{benchmark.QUICK} --mine" if left_out else "--mine")
+            assert os.environ["XLA_FLAGS"] == (
+                f"{benchmark.QUICK} --mine" if left_out else "--mine"
+            )
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
 def test_processes_below_none_are_refused(tmp_path):
-    flags = ["--config=configs/benchmark.py:smoke", f"--workdir={tmp_path / 'run'}", "--processes=-1"]
-    assert_one_error_line(run_command("jaxdistill.benchmark", *flags), "--processes must be at least 0, got -1")
+    flags = [
+        "--config=configs/benchmark.py:smoke",
+        f"--workdir={tmp_path / 'run'}",
+        "--processes=-1",
+    ]
+    assert_one_error_line(
+        run_command("jaxdistill.benchmark", *flags), "--processes must be at least 0, got -1"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -283,10 +342,17 @@ def test_methods_follow_the_teachers_guidance_and_steps_until_they_have_their_ow
     config.teacher.update({"guidance": 4.0, "steps": 30})
     settings = config.method_settings.to_dict()
     assert settings["lcm"]["guidance"] == 7.0
-    assert {settings[name]["guidance"] for name in ("imagine_flash", "tdm", "step_distillation", "full")} == {4.0}
-    assert settings["matched"]["guidance"] == settings["matched"]["matching"]["guidance"] == 5.5  # as much beyond 1, and a half more
+    assert {
+        settings[name]["guidance"] for name in ("imagine_flash", "tdm", "step_distillation", "full")
+    } == {4.0}
+    assert (
+        settings["matched"]["guidance"] == settings["matched"]["matching"]["guidance"] == 5.5
+    )  # as much beyond 1, and a half more
     assert settings["direct"]["pairs_steps"] == 30
-    assert (settings["guidance_less"]["guidance"], settings["guidance_more"]["guidance"]) == (2.5, 5.5)
+    assert (settings["guidance_less"]["guidance"], settings["guidance_more"]["guidance"]) == (
+        2.5,
+        5.5,
+    )
 
 
 def test_the_search_changes_a_competitors_rates_or_its_guidance_and_nothing_else():
@@ -300,7 +366,10 @@ def test_the_search_changes_a_competitors_rates_or_its_guidance_and_nothing_else
         for key, value in shipped[method].to_dict().items():
             if key == "guidance" and kind == "guided":
                 value = 2.5
-            assert found[key] == (value * factor if key.endswith("learning_rate") else value), (name, key)
+            assert found[key] == (value * factor if key.endswith("learning_rate") else value), (
+                name,
+                key,
+            )
 
 
 def test_matched_is_imagine_flash_then_tdm_then_one_step_with_one_sampler():
@@ -312,10 +381,18 @@ def test_matched_is_imagine_flash_then_tdm_then_one_step_with_one_sampler():
     )
     np.testing.assert_allclose([stage.share for stage in matched.stages], [0.35, 0.35, 0.3])
     assert [tuple(stage.serves) for stage in matched.stages] == [(), (2, 3, 4), (1,)]
-    assert [tuple(stage.groups) for stage in matched.stages] == [("student", "discriminator"), ("student", "fake"), ("student",)]
+    assert [tuple(stage.groups) for stage in matched.stages] == [
+        ("student", "discriminator"),
+        ("student", "fake"),
+        ("student",),
+    ]
     assert [stage.teacher for stage in matched.stages] == ["teacher", "teacher", "previous"]
     assert [list(matched.sampler.grid(n)) for n in (1, 2)] == [[1.0], [1.0, 0.5]]
-    assert {**matched.sampler.card["sampler"], "grid": "nested", "times": [1.0, 0.75, 0.5, 0.3]} == flash.sampler.card["sampler"]
+    assert {
+        **matched.sampler.card["sampler"],
+        "grid": "nested",
+        "times": [1.0, 0.75, 0.5, 0.3],
+    } == flash.sampler.card["sampler"]
     block.matching.grid = "nested"
     assert build(setting_of(config), block, 100).sampler.card == flash.sampler.card
     for share in (0.0, 0.7, -0.5):
@@ -327,17 +404,24 @@ def test_matched_is_imagine_flash_then_tdm_then_one_step_with_one_sampler():
 def test_listed_grids_are_chosen_by_their_length_and_checked():
     block = {"grid": "listed", "times": [[1.0], [1.0, 0.5], [1.0, 0.75, 0.5]]}
     for n in (1, 2, 3):
-        np.testing.assert_allclose(card.build_grid(block, n, 1000.0), 1000.0 * np.float32(block["times"][n - 1]))
+        np.testing.assert_allclose(
+            card.build_grid(block, n, 1000.0), 1000.0 * np.float32(block["times"][n - 1])
+        )
     np.testing.assert_array_equal(card.build_grid(block, 4, 1.0), sampling.trailing_grid(4, 1.0))
     with pytest.raises(ValueError, match="must start at T"):
         card.build_grid({**block, "times": [[0.9]]}, 1, 1.0)
 
 
 def test_added_losses_have_keys_of_their_own_and_the_weight():
-    first, second = (lambda p, t, b, key, n=n: (p * jax.random.uniform(key), {n: p, "both": n}) for n in ("a", "b"))
+    first, second = (
+        lambda p, t, b, key, n=n: (p * jax.random.uniform(key), {n: p, "both": n})
+        for n in ("a", "b")
+    )
     value, metrics = contenders.added(first, second, weight=3.0)(2.0, None, {}, jax.random.key(0))
     keys = jax.random.split(jax.random.key(0))
-    np.testing.assert_allclose(value, 2.0 * jax.random.uniform(keys[0]) + 6.0 * jax.random.uniform(keys[1]), rtol=1e-6)
+    np.testing.assert_allclose(
+        value, 2.0 * jax.random.uniform(keys[0]) + 6.0 * jax.random.uniform(keys[1]), rtol=1e-6
+    )
     assert metrics == {"a": 2.0, "b": 2.0, "both": "a"}
 
 
@@ -346,7 +430,9 @@ def test_a_share_for_pairs_that_leaves_nothing_is_refused(share):
     config = config_file.get_config()
     config.method_settings.direct.pairs_share = share
     with pytest.raises(ValueError, match="pairs_share must be above 0 and below 1"):
-        benchmark.choose_method(config, "direct")(setting_of(config), config.method_settings.direct, 100)
+        benchmark.choose_method(config, "direct")(
+            setting_of(config), config.method_settings.direct, 100
+        )
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
@@ -362,12 +448,18 @@ def test_times_of_a_scaled_snr_have_it(scale):
 def test_picture_of_methods_has_a_row_for_each(tmp_path):
     score = {"fd": 1.0, "all_right": 0.5, "seed": 0}
     rows = [{"method": "teacher", "steps": n, "guidance": 2.0, **score} for n in (50, 1, 2)]
-    rows += [{"method": m, "steps": n, "guidance": 1.0, **score} for m in ("imagine_flash", "lcm") for n in (1, 2)]
+    rows += [
+        {"method": m, "steps": n, "guidance": 1.0, **score}
+        for m in ("imagine_flash", "lcm")
+        for n in (1, 2)
+    ]
     results = {"rows": rows, "reference": rows[0], "ceiling": {"all_right": 0.9}, "floor_fd": 0.2}
     sizes = []
     for methods in (("imagine_flash",), ("imagine_flash", "lcm")):
         pictures = {(m, 2): np.full((3, 32, 32, 3), 0.5, np.float32) for m in methods}
-        report.methods_picture(tmp_path / "p.png", results, ["a red bag above a blue bag"] * 3, pictures)
+        report.methods_picture(
+            tmp_path / "p.png", results, ["a red bag above a blue bag"] * 3, pictures
+        )
         sizes.append(Image.open(tmp_path / "p.png").size)
     assert sizes[0][0] == sizes[1][0] and sizes[1][1] > sizes[0][1] + 100
 
@@ -376,7 +468,9 @@ def test_chart_of_variants_shows_each_as_a_multiple_of_the_first():
     scores = (("full", 1.0), ("full", 3.0), ("forward", 4.0), ("forward", 4.0))
     rows = [{"method": method, "steps": 3, "guidance": 1.0, "fd": fd} for method, fd in scores]
     figure = plt.figure()
-    report.variants_chart(figure, {"rows": [{"method": "teacher", "steps": 50, "fd": 9.0}, *rows]}, {})
+    report.variants_chart(
+        figure, {"rows": [{"method": "teacher", "steps": 50, "fd": 9.0}, *rows]}, {}
+    )
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["full", "forward"]
     points = [line.get_xdata() for line in axes.get_lines() if line.get_marker() == "o"]
@@ -385,13 +479,24 @@ def test_chart_of_variants_shows_each_as_a_multiple_of_the_first():
 
 
 def test_chart_by_an_axis_reads_the_number_in_the_name():
-    scores = {"forward_snr_25": 3.0, "forward_snr_400": 5.0, "backward_snr_25": 2.0, "backward_snr_400": 1.0}
-    rows = [{"method": m, "steps": 3, "seed": 0, "guidance": 1.0, "fd": fd, "all_right": 0.5} for m, fd in scores.items()]
+    scores = {
+        "forward_snr_25": 3.0,
+        "forward_snr_400": 5.0,
+        "backward_snr_25": 2.0,
+        "backward_snr_400": 1.0,
+    }
+    rows = [
+        {"method": m, "steps": 3, "seed": 0, "guidance": 1.0, "fd": fd, "all_right": 0.5}
+        for m, fd in scores.items()
+    ]
     results = {"rows": rows, "reference": {"fd": 0.9, "all_right": 0.8, "steps": 50}}
     figure = plt.figure()
     report.axis_chart(figure, results, {"axis": "snr", "label": "SNR"})
     curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
-    assert curves["forward"] == [[25, 3.0], [400, 5.0]] and curves["backward"] == [[25, 2.0], [400, 1.0]]
+    assert curves["forward"] == [[25, 3.0], [400, 5.0]] and curves["backward"] == [
+        [25, 2.0],
+        [400, 1.0],
+    ]
     plt.close(figure)
 
 
@@ -400,8 +505,14 @@ def test_chart_by_an_axis_reads_the_number_in_the_name():
     [
         ({"matching.flash_weight": -1.0}, "matching.flash_weight must be at least 0, got -1"),
         ({"matching.counts": (2, 5)}, "matching.counts holds 5, but the listed times have no grid"),
-        ({"matching.grid": "nested", "matching.counts": (2, 5)}, "counts holds 5, but the nested times have no grid"),
-        ({"matching.grid": "leading"}, "matching.grid = 'leading' is not known; choose one of 'listed', 'nested', 'trailing'"),
+        (
+            {"matching.grid": "nested", "matching.counts": (2, 5)},
+            "counts holds 5, but the nested times have no grid",
+        ),
+        (
+            {"matching.grid": "leading"},
+            "matching.grid = 'leading' is not known; choose one of 'listed', 'nested', 'trailing'",
+        ),
         ({"one.steps": 5}, "one.steps holds 5, but the listed times have no grid"),
         ({"one.steps": 1}, "endpoint needs a grid of several steps"),
         ({"one.share": 0.7}, "their sum below 1 (the rest is Imagine Flash's), got 0.35 and 0.7"),
@@ -419,14 +530,24 @@ def test_bad_settings_of_a_method_are_refused_before_any_work(change, said):
 def test_a_student_of_one_step_that_nobody_asked_for_is_refused():
     config = config_file.get_config()
     config.student.steps = (2, 3)
-    with pytest.raises(ValueError, match=r"matched: one.share = 0.3 trains a student of one step.* \(2, 3\) has no 1; set it to 0"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"matched: one.share = 0.3 trains a student of one step.* \(2, 3\) has no 1; set it"
+            r" to 0"
+        ),
+    ):
         benchmark.check(config)
     config.method_settings.matched.one.share = 0.0
-    stages = benchmark.choose_method(config, "matched")(setting_of(config), config.method_settings.matched, 1).stages
+    stages = benchmark.choose_method(config, "matched")(
+        setting_of(config), config.method_settings.matched, 1
+    ).stages
     assert [tuple(stage.serves) for stage in stages] == [(), (2, 3)]
 
 
-@pytest.mark.parametrize(("kind", "said"), [("pie", "config.chart.kind = 'pie'"), ("axis", "CURVE_snr_100")])
+@pytest.mark.parametrize(
+    ("kind", "said"), [("pie", "config.chart.kind = 'pie'"), ("axis", "CURVE_snr_100")]
+)
 def test_a_chart_that_cannot_be_drawn_is_refused_before_any_work(kind, said):
     config = config_file.get_config("smoke")
     config.chart.update({"kind": kind, "axis": "snr"})
@@ -442,7 +563,11 @@ def test_unknown_size_of_the_config_is_refused():
 def test_stored_rows_of_another_recogniser_are_never_mixed(tmp_path, monkeypatch):
     class Fake(benchmark.Benchmark):
         def __init__(self):
-            self.config, self.workdir, self.caches = config_file.get_config("smoke"), tmp_path, tmp_path
+            self.config, self.workdir, self.caches = (
+                config_file.get_config("smoke"),
+                tmp_path,
+                tmp_path,
+            )
 
         def prepare(self):
             return type("R", (), {"hash": "this"})(), None, None
@@ -450,12 +575,22 @@ def test_stored_rows_of_another_recogniser_are_never_mixed(tmp_path, monkeypatch
         def evaluator(self, recogniser, split):
             return None
 
-    (tmp_path / "rows.json").write_text(json.dumps({"protocol": {"recogniser_sha256": "that"}, "rows": []}))
+    (tmp_path / "rows.json").write_text(
+        json.dumps({"protocol": {"recogniser_sha256": "that"}, "rows": []})
+    )
     with pytest.raises(main.UserError, match="another protocol"):
         Fake().run()
     config = Fake().config
-    protocol = {"split": config.eval.split, "recogniser_sha256": "this", "samples": config.eval.samples, "sampling_seed": config.eval.seed}
-    stored = {"protocol": {**protocol, "pixel_range": [0.0, 1.0]}, "rows": [{"method": "mine", "seed": 0, "steps": 1}]}
+    protocol = {
+        "split": config.eval.split,
+        "recogniser_sha256": "this",
+        "samples": config.eval.samples,
+        "sampling_seed": config.eval.seed,
+    }
+    stored = {
+        "protocol": {**protocol, "pixel_range": [0.0, 1.0]},
+        "rows": [{"method": "mine", "seed": 0, "steps": 1}],
+    }
     (tmp_path / "rows.json").write_text(json.dumps(stored))
     with pytest.raises(main.UserError, match="rows of mine, which"):
         Fake().run()
@@ -463,15 +598,29 @@ def test_stored_rows_of_another_recogniser_are_never_mixed(tmp_path, monkeypatch
 
 def test_pairs_of_noise_and_target_stay_together():
     targets = np.arange(6, dtype=np.float32).reshape(6, 1, 1, 1)
-    batches = benchmark.PairBatches(targets, [str(i) for i in range(6)], lambda c: {"tokens": np.array([int(x) for x in c])}, 4, 0)
+    batches = benchmark.PairBatches(
+        targets,
+        [str(i) for i in range(6)],
+        lambda c: {"tokens": np.array([int(x) for x in c])},
+        4,
+        0,
+    )
     for i in range(5):
         batch = batches(i)
         rows = batch["cond"]["tokens"]
         np.testing.assert_array_equal(batch["target"].ravel(), rows)
         np.testing.assert_array_equal(batch["noise"], benchmark.pair_noise(rows))
         assert len(rows) == 4
-    others = benchmark.PairBatches(targets, [str(i) for i in range(6)], lambda c: {"tokens": np.array([int(x) for x in c])}, 4, 1)
-    assert any((others(i)["cond"]["tokens"] != batches(i)["cond"]["tokens"]).any() for i in range(5))  # seeds have orders of their own
+    others = benchmark.PairBatches(
+        targets,
+        [str(i) for i in range(6)],
+        lambda c: {"tokens": np.array([int(x) for x in c])},
+        4,
+        1,
+    )
+    assert any(
+        (others(i)["cond"]["tokens"] != batches(i)["cond"]["tokens"]).any() for i in range(5)
+    )  # seeds have orders of their own
 
 
 def shared(workdir):
@@ -494,7 +643,11 @@ def test_processes_leave_each_other_their_tasks_and_take_over_what_is_left(tmp_p
     thread = threading.Thread(target=other)
     thread.start()
     begun.wait(20)
-    tasks = {"a": lambda: done.append("a"), "b": lambda: (done.append("b"), leave.set()), "c": lambda: done.append("c")}
+    tasks = {
+        "a": lambda: done.append("a"),
+        "b": lambda: (done.append("b"), leave.set()),
+        "c": lambda: done.append("c"),
+    }
     two.share(tasks)
     thread.join()
     assert done == ["b", "c", "a"]

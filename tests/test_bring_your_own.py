@@ -16,7 +16,10 @@ from jaxdistill.train import init_state, train_step
 
 class Net(nnx.Module):
     def __init__(self, rngs):
-        self.embed, self.out = nnx.Linear(10 + 64 + 1, 128, rngs=rngs), nnx.Linear(128, 64, rngs=rngs)
+        self.embed, self.out = (
+            nnx.Linear(10 + 64 + 1, 128, rngs=rngs),
+            nnx.Linear(128, 64, rngs=rngs),
+        )
 
     def __call__(self, x, t, label):
         h = jnp.concatenate([x.reshape(len(x), -1), t[:, None], jax.nn.one_hot(label, 10)], axis=-1)
@@ -24,13 +27,20 @@ class Net(nnx.Module):
 
 
 graphdef, teacher_params = nnx.split(Net(nnx.Rngs(0)), nnx.Param)  # a trained one, in earnest
-model = Model(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs), schedule.cosine(), v_prediction)
+model = Model(
+    lambda params, *inputs: nnx.merge(graphdef, params)(*inputs), schedule.cosine(), v_prediction
+)
 grids = [sampling.trailing_grid(steps, T=1.0) for steps in (1, 2)]
-loss_fn = imagine_flash(model, model, grids=grids, null_cond=jnp.zeros_like, reconstruction=Reconstruction(steps=2))
+loss_fn = imagine_flash(
+    model, model, grids=grids, null_cond=jnp.zeros_like, reconstruction=Reconstruction(steps=2)
+)
 tx = optax.adam(1e-3)
 state = init_state({"student": teacher_params}, tx, jax.random.key(0))
 step = jax.jit(partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.99))
-batch = {"x0": jnp.zeros((32, 8, 8, 1)), "cond": jnp.arange(32) % 10}  # labels; x0 gives the shape only
+batch = {
+    "x0": jnp.zeros((32, 8, 8, 1)),
+    "cond": jnp.arange(32) % 10,
+}  # labels; x0 gives the shape only
 # readme: end
 
 

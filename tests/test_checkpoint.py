@@ -19,22 +19,37 @@ from jaxdistill.run import checkpoint
 from jaxdistill.run.checkpoint import CheckpointError, Checkpoints, Manifests, export, load_export
 from jaxdistill.train import init_state, train_step
 
-# ----------------------------------------------------------------------------------------------- exports
+# ------------------------------------------------------------------------------------------ exports
 
 
 def some_params(seed=0):
-    """Nested dictionaries, several types, a scalar, and bit patterns that compare unequal to themselves or to 0."""
+    """Nested dictionaries, several types, a scalar, and bit patterns that compare unequal to
+    themselves or to 0.
+    """
     rng = np.random.default_rng(seed)
     return {
         "params": {
-            "Dense_0": {"kernel": rng.normal(size=(3, 5)).astype(np.float32), "bias": np.array([-0.0, np.nan, 1e-42], np.float32)},
-            "Block": {"inner": {"scale": jnp.asarray(rng.normal(size=7), jnp.bfloat16), "count": np.int32(seed)}},
+            "Dense_0": {
+                "kernel": rng.normal(size=(3, 5)).astype(np.float32),
+                "bias": np.array([-0.0, np.nan, 1e-42], np.float32),
+            },
+            "Block": {
+                "inner": {
+                    "scale": jnp.asarray(rng.normal(size=7), jnp.bfloat16),
+                    "count": np.int32(seed),
+                }
+            },
         },
         "table": rng.integers(0, 255, 9).astype(np.uint8),
     }
 
 
-CARD = {"format": "jaxdistill-export/1", "role": "student", "sampler": {"times": [1.0, 0.5], "steps": 3}, "range": [-1.0, 1.0]}
+CARD = {
+    "format": "jaxdistill-export/1",
+    "role": "student",
+    "sampler": {"times": [1.0, 0.5], "steps": 3},
+    "range": [-1.0, 1.0],
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +82,9 @@ def test_export_reads_back_bit_for_bit_as_host_arrays(exported):
 
 def test_card_counts_the_parameters_and_has_a_checksum_for_each_other_file(exported):
     card = json.loads((exported / "card.json").read_text())
-    assert card["parameters"]["count"] == sum(np.size(leaf) for leaf in jax.tree.leaves(some_params()))
+    assert card["parameters"]["count"] == sum(
+        np.size(leaf) for leaf in jax.tree.leaves(some_params())
+    )
     assert card["parameters"]["path"] == "params"
     assert set(card["sha256"]) == set(folder_bytes(exported)) - {"card.json"}
 
@@ -85,7 +102,10 @@ params = ocp.StandardCheckpointer().restore(sys.argv[1])
 pickle.dump(jax.tree.map(numpy.asarray, params), open(sys.argv[2], "wb"))
 """
     run_script(code, exported / "params", tmp_path / "params.pickle")
-    assert_same_bits(np.load(tmp_path / "params.pickle", allow_pickle=True), jax.tree.map(np.asarray, some_params()))
+    assert_same_bits(
+        np.load(tmp_path / "params.pickle", allow_pickle=True),
+        jax.tree.map(np.asarray, some_params()),
+    )
 
 
 def test_flipped_bit_in_any_file_of_an_export_is_found_and_the_file_named(copy):
@@ -114,7 +134,11 @@ def test_truncated_file_of_an_export_is_named(copy):
     refused(copy, copy / name)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"sampler": 1}', "[]", "null", '{"sha256": 5}', '{"sha256": "abc"}', b"\xff\xfe"], ids=repr)
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", '{"sampler": 1}', "[]", "null", '{"sha256": 5}', '{"sha256": "abc"}', b"\xff\xfe"],
+    ids=repr,
+)
 def test_damaged_card_is_named(copy, text):
     (copy / "card.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     refused(copy, copy / "card.json", "damaged")
@@ -146,7 +170,7 @@ def test_folder_without_a_card_is_no_export(tmp_path, place):
     refused(folder, folder, "card.json", "student/")
 
 
-# ---------------------------------------------------------------------------------- exports that fail half way
+# ----------------------------------------------------------------------- exports that fail half way
 
 
 def whole_and_equal(folder, seed):
@@ -190,7 +214,9 @@ def break_last_move(monkeypatch, folder):
     return some_params(1), CARD
 
 
-breaks = pytest.mark.parametrize("broken", [break_params, break_card, break_checksums, break_last_move], ids=lambda f: f.__name__)
+breaks = pytest.mark.parametrize(
+    "broken", [break_params, break_card, break_checksums, break_last_move], ids=lambda f: f.__name__
+)
 
 
 @breaks
@@ -206,7 +232,9 @@ def test_export_that_fails_half_way_leaves_the_older_one_whole(copy, monkeypatch
 
 
 @breaks
-def test_first_export_that_fails_half_way_leaves_no_folder_that_looks_whole(tmp_path, monkeypatch, broken):
+def test_first_export_that_fails_half_way_leaves_no_folder_that_looks_whole(
+    tmp_path, monkeypatch, broken
+):
     folder = tmp_path / "student"
     with monkeypatch.context() as patch:
         params, card = broken(patch, folder)
@@ -215,7 +243,7 @@ def test_first_export_that_fails_half_way_leaves_no_folder_that_looks_whole(tmp_
     assert not folder.exists()
 
 
-# ------------------------------------------------------------------------------------- training checkpoints
+# ----------------------------------------------------------------------------- training checkpoints
 
 
 def a_state(shape=(3, 2), name="w", seed=7):
@@ -223,7 +251,11 @@ def a_state(shape=(3, 2), name="w", seed=7):
     state = init_state({name: jnp.ones(shape), "b": jnp.zeros(shape[-1])}, tx, jax.random.key(seed))
 
     def loss(params, teacher, batch, key):
-        return jnp.sum(params[name] @ params["b"]) + jnp.sum((params["b"] - jax.random.normal(key, shape[-1:])) ** 2), {}
+        return (
+            jnp.sum(params[name] @ params["b"])
+            + jnp.sum((params["b"] - jax.random.normal(key, shape[-1:])) ** 2),
+            {},
+        )
 
     for _ in range(3):
         state, _ = train_step(state, None, None, loss_fn=loss, tx=tx, ema_decay=0.9)
@@ -240,7 +272,9 @@ def saved(tmp_path):
 
 def test_checkpoint_restores_the_state_bit_for_bit_with_its_typed_key(saved):
     state = a_state()
-    like = init_state(jax.tree.map(jnp.zeros_like, state.params), optax.adam(1e-2), jax.random.key(0))
+    like = init_state(
+        jax.tree.map(jnp.zeros_like, state.params), optax.adam(1e-2), jax.random.key(0)
+    )
     restored, meta = Checkpoints(saved).restore(like)
     assert_same_bits(restored, state)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
@@ -268,7 +302,11 @@ def test_newest_checkpoints_are_kept(tmp_path):
     assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [8, 12]
 
 
-@pytest.mark.parametrize("other", [{"shape": (3, 4)}, {"shape": (5, 2)}, {"name": "v"}], ids=["wider", "longer", "renamed"])
+@pytest.mark.parametrize(
+    "other",
+    [{"shape": (3, 4)}, {"shape": (5, 2)}, {"name": "v"}],
+    ids=["wider", "longer", "renamed"],
+)
 def test_checkpoint_of_another_model_is_refused_in_one_line(saved, other):
     with pytest.raises(CheckpointError) as error:
         Checkpoints(saved).restore(a_state(**other))
@@ -308,13 +346,21 @@ def test_a_flipped_bit_in_a_checkpoint_is_refused_with_the_way_back(tmp_path):
     for step in (4, 8, 12):
         checkpoints.save(step, a_state(seed=step), {"seconds": 1.0})
     checkpoints.close()
-    assert sorted(p.stem for p in (tmp_path / "run-sha256").iterdir()) == ["12", "8"]  # as many as are kept
-    files = [p for p in sorted((tmp_path / "run" / "12").rglob("*")) if p.is_file() and p.stat().st_size]
+    assert sorted(p.stem for p in (tmp_path / "run-sha256").iterdir()) == [
+        "12",
+        "8",
+    ]  # as many as are kept
+    files = [
+        p for p in sorted((tmp_path / "run" / "12").rglob("*")) if p.is_file() and p.stat().st_size
+    ]
     assert len(files) > 3
     for path in files:
         whole = path.read_bytes()
         flip_bit(path)
-        with pytest.raises(CheckpointError, match=r"is damaged: .* remove .*run/12, the run then goes back to step 8$") as error:
+        with pytest.raises(
+            CheckpointError,
+            match=r"is damaged: .* remove .*run/12, the run then goes back to step 8$",
+        ) as error:
             Checkpoints(tmp_path / "run").restore(a_state())
         assert str(path) in str(error.value)
         path.write_bytes(whole)
@@ -354,7 +400,9 @@ def bucket(tmp_path, monkeypatch):
     """Checkpoints of three steps in what they take for a bucket; Orbax writes to no other here."""
 
     def manifests_of(folder):
-        return Manifests(Store(), folder, f"{folder}-objects", partial(checkpoint.object_sums, Store()))
+        return Manifests(
+            Store(), folder, f"{folder}-objects", partial(checkpoint.object_sums, Store())
+        )
 
     monkeypatch.setattr(checkpoint, "manifests_of", manifests_of)
     checkpoints = Checkpoints(tmp_path / "run")
@@ -368,13 +416,19 @@ def test_a_buckets_manifests_name_each_object_with_its_size_and_the_stores_check
     folder = bucket.with_name("run-objects")
     assert sorted(p.name for p in folder.iterdir()) == ["12.json", "8.json"]
     for step in ("8", "12"):
-        expected = {n: {"size": len(raw), "crc32c": str(zlib.crc32(raw))} for n, raw in folder_bytes(bucket / step).items()}
+        expected = {
+            n: {"size": len(raw), "crc32c": str(zlib.crc32(raw))}
+            for n, raw in folder_bytes(bucket / step).items()
+        }
         assert json.loads((folder / f"{step}.json").read_text()) == expected and len(expected) > 3
 
 
 @pytest.mark.parametrize("change", ["missing", "resized", "changed", "added"])
 def test_an_object_that_is_not_what_was_saved_is_named_with_the_way_back(bucket, change):
-    path = max((p for p in (bucket / "12" / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path = max(
+        (p for p in (bucket / "12" / "state").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
     if change == "missing":
         path.rename(bucket.parent / "away")
     elif change == "resized":
@@ -385,7 +439,10 @@ def test_an_object_that_is_not_what_was_saved_is_named_with_the_way_back(bucket,
         path = path.with_name("another")
         path.write_bytes(b"x")
     said = "missing" if change == "missing" else "damaged"
-    with pytest.raises(CheckpointError, match=rf"{path.name} is {said}: .* remove .*run/12, the run then goes back to step 8$") as error:
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{path.name} is {said}: .* remove .*run/12, the run then goes back to step 8$",
+    ) as error:
         Checkpoints(bucket).restore(a_state())
     assert str(path) in str(error.value)
     shutil.rmtree(bucket / "12")
@@ -397,7 +454,12 @@ def test_a_bucket_that_cannot_be_asked_is_one_line(bucket, monkeypatch):
         raise RuntimeError("Forbidden: 403\nat length")
 
     monkeypatch.setattr(Store, "cat_file", refuse)
-    with pytest.raises(CheckpointError, match=r"run/12 cannot be compared with its checksums \(Forbidden: 403 at length\); mend that"):
+    with pytest.raises(
+        CheckpointError,
+        match=(
+            r"run/12 cannot be compared with its checksums \(Forbidden: 403 at length\); mend that"
+        ),
+    ):
         Checkpoints(bucket).restore(a_state())
 
 
@@ -412,20 +474,31 @@ def test_sums_of_the_bytes_go_before_those_of_an_objects_labels():
             }
 
     found = checkpoint.object_sums(Listed(), "b/run/4")
-    assert found == {"a": {"size": 3, "md5Hash": "M"}, "d/b": {"size": 4, "crc32c": "C"}, "c": {"size": 5, "ETag": "T"}, "e": {"size": 6}}
+    assert found == {
+        "a": {"size": 3, "md5Hash": "M"},
+        "d/b": {"size": 4, "crc32c": "C"},
+        "c": {"size": 5, "ETag": "T"},
+        "e": {"size": 6},
+    }
     # A store that is none of this machine's disks.
     store = fsspec.filesystem("memory")
     store.pipe({"/bucket/run/8/state/x": b"abc", "/bucket/run/8/y": b""})
-    assert checkpoint.object_sums(store, "/bucket/run/8") == {"state/x": {"size": 3}, "y": {"size": 0}}
+    assert checkpoint.object_sums(store, "/bucket/run/8") == {
+        "state/x": {"size": 3},
+        "y": {"size": 0},
+    }
     manifests = checkpoint.manifests_of("memory://bucket/run")
     manifests.keep({"8"})
-    assert store.ls("/bucket/run-objects", detail=False) == ["/bucket/run-objects/8.json"] and manifests.differing("8") == {}
+    assert (
+        store.ls("/bucket/run-objects", detail=False) == ["/bucket/run-objects/8.json"]
+        and manifests.differing("8") == {}
+    )
     store.pipe("/bucket/run/8/y", b"1")
     store.rm("/bucket/run/8/state/x")
     assert manifests.differing("8") == {"state/x": "is missing", "y": "is damaged"}
 
 
-# ---------------------------------------------------------------------------------------------- a full disk
+# -------------------------------------------------------------------------------------- a full disk
 
 
 @pytest.fixture
@@ -436,9 +509,15 @@ def small_disk(tmp_path):
     def mount(size: int) -> Path:
         folder = tmp_path / f"disk{len(mounted)}"
         folder.mkdir()
-        found = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True)
+        found = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder],
+            capture_output=True,
+            text=True,
+        )
         if found.returncode:
-            pytest.skip(f"no file system of a few megabytes can be mounted here: {found.stderr.strip()}")
+            pytest.skip(
+                f"no file system of a few megabytes can be mounted here: {found.stderr.strip()}"
+            )
         mounted.append(folder)
         return folder
 
@@ -451,10 +530,17 @@ def small_disk(tmp_path):
 
 def test_full_disk_keeps_the_checkpoint_before_and_says_so(small_disk):
     folder = small_disk(1_800_000) / "checkpoints" / "x"
-    state = {"a": jnp.asarray(np.random.default_rng(0).normal(size=250_000).astype(np.float32))}  # about 900 kB each
+    state = {
+        "a": jnp.asarray(np.random.default_rng(0).normal(size=250_000).astype(np.float32))
+    }  # about 900 kB each
     checkpoints = Checkpoints(folder)
     checkpoints.save(1, state, {"seconds": 1.0})
-    with pytest.raises(CheckpointError, match=r"the disk is full\); mend that and give the same command again: it goes on from step 1"):
+    with pytest.raises(
+        CheckpointError,
+        match=(
+            r"the disk is full\); mend that and give the same command again: it goes on from step 1"
+        ),
+    ):
         for step in (2, 3):
             checkpoints.save(step, state, {"seconds": 1.0})
             checkpoints.wait()
@@ -465,7 +551,9 @@ def test_full_disk_keeps_the_checkpoint_before_and_says_so(small_disk):
 
 def test_export_on_a_full_disk_leaves_the_older_one(small_disk):
     folder = small_disk(1_400_000)
-    old, new = ({"a": np.random.default_rng(i).normal(size=250_000).astype(np.float32)} for i in range(2))
+    old, new = (
+        {"a": np.random.default_rng(i).normal(size=250_000).astype(np.float32)} for i in range(2)
+    )
     export(folder / "student", old, {"role": "old"})
     with pytest.raises(CheckpointError, match=r"student \(the disk is full\)"):
         export(folder / "student", new, {"role": "new"})
@@ -480,4 +568,6 @@ def test_run_on_a_full_disk_is_one_line(small_disk):
     found = run_command("jaxdistill.main", f"--config={TINY}", f"--workdir={folder / 'run'}")
     # Threads of Orbax may trace back before it: the last line is ours.
     last = found.stderr.splitlines()[-1]
-    assert found.returncode == 2 and last.startswith("error: ") and "the disk is full" in last, found.stderr
+    assert found.returncode == 2 and last.startswith("error: ") and "the disk is full" in last, (
+        found.stderr
+    )

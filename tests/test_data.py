@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from jaxdistill.tasks.labelled_images import data
-from jaxdistill.tasks.labelled_images.data import Batches, DataError, Split, digits, fashion_mnist, read_idx
+from jaxdistill.tasks.labelled_images.data import (
+    Batches,
+    DataError,
+    Split,
+    digits,
+    fashion_mnist,
+    read_idx,
+)
 
 
 @pytest.fixture(scope="module")
@@ -13,11 +20,14 @@ def real():
     return digits()
 
 
-# ------------------------------------------------------------------------------------------------ digits
+# ------------------------------------------------------------------------------------------- digits
 
 
 def rows_of(split):
-    return [(*image.ravel().tolist(), int(label)) for image, label in zip(split.images, split.labels, strict=True)]
+    return [
+        (*image.ravel().tolist(), int(label))
+        for image, label in zip(split.images, split.labels, strict=True)
+    ]
 
 
 def test_digits_splits_divide_the_whole_set_and_share_no_image(real):
@@ -28,7 +38,11 @@ def test_digits_splits_divide_the_whole_set_and_share_no_image(real):
     train, validation, test = (rows_of(s) for s in (real.train, real.validation, real.test))
     assert (len(train), len(validation), len(test)) == (1078, 359, 360)
     assert sorted(train + validation + test) == sorted(rows_of(whole))
-    assert not set(train) & set(validation) and not set(train) & set(test) and not set(validation) & set(test)
+    assert (
+        not set(train) & set(validation)
+        and not set(train) & set(test)
+        and not set(validation) & set(test)
+    )
 
 
 def test_digits_splits_hold_each_class_in_its_share(real):
@@ -51,23 +65,31 @@ def test_digits_are_the_same_at_every_call(real):
     again = digits()
     for name in ("train", "validation", "test"):
         assert data.fingerprint(getattr(real, name)) == data.fingerprint(getattr(again, name))
-    assert len({data.fingerprint(getattr(real, name)) for name in ("train", "validation", "test")}) == 3
+    assert (
+        len({data.fingerprint(getattr(real, name)) for name in ("train", "validation", "test")})
+        == 3
+    )
 
 
 def test_fingerprint_changes_with_one_pixel_and_with_one_label(real):
     image, label = real.test.images.copy(), real.test.labels.copy()
     image[3, 2, 1, 0] += 1 / 16
     label[0] += 1
-    prints = {data.fingerprint(s) for s in (real.test, Split(image, real.test.labels), Split(real.test.images, label))}
+    prints = {
+        data.fingerprint(s)
+        for s in (real.test, Split(image, real.test.labels), Split(real.test.images, label))
+    }
     assert len(prints) == 3
 
 
-# ----------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def numbered(n):
     """A split in which image and label say their row."""
-    return Split(np.arange(n, dtype=np.float32)[:, None, None, None] / n, np.arange(n, dtype=np.int32))
+    return Split(
+        np.arange(n, dtype=np.float32)[:, None, None, None] / n, np.arange(n, dtype=np.int32)
+    )
 
 
 def test_batch_is_a_pure_function_of_seed_and_index_in_any_order_of_access():
@@ -78,7 +100,9 @@ def test_batch_is_a_pure_function_of_seed_and_index_in_any_order_of_access():
         fresh = Batches(split, 4, seed=3)
         for i in order:
             found = fresh[i]
-            assert np.array_equal(found["cond"], wanted[i]["cond"]) and np.array_equal(found["x0"], wanted[i]["x0"])
+            assert np.array_equal(found["cond"], wanted[i]["cond"]) and np.array_equal(
+                found["x0"], wanted[i]["x0"]
+            )
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 7, 25], ids=lambda b: f"batch-{b}")
@@ -93,20 +117,26 @@ def test_each_epoch_visits_each_image_once_in_an_order_of_its_own(batch_size):
 
 def test_another_seed_gives_another_order():
     split = numbered(50)
-    first, second = (np.concatenate([Batches(split, 10, seed)[i]["cond"] for i in range(5)]) for seed in (0, 1))
+    first, second = (
+        np.concatenate([Batches(split, 10, seed)[i]["cond"] for i in range(5)]) for seed in (0, 1)
+    )
     assert not np.array_equal(first, second)
     assert np.array_equal(np.sort(first), np.sort(second))
 
 
 def test_batches_scale_images_to_the_networks_range_and_keep_their_labels(real):
     batch = Batches(real.train, 32, seed=5)[7]
-    assert batch["x0"].shape == (32, 8, 8, 1) and batch["x0"].dtype == np.float32 and batch["cond"].dtype == np.int32
+    assert (
+        batch["x0"].shape == (32, 8, 8, 1)
+        and batch["x0"].dtype == np.float32
+        and batch["cond"].dtype == np.int32
+    )
     assert batch["x0"].min() == -1.0 and batch["x0"].max() == 1.0
     pairs = set(rows_of(real.train))
     assert all(row in pairs for row in rows_of(Split((batch["x0"] + 1) / 2, batch["cond"])))
 
 
-# ------------------------------------------------------------------------------------------- Fashion-MNIST
+# ------------------------------------------------------------------------------------ Fashion-MNIST
 
 
 def idx(array):
@@ -123,11 +153,21 @@ SMALL = {"train_images": 9, "train_labels": 9, "test_images": 4, "test_labels": 
 
 @pytest.fixture
 def fashion(tmp_path, monkeypatch):
-    """Writes a folder of four small files with the right names; counts are checked against the small ones."""
-    monkeypatch.setattr(data, "FASHION_FILES", {key: (stem, SMALL[key]) for key, (stem, _) in data.FASHION_FILES.items()})
+    """Writes a folder of four small files with the right names; counts are checked against the
+    small ones.
+    """
+    monkeypatch.setattr(
+        data,
+        "FASHION_FILES",
+        {key: (stem, SMALL[key]) for key, (stem, _) in data.FASHION_FILES.items()},
+    )
     rng = np.random.default_rng(0)
     arrays = {
-        stem: rng.integers(0, 256, (count, 28, 28), np.uint8) if "images" in key else rng.integers(0, 10, count, np.uint8)
+        stem: (
+            rng.integers(0, 256, (count, 28, 28), np.uint8)
+            if "images" in key
+            else rng.integers(0, 10, count, np.uint8)
+        )
         for key, (stem, count) in data.FASHION_FILES.items()
     }
 
@@ -163,7 +203,11 @@ def test_fashion_mnist_reads_plain_and_compressed_files_and_keeps_the_pairs(fash
     images = np.concatenate([found.train.images, found.validation.images])
     labels = np.concatenate([found.train.labels, found.validation.labels])
     assert images.shape == (9, 28, 28, 1) and images.dtype == np.float32
-    assert np.allclose(images[..., 0] * 255, arrays["train-images-idx3-ubyte"]) and images.min() >= 0 and images.max() <= 1
+    assert (
+        np.allclose(images[..., 0] * 255, arrays["train-images-idx3-ubyte"])
+        and images.min() >= 0
+        and images.max() <= 1
+    )
     assert np.array_equal(labels, arrays["train-labels-idx1-ubyte"])
     assert np.allclose(found.test.images[..., 0] * 255, arrays["t10k-images-idx3-ubyte"])
     assert np.array_equal(found.test.labels, arrays["t10k-labels-idx1-ubyte"])
@@ -181,7 +225,13 @@ def test_folder_without_files_names_the_first_missing_file_and_all_that_are_need
     folder = tmp_path if place == "empty" else tmp_path / "nowhere"
     with pytest.raises(DataError) as error:
         fashion_mnist(folder)
-    one_line(error, folder / "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+    one_line(
+        error,
+        folder / "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    )
 
 
 def test_one_missing_file_is_named(fashion):
@@ -232,7 +282,9 @@ def test_flipped_bit_anywhere_in_a_gz_is_a_data_error_or_changes_nothing(tmp_pat
             damaged[position] ^= 1 << bit
             path.write_bytes(damaged)
             try:
-                assert np.array_equal(read_idx(path), array)  # time stamp and file name are not data
+                assert np.array_equal(
+                    read_idx(path), array
+                )  # time stamp and file name are not data
             except DataError as error:
                 assert str(path) in str(error) and "\n" not in str(error)
                 refused += 1
@@ -241,7 +293,9 @@ def test_flipped_bit_anywhere_in_a_gz_is_a_data_error_or_changes_nothing(tmp_pat
 
 @endings
 @pytest.mark.parametrize(
-    "raw", [b"", b"\x89PNG\r\n\x1a\n" + b"x" * 40, struct.pack(">4BI", 0, 0, 13, 1, 1) + b"\0" * 4], ids=["empty", "png", "float-idx"]
+    "raw",
+    [b"", b"\x89PNG\r\n\x1a\n" + b"x" * 40, struct.pack(">4BI", 0, 0, 13, 1, 1) + b"\0" * 4],
+    ids=["empty", "png", "float-idx"],
 )
 def test_wrong_magic_is_named_with_what_was_found(tmp_path, ending, raw):
     path = tmp_path / f"some-ubyte{ending}"

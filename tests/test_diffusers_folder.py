@@ -43,17 +43,31 @@ def copy(tmp_path):
 
 def inputs(variant, size=(8, 8)):
     r = np.random.default_rng(0)
-    cond = {"context": r.standard_normal((2, 5, folders.UNETS[variant]["cross_attention_dim"]), np.float32)}
+    cond = {
+        "context": r.standard_normal(
+            (2, 5, folders.UNETS[variant]["cross_attention_dim"]), np.float32
+        )
+    }
     added = {}
     if variant == "sdxl":
-        cond |= {"pooled": r.standard_normal((2, 12), np.float32), "time_ids": np.float32([[64, 48, 3, 5, 64, 64]] * 2)}
-        added = {"added_cond_kwargs": {"text_embeds": torch.tensor(cond["pooled"]), "time_ids": torch.tensor(cond["time_ids"])}}
+        cond |= {
+            "pooled": r.standard_normal((2, 12), np.float32),
+            "time_ids": np.float32([[64, 48, 3, 5, 64, 64]] * 2),
+        }
+        added = {
+            "added_cond_kwargs": {
+                "text_embeds": torch.tensor(cond["pooled"]),
+                "time_ids": torch.tensor(cond["time_ids"]),
+            }
+        }
     x, t = r.standard_normal((2, *size, 4), np.float32), np.float32([3.0, 901.0])
     return *jax.tree.map(jnp.asarray, (x, t, cond)), added
 
 
 def torch_unet(variant, x, t, cond, added):
-    x, t, context = (torch.tensor(np.asarray(a)) for a in (x.transpose(0, 3, 1, 2), t, cond["context"]))
+    x, t, context = (
+        torch.tensor(np.asarray(a)) for a in (x.transpose(0, 3, 1, 2), t, cond["context"])
+    )
     return folders.nhwc(folders.torch_pipe(variant).unet(x, t, context, **added).sample)
 
 
@@ -79,7 +93,9 @@ def test_scanned_blocks_remat_and_looped_attention_change_nothing():
     expected = apply(plain, diffusers_folder.load_params(plain), x, t, cond)
     part = diffusers_folder.open_folder(path, scan=True, remat="full", attention="looped").unet
     params = diffusers_folder.load_params(part)
-    assert params["params"]["mid_block.attentions.0"]["transformer_blocks"]["attn1"]["to_q"]["kernel"].shape == (2, 16, 16)
+    assert params["params"]["mid_block.attentions.0"]["transformer_blocks"]["attn1"]["to_q"][
+        "kernel"
+    ].shape == (2, 16, 16)
     assert error(apply(part, params, x, t, cond), expected) < 1e-5
 
 
@@ -94,41 +110,71 @@ def test_bfloat16_computes_near_float32_with_float32_parameters():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_autoencoder_and_text_encoders_are_torchs(variant):
-    found, pipe, r = diffusers_folder.open_folder(folders.folder(variant)), folders.torch_pipe(variant), np.random.default_rng(1)
+    found, pipe, r = (
+        diffusers_folder.open_folder(folders.folder(variant)),
+        folders.torch_pipe(variant),
+        np.random.default_rng(1),
+    )
     params = diffusers_folder.load_params(found.vae)
     images = r.uniform(-1, 1, (2, 32, 48, 3)).astype(np.float32)
     encoded = pipe.vae.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist
     mean, log_variance = apply(found.vae, params, jnp.asarray(images), method="moments")
-    assert error(mean, folders.nhwc(encoded.mean)) < 1e-4 and error(log_variance, folders.nhwc(encoded.logvar)) < 1e-4
+    assert (
+        error(mean, folders.nhwc(encoded.mean)) < 1e-4
+        and error(log_variance, folders.nhwc(encoded.logvar)) < 1e-4
+    )
     z = r.standard_normal((2, 4, 6, 4), np.float32)
-    decoded = pipe.vae.decode(torch.tensor(z.transpose(0, 3, 1, 2)) / pipe.vae.config.scaling_factor).sample
-    assert error(apply(found.vae, params, jnp.asarray(z), method="decode"), folders.nhwc(decoded)) < 1e-4
+    decoded = pipe.vae.decode(
+        torch.tensor(z.transpose(0, 3, 1, 2)) / pipe.vae.config.scaling_factor
+    ).sample
+    assert (
+        error(apply(found.vae, params, jnp.asarray(z), method="decode"), folders.nhwc(decoded))
+        < 1e-4
+    )
     for number, part in enumerate(found.text_encoders):
-        theirs, tokenizer = (pipe.text_encoder, pipe.tokenizer) if number == 0 else (pipe.text_encoder_2, pipe.tokenizer_2)
-        ids = tokenizer(folders.PROMPTS, padding="max_length", max_length=77, return_tensors="np").input_ids
+        theirs, tokenizer = (
+            (pipe.text_encoder, pipe.tokenizer)
+            if number == 0
+            else (pipe.text_encoder_2, pipe.tokenizer_2)
+        )
+        ids = tokenizer(
+            folders.PROMPTS, padding="max_length", max_length=77, return_tensors="np"
+        ).input_ids
         states, expected = (
             apply(part, diffusers_folder.load_params(part), jnp.asarray(ids)),
             theirs(torch.tensor(ids), output_hidden_states=True),
         )
         assert error(states.last, expected.last_hidden_state) < 1e-4
         assert error(states.penultimate, expected.hidden_states[-2]) < 1e-4
-        assert error(states.pooled, expected.text_embeds if number else expected.pooler_output) < 1e-4
+        assert (
+            error(states.pooled, expected.text_embeds if number else expected.pooler_output) < 1e-4
+        )
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize(("variant", "scan"), [("sd", False), ("sdxl", True)])
 def test_weights_come_back_as_they_were(variant, scan, copy, tmp_path):
     found = diffusers_folder.open_folder(copy(variant), scan=scan)
     params = diffusers_folder.load_params(found.unet)
-    diffusers_folder.save_student(found, tmp_path / "out", params, scheduler=found.scheduler, extra={"more.json": {"a": 1}})
+    diffusers_folder.save_student(
+        found, tmp_path / "out", params, scheduler=found.scheduler, extra={"more.json": {"a": 1}}
+    )
     source, target = found.path, tmp_path / "out"
-    before, after = (load_file(p / "unet" / "diffusion_pytorch_model.safetensors") for p in (source, target))
+    before, after = (
+        load_file(p / "unet" / "diffusion_pytorch_model.safetensors") for p in (source, target)
+    )
     assert before.keys() == after.keys()
-    assert all(before[k].dtype == after[k].dtype and np.array_equal(before[k], after[k]) for k in before)
+    assert all(
+        before[k].dtype == after[k].dtype and np.array_equal(before[k], after[k]) for k in before
+    )
     for path in source.rglob("*"):
-        if path.is_file() and path.parent.name not in ("unet", "scheduler") and path.name != "model_index.json":
+        if (
+            path.is_file()
+            and path.parent.name not in ("unet", "scheduler")
+            and path.name != "model_index.json"
+        ):
             assert (target / path.relative_to(source)).read_bytes() == path.read_bytes()
     assert json.loads((target / "more.json").read_text()) == {"a": 1}
     assert diffusers_folder.open_folder(target).components == found.components
@@ -136,24 +182,35 @@ def test_weights_come_back_as_they_were(variant, scan, copy, tmp_path):
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
 def test_weights_of_two_bytes_come_back_as_they_were(kind, tmp_path):
-    """By the writer's word: in the type of the parameters, or in the one it is given. Through float32 and back no bit is lost."""
+    """By the writer's word: in the type of the parameters, or in the one it is given.
+
+    Through float32 and back no bit is lost.
+    """
     source, stem = tmp_path / "source", "diffusion_pytorch_model.safetensors"
     folders.load_torch(folders.folder("sd"), torch_dtype=kind).save_pretrained(source)
     found, dtype = diffusers_folder.open_folder(source), jnp.dtype(str(kind).removeprefix("torch."))
     before = torch_load_file(source / "unet" / stem)
     for name, read, written in (("own", dtype, None), ("through32", np.float32, dtype)):
         params = diffusers_folder.load_params(found.unet, dtype=read)
-        diffusers_folder.save_student(found, tmp_path / name, params, scheduler=found.scheduler, dtype=written)
+        diffusers_folder.save_student(
+            found, tmp_path / name, params, scheduler=found.scheduler, dtype=written
+        )
         after = torch_load_file(tmp_path / name / "unet" / stem)
         assert before.keys() == after.keys()
-        assert all(before[k].dtype == after[k].dtype == kind and torch.equal(before[k], after[k]) for k in before)
+        assert all(
+            before[k].dtype == after[k].dtype == kind and torch.equal(before[k], after[k])
+            for k in before
+        )
         for path in (p for part in ("vae", "text_encoder") for p in (source / part).iterdir()):
             assert (tmp_path / name / path.relative_to(source)).read_bytes() == path.read_bytes()
 
 
 def test_shards_halves_and_old_names_read_the_same(copy):
     root = copy("sd")
-    expected = {name: diffusers_folder.load_params(getattr(diffusers_folder.open_folder(root), name)) for name in ("unet", "vae")}
+    expected = {
+        name: diffusers_folder.load_params(getattr(diffusers_folder.open_folder(root), name))
+        for name in ("unet", "vae")
+    }
     tensors = load_file(root / "unet" / "diffusion_pytorch_model.safetensors")
     (root / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     torch_weights.save(root / "unet", "diffusion_pytorch_model", tensors, shard_bytes=40_000)
@@ -167,29 +224,45 @@ def test_shards_halves_and_old_names_read_the_same(copy):
     assert any("proj_attn" in name for name in vae)
     save_file(vae, root / "vae" / "diffusion_pytorch_model.safetensors")
     text = load_file(root / "text_encoder" / "model.safetensors")
-    prefixed = {name if name.startswith("text_model.") else f"text_model.{name}": t.astype(np.float16) for name, t in text.items()}
+    prefixed = {
+        name if name.startswith("text_model.") else f"text_model.{name}": t.astype(np.float16)
+        for name, t in text.items()
+    }
     prefixed["text_model.embeddings.position_ids"] = np.arange(77)[None]
     (root / "text_encoder" / "model.safetensors").unlink()
     save_file(prefixed, root / "text_encoder" / "model.fp16.safetensors")
     found = diffusers_folder.open_folder(root)
     for name, params in expected.items():
         again = diffusers_folder.load_params(getattr(found, name))
-        assert not [k for k, v in folders_flat(params).items() if not np.array_equal(v, folders_flat(again)[k])]
+        assert not [
+            k
+            for k, v in folders_flat(params).items()
+            if not np.array_equal(v, folders_flat(again)[k])
+        ]
     half = diffusers_folder.load_params(found.text_encoders[0])
     assert all(v.dtype == np.float32 for v in folders_flat(half).values())
 
 
 def test_a_variant_in_shards_is_read_and_its_student_needs_no_variant(copy, tmp_path):
-    """As diffusers writes them; what is not read, and not there, does not stop stock diffusers from loading the student."""
+    """As diffusers writes them; what is not read, and not there, does not stop stock diffusers from
+    loading the student.
+    """
     root, pipe = copy("sd"), folders.torch_pipe("sd")
     expected = folders_flat(diffusers_folder.load_params(diffusers_folder.open_folder(root).unet))
     for name in ("unet", "vae", "text_encoder"):
         shutil.rmtree(root / name)
         getattr(pipe, name).save_pretrained(root / name, variant="fp16", max_shard_size="40KB")
-    assert list((root / "unet").glob("*fp16-*-of-*.safetensors")) and not (root / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    assert (
+        list((root / "unet").glob("*fp16-*-of-*.safetensors"))
+        and not (root / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    )
     (root / "checker").mkdir()
     (root / "checker" / "pytorch_model.bin").write_bytes(b"pickle")
-    change_json(root / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"], checker=["more", "Checker"])
+    change_json(
+        root / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        checker=["more", "Checker"],
+    )
     found = diffusers_folder.open_folder(root)
     params = diffusers_folder.load_params(found.unet)
     assert not [k for k, v in folders_flat(params).items() if not np.array_equal(v, expected[k])]
@@ -208,8 +281,20 @@ def test_a_variant_in_shards_is_read_and_its_student_needs_no_variant(copy, tmp_
 def test_what_says_nothing_of_the_network_is_taken(copy):
     root = copy("sd")
     plain = diffusers_folder.open_folder(root).unet.module
-    average = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 9, "power": 0.7, "update_after_step": 0}
-    change_json(root / "unet" / "config.json", **average, use_ema_warmup=False, only_cross_attention=[False, False])
+    average = {
+        "decay": 0.9999,
+        "inv_gamma": 1.0,
+        "min_decay": 0.0,
+        "optimization_step": 9,
+        "power": 0.7,
+        "update_after_step": 0,
+    }
+    change_json(
+        root / "unet" / "config.json",
+        **average,
+        use_ema_warmup=False,
+        only_cross_attention=[False, False],
+    )
     assert diffusers_folder.open_folder(root).unet.module == plain
 
 
@@ -243,7 +328,11 @@ def test_every_tensor_is_used_exactly_once(copy):
     part = diffusers_folder.open_folder(root).unet
     with pytest.raises(WeightsError) as failure:
         diffusers_folder.load_params(part)
-    for words in ("missing: conv_in.bias", "left over: surplus.weight", "conv_out.weight is [4, 2, 3, 3], the config wants [4, 8, 3, 3]"):
+    for words in (
+        "missing: conv_in.bias",
+        "left over: surplus.weight",
+        "conv_out.weight is [4, 2, 3, 3], the config wants [4, 8, 3, 3]",
+    ):
         assert words in str(failure.value)
 
 
@@ -255,37 +344,66 @@ def change_json(path, **values):
 REFUSALS = {
     "no folder": (lambda root: shutil.rmtree(root), "is no folder"),
     "no pipeline": (lambda root: (root / "model_index.json").unlink(), "no model_index.json"),
-    "other pipeline": (lambda root: change_json(root / "model_index.json", _class_name="FluxPipeline"), "'FluxPipeline' is not known"),
+    "other pipeline": (
+        lambda root: change_json(root / "model_index.json", _class_name="FluxPipeline"),
+        "'FluxPipeline' is not known",
+    ),
     "custom pipeline": (
-        lambda root: change_json(root / "model_index.json", _class_name=["mine", "StableDiffusionPipeline"]),
+        lambda root: change_json(
+            root / "model_index.json", _class_name=["mine", "StableDiffusionPipeline"]
+        ),
         "['mine', 'StableDiffusionPipeline'] is not known",
     ),
     "other encoder": (
         lambda root: change_json(root / "unet" / "config.json", cross_attention_dim=20),
         "the unet's cross_attention_dim is 20, but the text encoder gives",
     ),
-    "heads": (lambda root: change_json(root / "unet" / "config.json", attention_head_dim=3), "[3, 3] heads do not divide"),
+    "heads": (
+        lambda root: change_json(root / "unet" / "config.json", attention_head_dim=3),
+        "[3, 3] heads do not divide",
+    ),
     "depth": (
-        lambda root: change_json(root / "unet" / "config.json", transformer_layers_per_block=[[1], [1]]),
+        lambda root: change_json(
+            root / "unet" / "config.json", transformer_layers_per_block=[[1], [1]]
+        ),
         "transformer_layers_per_block = [[1], [1]] must hold positive whole numbers",
     ),
     "other component": (
-        lambda root: change_json(root / "model_index.json", unet=["diffusers", "SD3Transformer2DModel"]),
+        lambda root: change_json(
+            root / "model_index.json", unet=["diffusers", "SD3Transformer2DModel"]
+        ),
         "unet is of class 'SD3Transformer2DModel'; only UNet2DConditionModel",
     ),
-    "damaged index": (lambda root: (root / "model_index.json").write_text("{"), "model_index.json is damaged"),
+    "damaged index": (
+        lambda root: (root / "model_index.json").write_text("{"),
+        "model_index.json is damaged",
+    ),
     "unsupported setting": (
         lambda root: change_json(root / "unet" / "config.json", class_embed_type="timestep"),
         "class_embed_type = 'timestep' is not supported, only None",
     ),
-    "unknown setting": (lambda root: change_json(root / "unet" / "config.json", future=3), "the setting future = 3 is not known"),
+    "unknown setting": (
+        lambda root: change_json(root / "unet" / "config.json", future=3),
+        "the setting future = 3 is not known",
+    ),
     "unknown block": (
-        lambda root: change_json(root / "unet" / "config.json", down_block_types=["AttnDownBlock2D", "DownBlock2D"]),
+        lambda root: change_json(
+            root / "unet" / "config.json", down_block_types=["AttnDownBlock2D", "DownBlock2D"]
+        ),
         "the block 'AttnDownBlock2D' is not known",
     ),
-    "activation": (lambda root: change_json(root / "text_encoder" / "config.json", hidden_act="relu"), "hidden_act = 'relu'"),
-    "tokenizer": (lambda root: shutil.rmtree(root / "tokenizer"), "neither tokenizer.json nor vocab.json"),
-    "no scheduler": (lambda root: shutil.rmtree(root / "scheduler"), "scheduler_config.json is missing"),
+    "activation": (
+        lambda root: change_json(root / "text_encoder" / "config.json", hidden_act="relu"),
+        "hidden_act = 'relu'",
+    ),
+    "tokenizer": (
+        lambda root: shutil.rmtree(root / "tokenizer"),
+        "neither tokenizer.json nor vocab.json",
+    ),
+    "no scheduler": (
+        lambda root: shutil.rmtree(root / "scheduler"),
+        "scheduler_config.json is missing",
+    ),
 }
 
 
@@ -304,12 +422,18 @@ def test_weights_that_cannot_be_read_are_named(copy):
     path = root / "unet" / "diffusion_pytorch_model.safetensors"
     part, raw = diffusers_folder.open_folder(root).unet, path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(WeightsError, match=r"diffusion_pytorch_model\.safetensors cannot be read .* truncated"):
+    with pytest.raises(
+        WeightsError, match=r"diffusion_pytorch_model\.safetensors cannot be read .* truncated"
+    ):
         diffusers_folder.load_params(part)
     path.rename(root / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(FolderError, match=r"holds diffusion_pytorch_model\.bin only; safetensors are read"):
+    with pytest.raises(
+        FolderError, match=r"holds diffusion_pytorch_model\.bin only; safetensors are read"
+    ):
         diffusers_folder.load_params(part)
-    (root / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "shard-1.safetensors"}}))
+    (root / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "shard-1.safetensors"}})
+    )
     with pytest.raises(FolderError, match=r"shard-1\.safetensors is missing"):
         diffusers_folder.load_params(part)
 

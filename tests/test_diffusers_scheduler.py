@@ -18,20 +18,43 @@ from jaxdistill.prediction import as_denoiser
 
 WHERE = Path("scheduler_config.json")
 LEADING = {**folders.BETAS, "steps_offset": 1, "timestep_spacing": "leading"}
-V, V_ZERO = {"prediction_type": "v_prediction"}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-DDIM, PNDM, EULER, ANCESTRAL = "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
+V, V_ZERO = (
+    {"prediction_type": "v_prediction"},
+    {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+    },
+)
+DDIM, PNDM, EULER, ANCESTRAL = (
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+)
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 BY_RATIO = tuple(diffusers_scheduler.RATIOS)
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 COSINE, MIN = {"beta_schedule": "squaredcos_cap_v2"}, {"final_sigmas_type": "sigma_min"}
 SIGMAS = (EULER, ANCESTRAL, DPM, UNIPC)
 CASES = [
-    *((name, {"timestep_spacing": spacing}) for name in (DDIM, PNDM, *SIGMAS) for spacing in ("leading", "trailing", "linspace")),
+    *(
+        (name, {"timestep_spacing": spacing})
+        for name in (DDIM, PNDM, *SIGMAS)
+        for spacing in ("leading", "trailing", "linspace")
+    ),
     *((name, {"timestep_spacing": "trailing", **V_ZERO}) for name in (DDIM, *SIGMAS)),
     *((name, {"timestep_spacing": "linspace", **V}) for name in (PNDM, *SIGMAS)),
     *((name, {key: True}) for name in (EULER, DPM, UNIPC) for key in BY_RATIO),
-    *((name, {key: True, "timestep_spacing": "trailing", **V}) for name in (EULER, DPM, UNIPC) for key in BY_RATIO[:1]),
-    *((name, {key: True, "timestep_spacing": "trailing", **V_ZERO}) for name in (EULER, DPM, UNIPC) for key in BY_RATIO[:1]),
+    *(
+        (name, {key: True, "timestep_spacing": "trailing", **V})
+        for name in (EULER, DPM, UNIPC)
+        for key in BY_RATIO[:1]
+    ),
+    *(
+        (name, {key: True, "timestep_spacing": "trailing", **V_ZERO})
+        for name in (EULER, DPM, UNIPC)
+        for key in BY_RATIO[:1]
+    ),
     *((DPM, {key: True, **LINEAR}) for key in BY_RATIO),
     *((name, {BY_RATIO[0]: True, **MIN}) for name in (DPM, UNIPC)),
     (DDIM, {"set_alpha_to_one": True, "clip_sample": True, "beta_schedule": "squaredcos_cap_v2"}),
@@ -42,7 +65,10 @@ CASES = [
     (DPM, {"euler_at_final": True}),
     (UNIPC, {**MIN, "timestep_spacing": "linspace"}),
     (UNIPC, {**MIN, "lower_order_final": False}),
-    *((UNIPC, {**MIN, "solver_type": "bh1", **more}) for more in ({}, {**V, "timestep_spacing": "trailing"})),
+    *(
+        (UNIPC, {**MIN, "solver_type": "bh1", **more})
+        for more in ({}, {**V, "timestep_spacing": "trailing"})
+    ),
 ]
 NOISE = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 4), np.float32))
 
@@ -53,7 +79,10 @@ def network(x, t, library):
 
 
 def config_of(name, changes):
-    extra = {PNDM: {"skip_prk_steps": True}, DDIM: {"clip_sample": False, "set_alpha_to_one": False}}.get(name, {})
+    extra = {
+        PNDM: {"skip_prk_steps": True},
+        DDIM: {"clip_sample": False, "set_alpha_to_one": False},
+    }.get(name, {})
     made = getattr(folders.diffusers, name)(**{**LEADING, **extra, **changes})
     return made, json.loads(made.to_json_string())
 
@@ -66,7 +95,9 @@ def program(config, options):
     def apply(params, x, t, cond):
         return network(x, t[:, None, None, None], jnp)
 
-    denoiser = as_denoiser(apply, None, None, schedule=found.schedule, parameterization=found.parameterization)
+    denoiser = as_denoiser(
+        apply, None, None, schedule=found.schedule, parameterization=found.parameterization
+    )
     return found, jax.jit(functools.partial(found.advance, denoiser))
 
 
@@ -83,7 +114,9 @@ def theirs(scheduler, steps):
     scheduler.set_timesteps(steps)
     x = torch.tensor(np.asarray(NOISE)) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        x = scheduler.step(network(scheduler.scale_model_input(x, t), float(t), torch), t, x).prev_sample
+        x = scheduler.step(
+            network(scheduler.scale_model_input(x, t), float(t), torch), t, x
+        ).prev_sample
     return x.numpy()
 
 
@@ -92,8 +125,13 @@ def same_noise(monkeypatch):
     """Gives diffusers the fresh noise of a run of ours."""
 
     def give(config, steps, **options):
-        keys, times = sampling.keys_of(NOISE), diffusers_scheduler.read(config, WHERE, **options).run(steps).next_times
-        folders.give_noise(monkeypatch, [sampling.fresh_noise(keys, t, NOISE) for t in jnp.asarray(times)])
+        keys, times = (
+            sampling.keys_of(NOISE),
+            diffusers_scheduler.read(config, WHERE, **options).run(steps).next_times,
+        )
+        folders.give_noise(
+            monkeypatch, [sampling.fresh_noise(keys, t, NOISE) for t in jnp.asarray(times)]
+        )
 
     return give
 
@@ -105,8 +143,11 @@ def test_a_run_is_diffusers(name, changes, same_noise):
         if name == ANCESTRAL:
             same_noise(config, steps, xl=True)
         found, expected = ours(config, steps, xl=True), theirs(scheduler, steps)
-        # Diffusers' Euler carries x/alpha, of which float32 keeps fewer digits where sigma/alpha begins at 4096.
-        tolerance = 1e-3 if name in (EULER, ANCESTRAL) and "rescale_betas_zero_snr" in changes else 2e-5
+        # Diffusers' Euler carries x/alpha, of which float32 keeps fewer digits where sigma/alpha
+        # begins at 4096.
+        tolerance = (
+            1e-3 if name in (EULER, ANCESTRAL) and "rescale_betas_zero_snr" in changes else 2e-5
+        )
         assert np.abs(found - expected).max() < tolerance * np.abs(expected).max(), steps
 
 
@@ -118,7 +159,9 @@ def test_steps_even_in_sigma_have_diffusers_sigmas_and_timesteps(name, key):
     for steps in (1, 2, 7, 50):
         scheduler.set_timesteps(steps)
         times = jnp.asarray(found.run(steps).times)
-        np.testing.assert_allclose(found.schedule.network_time(times), scheduler.timesteps.numpy(), atol=1e-3)
+        np.testing.assert_allclose(
+            found.schedule.network_time(times), scheduler.timesteps.numpy(), atol=1e-3
+        )
         ratios = found.schedule.sigma(times) / found.schedule.alpha(times)
         np.testing.assert_allclose(ratios, scheduler.sigmas[:-1].numpy(), rtol=1e-4)
 
@@ -132,16 +175,26 @@ def test_stable_diffusions_pipeline_corrects_old_configs():
 
 def test_grid_and_solver_may_be_chosen():
     _, config = config_of(DDIM, {})
-    np.testing.assert_allclose(ours(config, 4, grid="trailing"), theirs(config_of(DDIM, {"timestep_spacing": "trailing"})[0], 4), atol=2e-5)
-    np.testing.assert_allclose(ours(config, 4, solver="dpm_solver_pp_2m"), theirs(config_of(DPM, {})[0], 4), atol=2e-5)
+    np.testing.assert_allclose(
+        ours(config, 4, grid="trailing"),
+        theirs(config_of(DDIM, {"timestep_spacing": "trailing"})[0], 4),
+        atol=2e-5,
+    )
+    np.testing.assert_allclose(
+        ours(config, 4, solver="dpm_solver_pp_2m"), theirs(config_of(DPM, {})[0], 4), atol=2e-5
+    )
 
 
 def test_noise_correction_is_the_class_that_travels_with_a_student(tmp_path, monkeypatch):
-    (tmp_path / f"{diffusers_scheduler.NOISE_CORRECTION_MODULE}.py").write_text(diffusers_scheduler.NOISE_CORRECTION_CODE)
+    (tmp_path / f"{diffusers_scheduler.NOISE_CORRECTION_MODULE}.py").write_text(
+        diffusers_scheduler.NOISE_CORRECTION_CODE
+    )
     monkeypatch.syspath_prepend(tmp_path)
     module = __import__(diffusers_scheduler.NOISE_CORRECTION_MODULE)
     for predicts in ("epsilon", "v_prediction", "sample"):
-        config = diffusers_scheduler.student_config({**LEADING, "prediction_type": predicts}, noise_correction=True)
+        config = diffusers_scheduler.student_config(
+            {**LEADING, "prediction_type": predicts}, noise_correction=True
+        )
         scheduler = getattr(module, diffusers_scheduler.NOISE_CORRECTION).from_config(config)
         plain = ours(config, 3, noise_correction=False)
         for steps in (1, 2, 3):
@@ -150,27 +203,54 @@ def test_noise_correction_is_the_class_that_travels_with_a_student(tmp_path, mon
 
 
 REFUSALS = [
-    ({"_class_name": "DPMSolverSinglestepScheduler"}, "'DPMSolverSinglestepScheduler' is not supported, only DDIMScheduler"),
+    (
+        {"_class_name": "DPMSolverSinglestepScheduler"},
+        "'DPMSolverSinglestepScheduler' is not supported, only DDIMScheduler",
+    ),
     ({"use_karras_sigmas": True}, "use_karras_sigmas = True is not supported"),
-    ({"_class_name": ANCESTRAL, "use_karras_sigmas": True}, "use_karras_sigmas = True is not supported"),
+    (
+        {"_class_name": ANCESTRAL, "use_karras_sigmas": True},
+        "use_karras_sigmas = True is not supported",
+    ),
     (
         {"_class_name": EULER, "use_karras_sigmas": True, "use_beta_sigmas": True},
         "use_karras_sigmas and use_beta_sigmas exclude each other",
     ),
     ({"_class_name": EULER, "euler_at_final": True}, "euler_at_final = True is not supported"),
-    ({"_class_name": EULER, "final_sigmas_type": "sigma_min"}, "final_sigmas_type = 'sigma_min' is not supported, only 'zero'"),
+    (
+        {"_class_name": EULER, "final_sigmas_type": "sigma_min"},
+        "final_sigmas_type = 'sigma_min' is not supported, only 'zero'",
+    ),
     ({"_class_name": DPM, "use_lu_lambdas": True}, "use_lu_lambdas = True is not supported"),
     ({"_class_name": DPM, "sigma_max": 10.0}, "sigma_max = 10.0 is not supported"),
-    ({"_class_name": DPM, "algorithm_type": "sde-dpmsolver++"}, "algorithm_type = 'sde-dpmsolver++'"),
+    (
+        {"_class_name": DPM, "algorithm_type": "sde-dpmsolver++"},
+        "algorithm_type = 'sde-dpmsolver++'",
+    ),
     ({"_class_name": UNIPC, "solver_order": 3}, "solver_order = 3 is not supported, only 2"),
     ({"_class_name": UNIPC, "predict_x0": False}, "predict_x0 = False is not supported, only True"),
     ({"_class_name": UNIPC, "disable_corrector": [0]}, "disable_corrector = [0] is not supported"),
-    ({"_class_name": UNIPC, "solver_type": "bh1"}, "solver_type = 'bh1' has no step to final_sigmas_type = 'zero'; set 'sigma_min'"),
-    ({"_class_name": UNIPC, "lower_order_final": False}, "lower_order_final = False has no step to final_sigmas_type = 'zero'"),
-    ({"_class_name": ANCESTRAL, "prediction_type": "sample"}, "EulerAncestralDiscreteScheduler with prediction_type = 'sample'"),
+    (
+        {"_class_name": UNIPC, "solver_type": "bh1"},
+        "solver_type = 'bh1' has no step to final_sigmas_type = 'zero'; set 'sigma_min'",
+    ),
+    (
+        {"_class_name": UNIPC, "lower_order_final": False},
+        "lower_order_final = False has no step to final_sigmas_type = 'zero'",
+    ),
+    (
+        {"_class_name": ANCESTRAL, "prediction_type": "sample"},
+        "EulerAncestralDiscreteScheduler with prediction_type = 'sample'",
+    ),
     ({"_class_name": PNDM, "skip_prk_steps": False}, "skip_prk_steps = False"),
-    ({"_class_name": PNDM, "skip_prk_steps": True, "prediction_type": "sample"}, "PNDMScheduler with prediction_type = 'sample'"),
-    ({"_class_name": PNDM, "skip_prk_steps": True, **V_ZERO}, "rescale_betas_zero_snr = True is nothing to diffusers' PNDM"),
+    (
+        {"_class_name": PNDM, "skip_prk_steps": True, "prediction_type": "sample"},
+        "PNDMScheduler with prediction_type = 'sample'",
+    ),
+    (
+        {"_class_name": PNDM, "skip_prk_steps": True, **V_ZERO},
+        "rescale_betas_zero_snr = True is nothing to diffusers' PNDM",
+    ),
     ({"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid' is not supported"),
     ({"prediction_type": "flow"}, "prediction_type = 'flow' is not supported"),
     ({"timestep_spacing": "karras"}, "timestep spacing 'karras' is not known"),
@@ -186,7 +266,10 @@ def test_what_is_not_supported_is_named(changes, words):
 
 
 def test_a_grid_that_is_given_stands_instead_of_karras():
-    plain, karras = (config_of(DPM, {"use_karras_sigmas": value, "timestep_spacing": "trailing"})[1] for value in (False, True))
+    plain, karras = (
+        config_of(DPM, {"use_karras_sigmas": value, "timestep_spacing": "trailing"})[1]
+        for value in (False, True)
+    )
     np.testing.assert_array_equal(ours(karras, 4, grid="trailing"), ours(plain, 4))
     assert np.abs(ours(karras, 4) - ours(plain, 4)).max() > 1e-2
 
@@ -199,13 +282,19 @@ def test_fresh_noise_is_of_an_images_own_start_and_of_each_step():
     # Twice the same image, were the noise not its start's alone; and no step's noise is another's.
     twice = ours(config, 5, noise=jnp.concatenate([NOISE[:1], NOISE[:1]]))
     np.testing.assert_array_equal(twice[0], twice[1])
-    drawn = [sampling.fresh_noise(sampling.keys_of(NOISE), jnp.float32(t), NOISE) for t in (800.0, 600.0)]
+    drawn = [
+        sampling.fresh_noise(sampling.keys_of(NOISE), jnp.float32(t), NOISE) for t in (800.0, 600.0)
+    ]
     assert np.abs(np.corrcoef(np.ravel(drawn[0]), np.ravel(drawn[1]))[0, 1]) < 0.3
 
 
 def test_a_chosen_solver_clips_only_where_the_folder_says_so():
     for config, clip in (({}, 0.0), ({"clip_sample": True}, 1.0), ({"clip_sample": False}, 0.0)):
-        given = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear", **config}
+        given = {
+            "_class_name": "EulerDiscreteScheduler",
+            "beta_schedule": "scaled_linear",
+            **config,
+        }
         assert diffusers_scheduler.read(given, Path("x"), xl=True, solver="ddim").clip == clip
 
 

@@ -1,4 +1,6 @@
-"""A folder and prompts in, a student's folder out: what it draws, that it resumes, and what is refused before anything starts."""
+"""A folder and prompts in, a student's folder out: what it draws, that it resumes, and what is
+refused before anything starts.
+"""
 
 import json
 import shutil
@@ -38,7 +40,11 @@ def make_config(tmp_path, variant="sd", **changes):
 
 
 def flags(tmp_path, variant="sd", **changes):
-    given = {"teacher.folder": folders.folder(variant), "data.prompts": write_prompts(tmp_path), **changes}
+    given = {
+        "teacher.folder": folders.folder(variant),
+        "data.prompts": write_prompts(tmp_path),
+        **changes,
+    }
     return [f"--config={CONFIG}", *(f"--config.{key}={value}" for key, value in given.items())]
 
 
@@ -54,7 +60,10 @@ def run_in_two_starts(config, folder, *, stop_at):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partition, "put_batch", put_batch)
-        with pytest.raises(loop.Stopped, match=f"stopped by SIGTERM and saved at step {stop_at} of {config.student.iterations}"):
+        with pytest.raises(
+            loop.Stopped,
+            match=f"stopped by SIGTERM and saved at step {stop_at} of {config.student.iterations}",
+        ):
             distil.run(config, folder)
     assert not (folder / "student").exists()
     distil.run(config, folder)
@@ -72,12 +81,16 @@ def finished(tmp_path_factory):
 def test_a_stopped_run_ends_in_the_bits_of_one_that_was_not(finished, tmp_path):
     folder = finished
     distil.run(make_config(tmp_path), tmp_path / "whole")
-    whole, parts = (loop.read_curve(f / "curves" / "student.jsonl") for f in (tmp_path / "whole", folder))
+    whole, parts = (
+        loop.read_curve(f / "curves" / "student.jsonl") for f in (tmp_path / "whole", folder)
+    )
     assert [r for r in whole if "loss" in r] == [r for r in parts if "loss" in r]
     ours, theirs = (checkpoint.load_export(f / "student")[0] for f in (tmp_path / "whole", folder))
     assert_same_bits(ours, theirs)
     teacher = diffusers_folder.load_params(diffusers_folder.open_folder(folders.folder("sd")).unet)
-    moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), ours, teacher)
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), ours, teacher
+    )
     assert min(jax.tree.leaves(moved)) > 0  # every weight has learned
 
 
@@ -109,13 +122,21 @@ def test_the_loss_of_an_xl_student_falls_and_a_resumed_run_ends_in_its_bits(tmp_
     config = make_config(tmp_path, "sdxl", **LEARNING)
     distil.run(config, tmp_path / "whole")
     # As a start leaves it that is killed behind its checkpoint of step 8.
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts", ignore=shutil.ignore_patterns("student", "diffusers", "results.*"))
-    shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "parts" / "checkpoints", dirs_exist_ok=True)
+    shutil.copytree(
+        tmp_path / "whole",
+        tmp_path / "parts",
+        ignore=shutil.ignore_patterns("student", "diffusers", "results.*"),
+    )
+    shutil.copytree(
+        tmp_path / "whole" / "checkpoints", tmp_path / "parts" / "checkpoints", dirs_exist_ok=True
+    )
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "student" / "12")
     distil.run(config, tmp_path / "parts")
     curves = [losses(tmp_path / name) for name in ("parts", "whole")]
     assert curves[0] == curves[1] and len(curves[0]) == 12
-    assert_same_bits(*(checkpoint.load_export(tmp_path / name / "student")[0] for name in ("parts", "whole")))
+    assert_same_bits(
+        *(checkpoint.load_export(tmp_path / name / "student")[0] for name in ("parts", "whole"))
+    )
     assert np.mean(curves[0][-4:]) < 0.7 * np.mean(curves[0][:2])
 
 
@@ -145,7 +166,14 @@ def test_what_a_run_leaves(finished):
     folder = finished
     results = json.loads((folder / "results.json").read_text())
     assert [row["steps"] for row in results["rows"]] == [1, 2, 3]
-    for name in ("results.md", "curves.png", "config.json", "samples/teacher.png", "student/card.json", "diffusers/jaxdistill.json"):
+    for name in (
+        "results.md",
+        "curves.png",
+        "config.json",
+        "samples/teacher.png",
+        "student/card.json",
+        "diffusers/jaxdistill.json",
+    ):
         assert (folder / name).is_file(), name
     cards = json.loads((folder / "student" / "card.json").read_text())
     assert cards["role"] == "text-to-image student" and cards["components"] == "../diffusers"
@@ -154,14 +182,21 @@ def test_what_a_run_leaves(finished):
 @pytest.mark.slow
 def test_a_student_of_one_step_learns_from_a_finished_one(finished, tmp_path):
     config = variants.chosen(make_config(tmp_path), "one", file="text_config")
-    config.update_from_flattened_dict({"teacher.folder": str(finished / "diffusers"), "student.iterations": 10, "student.health_every": 10})
+    config.update_from_flattened_dict(
+        {
+            "teacher.folder": str(finished / "diffusers"),
+            "student.iterations": 10,
+            "student.health_every": 10,
+        }
+    )
     results = distil.run(config, tmp_path / "run")
     assert [row["steps"] for row in results["rows"]] == [1]
     curve = loop.read_curve(tmp_path / "run" / "curves" / "student.jsonl")
     losses = [record["loss"] for record in curve if "loss" in record]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
     drawn, saved = (
-        np.asarray(Image.open(f / "samples" / name)) for f, name in ((tmp_path / "run", "teacher.png"), (finished, "student_0000006.png"))
+        np.asarray(Image.open(f / "samples" / name))
+        for f, name in ((tmp_path / "run", "teacher.png"), (finished, "student_0000006.png"))
     )
     np.testing.assert_array_equal(drawn, saved[-len(drawn) :])  # the finished one at three steps
     assert pipeline.load(tmp_path / "run" / "diffusers").steps == 1
@@ -169,20 +204,29 @@ def test_a_student_of_one_step_learns_from_a_finished_one(finished, tmp_path):
 
 def test_a_folder_that_is_no_student_cannot_teach_one_step(tmp_path):
     config = variants.chosen(make_config(tmp_path), "one", file="text_config")
-    with pytest.raises(UserError, match=r"is no student .* its scheduler's _class_name is .*; give the diffusers/ folder"):
+    with pytest.raises(
+        UserError,
+        match=r"is no student .* its scheduler's _class_name is .*; give the diffusers/ folder",
+    ):
         distil.run(config, tmp_path / "run")
 
 
 @pytest.mark.long
 def test_low_rank_updates_load_in_diffusers_and_fuse(tmp_path):
     pytest.importorskip("peft")
-    changes = {"student.lora_rank": 3, "student.lora_targets": ("to_q", "to_out.0", "conv1", "proj_in"), "adversarial.weight": 0.0}
+    changes = {
+        "student.lora_rank": 3,
+        "student.lora_targets": ("to_q", "to_out.0", "conv1", "proj_in"),
+        "adversarial.weight": 0.0,
+    }
     config = make_config(tmp_path, "sd2", **changes)  # v-prediction from zero terminal SNR
     config.student.update({"iterations": 3, "learning_rate": 3e-2, "steps": (1,)})
     distil.run(config, tmp_path / "run")
     start = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
     theirs = folders.load_torch(tmp_path / "run" / "diffusers")
-    assert type(theirs.scheduler).__name__ == "DDIMScheduler"  # its first step is exact: no noise to correct
+    assert (
+        type(theirs.scheduler).__name__ == "DDIMScheduler"
+    )  # its first step is exact: no noise to correct
     fused = folders.torch_images(theirs, latents=start, steps=2, guidance=1.0)
     ours = pipeline.load(tmp_path / "run" / "diffusers")(folders.PROMPTS, steps=2, latents=start)
     assert np.abs(ours - fused).max() < 1 / 255
@@ -194,14 +238,20 @@ def test_low_rank_updates_load_in_diffusers_and_fuse(tmp_path):
     beside = folders.torch_images(base, latents=start, steps=2, guidance=1.0)
     assert np.abs(beside - fused).max() < 1 / 255 < np.abs(without - fused).max()
     tensors = load_file(tmp_path / "run" / "lora" / lora.FILE)
-    assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {3} and any("conv1.lora_B" in n for n in tensors)
+    assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {3} and any(
+        "conv1.lora_B" in n for n in tensors
+    )
 
 
 def test_merging_is_the_layers_own_update():
-    """W + down up, for a linear layer, a convolution and a stack, is what the layers compute beside their kernels."""
+    """W + down up, for a linear layer, a convolution and a stack, is what the layers compute beside
+    their kernels.
+    """
     part = diffusers_folder.open_folder(folders.folder("sdxl"), scan=True).unet
     params = diffusers_folder.load_params(part)
-    updates = lora.init(jax.random.key(0), params, ["to_k", "conv2", "proj_out"], 2, stacked="transformer_blocks")
+    updates = lora.init(
+        jax.random.key(0), params, ["to_k", "conv2", "proj_out"], 2, stacked="transformer_blocks"
+    )
     updates = jax.tree.map(lambda a: a + 0.1, updates)
     x, t, cond = diffusers_folder.example_inputs(part)
     x = jax.random.normal(jax.random.key(1), x.shape)
@@ -233,7 +283,9 @@ def test_a_cache_gives_back_its_records_in_an_order_of_its_own(tmp_path):
     assert all(np.array_equal(cache[i]["a"], values[i]) and cache[i]["b"] == i for i in range(10))
     batches = cache.batches(5, seed=1)
     epochs = [np.concatenate([batches(2 * e + i)["b"] for i in range(2)]) for e in range(3)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and not np.array_equal(epochs[0], epochs[1])
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and not np.array_equal(
+        epochs[0], epochs[1]
+    )
     np.testing.assert_array_equal(cache.batches(5, seed=1)(3)["b"], batches(3)["b"])
     next((tmp_path / "c").glob("*.array_record")).unlink()
     with pytest.raises(record_cache.CacheError, match="is missing; remove"):
@@ -252,7 +304,9 @@ def test_a_cache_that_is_stopped_goes_on_in_the_same_blocks(tmp_path, stopped_af
     assert (tmp_path / "c").exists() == (stopped_after == 10)
     fill(tmp_path / "c", make, block=3, shard=6)
     cache = record_cache.Cache(tmp_path / "c")
-    assert asked == [(0, 3), (3, 6), (6, 9), (9, 10)] and [int(cache[i]["a"]) for i in range(len(cache))] == list(range(10))
+    assert asked == [(0, 3), (3, 6), (6, 9), (9, 10)] and [
+        int(cache[i]["a"]) for i in range(len(cache))
+    ] == list(range(10))
     assert list(tmp_path.iterdir()) == [tmp_path / "c"]
     # Killed: what was in whole files is kept.
     asked.clear()
@@ -260,7 +314,9 @@ def test_a_cache_that_is_stopped_goes_on_in_the_same_blocks(tmp_path, stopped_af
     shutil.copytree(tmp_path / "k.tmp", tmp_path / "l.tmp")
     fill(tmp_path / "l", make, block=3, shard=3)
     cache = record_cache.Cache(tmp_path / "l")
-    assert asked == [(0, 3), (3, 6), (3, 6), (6, 9), (9, 10)] and [int(cache[i]["a"]) for i in range(10)] == list(range(10))
+    assert asked == [(0, 3), (3, 6), (3, 6), (6, 9), (9, 10)] and [
+        int(cache[i]["a"]) for i in range(10)
+    ] == list(range(10))
 
 
 def test_a_signal_while_prompts_are_encoded_is_heeded_and_what_is_encoded_is_kept(tmp_path):
@@ -283,34 +339,53 @@ def test_a_signal_while_prompts_are_encoded_is_heeded_and_what_is_encoded_is_kep
     with loop.StopSignal().installed() as stop:
         run = distil.TextRun(config, tmp_path / "run")
         run.stop = stop
-        with pytest.raises(loop.Stopped, match=r"^encoding prompts: stopped by SIGTERM; the same command resumes it$"):
+        with pytest.raises(
+            loop.Stopped,
+            match=r"^encoding prompts: stopped by SIGTERM; the same command resumes it$",
+        ):
             run.open_data(pipe)
     assert asked == [16, 16]  # rows of a program, always
     run = distil.TextRun(config, tmp_path / "run")
     run.open_data(pipe)
     assert asked == [16, 16, 16] and len(run.texts) == 40
-    np.testing.assert_allclose(run.texts[20]["context"], text(["a cat 20"])["context"][0], atol=2e-3)
+    np.testing.assert_allclose(
+        run.texts[20]["context"], text(["a cat 20"])["context"][0], atol=2e-3
+    )
 
 
 def test_images_are_cropped_encoded_and_kept_with_their_captions(tmp_path):
-    """For the adversarial term's reals: an image of another size and shape, and its caption, as the discriminator will see them."""
+    """For the adversarial term's reals: an image of another size and shape, and its caption, as the
+    discriminator will see them.
+    """
     (tmp_path / "images").mkdir()
     wide = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
     Image.fromarray(wide).save(tmp_path / "images" / "a.png")
     Image.fromarray(wide[:, ::-1]).save(tmp_path / "images" / "b.png")
     lines = [{"file_name": "a.png", "prompt": "a cat"}, {"file_name": "b.png", "prompt": "a dog"}]
-    (tmp_path / "images" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = make_config(tmp_path, **{"adversarial.reals": "data", "data.images": str(tmp_path / "images")})
+    (tmp_path / "images" / "metadata.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
+    config = make_config(
+        tmp_path, **{"adversarial.reals": "data", "data.images": str(tmp_path / "images")}
+    )
     (tmp_path / "run").mkdir()
     run = distil.TextRun(config, tmp_path / "run")
     pipe = pipeline.load(folders.folder("sd"))
     run.open_data(pipe)
     encode = run.folder.vae.module.apply
     for i, image in enumerate((wide, wide[:, ::-1])):
-        square = Image.fromarray(image).resize((96, 64), Image.Resampling.LANCZOS).crop((16, 0, 80, 64))
-        expected = encode(pipe.vae_params, jax.numpy.asarray(square, np.float32)[None] / 127.5 - 1, method="encode")[0]
+        square = (
+            Image.fromarray(image).resize((96, 64), Image.Resampling.LANCZOS).crop((16, 0, 80, 64))
+        )
+        expected = encode(
+            pipe.vae_params,
+            jax.numpy.asarray(square, np.float32)[None] / 127.5 - 1,
+            method="encode",
+        )[0]
         np.testing.assert_allclose(run.reals[i]["latents"], expected, atol=1e-4)
-        np.testing.assert_allclose(run.reals[i]["context"], pipe.text([lines[i]["prompt"]])["context"][0], atol=2e-3)
+        np.testing.assert_allclose(
+            run.reals[i]["context"], pipe.text([lines[i]["prompt"]])["context"][0], atol=2e-3
+        )
     found = run.batches()(0)
     assert found["real"].shape == (config.student.batch_size, *run.latent_shape)
     assert not np.array_equal(run.reals[0]["latents"], run.reals[1]["latents"])
@@ -322,10 +397,16 @@ REFUSALS = [
     ({"data.prompts": ""}, "config.data.prompts is empty"),
     ({"data.images": "/nowhere"}, "config.data.images = /nowhere is no folder"),
     ({"adversarial.reals": "data"}, "needs config.data.images"),
-    ({"student.lora_rank": 2, "student.lora_targets": ("to_qq",)}, "LoRA target 'to_qq' matches no layer"),
+    (
+        {"student.lora_rank": 2, "student.lora_targets": ("to_qq",)},
+        "LoRA target 'to_qq' matches no layer",
+    ),
     ({"student.lora_rank": -1}, "config.student.lora_rank must be at least 0"),
     ({"student.batch_size": 5}, "must be a multiple of the 2 time grids"),
-    ({"data.cache": "gs://bucket/cache"}, "config.data.cache = 'gs://bucket/cache' must be a folder"),
+    (
+        {"data.cache": "gs://bucket/cache"},
+        "config.data.cache = 'gs://bucket/cache' must be a folder",
+    ),
     ({"log.health_prompts": 0}, "config.log.health_prompts must be at least 1, got 0"),
     ({"log.batch_size": 0}, "config.log.batch_size must be at least 1, got 0"),
     ({"data.height": 60}, "height must be a positive multiple of 8"),
@@ -344,7 +425,11 @@ def test_a_bad_config_is_refused_before_anything_is_written(changes, words, tmp_
 
 
 def test_the_command_gives_one_line(tmp_path):
-    found = run_command("jaxdistill.main", *flags(tmp_path, **{"teacher.folder": "/nowhere"}), f"--workdir={tmp_path / 'run'}")
+    found = run_command(
+        "jaxdistill.main",
+        *flags(tmp_path, **{"teacher.folder": "/nowhere"}),
+        f"--workdir={tmp_path / 'run'}",
+    )
     assert_one_error_line(found, "/nowhere is no folder")
 
 
@@ -352,7 +437,15 @@ def test_an_export_of_scanned_blocks_is_read_as_such(tmp_path):
     """configs/sdxl.py trains with stacked blocks; its Orbax export draws what the folder draws."""
     source = diffusers_folder.open_folder(folders.folder("sdxl"), scan=True)
     params = diffusers_folder.load_params(source.unet)
-    card = {"role": "text-to-image student", "components": str(source.path), "stacked": "transformer_blocks", "sampler": {"steps": 2}}
+    card = {
+        "role": "text-to-image student",
+        "components": str(source.path),
+        "stacked": "transformer_blocks",
+        "sampler": {"steps": 2},
+    }
     checkpoint.export(tmp_path / "student", params, card)
-    found, expected = (pipeline.load(path)(["cat"], steps=2, guidance=1.0) for path in (tmp_path / "student", source.path))
+    found, expected = (
+        pipeline.load(path)(["cat"], steps=2, guidance=1.0)
+        for path in (tmp_path / "student", source.path)
+    )
     assert np.abs(found - expected).max() < 1e-4

@@ -24,16 +24,34 @@ def free_port():
 
 def begin(workdir, i, devices, *command, **variables):
     """One process with so many CPU devices; its output goes to a file."""
-    env = quick(f"--xla_force_host_platform_device_count={devices}", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", **variables)
+    env = quick(
+        f"--xla_force_host_platform_device_count={devices}",
+        PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
+        **variables,
+    )
     with (workdir.parent / f"log-{workdir.name}-{i}").open("a") as file:
-        return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=env,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def start(workdir, count, devices=4, **variables):
     """The small training on so many devices of one or several processes."""
     coordinator = (f"127.0.0.1:{free_port()}", count)
     return [
-        begin(workdir, i, devices // count, "tests/pod_job.py", workdir, *((*coordinator, i) if count > 1 else ()), **variables)
+        begin(
+            workdir,
+            i,
+            devices // count,
+            "tests/pod_job.py",
+            workdir,
+            *((*coordinator, i) if count > 1 else ()),
+            **variables,
+        )
         for i in range(count)
     ]
 
@@ -45,21 +63,33 @@ def log_of(workdir, i):
 def finish(workdir, processes, codes):
     end = time.monotonic() + 240
     for i, process in enumerate(processes):
-        assert process.wait(timeout=max(1, end - time.monotonic())) in codes, log_of(workdir, i)[-3000:]
+        assert process.wait(timeout=max(1, end - time.monotonic())) in codes, log_of(workdir, i)[
+            -3000:
+        ]
 
 
 def saved(workdir, phase="student"):
     folder = workdir / "checkpoints" / phase
-    return sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()) if folder.exists() else []
+    return (
+        sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit())
+        if folder.exists()
+        else []
+    )
 
 
 def losses(workdir):
-    return {r["step"]: r["loss"] for r in loop.read_curve(workdir / "curves" / "student.jsonl") if "loss" in r}
+    return {
+        r["step"]: r["loss"]
+        for r in loop.read_curve(workdir / "curves" / "student.jsonl")
+        if "loss" in r
+    }
 
 
 @pytest.mark.long
 def test_two_processes_are_one_run_and_survive_each_other(tmp_path):
-    """2 x 2 devices against 1 x 4: the same losses and weights; killed, stopped, and gone on with by one process."""
+    """2 x 2 devices against 1 x 4: the same losses and weights; killed, stopped, and gone on with
+    by one process.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     finish(one, start(one, 1), {0})
 
@@ -69,12 +99,16 @@ def test_two_processes_are_one_run_and_survive_each_other(tmp_path):
     processes[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     assert processes[0].wait(timeout=90) != 0 and time.monotonic() - began < 60
-    assert "another one has died" in log_of(two, 0) or "heartbeat" in log_of(two, 0).lower(), log_of(two, 0)[-2000:]
+    assert "another one has died" in log_of(two, 0) or "heartbeat" in log_of(two, 0).lower(), (
+        log_of(two, 0)[-2000:]
+    )
     assert not (two / "student.npz").exists()
 
     # Both again; one of them gets SIGTERM: both save at the same step and leave with 0.
     processes = start(two, 2)
-    wait_until(lambda: "student: resumes" in log_of(two, 0), seconds=120, what="the training to go on")
+    wait_until(
+        lambda: "student: resumes" in log_of(two, 0), seconds=120, what="the training to go on"
+    )
     processes[1].send_signal(signal.SIGTERM)
     finish(two, processes, {0})
     assert "student stopped by SIGTERM" in log_of(two, 0) and not (two / "student.npz").exists()
@@ -83,7 +117,9 @@ def test_two_processes_are_one_run_and_survive_each_other(tmp_path):
     finish(two, start(two, 1), {0})
     ours, theirs = losses(two), losses(one)
     assert ours.keys() == theirs.keys() and max(ours) == pod_job.STEPS
-    np.testing.assert_allclose([ours[k] for k in sorted(ours)], [theirs[k] for k in sorted(theirs)], rtol=1e-5)
+    np.testing.assert_allclose(
+        [ours[k] for k in sorted(ours)], [theirs[k] for k in sorted(theirs)], rtol=1e-5
+    )
     found, expected = np.load(two / "student.npz"), np.load(one / "student.npz")
     for name in expected.files:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
@@ -91,7 +127,10 @@ def test_two_processes_are_one_run_and_survive_each_other(tmp_path):
 
 @pytest.mark.long
 def test_layouts_of_processes_and_devices_train_alike(tmp_path):
-    """One process with eight devices against 2 x 4 and 4 x 1: only the order of sums differs. What they draw together is the same."""
+    """One process with eight devices against 2 x 4 and 4 x 1: only the order of sums differs.
+
+    What they draw together is the same.
+    """
     found, alone = {}, None
     for count, devices in ((1, 8), (2, 8), (4, 4)):
         workdir = tmp_path / f"{count}-{devices}"
@@ -99,7 +138,9 @@ def test_layouts_of_processes_and_devices_train_alike(tmp_path):
         found[count, devices] = losses(workdir), np.load(workdir / "student.npz")
         drawn = [np.load(workdir / f"drawn-{i}.npz") for i in range(count)]
         made = [set(part["made"].tolist()) for part in drawn]
-        assert set().union(*made) == set(range(5)) and max(len(part["made"]) for part in drawn) == -(-5 // count)
+        assert set().union(*made) == set(range(5)) and max(
+            len(part["made"]) for part in drawn
+        ) == -(-5 // count)
         alone = drawn[0]["drawn"] if count == 1 else alone
         assert all(np.array_equal(part["drawn"], alone) for part in drawn)
     expected, weights = found.pop((1, 8))
@@ -113,12 +154,27 @@ def test_layouts_of_processes_and_devices_train_alike(tmp_path):
 @pytest.mark.slow
 def test_processes_of_different_configs_do_not_start(tmp_path):
     workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
-    flags = ("-m", "jaxdistill.main", "--config=tests/tiny.py", f"--workdir={workdir}", f"--coordinator={coordinator}", "--num_processes=2")
+    flags = (
+        "-m",
+        "jaxdistill.main",
+        "--config=tests/tiny.py",
+        f"--workdir={workdir}",
+        f"--coordinator={coordinator}",
+        "--num_processes=2",
+    )
     rates = [f"--config.student.learning_rate={rate}" for rate in (0.001, 0.002)]
-    finish(workdir, [begin(workdir, i, 1, *flags, f"--process_id={i}", rates[i]) for i in range(2)], {2})
+    finish(
+        workdir,
+        [begin(workdir, i, 1, *flags, f"--process_id={i}", rates[i]) for i in range(2)],
+        {2},
+    )
     for i in range(2):
         lines = [line for line in log_of(workdir, i).splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and "process 1 differs from process 0: config.student.learning_rate is 0.002 there, 0.001" in lines[0]
+        assert (
+            len(lines) == 1
+            and "process 1 differs from process 0: config.student.learning_rate is 0.002 there, 0.001"
+            in lines[0]
+        )
     assert not workdir.exists()
 
 
@@ -139,7 +195,9 @@ with distributed.device_errors_are_one_line():
 def test_a_mistake_of_one_process_ends_both_within_a_minute(tmp_path, mistaken):
     workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
     processes = [begin(workdir, i, 1, "-c", ALONE, coordinator, i, mistaken) for i in range(2)]
-    wait_until(lambda: "my own mistake" in log_of(workdir, mistaken), seconds=120, what="the mistake")
+    wait_until(
+        lambda: "my own mistake" in log_of(workdir, mistaken), seconds=120, what="the mistake"
+    )
     began = time.monotonic()
     assert processes[mistaken].wait(timeout=60) == 2
     assert processes[1 - mistaken].wait(timeout=60) not in (0, 2) and time.monotonic() - began < 60
@@ -203,7 +261,10 @@ def test_a_process_that_hangs_in_the_preparation_ends_all(tmp_path):
     processes = [begin(workdir, i, 1, "-c", STUCK, coordinator, i) for i in range(2)]
     wait_until(lambda: "stuck" in log_of(workdir, 1), seconds=120, what="the hang")
     began = time.monotonic()
-    assert [process.wait(timeout=60) for process in processes] == [3, 3] and time.monotonic() - began < 40
+    assert [process.wait(timeout=60) for process in processes] == [
+        3,
+        3,
+    ] and time.monotonic() - began < 40
     assert "no step has ended for 3 s" in log_of(workdir, 0) + log_of(workdir, 1)
 
 
@@ -230,27 +291,46 @@ def test_steps_that_do_not_come_any_more_end_the_process(tmp_path):
     began = time.monotonic()
     assert process.wait(timeout=30) == 3 and time.monotonic() - began > 1
     # Ten times the longest step before, half a second.
-    assert "no step has ended for 5 s, this process or another one hangs" in log_of(tmp_path / "run", 0)
+    assert "no step has ended for 5 s, this process or another one hangs" in log_of(
+        tmp_path / "run", 0
+    )
 
 
 def test_too_little_memory_is_no_dead_peer(capsys):
     with pytest.raises(SystemExit) as left, distributed.device_errors_are_one_line():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm"
+        )
     said = capsys.readouterr().err
     assert left.value.code == 2 and said.count("\n") == 1
-    assert "too little memory (RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm)" in said and "jaxdistill.aot" in said
+    assert (
+        "too little memory (RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm)" in said
+        and "jaxdistill.aot" in said
+    )
 
 
 def test_a_single_processs_other_errors_pass():
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), distributed.device_errors_are_one_line():
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+        distributed.device_errors_are_one_line(),
+    ):
         raise jax.errors.JaxRuntimeError("INTERNAL: mine")
 
 
 def test_a_coordinator_that_the_environment_names_is_waited_for(monkeypatch):
-    for name, value in {"JOB_ID": 1, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": 1, "LOCALID": 0}.items():
+    for name, value in {
+        "JOB_ID": 1,
+        "STEP_NODELIST": "localhost",
+        "NTASKS": 2,
+        "PROCID": 1,
+        "LOCALID": 0,
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setenv("JAX_COORDINATOR_PORT", str(free_port()))
-    with pytest.raises(distributed.DistributedError, match=r"the coordinator localhost:\d+ does not answer after 1 s"):
+    with pytest.raises(
+        distributed.DistributedError,
+        match=r"the coordinator localhost:\d+ does not answer after 1 s",
+    ):
         distributed.start(detect=True, timeout=1)
 
 
@@ -261,7 +341,10 @@ def test_a_coordinator_that_the_environment_names_is_waited_for(monkeypatch):
         ((None, 2, 0), "--coordinator is missing"),
         (("127.0.0.1:1", 2, 2), r"--process_id = 2 must be in 0\.\.1"),
         (("nowhere", 2, 1), "--coordinator = 'nowhere' must read HOST:PORT"),
-        (("127.0.0.1:1", 2, 1), r"the coordinator 127\.0\.0\.1:1 does not answer after 1 s \(Connection refused\)"),
+        (
+            ("127.0.0.1:1", 2, 1),
+            r"the coordinator 127\.0\.0\.1:1 does not answer after 1 s \(Connection refused\)",
+        ),
     ],
 )
 def test_flags_that_cannot_join_are_refused(arguments, message):

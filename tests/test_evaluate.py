@@ -14,11 +14,13 @@ from jaxdistill.metrics.evaluate import (
 )
 from jaxdistill.tasks.labelled_images.data import Dataset, Split, digits
 
-# -------------------------------------------------------------------------------------- Fréchet distance
+# --------------------------------------------------------------------------------- Fréchet distance
 
 
 def with_moments(n, mean, factor, seed=0):
-    """n rows whose sample mean is `mean` and whose sample covariance is factor factorᵀ, both exactly."""
+    """n rows whose sample mean is `mean` and whose sample covariance is factor factorᵀ, both
+    exactly.
+    """
     d = len(mean)
     x = np.random.default_rng(seed).normal(size=(n, d))
     x -= x.mean(0)
@@ -31,15 +33,31 @@ def rotation(d, seed):
 
 
 def test_frechet_distance_of_axis_aligned_gaussians_is_the_closed_form():
-    s_a, s_b, shift = np.array([1.0, 0.5, 2.0, 0.1]), np.array([0.3, 0.5, 3.0, 1.5]), np.array([1.0, 0.0, -2.0, 0.25])
+    s_a, s_b, shift = (
+        np.array([1.0, 0.5, 2.0, 0.1]),
+        np.array([0.3, 0.5, 3.0, 1.5]),
+        np.array([1.0, 0.0, -2.0, 0.25]),
+    )
     a, b = with_moments(50, np.zeros(4), np.diag(s_a), 1), with_moments(80, shift, np.diag(s_b), 2)
-    assert frechet_distance(a, b) == pytest.approx(((s_a - s_b) ** 2).sum() + (shift**2).sum(), rel=1e-9)
+    assert frechet_distance(a, b) == pytest.approx(
+        ((s_a - s_b) ** 2).sum() + (shift**2).sum(), rel=1e-9
+    )
 
 
 def test_frechet_distance_does_not_change_under_a_common_rotation():
-    s_a, s_b, shift, q = np.array([1.0, 0.2, 2.0]), np.array([0.5, 1.0, 1.0]), np.array([0.5, -1.0, 0.0]), rotation(3, 5)
-    a, b = with_moments(40, np.zeros(3), q @ np.diag(s_a), 1), with_moments(40, q @ shift, q @ np.diag(s_b), 2)
-    assert frechet_distance(a, b) == pytest.approx(((s_a - s_b) ** 2).sum() + (shift**2).sum(), rel=1e-9)
+    s_a, s_b, shift, q = (
+        np.array([1.0, 0.2, 2.0]),
+        np.array([0.5, 1.0, 1.0]),
+        np.array([0.5, -1.0, 0.0]),
+        rotation(3, 5),
+    )
+    a, b = (
+        with_moments(40, np.zeros(3), q @ np.diag(s_a), 1),
+        with_moments(40, q @ shift, q @ np.diag(s_b), 2),
+    )
+    assert frechet_distance(a, b) == pytest.approx(
+        ((s_a - s_b) ** 2).sum() + (shift**2).sum(), rel=1e-9
+    )
 
 
 def test_frechet_distance_of_gaussians_with_unlike_axes_is_the_closed_form_of_two_dimensions():
@@ -47,14 +65,24 @@ def test_frechet_distance_of_gaussians_with_unlike_axes_is_the_closed_form_of_tw
     f_a, f_b = rotation(2, 1) @ np.diag([2.0, 0.3]), rotation(2, 2) @ np.diag([1.0, 0.7])
     cov_a, cov_b = f_a @ f_a.T, f_b @ f_b.T
     assert np.abs(cov_a @ cov_b - cov_b @ cov_a).max() > 0.1
-    cross = np.sqrt(np.trace(cov_a @ cov_b) + 2 * np.sqrt(np.linalg.det(cov_a) * np.linalg.det(cov_b)))
-    a, b = with_moments(30, np.array([1.0, 2.0]), f_a, 1), with_moments(60, np.array([0.0, 2.5]), f_b, 2)
-    assert frechet_distance(a, b) == pytest.approx(1.25 + np.trace(cov_a) + np.trace(cov_b) - 2 * cross, rel=1e-9)
+    cross = np.sqrt(
+        np.trace(cov_a @ cov_b) + 2 * np.sqrt(np.linalg.det(cov_a) * np.linalg.det(cov_b))
+    )
+    a, b = (
+        with_moments(30, np.array([1.0, 2.0]), f_a, 1),
+        with_moments(60, np.array([0.0, 2.5]), f_b, 2),
+    )
+    assert frechet_distance(a, b) == pytest.approx(
+        1.25 + np.trace(cov_a) + np.trace(cov_b) - 2 * cross, rel=1e-9
+    )
 
 
 def test_frechet_distance_of_singular_covariances_is_the_closed_form():
     s_a, s_b = np.array([1.0, 0.0, 2.0]), np.array([0.5, 3.0, 0.0])
-    a, b = with_moments(40, np.zeros(3), np.diag(s_a), 1), with_moments(40, np.zeros(3), np.diag(s_b), 2)
+    a, b = (
+        with_moments(40, np.zeros(3), np.diag(s_a), 1),
+        with_moments(40, np.zeros(3), np.diag(s_b), 2),
+    )
     assert frechet_distance(a, b) == pytest.approx(((s_a - s_b) ** 2).sum(), rel=1e-6)
 
 
@@ -74,14 +102,19 @@ def test_frechet_distance_of_too_few_rows_says_how_many_are_needed(rows):
             frechet_distance(*pair)
 
 
-# ---------------------------------------------------------------------------------- precision and recall
+# ----------------------------------------------------------------------------- precision and recall
 
 
 MODES = np.array([[0.0, 0.0], [20.0, 0.0], [0.0, 20.0], [20.0, 20.0]])
 
 
 def cloud(modes, n, seed):
-    return np.concatenate([mode + np.random.default_rng((seed, i)).normal(size=(n, 2)) for i, mode in enumerate(modes)])
+    return np.concatenate(
+        [
+            mode + np.random.default_rng((seed, i)).normal(size=(n, 2))
+            for i, mode in enumerate(modes)
+        ]
+    )
 
 
 def test_precision_and_recall_of_a_set_against_itself_are_one():
@@ -133,11 +166,13 @@ def test_more_reals_than_fakes_are_cut_to_one_size():
 @pytest.mark.parametrize("count", [1, 3])
 def test_precision_and_recall_of_too_few_images_are_refused(count):
     real = cloud(MODES, 25, 0)
-    with pytest.raises(ValueError, match=f"need more than 3 images, got 100 real and {count} generated"):
+    with pytest.raises(
+        ValueError, match=f"need more than 3 images, got 100 real and {count} generated"
+    ):
         precision_recall(real, real[:count])
 
 
-# --------------------------------------------------------------------------------------- pixel statistics
+# --------------------------------------------------------------------------------- pixel statistics
 
 
 def images_of(n=60, seed=0):
@@ -166,7 +201,9 @@ def test_class_spread_is_the_root_mean_square_distance_of_two_images_of_a_class(
 
 def test_class_spread_doubles_with_the_spread_and_is_zero_at_collapse():
     images, labels = images_of()
-    assert class_spread(spread_out(images, labels, 2.0), labels) == pytest.approx(2 * class_spread(images, labels), rel=1e-9)
+    assert class_spread(spread_out(images, labels, 2.0), labels) == pytest.approx(
+        2 * class_spread(images, labels), rel=1e-9
+    )
     assert class_spread(spread_out(images, labels, 0.0), labels) == pytest.approx(0.0, abs=1e-9)
 
 
@@ -180,7 +217,9 @@ def test_nearest_neighbour_distance_is_zero_for_copies_and_the_shift_for_shifted
     train, _ = images_of()
     copies = train[[3, 3, 17]]
     assert nearest_neighbour_distance(copies, train) == pytest.approx(0.0, abs=1e-6)
-    assert nearest_neighbour_distance(copies + 0.01, train) == pytest.approx(0.04, rel=1e-6)  # sqrt(16 · 0.01²)
+    assert nearest_neighbour_distance(copies + 0.01, train) == pytest.approx(
+        0.04, rel=1e-6
+    )  # sqrt(16 · 0.01²)
 
 
 def test_nearest_neighbour_distance_is_a_median():
@@ -198,7 +237,9 @@ def test_health_of_the_teacher_against_itself_is_one_at_no_distance():
     images, labels = images_of()
     images[0, 0, 0] = 1.0  # some saturation to compare with
     found = health(images, images, labels)
-    assert {k: found[k] for k in ("diversity", "contrast", "saturation")} == pytest.approx({"diversity": 1, "contrast": 1, "saturation": 1})
+    assert {k: found[k] for k in ("diversity", "contrast", "saturation")} == pytest.approx(
+        {"diversity": 1, "contrast": 1, "saturation": 1}
+    )
     assert found["distance"] == 0.0
 
 
@@ -221,7 +262,7 @@ def test_health_of_a_washed_out_and_of_an_oversaturated_student():
     assert found["saturation"] > 2 and found["contrast"] > 1.5
 
 
-# --------------------------------------------------------------------------------- extractor and evaluator
+# -------------------------------------------------------------------------- extractor and evaluator
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +271,9 @@ def real():
 
 
 def train(dataset):
-    return evaluate.train_extractor(dataset, channels=(8,), features=6, steps=60, batch_size=32, learning_rate=1e-2)
+    return evaluate.train_extractor(
+        dataset, channels=(8,), features=6, steps=60, batch_size=32, learning_rate=1e-2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +292,9 @@ def test_extractor_hash_changes_with_one_bit_of_the_weights(real, extractor):
     leaves = [np.array(leaf) for leaf in leaves]
     leaves[-1].view(np.uint8).reshape(-1)[0] ^= 1
     arguments = {"num_classes": 10, "channels": (8,), "features": 6}
-    changed = evaluate.make_extractor(jax.tree.unflatten(structure, leaves), real.train.images, **arguments)
+    changed = evaluate.make_extractor(
+        jax.tree.unflatten(structure, leaves), real.train.images, **arguments
+    )
     same = evaluate.make_extractor(extractor.params, real.train.images, **arguments)
     assert changed.hash != extractor.hash and same.hash == extractor.hash
 
@@ -267,7 +312,9 @@ def test_extractor_gives_an_image_the_same_features_in_any_block(real, extractor
     assert len(whole) == 1438
     for i in (0, 999, 1000, 1437):
         assert np.allclose(extractor.features(images[i : i + 1])[0], whole[i], atol=1e-5)
-    assert extractor.predict(images).shape == (1438,) and set(extractor.predict(images)) <= set(range(10))
+    assert extractor.predict(images).shape == (1438,) and set(extractor.predict(images)) <= set(
+        range(10)
+    )
 
 
 def test_extractor_learns_the_classes(real, extractor):
@@ -309,7 +356,9 @@ def test_evaluator_measures_against_the_right_splits(toy):
     evaluator = Evaluator(toy, toy.test, pixels())
     scores = evaluator(toy.train.images, toy.train.labels)
     features = pixels().features
-    assert scores.fd == pytest.approx(frechet_distance(features(toy.train.images), features(toy.test.images)))
+    assert scores.fd == pytest.approx(
+        frechet_distance(features(toy.train.images), features(toy.test.images))
+    )
     assert scores.fd == pytest.approx(evaluator.floor_fd_train())
     assert scores.fd_train == pytest.approx(0.0, abs=1e-8)
     assert scores.fd > 1e-3
@@ -317,12 +366,16 @@ def test_evaluator_measures_against_the_right_splits(toy):
     assert evaluator(toy.test.images, 1 - toy.test.labels).accuracy == 0.0
 
 
-def test_evaluator_fd_noise_is_the_spread_of_fd_over_draws_and_halves_with_four_times_the_samples(toy):
+def test_evaluator_fd_noise_is_the_spread_of_fd_over_draws_and_halves_with_four_times_the_samples(
+    toy,
+):
     evaluator = Evaluator(toy, toy.test, pixels())
     rng = np.random.default_rng(0)
 
     def draw(n):  # darker than the reals, so that the distance is far above its bias
-        return evaluator(rng.uniform(0, 0.8, (n, 4, 4, 1)).astype(np.float32), np.zeros(n, np.int32))
+        return evaluator(
+            rng.uniform(0, 0.8, (n, 4, 4, 1)).astype(np.float32), np.zeros(n, np.int32)
+        )
 
     few, many = ([draw(n) for _ in range(16)] for n in (200, 800))
     for scores in (few, many):

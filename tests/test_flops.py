@@ -34,10 +34,16 @@ def units(model, params):
     """FLOPs of one call on n examples, forward and forward + backward."""
 
     def call(p, x, cotangent):
-        return jnp.sum(model.apply(p, x, jnp.full(len(x), 0.5), jnp.zeros(len(x), jnp.int32)) * cotangent)
+        return jnp.sum(
+            model.apply(p, x, jnp.full(len(x), 0.5), jnp.zeros(len(x), jnp.int32)) * cotangent
+        )
 
     x = jnp.ones((B, *SHAPE))
-    forward = flops(lambda p, x: model.apply(p, x, jnp.full(len(x), 0.5), jnp.zeros(len(x), jnp.int32)), params, x)
+    forward = flops(
+        lambda p, x: model.apply(p, x, jnp.full(len(x), 0.5), jnp.zeros(len(x), jnp.int32)),
+        params,
+        x,
+    )
     return forward, flops(jax.grad(call), params, x, x)
 
 
@@ -53,13 +59,28 @@ def test_whole_trajectory_costs_what_it_must(unrolled, scale, with_adversary):
     if adversary is not None:
 
         def terms(heads, fake, teacher, data, key):
-            out = adversary(heads, teacher, fake, jnp.tile(data["cond"], N), data["x0"], data["cond"], key)
+            out = adversary(
+                heads, teacher, fake, jnp.tile(data["cond"], N), data["x0"], data["cond"], key
+            )
             return out.generator + out.discriminator
 
-        expected += flops(jax.grad(terms, argnums=(0, 1)), heads, jnp.ones((N * B, *SHAPE)), params, data, jax.random.key(0))
-    loss_fn = flash(model, adversary=adversary, reconstruction=Reconstruction(steps=K, guidance_scale=scale))
+        expected += flops(
+            jax.grad(terms, argnums=(0, 1)),
+            heads,
+            jnp.ones((N * B, *SHAPE)),
+            params,
+            data,
+            jax.random.key(0),
+        )
+    loss_fn = flash(
+        model, adversary=adversary, reconstruction=Reconstruction(steps=K, guidance_scale=scale)
+    )
     measured = flops(
-        jax.grad(lambda p, t, b, k: loss_fn(p, t, b, k)[0]), {"student": params, "discriminator": heads}, params, data, jax.random.key(0)
+        jax.grad(lambda p, t, b, k: loss_fn(p, t, b, k)[0]),
+        {"student": params, "discriminator": heads},
+        params,
+        data,
+        jax.random.key(0),
     )
     np.testing.assert_allclose(measured / expected, 1.0, atol=0.02)
 
@@ -69,8 +90,16 @@ def test_one_random_step_costs_the_rollout_one_update_and_its_target(unrolled):
     forward, forward_backward = units(model, params)
     loss_fn = flash(model, whole_trajectory=False, reconstruction=Reconstruction(steps=K))
     data = {"x0": jnp.ones((B, *SHAPE)), "cond": jnp.zeros(B, jnp.int32)}
-    measured = flops(jax.grad(lambda p, t, b, k: loss_fn(p, t, b, k)[0]), {"student": params}, params, data, jax.random.key(0))
-    np.testing.assert_allclose(measured / ((N - 1) * forward + forward_backward + K * forward), 1.0, atol=0.02)
+    measured = flops(
+        jax.grad(lambda p, t, b, k: loss_fn(p, t, b, k)[0]),
+        {"student": params},
+        params,
+        data,
+        jax.random.key(0),
+    )
+    np.testing.assert_allclose(
+        measured / ((N - 1) * forward + forward_backward + K * forward), 1.0, atol=0.02
+    )
 
 
 def test_one_step_from_several_costs_the_frozen_students_steps_and_one_update(unrolled):

@@ -1,7 +1,8 @@
 """Numbers of other programs are in GOLDEN; `python tests/test_image_metrics.py` computes them anew.
 
-That needs torch, transformers, torch-fidelity 0.4.0, torchmetrics 1.9.0 and clean-fid 0.1.35 (the last three by `pip install --no-deps`,
-with lightning-utilities: their torchvision is not needed). Where they are installed, a test holds GOLDEN and whole arrays against them.
+That needs torch, transformers, torch-fidelity 0.4.0, torchmetrics 1.9.0 and clean-fid 0.1.35 (the
+last three by `pip install --no-deps`, with lightning-utilities: their torchvision is not needed).
+Where they are installed, a test holds GOLDEN and whole arrays against them.
 """
 
 import functools
@@ -85,7 +86,7 @@ PREPROCESSOR = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- inputs
+# ------------------------------------------------------------------------------------------- inputs
 
 
 def picture(height, width, step):
@@ -109,21 +110,36 @@ def tensor(name, shape):
 
 def shapes_of(module, example):
     abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), example))
-    return {torch_weights.torch_name(p): torch_weights.torch_shape(p, leaf.shape) for p, leaf in flatten_dict(abstract["params"]).items()}
+    return {
+        torch_weights.torch_name(p): torch_weights.torch_shape(p, leaf.shape)
+        for p, leaf in flatten_dict(abstract["params"]).items()
+    }
 
 
 @functools.cache
 def inception_weights():
-    return {name: tensor(name, shape) for name, shape in shapes_of(InceptionV3(), jnp.zeros((1, 299, 299, 3))).items()}
+    return {
+        name: tensor(name, shape)
+        for name, shape in shapes_of(InceptionV3(), jnp.zeros((1, 299, 299, 3))).items()
+    }
 
 
 def clip_weights():
     from jaxdistill.interop.diffusers_folder import text_module
 
     vision = image_metrics.vision_module(CLIP_CONFIG["vision_config"], Path("."), projection=24)
-    text = text_module({**CLIP_CONFIG["text_config"], "projection_dim": 24}, Path("."), projection=True)
-    shapes = shapes_of(vision, jnp.zeros((1, 32, 32, 3))) | shapes_of(text, jnp.zeros((1, 2), jnp.int32)) | {"logit_scale": ()}
-    return {name: np.float32(4.6) if name == "logit_scale" else tensor(name, shape) for name, shape in shapes.items()}
+    text = text_module(
+        {**CLIP_CONFIG["text_config"], "projection_dim": 24}, Path("."), projection=True
+    )
+    shapes = (
+        shapes_of(vision, jnp.zeros((1, 32, 32, 3)))
+        | shapes_of(text, jnp.zeros((1, 2), jnp.int32))
+        | {"logit_scale": ()}
+    )
+    return {
+        name: np.float32(4.6) if name == "logit_scale" else tensor(name, shape)
+        for name, shape in shapes.items()
+    }
 
 
 def write_clip(folder):
@@ -131,18 +147,47 @@ def write_clip(folder):
     folder.mkdir(parents=True)
     symbols = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(c) for c in symbols] + [chr(256 + i) for i in range(256 - len(symbols))]
-    merges = ["a t</w>", "c at</w>", "o g</w>", "d og</w>", "p h", "ph o", "t o</w>", "pho to</w>", "o f</w>"]
-    words = [*letters, *(c + "</w>" for c in letters), *("".join(m.split()) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    merges = [
+        "a t</w>",
+        "c at</w>",
+        "o g</w>",
+        "d og</w>",
+        "p h",
+        "ph o",
+        "t o</w>",
+        "pho to</w>",
+        "o f</w>",
+    ]
+    words = [
+        *letters,
+        *(c + "</w>" for c in letters),
+        *("".join(m.split()) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}))
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special})
+    )
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     (folder / "config.json").write_text(json.dumps(CLIP_CONFIG))
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     # Buffers that older transformers stored.
-    places = {f"{tower}_model.embeddings.position_ids": np.arange(count)[None] for tower, count in (("text", 77), ("vision", 17))}
-    save_file({name: np.asarray(value) for name, value in (clip_weights() | places).items()}, folder / "model.safetensors")
+    places = {
+        f"{tower}_model.embeddings.position_ids": np.arange(count)[None]
+        for tower, count in (("text", 77), ("vision", 17))
+    }
+    save_file(
+        {name: np.asarray(value) for name, value in (clip_weights() | places).items()},
+        folder / "model.safetensors",
+    )
     return folder
 
 
@@ -157,19 +202,29 @@ def directions(width):
     return np.random.default_rng(width).normal(size=(width, 3)) / np.sqrt(width)
 
 
-# ------------------------------------------------------------------------------------- other programs
+# ----------------------------------------------------------------------------------- other programs
 
 
 def libraries():
     """Modules by name; skips where one is missing.
 
-    torch-fidelity imports torchvision for its data sets, which a CPU torch often comes without, or with one that does not load.
+    torch-fidelity imports torchvision for its data sets, which a CPU torch often comes without, or
+    with one that does not load.
     """
     for name in ("torch", "transformers", "torch_fidelity", "torchmetrics", "cleanfid"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
-    standins = {f"torchvision{place}": MagicMock() for place in ("", ".datasets", ".models", ".transforms", ".transforms.functional")}
-    fidelity = ("feature_extractor_inceptionv3", "interpolate_compat_tensorflow", "metric_fid", "metric_kid", "metric_prc")
+    standins = {
+        f"torchvision{place}": MagicMock()
+        for place in ("", ".datasets", ".models", ".transforms", ".transforms.functional")
+    }
+    fidelity = (
+        "feature_extractor_inceptionv3",
+        "interpolate_compat_tensorflow",
+        "metric_fid",
+        "metric_kid",
+        "metric_prc",
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch = importlib.import_module("torch")
@@ -186,7 +241,11 @@ def libraries():
             "transformers": "transformers",
             "pil": "transformers.models.clip.image_processing_pil_clip",
         }
-        return {**found, "torch": torch, **{name: importlib.import_module(path) for name, path in others.items()}}
+        return {
+            **found,
+            "torch": torch,
+            **{name: importlib.import_module(path) for name, path in others.items()},
+        }
 
 
 def theirs():
@@ -198,37 +257,60 @@ def theirs():
     for image in PICTURES:
         clean = them["resize"].make_resizer("PIL", False, "bicubic", (299, 299))(image)
         nchw = torch.tensor(image).permute(2, 0, 1)[None].float()
-        bilinear = torch.nn.functional.interpolate(nchw / 255, size=(299, 299), mode="bilinear", align_corners=False)
-        tensorflow = them["interpolate_compat_tensorflow"].interpolate_bilinear_2d_like_tensorflow1x(nchw, (299, 299), align_corners=False)
+        bilinear = torch.nn.functional.interpolate(
+            nchw / 255, size=(299, 299), mode="bilinear", align_corners=False
+        )
+        tensorflow = them[
+            "interpolate_compat_tensorflow"
+        ].interpolate_bilinear_2d_like_tensorflow1x(nchw, (299, 299), align_corners=False)
         found["resize"]["clean-fid"].append((clean - 128) / 128)
         found["resize"]["pytorch-fid"].append((2 * bilinear - 1)[0].permute(1, 2, 0).numpy())
-        found["resize"]["torch-fidelity"].append(((tensorflow - 128) / 128)[0].permute(1, 2, 0).numpy())
+        found["resize"]["torch-fidelity"].append(
+            ((tensorflow - 128) / 128)[0].permute(1, 2, 0).numpy()
+        )
 
     weights = {name: torch.tensor(value) for name, value in inception_weights().items()}
-    with patch.object(torch, "load", lambda *_, **__: weights), patch.object(torch.nn.Module, "load_state_dict", loosely(torch)):
-        net = them["feature_extractor_inceptionv3"].FeatureExtractorInceptionV3("x", ["2048", "logits"], feature_extractor_weights_path="x")
+    with (
+        patch.object(torch, "load", lambda *_, **__: weights),
+        patch.object(torch.nn.Module, "load_state_dict", loosely(torch)),
+    ):
+        net = them["feature_extractor_inceptionv3"].FeatureExtractorInceptionV3(
+            "x", ["2048", "logits"], feature_extractor_weights_path="x"
+        )
     with torch.no_grad():
         outs = [net(torch.tensor(image).permute(2, 0, 1)[None]) for image in PICTURES[:2]]
-    found["pooled"], found["logits"] = (np.concatenate([o[i].numpy() for o in outs]) for i in range(2))
+    found["pooled"], found["logits"] = (
+        np.concatenate([o[i].numpy() for o in outs]) for i in range(2)
+    )
 
     fake, real = feature_sets()
     moments = [them["metric_fid"].fid_features_to_statistics(torch.tensor(x)) for x in (fake, real)]
-    found["fid"] = them["metric_fid"].fid_statistics_to_metric(*moments, False)["frechet_inception_distance"]
+    found["fid"] = them["metric_fid"].fid_statistics_to_metric(*moments, False)[
+        "frechet_inception_distance"
+    ]
     options = {"kid_subset_size": 100, "verbose": False}
-    kid = them["metric_kid"].kid_features_to_metric(torch.tensor(fake), torch.tensor(real), **options)
+    kid = them["metric_kid"].kid_features_to_metric(
+        torch.tensor(fake), torch.tensor(real), **options
+    )
     found["kid"] = [kid["kernel_inception_distance_mean"], kid["kernel_inception_distance_std"]]
-    near = them["metric_prc"].prc_features_to_metric(torch.tensor(fake), torch.tensor(real), verbose=False)
+    near = them["metric_prc"].prc_features_to_metric(
+        torch.tensor(fake), torch.tensor(real), verbose=False
+    )
     found["precision_recall"] = [near["precision"], near["recall"]]
     return found | clip_theirs(them)
 
 
 def loosely(torch):
-    """torch's loading, which may do without the counters that the published file may lack, and without nothing else."""
+    """torch's loading, which may do without the counters that the published file may lack, and
+    without nothing else.
+    """
     load = torch.nn.Module.load_state_dict
 
     def loose(self, weights):
         result = load(self, weights, strict=False)
-        assert not result.unexpected_keys and all(name.endswith("num_batches_tracked") for name in result.missing_keys)
+        assert not result.unexpected_keys and all(
+            name.endswith("num_batches_tracked") for name in result.missing_keys
+        )
 
     return loose
 
@@ -239,14 +321,20 @@ def clip_theirs(them):
     torch = them["torch"]
     with tempfile.TemporaryDirectory() as folder:
         path = write_clip(Path(folder) / "clip")
-        model = them["transformers"].CLIPModel(them["transformers"].CLIPConfig(**CLIP_CONFIG)).eval()
+        model = (
+            them["transformers"].CLIPModel(them["transformers"].CLIPConfig(**CLIP_CONFIG)).eval()
+        )
         model.load_state_dict({name: torch.tensor(value) for name, value in clip_weights().items()})
         tokenizer = them["transformers"].CLIPTokenizer.from_pretrained(path)
         processor = them["pil"].CLIPImageProcessorPil.from_pretrained(path)
 
     def process(images=None, text=None, **options):
         if images is not None:
-            return processor([np.asarray(image) for image in images], return_tensors="pt", input_data_format="channels_first")
+            return processor(
+                [np.asarray(image) for image in images],
+                return_tensors="pt",
+                input_data_format="channels_first",
+            )
         return tokenizer(text, return_tensors="pt", padding=True, truncation=True, max_length=77)
 
     class Old:
@@ -266,14 +354,25 @@ def clip_theirs(them):
                 return model.get_text_features(ids, mask).pooler_output
 
     chw = [torch.tensor(image).permute(2, 0, 1) for image in PICTURES]
-    score = [float(them["clip_score"].clip_score(i, t, lambda: (Old(), process))) for i, t in zip(chw, PROMPTS, strict=True)]
+    score = [
+        float(them["clip_score"].clip_score(i, t, lambda: (Old(), process)))
+        for i, t in zip(chw, PROMPTS, strict=True)
+    ]
     text = process(text=PROMPTS)
     found = {
-        "pixels": [processor(i, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0) for i in PICTURES],
+        "pixels": [
+            processor(i, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+            for i in PICTURES
+        ],
         "images": Old().get_image_features(process(images=chw)["pixel_values"]).numpy(),
         "texts": Old().get_text_features(text["input_ids"], text["attention_mask"]).numpy(),
     }
-    return {**found, "images": unit(found["images"]), "texts": unit(found["texts"]), "clip_score": score}
+    return {
+        **found,
+        "images": unit(found["images"]),
+        "texts": unit(found["texts"]),
+        "clip_score": score,
+    }
 
 
 def unit(x):
@@ -286,13 +385,19 @@ def short(found):
     def digits(values):
         return np.vectorize(lambda v: float(f"{v:.8g}"))(np.asarray(values, np.float64)).tolist()
 
-    out = {"resize": {name: digits([x[PLACES] for x in arrays]) for name, arrays in found["resize"].items()}}
+    out = {
+        "resize": {
+            name: digits([x[PLACES] for x in arrays]) for name, arrays in found["resize"].items()
+        }
+    }
     for name in ("pooled", "logits", "images", "texts"):
         out[name] = digits(found[name] @ directions(found[name].shape[1]))
-    return out | {name: digits(found[name]) for name in ("fid", "kid", "precision_recall", "clip_score")}
+    return out | {
+        name: digits(found[name]) for name in ("fid", "kid", "precision_recall", "clip_score")
+    }
 
 
-# ----------------------------------------------------------------------------------------------- resize
+# ------------------------------------------------------------------------------------------- resize
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -309,12 +414,18 @@ def test_protocols_differ_by_more_than_a_rounding():
 
 
 def test_unknown_protocol_is_refused(tmp_path):
-    for call in (lambda: image_metrics.resize(PICTURES[0], "fid"), lambda: image_metrics.load_inception(tmp_path, protocol="fid")):
-        with pytest.raises(MetricError, match=r"'fid' is not known; known are clean-fid, pytorch-fid, torch-fidelity"):
+    for call in (
+        lambda: image_metrics.resize(PICTURES[0], "fid"),
+        lambda: image_metrics.load_inception(tmp_path, protocol="fid"),
+    ):
+        with pytest.raises(
+            MetricError,
+            match=r"'fid' is not known; known are clean-fid, pytorch-fid, torch-fidelity",
+        ):
             call()
 
 
-# -------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +459,11 @@ def test_inception_features_are_torch_fidelitys_whatever_the_batch(pooled):
 
 def test_inception_protocol_names_weights_and_pixels(extractor, inception_file, tmp_path):
     said = extractor.protocol
-    assert said["protocol"] == "torch-fidelity" and "TensorFlow" in said["resize"] and "(x - 128) / 128" in said["pixel_range"]
+    assert (
+        said["protocol"] == "torch-fidelity"
+        and "TensorFlow" in said["resize"]
+        and "(x - 128) / 128" in said["pixel_range"]
+    )
     weights = load_file(inception_file)
     del weights["Conv2d_1a_3x3.bn.num_batches_tracked"]
     save_file(weights, tmp_path / "again.safetensors", metadata={"format": "pt"})
@@ -356,7 +471,10 @@ def test_inception_protocol_names_weights_and_pixels(extractor, inception_file, 
     assert again.protocol["weights"] == said["weights"]  # of the numbers, not of the file
     weights["fc.bias"][0] += 1
     save_file(weights, tmp_path / "other.safetensors")
-    assert image_metrics.load_inception(tmp_path / "other.safetensors").protocol["weights"] != said["weights"]
+    assert (
+        image_metrics.load_inception(tmp_path / "other.safetensors").protocol["weights"]
+        != said["weights"]
+    )
 
 
 def test_inception_refusals(tmp_path, inception_file):
@@ -427,14 +545,38 @@ def change(folder, name, **values):
     ("name", "values", "message"),
     [
         ("config.json", {"model_type": "siglip"}, "model_type 'siglip'; only 'clip'"),
-        ("config.json", {"vision_config": {**CLIP_CONFIG["vision_config"], "hidden_act": "relu"}}, "hidden_act = 'relu' is not supported"),
-        ("config.json", {"vision_config": {**CLIP_CONFIG["vision_config"], "num_channels": 1}}, "num_channels = 1 is not supported"),
+        (
+            "config.json",
+            {"vision_config": {**CLIP_CONFIG["vision_config"], "hidden_act": "relu"}},
+            "hidden_act = 'relu' is not supported",
+        ),
+        (
+            "config.json",
+            {"vision_config": {**CLIP_CONFIG["vision_config"], "num_channels": 1}},
+            "num_channels = 1 is not supported",
+        ),
         ("config.json", {"vision_config": 3}, "config.json is damaged"),
-        ("config.json", {"projection_dim": 25}, "visual_projection.weight is .24, 48., the config wants .25, 48."),
-        ("preprocessor_config.json", {"crop_size": 64}, "crop_size = 64 does not fit the network's image_size 32"),
-        ("preprocessor_config.json", {"size": {"shortest_edge": 16}}, "only a shortest_edge of at least 32"),
+        (
+            "config.json",
+            {"projection_dim": 25},
+            "visual_projection.weight is .24, 48., the config wants .25, 48.",
+        ),
+        (
+            "preprocessor_config.json",
+            {"crop_size": 64},
+            "crop_size = 64 does not fit the network's image_size 32",
+        ),
+        (
+            "preprocessor_config.json",
+            {"size": {"shortest_edge": 16}},
+            "only a shortest_edge of at least 32",
+        ),
         ("preprocessor_config.json", {"size": {"height": 32, "width": 32}}, "only a shortest_edge"),
-        ("preprocessor_config.json", {"do_center_crop": False}, "do_center_crop = False is not supported"),
+        (
+            "preprocessor_config.json",
+            {"do_center_crop": False},
+            "do_center_crop = False is not supported",
+        ),
         ("preprocessor_config.json", {"image_mean": None}, "damaged"),
     ],
 )
@@ -461,7 +603,9 @@ def test_processors_of_old_and_new_transformers_are_one(tmp_path):
     change(folder, "preprocessor_config.json", size=32, crop_size=32)  # before 4.20
     old = image_metrics.clip_preprocessing(folder, 32)
     (folder / "preprocessor_config.json").unlink()
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": PREPROCESSOR, "processor_class": "CLIPProcessor"}))
+    (folder / "processor_config.json").write_text(
+        json.dumps({"image_processor": PREPROCESSOR, "processor_class": "CLIPProcessor"})
+    )
     for found in (old, image_metrics.clip_preprocessing(folder, 32)):  # since 5.0
         assert found[1] == wanted[1]
         np.testing.assert_array_equal(found[0](PICTURES[0]), wanted[0](PICTURES[0]))
@@ -469,11 +613,16 @@ def test_processors_of_old_and_new_transformers_are_one(tmp_path):
 
 def test_settings_said_twice_are_taken_from_the_second_place(tmp_path, clip):
     folder = write_clip(tmp_path / "clip")
-    change(folder, "config.json", text_config={"hidden_size": 1}, text_config_dict=CLIP_CONFIG["text_config"])
+    change(
+        folder,
+        "config.json",
+        text_config={"hidden_size": 1},
+        text_config_dict=CLIP_CONFIG["text_config"],
+    )
     assert image_metrics.load_clip(folder).protocol["weights"] == clip.protocol["weights"]
 
 
-# --------------------------------------------------------------------------------- the other programs, live
+# ------------------------------------------------------------------------- the other programs, live
 
 
 @pytest.fixture(scope="module")
@@ -491,7 +640,9 @@ def test_golden_numbers_are_those_of_the_programs(their_arrays):
             np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-4, err_msg=f"{name} {key}")
 
 
-def test_whole_arrays_are_those_of_the_programs(their_arrays, pooled, clip, clip_folder, inception_file):
+def test_whole_arrays_are_those_of_the_programs(
+    their_arrays, pooled, clip, clip_folder, inception_file
+):
     for name, wanted in their_arrays["resize"].items():
         for image, one in zip(PICTURES, wanted, strict=True):
             np.testing.assert_allclose(image_metrics.resize(image, name), one, atol=3e-5)
@@ -504,11 +655,13 @@ def test_whole_arrays_are_those_of_the_programs(their_arrays, pooled, clip, clip
     module, files = InceptionV3(), torch_weights.WeightFiles([inception_file])
     x = jnp.stack([image_metrics.resize(image, "torch-fidelity") for image in PICTURES[:2]])
     abstract = jax.eval_shape(lambda: module.init(jax.random.key(0), x))
-    params = torch_weights.load(files, abstract, where="inception", ignore=lambda name: "num_batches" in name)
+    params = torch_weights.load(
+        files, abstract, where="inception", ignore=lambda name: "num_batches" in name
+    )
     near(jax.jit(module.apply)(params, x).logits, their_arrays["logits"])
 
 
-# --------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def test_frechet_distance_is_the_closed_form_of_gaussians():
@@ -517,34 +670,42 @@ def test_frechet_distance_is_the_closed_form_of_gaussians():
     a, b, shift = rng.uniform(0.1, 3, 12), rng.uniform(0.1, 3, 12), rng.normal(size=12)
     covariance_a, covariance_b = (turn * a) @ turn.T, (turn * b) @ turn.T  # they commute
     found = image_metrics.frechet_distance(shift, covariance_a, np.zeros(12), covariance_b)
-    assert found == pytest.approx((shift**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-9)
+    assert found == pytest.approx(
+        (shift**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-9
+    )
     # Two that do not commute: √ of a 2 x 2 matrix M has the trace √(tr M + 2 √det M).
     one, two = np.asarray([[2.0, 0.5], [0.5, 1.0]]), np.asarray([[1.0, -0.7], [-0.7, 3.0]])
     root = np.sqrt(np.trace(one @ two) + 2 * np.sqrt(np.linalg.det(one @ two)))
-    assert image_metrics.frechet_distance(np.zeros(2), one, np.zeros(2), two) == pytest.approx(np.trace(one + two) - 2 * root, rel=1e-9)
+    assert image_metrics.frechet_distance(np.zeros(2), one, np.zeros(2), two) == pytest.approx(
+        np.trace(one + two) - 2 * root, rel=1e-9
+    )
 
 
 def test_frechet_distance_of_singular_covariances_is_finite():
     rng = np.random.default_rng(1)
     flat = rng.normal(size=(20, 3)) @ rng.normal(size=(3, 20))
     covariance = flat @ flat.T
-    assert image_metrics.frechet_distance(np.zeros(20), covariance, np.zeros(20), covariance) == pytest.approx(
-        0, abs=1e-5 * np.trace(covariance)
-    )
-    assert image_metrics.frechet_distance(np.zeros(20), covariance, np.zeros(20), 4 * covariance) == pytest.approx(
-        np.trace(covariance), rel=1e-6
-    )
+    assert image_metrics.frechet_distance(
+        np.zeros(20), covariance, np.zeros(20), covariance
+    ) == pytest.approx(0, abs=1e-5 * np.trace(covariance))
+    assert image_metrics.frechet_distance(
+        np.zeros(20), covariance, np.zeros(20), 4 * covariance
+    ) == pytest.approx(np.trace(covariance), rel=1e-6)
 
 
 def test_fid_kid_precision_and_recall_are_torch_fidelitys():
     fake, real = feature_sets()
-    assert image_metrics.frechet_distance(*image_metrics.moments(fake), *image_metrics.moments(real)) == pytest.approx(
-        GOLDEN["fid"], rel=1e-5
+    assert image_metrics.frechet_distance(
+        *image_metrics.moments(fake), *image_metrics.moments(real)
+    ) == pytest.approx(GOLDEN["fid"], rel=1e-5)
+    np.testing.assert_allclose(
+        image_metrics.kid(fake, real, subset_size=100), GOLDEN["kid"], rtol=1e-5
     )
-    np.testing.assert_allclose(image_metrics.kid(fake, real, subset_size=100), GOLDEN["kid"], rtol=1e-5)
     reference = image_metrics.Reference(None, None, real, len(real), "real", "", {})
     found = image_metrics.feature_scores(fake, reference, ["precision_recall"])
-    np.testing.assert_allclose([found["precision"], found["recall"]], GOLDEN["precision_recall"], atol=1e-6)
+    np.testing.assert_allclose(
+        [found["precision"], found["recall"]], GOLDEN["precision_recall"], atol=1e-6
+    )
 
 
 def test_kid_is_the_double_loop():
@@ -561,7 +722,9 @@ def test_kid_is_the_double_loop():
 
 def test_kid_of_one_distribution_is_zero_on_average():
     rng = np.random.default_rng(2)
-    mean, deviation = image_metrics.kid(rng.normal(size=(400, 8)), rng.normal(size=(400, 8)), subset_size=100)
+    mean, deviation = image_metrics.kid(
+        rng.normal(size=(400, 8)), rng.normal(size=(400, 8)), subset_size=100
+    )
     assert abs(mean) < deviation
 
 
@@ -575,12 +738,24 @@ def test_too_few_images_are_refused_with_the_number_needed():
     with pytest.raises(MetricError, match=r"FID with 16 features needs at least 17 images, got 16"):
         image_metrics.moments(fake[:16])
     image_metrics.moments(fake[:17])
-    with pytest.raises(MetricError, match=r"KID with subsets of 1,000 needs at least 1,000 generated images, got 150"):
+    with pytest.raises(
+        MetricError,
+        match=r"KID with subsets of 1,000 needs at least 1,000 generated images, got 150",
+    ):
         image_metrics.kid(fake, real)
-    reference = image_metrics.Reference(*image_metrics.moments(real), real, len(real), "real", "", {})
+    reference = image_metrics.Reference(
+        *image_metrics.moments(real), real, len(real), "real", "", {}
+    )
     for metric, count, message in (
         ("fid", 16, "fid needs at least 17 images, but there are 16; add images or ask for others"),
-        ("kid", 99, "kid needs at least 100 images, but there are 99; add images or lower --kid_subset_size"),
+        (
+            "kid",
+            99,
+            (
+                "kid needs at least 100 images, but there are 99; add images or lower"
+                " --kid_subset_size"
+            ),
+        ),
         ("precision_recall", 3, "precision_recall needs at least 4 images, but there are 3"),
     ):
         with pytest.raises(MetricError, match=message):
@@ -591,7 +766,7 @@ def test_too_few_images_are_refused_with_the_number_needed():
         image_metrics.feature_scores(fake, few, ["fid"])
 
 
-# ------------------------------------------------------------------------------------------- reference
+# ---------------------------------------------------------------------------------------- reference
 
 
 def cheap_features(images):
@@ -606,19 +781,28 @@ def folder(tmp_path):
     (tmp_path / "real" / "sub").mkdir(parents=True)
     for i in range(12):
         place = tmp_path / "real" / ("sub" if i == 11 else "") / f"{i}.png"
-        Image.fromarray(np.random.default_rng(i).integers(0, 40 + 10 * i, (6, 5, 3), np.uint8)).save(place)
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 40 + 10 * i, (6, 5, 3), np.uint8)
+        ).save(place)
     (tmp_path / "real" / "notes.txt").write_text("no image")
     return tmp_path / "real"
 
 
 def test_reference_of_a_folder_comes_back_from_its_file(folder, tmp_path):
     reference = image_metrics.open_reference(folder, CHEAP)
-    assert reference.count == 12 and reference.name == "real" and reference.features.shape == (12, 3)
+    assert (
+        reference.count == 12 and reference.name == "real" and reference.features.shape == (12, 3)
+    )
     for features in (True, False):
         path = tmp_path / f"{features}.npz"
         image_metrics.save_reference(path, reference, features=features)
         again = image_metrics.open_reference(path, CHEAP)
-        assert (again.count, again.name, again.hash, again.protocol) == (12, "real", reference.hash, CHEAP.protocol)
+        assert (again.count, again.name, again.hash, again.protocol) == (
+            12,
+            "real",
+            reference.hash,
+            CHEAP.protocol,
+        )
         assert (again.features is not None) is features
         fake = cheap_features(PICTURES * 2)
         wanted = image_metrics.feature_scores(fake, reference, ["fid"])
@@ -627,7 +811,9 @@ def test_reference_of_a_folder_comes_back_from_its_file(folder, tmp_path):
         assert found["protocol"] == {
             "inception": CHEAP.protocol, "reference": {"name": "real", "hash": reference.hash, "count": 12}, "count": 6
         }  # fmt: skip
-    with pytest.raises(MetricError, match="kid needs the reference's features, but real holds statistics only"):
+    with pytest.raises(
+        MetricError, match="kid needs the reference's features, but real holds statistics only"
+    ):
         image_metrics.feature_scores(fake, again, ["fid", "kid"])
     assert not list(tmp_path.glob("*.tmp*"))
 
@@ -639,10 +825,15 @@ def test_reference_hash_is_of_the_files(folder):
 
 
 def test_statistics_of_another_protocol_are_refused(folder, tmp_path):
-    image_metrics.save_reference(tmp_path / "stats.npz", image_metrics.open_reference(folder, CHEAP))
+    image_metrics.save_reference(
+        tmp_path / "stats.npz", image_metrics.open_reference(folder, CHEAP)
+    )
     for name, value in (("weights", "abd"), ("resize", "other")):
         other = image_metrics.Inception(cheap_features, {**CHEAP.protocol, name: value})
-        with pytest.raises(MetricError, match=rf"another protocol: {name} is '{CHEAP.protocol[name]}' there and '{value}' here"):
+        with pytest.raises(
+            MetricError,
+            match=rf"another protocol: {name} is '{CHEAP.protocol[name]}' there and '{value}' here",
+        ):
             image_metrics.open_reference(tmp_path / "stats.npz", other)
 
 
@@ -665,7 +856,7 @@ def test_statistics_without_protocol_or_damaged_are_refused(folder, tmp_path):
         image_metrics.save_reference(path, few)
 
 
-# ---------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def test_images_come_in_the_order_of_their_numbers(tmp_path):
@@ -674,7 +865,12 @@ def test_images_come_in_the_order_of_their_numbers(tmp_path):
         Image.fromarray(PICTURES[0]).save(tmp_path / name, format="PNG")
     found = image_metrics.image_files(tmp_path)
     assert [path.name for path in found.files] == ["2.JPG", "9.png", "10.png"]
-    assert [path.name for path in image_metrics.image_files(tmp_path, deep=True).files] == ["2.JPG", "9.png", "10.png", "1.png"]
+    assert [path.name for path in image_metrics.image_files(tmp_path, deep=True).files] == [
+        "2.JPG",
+        "9.png",
+        "10.png",
+        "1.png",
+    ]
     np.testing.assert_array_equal(next(iter(found)), PICTURES[0])
 
 
@@ -692,7 +888,9 @@ def test_unreadable_images_are_named(tmp_path):
     whole = (tmp_path / "whole.png").read_bytes()
     for data in (whole[: len(whole) // 2], whole[:100] + b"x" * 50 + whole[150:], b"", b"text"):
         (tmp_path / "bad.png").write_bytes(data)
-        with pytest.raises(MetricError, match=r"image .*bad.png cannot be read .*copy it anew or remove it"):
+        with pytest.raises(
+            MetricError, match=r"image .*bad.png cannot be read .*copy it anew or remove it"
+        ):
             image_metrics.read_image(tmp_path / "bad.png")
     Image.fromarray(PICTURES[0][..., 0].astype(np.uint16) * 200).save(tmp_path / "deep.png")
     with pytest.raises(MetricError, match="more than 8 bits"):
@@ -701,7 +899,9 @@ def test_unreadable_images_are_named(tmp_path):
 
 def test_grey_images_become_rgb(tmp_path):
     Image.fromarray(PICTURES[0][..., 0]).save(tmp_path / "grey.png")
-    np.testing.assert_array_equal(image_metrics.read_image(tmp_path / "grey.png"), np.repeat(PICTURES[0][..., :1], 3, axis=-1))
+    np.testing.assert_array_equal(
+        image_metrics.read_image(tmp_path / "grey.png"), np.repeat(PICTURES[0][..., :1], 3, axis=-1)
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,12 @@ from small import COSINE, NESTED, SHAPE, batch, compiled, ddim_step, make, make_
 
 from jaxdistill import sampling
 from jaxdistill.methods import imagine_flash as flash_module
-from jaxdistill.methods.imagine_flash import Reconstruction, fresh_noise, initial_noise, trajectory_noise
+from jaxdistill.methods.imagine_flash import (
+    Reconstruction,
+    fresh_noise,
+    initial_noise,
+    trajectory_noise,
+)
 from jaxdistill.prediction import Prediction, expand, v_prediction, x0_prediction
 
 KEY = jax.random.key(5)
@@ -43,7 +48,9 @@ def loss_by_hand(model, student, teacher, data, *, grid, shift, source, k, scale
         visited.append((x, x0, eps))
         if i + 1 < len(grid):
             x = ddim_step(x0, noise if i == 0 else eps, grid[i + 1])
-    fresh = jax.random.normal(jax.random.fold_in(jax.random.split(KEY, 4)[2], 0), (len(grid), *noise.shape))
+    fresh = jax.random.normal(
+        jax.random.fold_in(jax.random.split(KEY, 4)[2], 0), (len(grid), *noise.shape)
+    )
     for i, t in enumerate(grid):
         x, x0, eps = visited[i]
         with jax.ensure_compile_time_eval():
@@ -51,7 +58,13 @@ def loss_by_hand(model, student, teacher, data, *, grid, shift, source, k, scale
         if source is None:
             start, gamma = x, t
         else:
-            start = ddim_step(x0, {"trajectory": noise if i == 0 else eps, "initial": noise, "fresh": fresh[i]}[source], gamma)
+            start = ddim_step(
+                x0,
+                {"trajectory": noise if i == 0 else eps, "initial": noise, "fresh": fresh[i]}[
+                    source
+                ],
+                gamma,
+            )
         target = teacher_by_hand(model, teacher, start, gamma, data["cond"], k, scale)
         losses.append(jnp.mean((jax.lax.stop_gradient(target) - x0) ** 2))
     return sum(losses) / len(losses)
@@ -63,7 +76,12 @@ def test_loss_and_gradient_equal_the_equations_written_out(source, k, scale):
     model, teacher = make()
     _, student = make(seed=4)
     shift = flash_module.power_shift(1.0, strength=0.3, power=2.0)
-    sources = {None: None, "trajectory": trajectory_noise, "initial": initial_noise, "fresh": fresh_noise}
+    sources = {
+        None: None,
+        "trajectory": trajectory_noise,
+        "initial": initial_noise,
+        "fresh": fresh_noise,
+    }
     loss_fn = flash(model, reconstruction=Reconstruction(shift, sources[source], k, scale))
     ours = jax.value_and_grad(lambda p: loss_fn({"student": p}, teacher, batch(), KEY)[0])(student)
     grid = [float(t) for t in NESTED[-1]]
@@ -80,7 +98,11 @@ def test_a_second_order_teacher_comes_nearer_to_its_own_limit():
 
     def loss(k, solver=sampling.ddim):
         reconstruction = Reconstruction(lambda t: 0.8 * t, steps=k, solver=solver)
-        return float(flash(model, grids=[NESTED[0]], reconstruction=reconstruction)({"student": student}, teacher, batch(), KEY)[0])
+        return float(
+            flash(model, grids=[NESTED[0]], reconstruction=reconstruction)(
+                {"student": student}, teacher, batch(), KEY
+            )[0]
+        )
 
     limit = loss(200)
     assert abs(loss(8, sampling.dpm_solver_pp_2m) - limit) < 0.3 * abs(loss(8) - limit)
@@ -92,11 +114,16 @@ def test_one_random_step_agrees_with_the_whole_trajectory():
     params = {"student": student}
     single = [np.asarray([1.0], np.float32)]
     options = {"reconstruction": Reconstruction(steps=2)}
-    whole, one = (flash(model, grids=single, whole_trajectory=w, **options)(params, teacher, batch(), KEY)[0] for w in (True, False))
+    whole, one = (
+        flash(model, grids=single, whole_trajectory=w, **options)(params, teacher, batch(), KEY)[0]
+        for w in (True, False)
+    )
     np.testing.assert_allclose(whole, one, rtol=1e-6)
     whole, one = flash(model, **options), flash(model, whole_trajectory=False, **options)
     keys = jax.random.split(jax.random.key(0), 400)
-    means = [np.mean([float(f(params, teacher, batch(), k)[0]) for k in keys]) for f in (whole, one)]
+    means = [
+        np.mean([float(f(params, teacher, batch(), k)[0]) for k in keys]) for f in (whole, one)
+    ]
     np.testing.assert_allclose(means[1], means[0], rtol=0.05)
 
 
@@ -105,14 +132,19 @@ def test_teacher_gets_no_gradient_from_any_term():
     _, student = make(seed=4)
     adversary, heads = make_adversary(model)
     loss_fn = flash(model, adversary=adversary)
-    grads = jax.grad(lambda t: loss_fn({"student": student, "discriminator": heads}, t, batch(), KEY)[0])(teacher)
+    grads = jax.grad(
+        lambda t: loss_fn({"student": student, "discriminator": heads}, t, batch(), KEY)[0]
+    )(teacher)
     assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
 
 def test_no_shift_with_the_trajectory_noise_is_no_srl():
     model, teacher = make()
     _, student = make(seed=4)
-    plain, shifted = (flash(model, reconstruction=Reconstruction(noise_source=s, steps=3)) for s in (None, trajectory_noise))
+    plain, shifted = (
+        flash(model, reconstruction=Reconstruction(noise_source=s, steps=3))
+        for s in (None, trajectory_noise)
+    )
     values = [f({"student": student}, teacher, batch(), KEY)[0] for f in (plain, shifted)]
     np.testing.assert_allclose(values[0], values[1], rtol=1e-4)
 
@@ -120,11 +152,17 @@ def test_no_shift_with_the_trajectory_noise_is_no_srl():
 def test_students_x0_along_a_nested_grid_is_each_shorter_samplers_image():
     model, params = make()
     noise = drawn_noise()
-    denoiser = flash_module.as_denoiser(model.apply, params, batch()["cond"], schedule=COSINE, parameterization=v_prediction)
+    denoiser = flash_module.as_denoiser(
+        model.apply, params, batch()["cond"], schedule=COSINE, parameterization=v_prediction
+    )
     step = sampling.ddim(COSINE)
     visited = sampling.rollout(step, denoiser, sampling.start(noise), NESTED[-1])[1].x0
     for n, grid in enumerate(NESTED):
-        np.testing.assert_allclose(sampling.rollout(step, denoiser, sampling.start(noise), grid)[0].x, visited[n], atol=1e-6)
+        np.testing.assert_allclose(
+            sampling.rollout(step, denoiser, sampling.start(noise), grid)[0].x,
+            visited[n],
+            atol=1e-6,
+        )
 
 
 def test_prefixes_cost_nothing_and_other_grids_divide_the_batch():
@@ -139,9 +177,14 @@ def test_prefixes_cost_nothing_and_other_grids_divide_the_batch():
 def test_weight_scales_and_forward_distillation_reads_the_data():
     model, teacher = make()
     _, student = make(seed=4)
-    one, two = (flash(model, weight=w) for w in (flash_module.uniform_weight, lambda t: 2.0 * jnp.ones_like(t)))
+    one, two = (
+        flash(model, weight=w)
+        for w in (flash_module.uniform_weight, lambda t: 2.0 * jnp.ones_like(t))
+    )
     params = {"student": student}
-    np.testing.assert_allclose(2 * one(params, teacher, batch(), KEY)[0], two(params, teacher, batch(), KEY)[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        2 * one(params, teacher, batch(), KEY)[0], two(params, teacher, batch(), KEY)[0], rtol=1e-6
+    )
     other = batch() | {"x0": batch()["x0"] + 1.0}
     assert one(params, teacher, other, KEY)[0] == one(params, teacher, batch(), KEY)[0]
     forward = flash(model, backward=False)
@@ -149,7 +192,9 @@ def test_weight_scales_and_forward_distillation_reads_the_data():
 
 
 def test_regression_reaches_the_teachers_own_answer():
-    """A student free at T learns the teacher's k-step image of the same noise: known for an exact Gaussian teacher."""
+    """A student free at T learns the teacher's k-step image of the same noise: known for an exact
+    Gaussian teacher.
+    """
     mean, spread = 0.4, 0.5
 
     def exact(params, x, t, cond):
@@ -164,15 +209,21 @@ def test_regression_reaches_the_teachers_own_answer():
     student_model = teacher_model._replace(apply=affine)
     k, grid = 4, [np.asarray([1.0], np.float32)]
     plain = Reconstruction(noise_source=None, steps=k)
-    loss_fn = flash_module.imagine_flash(student_model, teacher_model, grids=grid, null_cond=lambda c: c, reconstruction=plain)
+    loss_fn = flash_module.imagine_flash(
+        student_model, teacher_model, grids=grid, null_cond=lambda c: c, reconstruction=plain
+    )
     params = {"student": {"scale": jnp.zeros(()), "offset": jnp.zeros(())}}
     data = {"x0": jnp.zeros((256, 2)), "cond": jnp.zeros(256, jnp.int32)}
     gradient = jax.jit(jax.grad(lambda p, key: loss_fn(p, {}, data, key)[0]))
     for i in range(300):
         params = jax.tree.map(lambda p, g: p - 0.2 * g, params, gradient(params, jax.random.key(i)))
-    denoiser = flash_module.as_denoiser(exact, {}, None, schedule=COSINE, parameterization=teacher_model.parameterization)
+    denoiser = flash_module.as_denoiser(
+        exact, {}, None, schedule=COSINE, parameterization=teacher_model.parameterization
+    )
     x = jnp.asarray([[0.0, 1.0]])
-    answer = sampling.rollout(sampling.ddim(COSINE), denoiser, sampling.start(x), sampling.trailing_grid(k, 1.0))[0].x[0]
+    answer = sampling.rollout(
+        sampling.ddim(COSINE), denoiser, sampling.start(x), sampling.trailing_grid(k, 1.0)
+    )[0].x[0]
     np.testing.assert_allclose(params["student"]["offset"], answer[0], atol=0.02)
     np.testing.assert_allclose(params["student"]["scale"], answer[1] - answer[0], atol=0.02)
 
@@ -207,7 +258,10 @@ def test_bad_plug_in_arguments_are_refused(make_shift):
         make_shift()
 
 
-@pytest.mark.parametrize(("shift", "message"), [(lambda t: 2 * t, "must map times to"), (lambda t: 1.1 - t, "must not fall")])
+@pytest.mark.parametrize(
+    ("shift", "message"),
+    [(lambda t: 2 * t, "must map times to"), (lambda t: 1.1 - t, "must not fall")],
+)
 def test_a_shift_that_leaves_the_range_or_falls_is_refused(shift, message):
     with pytest.raises(ValueError, match=message):
         flash(make()[0], reconstruction=Reconstruction(shift))
@@ -244,7 +298,9 @@ def test_what_a_grid_may_not_hold():
 def test_a_multistep_rollout_keeps_the_states_type():
     state = sampling.start(jnp.ones((2, 2), jnp.bfloat16))
     denoiser = lambda x, t: Prediction(jnp.ones((2, 2)), jnp.ones((2, 2)))  # noqa: E731
-    final, _ = sampling.rollout(sampling.dpm_solver_pp_2m(COSINE), denoiser, state, sampling.trailing_grid(3, 1.0))
+    final, _ = sampling.rollout(
+        sampling.dpm_solver_pp_2m(COSINE), denoiser, state, sampling.trailing_grid(3, 1.0)
+    )
     assert final.x.dtype == jnp.bfloat16
 
 
@@ -252,22 +308,32 @@ def test_guidance_takes_a_scale_for_each_example():
     x, scale = jnp.ones((3, 2, 3)), jnp.asarray([1.0, 2.0, 3.0])
     denoiser = lambda x, t: Prediction(jnp.arange(6.0).reshape(6, 1, 1) * jnp.ones_like(x), x)  # noqa: E731
     got = sampling.guidance(scale)(denoiser)(x, jnp.asarray(0.5)).x0
-    np.testing.assert_allclose(got[:, 0, 0], [0.0, 1.0, 2.0])  # 1 - 1, 3 - 2, 5 - 3: each row's null stands behind it
+    np.testing.assert_allclose(
+        got[:, 0, 0], [0.0, 1.0, 2.0]
+    )  # 1 - 1, 3 - 2, 5 - 3: each row's null stands behind it
 
 
 def test_grids_that_share_a_batch_walk_in_one_loop():
-    """Each row visits its own grid's times in turn from fresh noise; the loss is the mean of the same states taken one by one."""
+    """Each row visits its own grid's times in turn from fresh noise; the loss is the mean of the
+    same states taken one by one.
+    """
     grids = [np.asarray(g, np.float32) for g in ((1.0, 0.7, 0.2), (1.0, 0.5))]
     slots = flash_module.slots_of(grids, 6)
     np.testing.assert_array_equal(slots.t[:, :2].T, np.float32([[1.0, 0.7, 0.2], [1.0, 0.5, 1.0]]))
-    np.testing.assert_array_equal(slots.t_next[:, :2].T, np.float32([[0.7, 0.2, 0.0], [0.5, 0.0, 0.5]]))
-    np.testing.assert_array_equal(slots.restart[:, :2].T, [[True, False, False], [True, False, True]])
+    np.testing.assert_array_equal(
+        slots.t_next[:, :2].T, np.float32([[0.7, 0.2, 0.0], [0.5, 0.0, 0.5]])
+    )
+    np.testing.assert_array_equal(
+        slots.restart[:, :2].T, [[True, False, False], [True, False, True]]
+    )
     np.testing.assert_array_equal(slots.t[:, 2:4], slots.t[:, :2])
 
     model, params = make()
     teacher = make(seed=5)[1]
     key, data = jax.random.key(0), batch(6)
-    reconstruction = Reconstruction(steps=1, noise_source=flash_module.trajectory_noise, shift=lambda t: 0.8 * t)
+    reconstruction = Reconstruction(
+        steps=1, noise_source=flash_module.trajectory_noise, shift=lambda t: 0.8 * t
+    )
     loss_fn = flash(model, grids=grids, reconstruction=reconstruction)
     value, metrics = loss_fn({"student": params}, teacher, data, key)
     noise = jax.random.normal(jax.random.split(key, 4)[0], (3, 6, *data["x0"].shape[1:]))
@@ -282,10 +348,14 @@ def test_grids_that_share_a_batch_walk_in_one_loop():
             x0, eps = predict(model, params, x, t, cond)
             eps = x_T if t == 1.0 else eps
             chi = ddim_step(x0, eps, 0.8 * t)
-            errors[s, row] = float(jnp.mean((predict(model, teacher, chi, 0.8 * t, cond)[0] - x0) ** 2))
+            errors[s, row] = float(
+                jnp.mean((predict(model, teacher, chi, 0.8 * t, cond)[0] - x0) ** 2)
+            )
             x = ddim_step(x0, eps, t_next)
     np.testing.assert_allclose(value, np.mean(list(errors.values())), rtol=1e-4)
-    np.testing.assert_allclose(metrics["reconstruction/2_2"], np.mean([errors[1, r] for r in (1, 3, 5)]), rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics["reconstruction/2_2"], np.mean([errors[1, r] for r in (1, 3, 5)]), rtol=1e-4
+    )
 
 
 def test_the_adversary_may_judge_one_state_of_each_row():
@@ -299,16 +369,23 @@ def test_the_adversary_may_judge_one_state_of_each_row():
 
     for states in ("all", "one"):
         loss_fn = flash(model, adversary=spy, adversary_states=states)
-        value, _ = loss_fn({"student": params, "discriminator": heads}, params, batch(6), jax.random.key(0))
+        value, _ = loss_fn(
+            {"student": params, "discriminator": heads}, params, batch(6), jax.random.key(0)
+        )
         assert np.isfinite(value)
     assert seen == [18, 6]
     with pytest.raises(ValueError, match="adversary_states must be 'all' or 'one'"):
         flash(model, adversary_states="some")
 
 
-@pytest.mark.parametrize("grids", [[(1.0, 0.5)], [(1.0, 0.7, 0.2), (1.0, 0.5), (1.0,)], [(1.0, 0.7, 0.5, 0.2), (1.0, 0.3)]])
+@pytest.mark.parametrize(
+    "grids",
+    [[(1.0, 0.5)], [(1.0, 0.7, 0.2), (1.0, 0.5), (1.0,)], [(1.0, 0.7, 0.5, 0.2), (1.0, 0.3)]],
+)
 def test_the_shortcut_pulls_first_states_to_the_ends_of_their_trajectories(grids):
-    """x̂0 = p x at T and p x / 2 after: the ends are known multiples of x_T, and every trajectory that has an end counts once."""
+    """x̂0 = p x at T and p x / 2 after: the ends are known multiples of x_T, and every trajectory
+    that has an end counts once.
+    """
 
     def apply(params, x, t, cond):
         return jnp.where(expand(t, x) >= 1.0, params * x, 0.5 * params * x)
@@ -324,16 +401,22 @@ def test_the_shortcut_pulls_first_states_to_the_ends_of_their_trajectories(grids
     def gradient(p, shortcut):
         network = flash_module.Model(apply, COSINE, x0_prediction)
         kept = [np.asarray(grid, np.float32) for grid in grids]
-        loss = flash_module.imagine_flash(network, network, grids=kept, null_cond=lambda cond: cond, shortcut=shortcut)
+        loss = flash_module.imagine_flash(
+            network, network, grids=kept, null_cond=lambda cond: cond, shortcut=shortcut
+        )
         data = {"x0": jnp.zeros((2**12, *SHAPE)), "cond": jnp.zeros((2**12,))}
-        return float(jax.grad(lambda q: loss({"student": q}, jnp.float32(p), data, KEY)[0])(jnp.float32(p)))
+        return float(
+            jax.grad(lambda q: loss({"student": q}, jnp.float32(p), data, KEY)[0])(jnp.float32(p))
+        )
 
     kept = [grid for grid in grids if len(grid) > 1]
     slots = max(map(len, kept))
     for p in (0.1, 0.6):
         ends = [end_of(grid, p) for grid in kept for _ in range(slots // len(grid))]
         expected = 2 * (p - np.mean(ends))  # E x_T² = 1, and no gradient through the ends
-        np.testing.assert_allclose(gradient(p, 1.5) - gradient(p, 0.0), 1.5 * expected, rtol=0.02, atol=1e-5)
+        np.testing.assert_allclose(
+            gradient(p, 1.5) - gradient(p, 0.0), 1.5 * expected, rtol=0.02, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(

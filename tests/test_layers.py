@@ -97,10 +97,20 @@ def test_every_module_has_a_layer():
 
 
 def test_imports_point_only_to_layers_below():
-    assert [v for path in PACKAGE.rglob("*.py") if layer_of(path) != "__init__" for v in violations(path)] == []
+    assert [
+        v
+        for path in PACKAGE.rglob("*.py")
+        if layer_of(path) != "__init__"
+        for v in violations(path)
+    ] == []
 
 
 def test_an_import_of_the_shell_from_the_core_would_be_seen(tmp_path, monkeypatch):
     monkeypatch.setattr("test_layers.PACKAGE", tmp_path)
-    (tmp_path / "schedule.py").write_text("from jaxdistill.sampling import ddim\nimport orbax.checkpoint\n")
-    assert violations(tmp_path / "schedule.py") == ["schedule imports sampling", "schedule uses orbax"]
+    (tmp_path / "schedule.py").write_text(
+        "from jaxdistill.sampling import ddim\nimport orbax.checkpoint\n"
+    )
+    assert violations(tmp_path / "schedule.py") == [
+        "schedule imports sampling",
+        "schedule uses orbax",
+    ]

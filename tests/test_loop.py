@@ -43,8 +43,22 @@ def batch(i):
     return np.random.default_rng(i).normal(size=8).astype(np.float32)
 
 
-def run(folder, *, batches=batch, step_fn=STEP, health=lambda params, step: {"w0": float(params["w"][0])}, stop=None, **changes):
-    settings = {"steps": STEPS, "log_every": 2, "health_every": 5, "checkpoint_every": 4, "advice": "lower the learning rate"} | changes
+def run(
+    folder,
+    *,
+    batches=batch,
+    step_fn=STEP,
+    health=lambda params, step: {"w0": float(params["w"][0])},
+    stop=None,
+    **changes,
+):
+    settings = {
+        "steps": STEPS,
+        "log_every": 2,
+        "health_every": 5,
+        "checkpoint_every": 4,
+        "advice": "lower the learning rate",
+    } | changes
     return train_loop(
         "toy",
         fresh_state,
@@ -82,11 +96,13 @@ def newest(folder):
     return Checkpoints(folder / "checkpoints" / "toy").latest
 
 
-# ---------------------------------------------------------------------------------------------- resuming
+# ----------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize("at", [[6], [4, 15], [1, 19]], ids=str)
-def test_killed_and_resumed_loop_ends_in_the_same_bits_and_the_same_curve(tmp_path, uninterrupted, at):
+def test_killed_and_resumed_loop_ends_in_the_same_bits_and_the_same_curve(
+    tmp_path, uninterrupted, at
+):
     for n in at:
         with pytest.raises(Killed):
             run(tmp_path, batches=killed_at(n))
@@ -126,7 +142,7 @@ def test_final_step_is_saved_whatever_the_interval(tmp_path):
     assert newest(tmp_path) == STEPS
 
 
-# ------------------------------------------------------------------------------------------------- curve
+# -------------------------------------------------------------------------------------------- curve
 
 
 def test_curve_has_losses_and_health_at_their_steps(uninterrupted):
@@ -149,9 +165,13 @@ def test_curve_holds_each_steps_own_loss(uninterrupted):
 
 def test_health_gets_the_averaged_parameters(uninterrupted, tmp_path):
     seen = {}
-    state, _ = run(tmp_path, health=lambda params, step: seen.update({step: np.asarray(params["w"])}) or {})
+    state, _ = run(
+        tmp_path, health=lambda params, step: seen.update({step: np.asarray(params["w"])}) or {}
+    )
     assert list(seen) == [5, 10, 15, 20]
-    assert np.array_equal(seen[20], state.ema_params["w"]) and not np.array_equal(seen[20], state.params["w"])
+    assert np.array_equal(seen[20], state.ema_params["w"]) and not np.array_equal(
+        seen[20], state.params["w"]
+    )
 
 
 def test_curve_drops_what_lies_beyond_the_checkpoint(tmp_path):
@@ -185,7 +205,7 @@ def test_loop_resumes_over_a_half_written_curve(tmp_path, uninterrupted):
     assert (tmp_path / "curves" / "toy.jsonl").read_text() == uninterrupted[1]
 
 
-# -------------------------------------------------------------------------------------------- not finite
+# --------------------------------------------------------------------------------------- not finite
 
 
 def poisoned_from(n):
@@ -201,7 +221,12 @@ def test_loss_that_is_no_number_stops_the_loop_and_names_step_term_and_mend(tmp_
     with pytest.raises(NonFiniteError) as error:
         run(tmp_path, batches=poisoned_from(n))
     text = str(error.value)
-    assert "\n" not in text and f"toy step {n}:" in text and "loss = nan" in text and "bias = nan" in text
+    assert (
+        "\n" not in text
+        and f"toy step {n}:" in text
+        and "loss = nan" in text
+        and "bias = nan" in text
+    )
     assert "lower the learning rate" in text
     assert newest(tmp_path) == (n // 4 * 4 or None)
     if newest(tmp_path):
@@ -215,7 +240,9 @@ def test_loss_that_is_no_number_stops_the_loop_and_names_step_term_and_mend(tmp_
 def test_gradient_that_is_no_number_stops_the_loop_though_the_loss_is_finite(tmp_path):
     def step(state, x, teacher):
         state, metrics = STEP(state, x, teacher)
-        return state, metrics | {"grad_norm": jnp.where(state.step == 6, jnp.inf, metrics["grad_norm"])}
+        return state, metrics | {
+            "grad_norm": jnp.where(state.step == 6, jnp.inf, metrics["grad_norm"])
+        }
 
     with pytest.raises(NonFiniteError, match=r"toy step 5: grad_norm = inf"):
         run(tmp_path, step_fn=jax.jit(step))
@@ -235,7 +262,7 @@ def test_parameters_that_overflow_are_not_saved_though_loss_and_gradient_are_fin
     assert all_finite(restored.params) and int(restored.step) < n
 
 
-# ----------------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 
 
 @pytest.mark.parametrize("n", [0, 5, 7])
@@ -250,7 +277,12 @@ def test_signal_saves_after_the_step_and_the_rest_ends_in_the_same_bits(tmp_path
     with pytest.raises(Stopped) as stopped:
         run(tmp_path, batches=batches, stop=stop)
     text = str(stopped.value)
-    assert "\n" not in text and "SIGTERM" in text and f"step {n + 1} of {STEPS}" in text and "resumes" in text
+    assert (
+        "\n" not in text
+        and "SIGTERM" in text
+        and f"step {n + 1} of {STEPS}" in text
+        and "resumes" in text
+    )
     assert newest(tmp_path) == n + 1
     state, _ = run(tmp_path)
     assert_same_bits(state, uninterrupted[0])
@@ -259,7 +291,13 @@ def test_signal_saves_after_the_step_and_the_rest_ends_in_the_same_bits(tmp_path
 
 def test_signal_in_the_last_step_finishes(tmp_path, uninterrupted):
     stop = StopSignal()
-    state, _ = run(tmp_path, batches=lambda i: setattr(stop, "received", "SIGINT" if i == STEPS - 1 else None) or batch(i), stop=stop)
+    state, _ = run(
+        tmp_path,
+        batches=lambda i: (
+            setattr(stop, "received", "SIGINT" if i == STEPS - 1 else None) or batch(i)
+        ),
+        stop=stop,
+    )
     assert_same_bits(state, uninterrupted[0])
 
 
@@ -283,20 +321,28 @@ def test_handlers_are_restored_after_an_exception():
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-# ---------------------------------------------------------------------------------------------- progress
+# ----------------------------------------------------------------------------------------- progress
 
 
 def test_progress_shows_phase_rate_loss_and_remaining_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(tmp_path)
     shown = capsys.readouterr().err
-    assert "toy" in shown and f"{STEPS}/{STEPS}" in shown and "loss=" in shown and "step/s" in shown and "<" in shown
+    assert (
+        "toy" in shown
+        and f"{STEPS}/{STEPS}" in shown
+        and "loss=" in shown
+        and "step/s" in shown
+        and "<" in shown
+    )
 
 
 def test_tensorboard_events_are_written(tmp_path):
     run(tmp_path)
     files = list((tmp_path / "tensorboard" / "toy").glob("events.*"))
-    assert files and all(b"grad_norm" in f.read_bytes() and b"health/w0" in f.read_bytes() for f in files)
+    assert files and all(
+        b"grad_norm" in f.read_bytes() and b"health/w0" in f.read_bytes() for f in files
+    )
 
 
 def test_the_writer_is_imported_without_torch(monkeypatch):
@@ -306,7 +352,9 @@ def test_the_writer_is_imported_without_torch(monkeypatch):
 
 
 def test_tensorboard_keeps_the_checkpoints_own_step_on_resume(tmp_path, monkeypatch):
-    """TensorBoard drops all events from `purge_step` on; the first step that is run again is the one after the checkpoint."""
+    """TensorBoard drops all events from `purge_step` on; the first step that is run again is the
+    one after the checkpoint.
+    """
     with pytest.raises(Killed):
         run(tmp_path, batches=killed_at(10))
     given = []
@@ -317,7 +365,7 @@ def test_tensorboard_keeps_the_checkpoints_own_step_on_resume(tmp_path, monkeypa
     assert given == [9]
 
 
-# ------------------------------------------------------------------------------------------------- speed
+# -------------------------------------------------------------------------------------------- speed
 
 
 def test_meter_tells_training_from_waiting_saving_and_health(monkeypatch):
@@ -351,9 +399,17 @@ def test_speed_is_in_tensorboard_and_a_profile_is_written(tmp_path, monkeypatch)
     monkeypatch.setattr(loop.jax.profiler, "start_trace", started.append)
     monkeypatch.setattr(loop.jax.profiler, "stop_trace", lambda: stopped.append(1))
     seen = []
-    monkeypatch.setattr(tensorboardX.SummaryWriter, "add_scalar", lambda self, name, value, step: seen.append(name))
+    monkeypatch.setattr(
+        tensorboardX.SummaryWriter, "add_scalar", lambda self, name, value, step: seen.append(name)
+    )
     run(tmp_path, profile=3, examples=4)
-    assert {"speed/step_seconds", "speed/input_wait", "speed/goodput", "speed/images_per_second_a_chip", "loss"} <= set(seen)
+    assert {
+        "speed/step_seconds",
+        "speed/input_wait",
+        "speed/goodput",
+        "speed/images_per_second_a_chip",
+        "loss",
+    } <= set(seen)
     assert started == [str(tmp_path / "tensorboard" / "toy")] and stopped == [1]
 
 
@@ -377,14 +433,20 @@ CLOCK = [0.0]
 
 
 @pytest.mark.parametrize("stopped_at", [None, 10])
-def test_time_lost_to_saving_is_what_the_loop_waits_for_checkpoints_and_nothing_else(tmp_path, monkeypatch, capsys, stopped_at):
+def test_time_lost_to_saving_is_what_the_loop_waits_for_checkpoints_and_nothing_else(
+    tmp_path, monkeypatch, capsys, stopped_at
+):
     CLOCK[0] = 0.0
     monkeypatch.setattr(loop.time, "perf_counter", lambda: CLOCK[0])
     monkeypatch.setattr(loop, "Checkpoints", Slow)
     get, shown, stop = jax.device_get, {}, StopSignal()
-    monkeypatch.setattr(loop.jax, "device_get", lambda x: CLOCK.__setitem__(0, CLOCK[0] + 1.0) or get(x))  # a step's own time
     monkeypatch.setattr(
-        tensorboardX.SummaryWriter, "add_scalar", lambda self, name, value, step: shown.setdefault(name, {}).update({step: value})
+        loop.jax, "device_get", lambda x: CLOCK.__setitem__(0, CLOCK[0] + 1.0) or get(x)
+    )  # a step's own time
+    monkeypatch.setattr(
+        tensorboardX.SummaryWriter,
+        "add_scalar",
+        lambda self, name, value, step: shown.setdefault(name, {}).update({step: value}),
     )
 
     def batches(i):
@@ -395,10 +457,16 @@ def test_time_lost_to_saving_is_what_the_loop_waits_for_checkpoints_and_nothing_
     if stopped_at:
         with pytest.raises(Stopped):
             run(tmp_path, batches=batches, stop=stop, log_every=5)
-        # Saves after 4, 8 and 10 steps, each of which waits for the one before; then the wait for the last, and the end.
-        assert f"toy: {10 + 3 * 3.5 + 0.5 + 7.5:.1f} s, of them {3 * 3.5 + 0.5 + 7.5:.1f} s lost to saving" in capsys.readouterr().out
+        # Saves after 4, 8 and 10 steps, each of which waits for the one before; then the wait for
+        # the last, and the end.
+        assert (
+            f"toy: {10 + 3 * 3.5 + 0.5 + 7.5:.1f} s, of them {3 * 3.5 + 0.5 + 7.5:.1f} s lost to"
+            " saving" in capsys.readouterr().out
+        )
         before = 2 * 3.5  # until the last save
-        assert Checkpoints(tmp_path / "checkpoints" / "toy").restore(fresh_state())[1]["save_seconds"] == pytest.approx(before)
+        assert Checkpoints(tmp_path / "checkpoints" / "toy").restore(fresh_state())[1][
+            "save_seconds"
+        ] == pytest.approx(before)
     else:
         before = 0.0
     _, seconds = run(tmp_path, log_every=5)
@@ -406,7 +474,9 @@ def test_time_lost_to_saving_is_what_the_loop_waits_for_checkpoints_and_nothing_
     assert seconds.saving == pytest.approx(before + saves * 3.5 + 7.5)
     assert seconds.total - seconds.saving == pytest.approx(STEPS)
     assert f"of them {seconds.saving:.1f} s lost to saving" in capsys.readouterr().out
-    assert shown["speed/save_seconds"][20] == pytest.approx(before + (saves - 1) * 3.5)  # the line comes before the last save
+    assert shown["speed/save_seconds"][20] == pytest.approx(
+        before + (saves - 1) * 3.5
+    )  # the line comes before the last save
     assert shown["speed/step_seconds"][20] == pytest.approx(1.0)
 
 
@@ -429,7 +499,7 @@ def test_a_trace_is_closed_where_the_run_ends_before_its_last_step(tmp_path, mon
     assert calls == ["start", "stop"] * 3
 
 
-# ---------------------------------------------------------------------------------------------- the best averages
+# -------------------------------------------------------------------------------- the best averages
 
 
 def valley(params, step):
@@ -450,7 +520,9 @@ def test_the_best_averages_are_returned_also_after_a_kill(tmp_path, uninterrupte
             run(tmp_path, batches=killed_at(n), health=health, keep_best="fd_1")
     state, _ = run(tmp_path, health=health, keep_best="fd_1")
     assert_same_bits(state.ema_params, kept[10])
-    assert_same_bits(state.params, uninterrupted[0].params)  # only the averages are those of another step
+    assert_same_bits(
+        state.params, uninterrupted[0].params
+    )  # only the averages are those of another step
 
 
 def test_numbers_that_are_no_numbers_are_never_the_best(tmp_path, uninterrupted):
@@ -459,12 +531,16 @@ def test_numbers_that_are_no_numbers_are_never_the_best(tmp_path, uninterrupted)
 
 
 def test_an_unknown_health_number_is_named(tmp_path):
-    with pytest.raises(ValueError, match="keep_best = 'fd_9' is no health number; use one of fd_1, w0"):
+    with pytest.raises(
+        ValueError, match="keep_best = 'fd_9' is no health number; use one of fd_1, w0"
+    ):
         run(tmp_path, health=valley, keep_best="fd_9")
 
 
 def test_the_devices_hold_one_state_at_a_first_start_and_at_a_resumed_one(tmp_path):
-    """Weight, average and Adam's two: neither the parameters that training starts from nor a fresh state that is restored over."""
+    """Weight, average and Adam's two: neither the parameters that training starts from nor a fresh
+    state that is restored over.
+    """
     width, counted = 137, []
 
     def health(params, step):

@@ -34,19 +34,50 @@ def test_a_run_leaves_what_it_promises(finished):
     folder, results = finished
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
     settings = {(r["model"], r["steps"]) for r in results["rows"]}
-    assert settings == {("teacher", 5), *((m, n) for m in ("teacher", "student") for n in (1, 2, 3))}
+    assert settings == {
+        ("teacher", 5),
+        *((m, n) for m in ("teacher", "student") for n in (1, 2, 3)),
+    }
     for row in results["rows"]:
-        for key in ("guidance", "fd", "accuracy", "precision", "recall", "diversity", "images_per_second", "nearest_neighbour"):
+        for key in (
+            "guidance",
+            "fd",
+            "accuracy",
+            "precision",
+            "recall",
+            "diversity",
+            "images_per_second",
+            "nearest_neighbour",
+        ):
             assert np.isfinite(row[key]), key
-    assert results["floor_fd"] > 0 and results["seed"] == 0 and results["config"]["student"]["batch_size"] == 12
-    assert {"extractor", "teacher", "student", "evaluation"} <= results["seconds"].keys() and "jax" in results["versions"]
+    assert (
+        results["floor_fd"] > 0
+        and results["seed"] == 0
+        and results["config"]["student"]["batch_size"] == 12
+    )
+    assert {"extractor", "teacher", "student", "evaluation"} <= results[
+        "seconds"
+    ].keys() and "jax" in results["versions"]
     assert (folder / "results.md").read_text().count("| student |") == 3
-    for name in ("results.png", "curves.png", "samples/student_0000012.png", "samples/teacher_0000040.png"):
+    for name in (
+        "results.png",
+        "curves.png",
+        "samples/student_0000012.png",
+        "samples/teacher_0000040.png",
+    ):
         assert Image.open(folder / name).size[0] > 50
-    for name in ("checkpoints/teacher", "checkpoints/student", "tensorboard/student", "teacher/card.json", "student/card.json"):
+    for name in (
+        "checkpoints/teacher",
+        "checkpoints/student",
+        "tensorboard/student",
+        "teacher/card.json",
+        "student/card.json",
+    ):
         assert (folder / name).exists()
     made = json.loads((folder / "student/card.json").read_text())
-    assert made["sampler"]["times"] == [1.0, 0.5, 0.2] and made["prediction"] == "v" and made["sha256"]
+    assert (
+        made["sampler"]["times"] == [1.0, 0.5, 0.2] and made["prediction"] == "v" and made["sha256"]
+    )
 
 
 def test_the_program_runs_without_this_package_and_draws_our_images(finished):
@@ -72,7 +103,9 @@ def test_a_second_start_evaluates_and_leaves_the_student_alone(finished):
 def test_another_configs_workdir_is_refused(finished):
     config = tiny.get_config()
     config.student.learning_rate = 5e-4
-    with pytest.raises(main.UserError, match=r"student\.learning_rate = 0\.004 there, 0\.0005 here"):
+    with pytest.raises(
+        main.UserError, match=r"student\.learning_rate = 0\.004 there, 0\.0005 here"
+    ):
         main.run(config, finished[0])
 
 
@@ -81,14 +114,20 @@ def test_another_configs_workdir_is_refused(finished):
     [
         ablate.VARIANTS["eps model"].changes,
         {"adversarial.weight": 0.0, "student.grid": "trailing"},
-        {"method.backward": False, "method.whole_trajectory": False, "adversarial.loss": "non_saturating"},
+        {
+            "method.backward": False,
+            "method.whole_trajectory": False,
+            "adversarial.loss": "non_saturating",
+        },
     ],
 )
 def test_every_switch_changes_a_working_loss(changes):
     made = experiment.build(ablate.changed(tiny.get_config(), changes))
     params = card.init_params(made.model, made.image_shape, 0)
     data = {"x0": jnp.zeros((12, 8, 8, 1)), "cond": jnp.arange(12) % 10}
-    loss, metrics = jax.jit(made.student_loss)(made.student_params(params), params, data, jax.random.key(0))
+    loss, metrics = jax.jit(made.student_loss)(
+        made.student_params(params), params, data, jax.random.key(0)
+    )
     assert np.isfinite(float(loss))
     assert ("discriminator" in metrics) == (changes.get("adversarial.weight") != 0.0)
 
@@ -96,7 +135,11 @@ def test_every_switch_changes_a_working_loss(changes):
 def test_sample_writes_what_it_says(finished, tmp_path):
     student = str(finished[0] / "student")
     paths = [tmp_path / f"{i}.npz" for i in range(4)]
-    for path, extra in zip(paths, (["--num=25"], ["--num=25"], ["--num=9", "--batch_size=4"], ["--num=6", "--labels=3,7"]), strict=True):
+    for path, extra in zip(
+        paths,
+        (["--num=25"], ["--num=25"], ["--num=9", "--batch_size=4"], ["--num=6", "--labels=3,7"]),
+        strict=True,
+    ):
         sample.main([f"--model={student}", "--steps=3", "--seed=7", f"--out={path}", *extra])
     one, two, short, chosen = (np.load(path) for path in paths)
     assert one["images"].dtype == np.float32 and one["images"].shape == (25, 8, 8, 1)
@@ -108,13 +151,19 @@ def test_sample_writes_what_it_says(finished, tmp_path):
 
 
 def test_sample_serves_the_teacher_guidance_and_pictures(finished, tmp_path):
-    sample.main([f"--model={finished[0] / 'teacher'}", "--num=4", f"--out={tmp_path / 'teacher.png'}"])
+    sample.main(
+        [f"--model={finished[0] / 'teacher'}", "--num=4", f"--out={tmp_path / 'teacher.png'}"]
+    )
     assert Image.open(tmp_path / "teacher.png").size == (130, 130)
     plain, _ = sample.generate(finished[0] / "student", num=4, steps=2)
     guided, _ = sample.generate(finished[0] / "student", num=4, steps=2, guidance=2.0)
-    uncorrected, _ = sample.generate(finished[0] / "student", num=4, steps=2, noise_correction=False)
+    uncorrected, _ = sample.generate(
+        finished[0] / "student", num=4, steps=2, noise_correction=False
+    )
     assert np.abs(plain - guided).max() > 1e-4
-    np.testing.assert_allclose(plain, uncorrected, atol=1e-5)  # the identity for v and zero terminal SNR
+    np.testing.assert_allclose(
+        plain, uncorrected, atol=1e-5
+    )  # the identity for v and zero terminal SNR
 
 
 def test_ablation_writes_one_table_and_does_not_repeat_itself(tmp_path, monkeypatch):
@@ -122,7 +171,9 @@ def test_ablation_writes_one_table_and_does_not_repeat_itself(tmp_path, monkeypa
     assert text.count("| no SRL | student |") == 3 and text.count("| full | student |") == 3
     monkeypatch.setattr(main, "run", None)
     assert ablate.ablate(tiny.get_config(), tmp_path, [0], ["no SRL"]) == text
-    assert {row["variant"] for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]} == {"full", "no SRL"}
+    assert {
+        row["variant"] for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    } == {"full", "no SRL"}
 
 
 def test_a_flipped_bit_in_an_export_is_named(finished, tmp_path):
@@ -130,7 +181,9 @@ def test_a_flipped_bit_in_an_export_is_named(finished, tmp_path):
 
     copy = tmp_path / "student"
     shutil.copytree(finished[0] / "student", copy)
-    victim = max((p for p in (copy / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    victim = max(
+        (p for p in (copy / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     raw = bytearray(victim.read_bytes())
     raw[len(raw) // 2] ^= 1
     victim.write_bytes(raw)

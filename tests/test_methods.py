@@ -1,4 +1,6 @@
-"""The competing methods on data with a known answer: x_0 ~ N(0, s²) in each element, whose exact denoiser and flow are linear."""
+"""The competing methods on data with a known answer: x_0 ~ N(0, s²) in each element, whose exact
+denoiser and flow are linear.
+"""
 
 from functools import partial
 
@@ -26,8 +28,12 @@ from jaxdistill.prediction import Prediction, v_prediction, x0_prediction
 from jaxdistill.sampling import renoise, rollout, start, trailing_grid
 from jaxdistill.train import init_state, train_step
 
-add, direct, dmd2 = map(compiled, (adversarial_distillation.add, direct_module.direct, distribution_matching.dmd2))
-step_distillation, tdm, endpoint = map(compiled, (step_module.step_distillation, trajectory_matching.tdm, endpoint_module.endpoint))
+add, direct, dmd2 = map(
+    compiled, (adversarial_distillation.add, direct_module.direct, distribution_matching.dmd2)
+)
+step_distillation, tdm, endpoint = map(
+    compiled, (step_module.step_distillation, trajectory_matching.tdm, endpoint_module.endpoint)
+)
 consistency_distillation = compiled(consistency.consistency_distillation)
 COSINE = schedules.cosine()
 S = 0.7
@@ -47,7 +53,9 @@ def exact(params, x, t, cond):
 
 def flow_end(x, t):
     """Where the probability flow of x_t ends: x s / √(α² s² + σ²)."""
-    a, sigma = (level if jnp.ndim(t) == 0 else expand(level) for level in (COSINE.alpha(t), COSINE.sigma(t)))
+    a, sigma = (
+        level if jnp.ndim(t) == 0 else expand(level) for level in (COSINE.alpha(t), COSINE.sigma(t))
+    )
     return x * S / jnp.sqrt(a**2 * S**2 + sigma**2)
 
 
@@ -55,7 +63,10 @@ TEACHER = Model(exact, COSINE, x0_prediction)
 
 
 def gaussian_batch(size=64):
-    return {"x0": S * jax.random.normal(jax.random.key(1), (size, 8)), "cond": jnp.zeros(size, jnp.int32)}
+    return {
+        "x0": S * jax.random.normal(jax.random.key(1), (size, 8)),
+        "cond": jnp.zeros(size, jnp.int32),
+    }
 
 
 def null(cond):
@@ -66,7 +77,7 @@ def network(apply):
     return Model(apply, COSINE, x0_prediction)
 
 
-# ------------------------------------------------------------------------------------------------ direct
+# ------------------------------------------------------------------------------------------- direct
 
 
 def test_direct_is_zero_for_a_student_that_draws_the_targets():
@@ -76,7 +87,9 @@ def test_direct_is_zero_for_a_student_that_draws_the_targets():
     right = network(lambda p, x, t, c: p * x / expand(0.4 * COSINE.alpha(t) + COSINE.sigma(t)))
     loss = direct(right, grids=GRIDS)
     assert float(loss({"student": jnp.float32(0.4)}, None, batch, KEY)[0]) < 1e-12
-    value, gradient = jax.value_and_grad(lambda p: loss({"student": p}, None, batch, KEY)[0])(jnp.float32(0.5))
+    value, gradient = jax.value_and_grad(lambda p: loss({"student": p}, None, batch, KEY)[0])(
+        jnp.float32(0.5)
+    )
     assert value > 1e-3 and gradient > 0
 
 
@@ -97,10 +110,14 @@ def test_direct_trains_each_state_without_a_gradient_through_the_way_there():
                 x = COSINE.alpha(s) * p * x + COSINE.sigma(s) * eps
         return total / 3
 
-    np.testing.assert_allclose(jax.grad(lambda q: loss({"student": q}, None, batch, KEY)[0])(p), jax.grad(by_hand)(p), rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(lambda q: loss({"student": q}, None, batch, KEY)[0])(p),
+        jax.grad(by_hand)(p),
+        rtol=1e-5,
+    )
 
 
-# ------------------------------------------------------------------------------------- step distillation
+# -------------------------------------------------------------------------------- step distillation
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -117,7 +134,10 @@ def test_step_distillation_is_zero_for_the_student_that_takes_two_steps_in_one(s
         return expand(scale * (x_s - ratio) / (COSINE.alpha(s) - ratio * COSINE.alpha(t))) * x
 
     loss = step_distillation(network(two_in_one), TEACHER, steps=steps, null_cond=null)
-    values = [float(loss({"student": jnp.float32(scale)}, None, gaussian_batch(), KEY)[0]) for scale in (1.0, 0.9, 1.1)]
+    values = [
+        float(loss({"student": jnp.float32(scale)}, None, gaussian_batch(), KEY)[0])
+        for scale in (1.0, 0.9, 1.1)
+    ]
     assert values[0] < 1e-6 < 1e-4 < min(values[1:])
 
 
@@ -129,7 +149,14 @@ def test_step_distillation_guides_its_first_teacher():
         return scale * x
 
     # One step, one substep: x̃ is the teacher's own guided x̂0 = (0.2 + 2 (0.5 - 0.2)) x.
-    loss = step_distillation(network(student), network(conditional), steps=1, substeps=1, null_cond=null, guidance_scale=2.0)
+    loss = step_distillation(
+        network(student),
+        network(conditional),
+        steps=1,
+        substeps=1,
+        null_cond=null,
+        guidance_scale=2.0,
+    )
     assert float(loss({"student": jnp.float32(0.8)}, None, gaussian_batch(), KEY)[0]) < 1e-10
     assert float(loss({"student": jnp.float32(0.5)}, None, gaussian_batch(), KEY)[0]) > 1e-3
 
@@ -140,7 +167,7 @@ def test_step_distillation_refuses_no_steps(options):
         step_distillation(TEACHER, TEACHER, null_cond=null, **options)
 
 
-# ------------------------------------------------------------------------------------------- consistency
+# -------------------------------------------------------------------------------------- consistency
 
 
 def test_consistency_function_is_the_identity_at_0_and_the_network_elsewhere():
@@ -154,19 +181,25 @@ def test_consistency_loss_vanishes_for_the_end_of_the_teachers_flow_as_intervals
     student = network(lambda scale, x, t, cond: scale * flow_end(x, t))
     losses = {}
     for intervals in (10, 40, 160):
-        loss = consistency_distillation(student, TEACHER, null_cond=null, guidance_scale=1.0, intervals=intervals, huber=0.0)
+        loss = consistency_distillation(
+            student, TEACHER, null_cond=null, guidance_scale=1.0, intervals=intervals, huber=0.0
+        )
         params = {"student": jnp.float32(1.0), "target": jnp.float32(1.0)}
         losses[intervals] = float(loss(params, None, gaussian_batch(512), KEY)[0])
     # A DDIM step is off by O(1/n²).
     assert losses[10] / losses[40] > 8 and losses[40] / losses[160] > 8
     wrong = network(lambda scale, x, t, cond: scale * exact(None, x, t, cond))
-    loss = consistency_distillation(wrong, TEACHER, null_cond=null, guidance_scale=1.0, intervals=160, huber=0.0)
+    loss = consistency_distillation(
+        wrong, TEACHER, null_cond=null, guidance_scale=1.0, intervals=160, huber=0.0
+    )
     assert float(loss(params, None, gaussian_batch(512), KEY)[0]) > 20 * losses[160]
 
 
 def test_consistency_target_is_the_moving_average_of_the_student():
     student = network(lambda p, x, t, cond: p * x)
-    loss = consistency_distillation(student, TEACHER, null_cond=null, guidance_scale=1.0, target_decay=0.9)
+    loss = consistency_distillation(
+        student, TEACHER, null_cond=null, guidance_scale=1.0, target_decay=0.9
+    )
     groups = {"student": optax.sgd(0.1), "target": optax.sgd(1 - 0.9)}
     tx = optax.multi_transform(groups, {"student": "student", "target": "target"})
     state = init_state({"student": jnp.float32(0.2), "target": jnp.float32(0.8)}, tx, KEY)
@@ -174,7 +207,9 @@ def test_consistency_target_is_the_moving_average_of_the_student():
     for _ in range(3):
         before = state.params
         state, metrics = step(state, gaussian_batch(), None)
-        np.testing.assert_allclose(state.params["target"], 0.9 * before["target"] + 0.1 * before["student"], rtol=1e-6)
+        np.testing.assert_allclose(
+            state.params["target"], 0.9 * before["target"] + 0.1 * before["student"], rtol=1e-6
+        )
         np.testing.assert_allclose(metrics["loss"], metrics["consistency"], rtol=1e-6)
 
 
@@ -184,7 +219,7 @@ def test_consistency_refuses_settings_out_of_range(options):
         consistency_distillation(TEACHER, TEACHER, null_cond=null, guidance_scale=1.0, **options)
 
 
-# --------------------------------------------------------------------------------- distribution matching
+# ---------------------------------------------------------------------------- distribution matching
 
 
 def moved(m):
@@ -200,12 +235,20 @@ def moved(m):
 
 def dmd2_gradient(student_mean, fake_mean, **options):
     def apply(params, x, t, cond):
-        # One network serves as generator (a mean and a spread) and, told by its parameters, as the fake score.
+        # One network serves as generator (a mean and a spread) and, told by its parameters, as the
+        # fake score.
         generated = params["mean"] + S * x
         return jnp.where(params["score"] > 0, moved(0.0)(params["mean"], x, t, cond), generated)
 
     student = network(apply)
-    loss = dmd2(student, network(moved(0.0)), grid=trailing_grid(1, 1.0), null_cond=null, guidance_scale=1.0, **options)
+    loss = dmd2(
+        student,
+        network(moved(0.0)),
+        grid=trailing_grid(1, 1.0),
+        null_cond=null,
+        guidance_scale=1.0,
+        **options,
+    )
     params = {
         "student": {"mean": jnp.float32(student_mean), "score": jnp.float32(0)},
         "fake": {"mean": jnp.float32(fake_mean), "score": jnp.float32(1)},
@@ -224,7 +267,9 @@ def test_dmd2_leaves_a_student_alone_whose_fake_score_is_the_teachers():
 
 def test_dmd2s_fake_score_follows_the_student_and_nothing_else():
     for student, fake in ((0.5, 0.0), (-0.5, 0.0)):
-        assert np.sign(float(dmd2_gradient(student, fake)["fake"]["mean"])) == np.sign(fake - student)
+        assert np.sign(float(dmd2_gradient(student, fake)["fake"]["mean"])) == np.sign(
+            fake - student
+        )
     assert abs(float(dmd2_gradient(0.5, 0.5)["fake"]["mean"])) < 0.05
 
 
@@ -242,7 +287,9 @@ def test_dmd2s_backward_simulation_visits_the_students_own_states():
         return 0.0 * x + (params["level"] if isinstance(params, dict) else 0.0)
 
     grid = np.float32([1.0, 0.5])
-    loss = distribution_matching.dmd2(network(apply), network(apply), grid=grid, null_cond=null, guidance_scale=1.0)
+    loss = distribution_matching.dmd2(
+        network(apply), network(apply), grid=grid, null_cond=null, guidance_scale=1.0
+    )
     params = {"student": {"level": jnp.float32(5.0)}, "fake": {"level": jnp.float32(0.0)}}
     loss(params, None, gaussian_batch(4000), KEY)
     # The second call of the student is on states at random times: x_T, or 5 α + σ ε.
@@ -255,10 +302,18 @@ def test_dmd2s_backward_simulation_visits_the_students_own_states():
 
 def test_dmd2_refuses_a_bad_range():
     with pytest.raises(ValueError, match="0 <= low < high <= 1"):
-        dmd2(TEACHER, TEACHER, grid=trailing_grid(1, 1.0), null_cond=null, guidance_scale=1.0, low=0.9, high=0.1)
+        dmd2(
+            TEACHER,
+            TEACHER,
+            grid=trailing_grid(1, 1.0),
+            null_cond=null,
+            guidance_scale=1.0,
+            low=0.9,
+            high=0.1,
+        )
 
 
-# --------------------------------------------------------------------------------------------------- add
+# ---------------------------------------------------------------------------------------------- add
 
 
 def test_add_is_its_two_terms_each_pulling_on_its_own_player():
@@ -271,16 +326,34 @@ def test_add_is_its_two_terms_each_pulling_on_its_own_player():
     grid = trailing_grid(4, 1.0)
 
     def run(distillation_weight):
-        loss = add(network, network, grid=grid, adversary=adversary, null_cond=model.null_cond, distillation_weight=distillation_weight)
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, teacher, batch, KEY)
+        loss = add(
+            network,
+            network,
+            grid=grid,
+            adversary=adversary,
+            null_cond=model.null_cond,
+            distillation_weight=distillation_weight,
+        )
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
+            params, teacher, batch, KEY
+        )
 
-    ((with_term, metrics), (gradient, to_teacher)), ((without, _), (adversarial_only, _)) = run(2.5), run(0.0)
+    ((with_term, metrics), (gradient, to_teacher)), ((without, _), (adversarial_only, _)) = (
+        run(2.5),
+        run(0.0),
+    )
     np.testing.assert_allclose(with_term - without, 2.5 * metrics["distillation"], rtol=1e-4)
     assert metrics["distillation"] > 0
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(to_teacher))
-    for a, b in zip(jax.tree.leaves(gradient["discriminator"]), jax.tree.leaves(adversarial_only["discriminator"]), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(gradient["discriminator"]),
+        jax.tree.leaves(adversarial_only["discriminator"]),
+        strict=True,
+    ):
         np.testing.assert_allclose(a, b, atol=1e-7)
-    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(adversarial_only["student"])) > 0
+    assert (
+        max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(adversarial_only["student"])) > 0
+    )
 
 
 def test_adds_distillation_is_the_alpha_weighted_error_to_the_teachers_guess():
@@ -292,13 +365,22 @@ def test_adds_distillation_is_the_alpha_weighted_error_to_the_teachers_guess():
 
         return AdversarialTerms(jnp.zeros(()), jnp.zeros(()), {})
 
-    loss = add(student, guess, grid=trailing_grid(1, 1.0), adversary=silent, null_cond=null, distillation_weight=1.0)
-    value, _ = loss({"student": jnp.float32(1.25), "discriminator": {}}, None, gaussian_batch(4096), KEY)
+    loss = add(
+        student,
+        guess,
+        grid=trailing_grid(1, 1.0),
+        adversary=silent,
+        null_cond=null,
+        distillation_weight=1.0,
+    )
+    value, _ = loss(
+        {"student": jnp.float32(1.25), "discriminator": {}}, None, gaussian_batch(4096), KEY
+    )
     # E α_t over t uniform in [0.02, 1] for α = cos(π t / 2), times (1.25 - 0.25)².
     np.testing.assert_allclose(value, 2 / np.pi * (1 - np.sin(np.pi * 0.01)) / 0.98, rtol=0.02)
 
 
-# ------------------------------------------------------------------------------------------------ renoise
+# ------------------------------------------------------------------------------------------ renoise
 
 
 def test_renoising_sampler_draws_the_exact_marginals_from_an_exact_consistency_function():
@@ -306,7 +388,9 @@ def test_renoising_sampler_draws_the_exact_marginals_from_an_exact_consistency_f
     denoiser = lambda x, t: Prediction(flow_end(x, t), x)  # noqa: E731
     state, trajectory = rollout(renoise(COSINE, KEY), denoiser, start(x_T), trailing_grid(4, 1.0))
     for t, x in zip(trajectory.t, trajectory.x, strict=True):
-        np.testing.assert_allclose(x.std(), np.sqrt(COSINE.alpha(t) ** 2 * S**2 + COSINE.sigma(t) ** 2), rtol=0.02)
+        np.testing.assert_allclose(
+            x.std(), np.sqrt(COSINE.alpha(t) ** 2 * S**2 + COSINE.sigma(t) ** 2), rtol=0.02
+        )
     np.testing.assert_allclose(state.x.std(), S, rtol=0.02)
     # Fresh each step: what is left of x_T in the result is small.
     assert abs(np.corrcoef(np.asarray(state.x).ravel(), np.asarray(x_T).ravel())[0, 1]) < 0.5
@@ -317,7 +401,14 @@ def test_renoising_sampler_draws_the_exact_marginals_from_an_exact_consistency_f
 def test_renoise_with_a_key_a_row_draws_each_row_alone():
     keys = jax.random.split(KEY, 3)
     x_T = jax.random.normal(jax.random.key(5), (3, 4))
-    run = lambda keys, x: rollout(renoise(COSINE, keys), lambda x, t: Prediction(flow_end(x, t), x), start(x), trailing_grid(3, 1.0))[0].x  # noqa: E731
+    run = lambda keys, x: (
+        rollout(
+            renoise(COSINE, keys),
+            lambda x, t: Prediction(flow_end(x, t), x),
+            start(x),
+            trailing_grid(3, 1.0),
+        )[0].x
+    )
     whole = run(keys, x_T)
     np.testing.assert_allclose(run(keys[1:2], x_T[1:2]), whole[1:2], rtol=1e-6)
     np.testing.assert_allclose(run(keys[1], x_T[1:2]), whole[1:2], rtol=1e-6)
@@ -326,20 +417,30 @@ def test_renoise_with_a_key_a_row_draws_each_row_alone():
 
 def test_renoise_refuses_times_of_each_example():
     with pytest.raises(ValueError, match="one time for the whole batch"):
-        rollout(renoise(COSINE, KEY), lambda x, t: Prediction(x, x), start(jnp.zeros((2, 3))), np.float32([[1.0, 1.0], [0.5, 0.4]]))
+        rollout(
+            renoise(COSINE, KEY),
+            lambda x, t: Prediction(x, x),
+            start(jnp.zeros((2, 3))),
+            np.float32([[1.0, 1.0], [0.5, 0.4]]),
+        )
 
 
-# ------------------------------------------------------------------------------------------------------ tdm
+# ---------------------------------------------------------------------------------------------- tdm
 
 
 def tdm_loss(grids=(2,), **options):
     def apply(params, x, t, cond):
-        # A generator that knows its mean (x0 = m + s x at every time), or by its parameters a score.
-        return jnp.where(params["score"] > 0, moved(0.0)(params["mean"], x, t, cond), params["mean"] + S * x)
+        # A generator that knows its mean (x0 = m + s x at every time), or by its parameters a
+        # score.
+        return jnp.where(
+            params["score"] > 0, moved(0.0)(params["mean"], x, t, cond), params["mean"] + S * x
+        )
 
     student = network(apply)
     grids = [trailing_grid(n, 1.0) for n in grids]
-    return tdm(student, network(moved(0.0)), grids=grids, null_cond=null, guidance_scale=1.0, **options)
+    return tdm(
+        student, network(moved(0.0)), grids=grids, null_cond=null, guidance_scale=1.0, **options
+    )
 
 
 def tdm_params(student_mean, fake_mean):
@@ -351,7 +452,9 @@ def tdm_params(student_mean, fake_mean):
 
 def tdm_gradient(student_mean, fake_mean, grids=(2,), **options):
     loss = tdm_loss(grids, **options)
-    return jax.grad(lambda p: loss(p, None, gaussian_batch(512), KEY)[0])(tdm_params(student_mean, fake_mean))
+    return jax.grad(lambda p: loss(p, None, gaussian_batch(512), KEY)[0])(
+        tdm_params(student_mean, fake_mean)
+    )
 
 
 @pytest.mark.parametrize("grids", [(1,), (2,), (4,), (1, 2, 4, 4)])
@@ -377,7 +480,9 @@ def test_diffusing_on_ends_in_the_marginal_of_diffusing_at_once():
 
 
 def test_tdms_fake_score_is_best_where_it_is_the_score_of_the_trajectorys_own_states():
-    """x_s ~ N(m, v) is Gaussian, so its x_τ has the score -(x_τ - a m) / (a² v + b²): any other slope or mean is worse."""
+    """x_s ~ N(m, v) is Gaussian, so its x_τ has the score -(x_τ - a m) / (a² v + b²): any other
+    slope or mean is worse.
+    """
     grid = trailing_grid(2, 1.0)
     spread = 0.4
 
@@ -387,22 +492,29 @@ def test_tdms_fake_score_is_best_where_it_is_the_score_of_the_trajectorys_own_st
         at_t, sigma_t = COSINE.alpha(t), COSINE.sigma(t)
         a = at_t / at_s
         b2 = sigma_t**2 - (a * sigma_s) ** 2
-        # The student: x0 = spread x, so from x_T at the first state v = (α spread + σ)², the second state follows.
+        # The student: x0 = spread x, so from x_T at the first state v = (α spread + σ)², the second
+        # state follows.
         first = (COSINE.alpha(0.5) * spread + COSINE.sigma(0.5)) ** 2
         v = jnp.where(t > 0.5, first, spread**2 * first)
         score = -x / expand(a**2 * v + b2)
         exact_fake = (x + expand(sigma_t**2) * params["slope"] * score) / expand(at_t)
         return jnp.where(params["score"] > 0, exact_fake + params["mean"], spread * x)
 
-    loss = tdm(network(apply), network(moved(0.0)), grids=[grid], null_cond=null, guidance_scale=1.0)
+    loss = tdm(
+        network(apply), network(moved(0.0)), grids=[grid], null_cond=null, guidance_scale=1.0
+    )
 
     def fake_loss(slope, mean):
         fake = {"slope": jnp.float32(slope), "mean": jnp.float32(mean), "score": jnp.float32(1)}
         student = {"slope": jnp.float32(1), "mean": jnp.float32(0), "score": jnp.float32(0)}
-        return float(loss({"student": student, "fake": fake}, None, gaussian_batch(2**14), KEY)[1]["fake"])
+        return float(
+            loss({"student": student, "fake": fake}, None, gaussian_batch(2**14), KEY)[1]["fake"]
+        )
 
     best = fake_loss(1.0, 0.0)
-    assert best < min(fake_loss(0.9, 0.0), fake_loss(1.1, 0.0), fake_loss(1.0, 0.1), fake_loss(1.0, -0.1))
+    assert best < min(
+        fake_loss(0.9, 0.0), fake_loss(1.1, 0.0), fake_loss(1.0, 0.1), fake_loss(1.0, -0.1)
+    )
 
 
 def test_tdm_never_looks_at_data():
@@ -414,7 +526,9 @@ def test_tdm_never_looks_at_data():
 
 @pytest.mark.parametrize("grids", [(2,), (1, 2), (2, 2, 1, 1)])
 def test_tdms_shortcut_pulls_the_first_state_to_the_end_of_its_trajectory(grids):
-    """x̂0 = p x at T and 0.3 x after: the end of two steps is 0.3 (α p + σ) x_T, and p = 0.3 σ / (1 - 0.3 α) draws it at once."""
+    """x̂0 = p x at T and 0.3 x after: the end of two steps is 0.3 (α p + σ) x_T, and p = 0.3 σ / (1
+    - 0.3 α) draws it at once.
+    """
     a, sigma = float(COSINE.alpha(0.5)), float(COSINE.sigma(0.5))
 
     def apply(params, x, t, cond):
@@ -422,14 +536,25 @@ def test_tdms_shortcut_pulls_the_first_state_to_the_end_of_its_trajectory(grids)
 
     def gradient(p, shortcut):
         kept = [trailing_grid(n, 1.0) for n in grids]
-        loss = tdm(network(apply), TEACHER, grids=kept, null_cond=null, guidance_scale=1.0, shortcut=shortcut)
+        loss = tdm(
+            network(apply),
+            TEACHER,
+            grids=kept,
+            null_cond=null,
+            guidance_scale=1.0,
+            shortcut=shortcut,
+        )
         params = {"student": jnp.float32(p), "fake": jnp.float32(0.1)}
-        return float(jax.grad(lambda q: loss(q, None, gaussian_batch(2**12), KEY)[0])(params)["student"])
+        return float(
+            jax.grad(lambda q: loss(q, None, gaussian_batch(2**12), KEY)[0])(params)["student"]
+        )
 
     there = 0.3 * sigma / (1 - 0.3 * a)
     for p in (0.1, there, 0.6):
         expected = 2 * (p - 0.3 * (a * p + sigma))  # E x_T² = 1, and no gradient through the end
-        np.testing.assert_allclose(gradient(p, 1.5) - gradient(p, 0.0), 1.5 * expected, rtol=0.06, atol=1e-5)
+        np.testing.assert_allclose(
+            gradient(p, 1.5) - gradient(p, 0.0), 1.5 * expected, rtol=0.06, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -448,7 +573,7 @@ def test_tdm_refuses_what_it_cannot_train(options, words):
         tdm_gradient(0.1, 0.1, **options)
 
 
-# ------------------------------------------------------------------------------------------------- endpoint
+# ----------------------------------------------------------------------------------------- endpoint
 
 
 def switch(params, x, t, cond):
@@ -458,7 +583,9 @@ def switch(params, x, t, cond):
 
 @pytest.mark.parametrize("steps", [2, 3])
 def test_endpoint_learns_the_map_from_noise_to_the_frozen_students_end(steps):
-    """On an even grid from x_T = ε, with x̂0 = p x first: each state is a multiple of x_T, and so is the end."""
+    """On an even grid from x_T = ε, with x̂0 = p x first: each state is a multiple of x_T, and so
+    is the end.
+    """
     grid, first = trailing_grid(steps, 1.0), 0.8
     at, x0, eps = 1.0, first, 1.0  # multiples of x_T; noise correction holds ε̂ = x_T at T
     for s in map(float, grid[1:]):
@@ -478,7 +605,14 @@ def test_endpoint_learns_the_map_from_noise_to_the_frozen_students_end(steps):
 def test_endpoint_draws_a_fresh_noise_for_each_key_and_never_looks_at_data():
     loss, batch = endpoint(network(switch), grid=trailing_grid(2, 1.0)), gaussian_batch()
     found = [
-        float(loss({"student": jnp.float32(0.9)}, jnp.float32(0.8), {**batch, "x0": batch["x0"] + shift}, key)[0])
+        float(
+            loss(
+                {"student": jnp.float32(0.9)},
+                jnp.float32(0.8),
+                {**batch, "x0": batch["x0"] + shift},
+                key,
+            )[0]
+        )
         for key, shift in ((KEY, 0.0), (KEY, 7.0), (jax.random.key(4), 0.0))
     ]
     assert found[0] == found[1] != found[2]
@@ -489,11 +623,13 @@ def test_endpoint_refuses_a_single_step():
         endpoint(network(switch), grid=trailing_grid(1, 1.0))
 
 
-# ------------------------------------------------------------------------------------------------ lightning
+# ---------------------------------------------------------------------------------------- lightning
 
 
 def lightning_parts(keep_flow, student=0.3, head=0.0, **options):
-    """A student x0 = p x, its teacher x0 = 0.5 x, features that are the input itself, one linear head."""
+    """A student x0 = p x, its teacher x0 = 0.5 x, features that are the input itself, one linear
+    head.
+    """
     seen = []
 
     def features(params, x, t, cond):
@@ -505,7 +641,15 @@ def lightning_parts(keep_flow, student=0.3, head=0.0, **options):
         return params * jnp.mean(states[0], axis=-1, keepdims=True)
 
     network_p = network(lambda p, x, t, cond: p * x)
-    loss = lightning(network_p, network_p, steps=2, features=features, heads=heads, keep_flow=keep_flow, **options)
+    loss = lightning(
+        network_p,
+        network_p,
+        steps=2,
+        features=features,
+        heads=heads,
+        keep_flow=keep_flow,
+        **options,
+    )
     params = {"student": jnp.float32(student), "discriminator": jnp.float32(head)}
     teachers = {"previous": jnp.float32(0.5), "original": jnp.float32(1.0)}
     return loss, params, teachers, seen
@@ -513,11 +657,18 @@ def lightning_parts(keep_flow, student=0.3, head=0.0, **options):
 
 def test_lightning_starts_at_the_coin_toss_and_gives_each_player_its_own_term():
     loss, params, teachers, _ = lightning_parts(keep_flow=True, student=0.3, head=0.2)
-    gradient = jax.grad(lambda p, q: loss(p, q, gaussian_batch(), KEY)[0], argnums=(0, 1))(params, teachers)
-    assert float(jnp.abs(gradient[0]["student"])) > 0 and float(jnp.abs(gradient[0]["discriminator"])) > 0
+    gradient = jax.grad(lambda p, q: loss(p, q, gaussian_batch(), KEY)[0], argnums=(0, 1))(
+        params, teachers
+    )
+    assert (
+        float(jnp.abs(gradient[0]["student"])) > 0
+        and float(jnp.abs(gradient[0]["discriminator"])) > 0
+    )
     assert all(float(leaf) == 0 for leaf in jax.tree.leaves(gradient[1]))
     loss, params, teachers, _ = lightning_parts(keep_flow=True, head=0.0)
-    np.testing.assert_allclose(loss(params, teachers, gaussian_batch(), KEY)[0], 3 * np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss(params, teachers, gaussian_batch(), KEY)[0], 3 * np.log(2), rtol=1e-5
+    )
 
 
 def test_lightnings_discriminator_sees_the_jump_only_where_the_flow_is_kept():
@@ -525,17 +676,25 @@ def test_lightnings_discriminator_sees_the_jump_only_where_the_flow_is_kept():
         loss, params, teachers, seen = lightning_parts(keep_flow)
         loss(params, teachers, gaussian_batch(), KEY)
         assert len(seen) == calls
-    # Real and fake get the same noise: a student that jumps as its teacher does cannot be told from it.
+    # Real and fake get the same noise: a student that jumps as its teacher does cannot be told from
+    # it.
     loss, params, teachers, seen = lightning_parts(False, student=0.5, substeps=1)
     assert float(loss(params, teachers, gaussian_batch(), KEY)[1]["distance"]) < 1e-12
     np.testing.assert_allclose(seen[0], seen[1], atol=1e-6)
 
 
 def test_lightnings_regression_is_the_squared_distance_of_the_jumps_ends():
-    (plain, params, teachers, _), (with_term, *_) = lightning_parts(True), lightning_parts(True, regression=2.0)
+    (plain, params, teachers, _), (with_term, *_) = (
+        lightning_parts(True),
+        lightning_parts(True, regression=2.0),
+    )
     value, metrics = plain(params, teachers, gaussian_batch(), KEY)
     assert metrics["distance"] > 1e-3
-    np.testing.assert_allclose(with_term(params, teachers, gaussian_batch(), KEY)[0] - value, 2 * metrics["distance"], rtol=1e-4)
+    np.testing.assert_allclose(
+        with_term(params, teachers, gaussian_batch(), KEY)[0] - value,
+        2 * metrics["distance"],
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("options", [{"substeps": 0}, {"spread": 1.5}, {"regression": -1.0}])

@@ -14,10 +14,17 @@ def test_a_fresh_model_is_zero_and_a_trained_one_sees_image_time_and_class(model
     params = model.init(jax.random.key(0), x, t, cond)
     assert not np.any(model.apply(params, x, t, cond))
     leaves, tree = jax.tree.flatten(params)
-    params = tree.unflatten([a + 0.05 * jax.random.normal(jax.random.key(i), a.shape) for i, a in enumerate(leaves)])
+    params = tree.unflatten(
+        [a + 0.05 * jax.random.normal(jax.random.key(i), a.shape) for i, a in enumerate(leaves)]
+    )
     base = model.apply(params, x, t, cond)
     assert base.shape == x.shape
-    for changed in ((2 * x, t, cond), (x, t + 0.2, cond), (x, t, cond + 1), (x, t, model.null_cond(cond))):
+    for changed in (
+        (2 * x, t, cond),
+        (x, t + 0.2, cond),
+        (x, t, cond + 1),
+        (x, t, model.null_cond(cond)),
+    ):
         assert np.abs(model.apply(params, *changed) - base).max() > 1e-4
     states = model.apply(params, x, t, cond, features=True)
     assert len(states) >= 2 and all(s.shape[0] == 2 for s in states)
@@ -25,18 +32,24 @@ def test_a_fresh_model_is_zero_and_a_trained_one_sees_image_time_and_class(model
 
 def test_unet_names_the_sides_it_can_take():
     with pytest.raises(ValueError, match="multiples of 4, got 6x6"):
-        SmallUNet((8, 8), 1, 2).init(jax.random.key(0), jnp.ones((1, 6, 6, 1)), jnp.ones(1), jnp.zeros(1, jnp.int32))
+        SmallUNet((8, 8), 1, 2).init(
+            jax.random.key(0), jnp.ones((1, 6, 6, 1)), jnp.ones(1), jnp.zeros(1, jnp.int32)
+        )
 
 
 @pytest.fixture(scope="module")
 def text_unet():
-    """(model, params that are not fresh, x, t, cond); of the second caption three positions are padding."""
+    """(model, params that are not fresh, x, t, cond); of the second caption three positions are
+    padding.
+    """
     model = TextUNet((16, 16), 1, 2, text_width=16)
     x, t = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.asarray([0.3, 0.6])
     mask = jnp.asarray([[True] * 5, [True, True, False, False, False]])
     cond = {"tokens": jax.random.normal(jax.random.key(3), (2, 5, 12)), "mask": mask}
     leaves, tree = jax.tree.flatten(model.init(jax.random.key(0), x, t, cond))
-    params = tree.unflatten([a + 0.05 * jax.random.normal(jax.random.key(i), a.shape) for i, a in enumerate(leaves)])
+    params = tree.unflatten(
+        [a + 0.05 * jax.random.normal(jax.random.key(i), a.shape) for i, a in enumerate(leaves)]
+    )
     return model, params, x, t, cond
 
 
@@ -66,7 +79,9 @@ def test_places_tell_every_position_from_its_mirror_images():
     for mirrored in (found[::-1], found[:, ::-1]):
         assert float(jnp.abs(mirrored - found).max(axis=-1).min()) > 0.1
     # x and y alike: exchanging the axes exchanges their features.
-    np.testing.assert_allclose(places(6, 4).transpose(1, 0, 2)[..., [1, 0, 4, 5, 2, 3]], found, atol=1e-6)
+    np.testing.assert_allclose(
+        places(6, 4).transpose(1, 0, 2)[..., [1, 0, 4, 5, 2, 3]], found, atol=1e-6
+    )
 
 
 def test_cross_attention_asks_differently_at_different_places(text_unet):

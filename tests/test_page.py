@@ -16,7 +16,12 @@ expect = sync_api.expect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium: install Debian's `chromium`, or set CHROMIUM")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        BROWSER is None, reason="no Chromium: install Debian's `chromium`, or set CHROMIUM"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,9 @@ def page(browser, running):
     page = context.new_page()
     page.errors = []
     page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
-    page.on("dialog", lambda dialog: (page.errors.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    page.on(
+        "dialog", lambda dialog: (page.errors.append(f"dialog {dialog.message}"), dialog.dismiss())
+    )
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.goto(running.url + "/#prompt=a+red+bag&seed=7&lock=1&steps=3&correction=1")
     page.wait_for_selector("#student img[data-request]")
@@ -52,7 +59,8 @@ def page(browser, running):
 
 def shown(page, model: str = "student") -> np.ndarray:
     """The pixels of the model's first picture, read from the page."""
-    # blob: URLs are no `connect-src` of the page: drawn on a canvas instead, once the newest is decoded.
+    # blob: URLs are no `connect-src` of the page: drawn on a canvas instead, once the newest is
+    # decoded.
     script = """async (s) => { const i = document.querySelector(s), c = document.createElement("canvas");
       for (let n = 0; n < 300 && !(await i.decode().then(() => true, () => false)); n++) await new Promise((r) => setTimeout(r, 10));
       c.width = i.naturalWidth; c.height = i.naturalHeight; const x = c.getContext("2d"); x.drawImage(i, 0, 0);
@@ -97,7 +105,9 @@ def test_steps_and_noise_correction_switch(page, running):
 
 def test_the_teacher_comes_after_the_student_on_the_same_seed(page, running):
     wait_for(page, running, prompt="a red bag", seed=7, steps=3, noise_correction=True)
-    assert page.locator("#teacher img[data-request]").count() == 0  # it begins when the typing pauses
+    assert (
+        page.locator("#teacher img[data-request]").count() == 0
+    )  # it begins when the typing pauses
     wait_for(page, running, "teacher", prompt="a red bag", seed=7)
     times = [page.locator(f"#{m} .time").inner_text() for m in ("student", "teacher")]
     assert times[0].startswith("3 steps, ") and times[1].startswith("8 steps, ")
@@ -106,7 +116,10 @@ def test_the_teacher_comes_after_the_student_on_the_same_seed(page, running):
 def test_the_student_does_not_draw_again_for_the_teacher(page, running):
     page.fill("#caption", "a green coat")
     wait_for(page, running, "teacher", prompt="a green coat", seed=7)
-    asked = [int(page.locator(f"#{model} img").get_attribute("data-request")) for model in ("student", "teacher")]
+    asked = [
+        int(page.locator(f"#{model} img").get_attribute("data-request"))
+        for model in ("student", "teacher")
+    ]
     assert asked[0] < asked[1]
     expect(page.locator("#student .time")).to_contain_text("ms from the key")
 
@@ -114,8 +127,16 @@ def test_the_student_does_not_draw_again_for_the_teacher(page, running):
 def test_a_grid_holds_following_seeds(page, running):
     page.check("#counts-4")
     expect(page.locator("#student img[data-request]")).to_have_count(4)
-    page.wait_for_function("new Set([...document.querySelectorAll('#student img')].map((i) => i.dataset.request)).size === 1")
-    assert [alt.get_attribute("alt")[-1] for alt in page.locator("#student img").all()] == ["7", "8", "9", "0"]
+    page.wait_for_function(
+        "new Set([...document.querySelectorAll('#student img')].map((i) => i.dataset.request)).size"
+        " === 1"
+    )
+    assert [alt.get_attribute("alt")[-1] for alt in page.locator("#student img").all()] == [
+        "7",
+        "8",
+        "9",
+        "0",
+    ]
 
 
 def test_the_page_survives_a_restart(page, running):
@@ -148,8 +169,21 @@ def test_keys_alone_are_enough(page, running):
     page.focus("#caption")
     for _ in range(40):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.id || document.activeElement.textContent.slice(0, 5)"))
-    assert {"steps-1", "counts-1", "seed", "again", "lock", "correction", "with-teacher", "download"} <= reached, reached
+        reached.add(
+            page.evaluate(
+                "document.activeElement.id || document.activeElement.textContent.slice(0, 5)"
+            )
+        )
+    assert {
+        "steps-1",
+        "counts-1",
+        "seed",
+        "again",
+        "lock",
+        "correction",
+        "with-teacher",
+        "download",
+    } <= reached, reached
 
 
 def test_nothing_overflows_on_a_phone(page):

@@ -1,4 +1,6 @@
-"""Eight CPU devices against one, in a process of its own: values and compiled cost on every kind of mesh."""
+"""Eight CPU devices against one, in a process of its own: values and compiled cost on every kind of
+mesh.
+"""
 
 import json
 import subprocess
@@ -60,7 +62,14 @@ print(json.dumps(out))
 def eight():
     environment = quick("--xla_force_host_platform_device_count=8")
     root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=root, env=environment, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=environment,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -78,7 +87,9 @@ def test_eight_devices_compute_an_eighth_each_and_the_same_values(eight, mesh):
 @pytest.mark.slow
 def test_micro_batches_on_a_mesh_keep_their_rows(eight):
     """Another draw of the noise, so another loss; but each device still computes an eighth."""
-    assert eight["micro"][0] * 8 * 2 == pytest.approx(eight["one"][0], rel=0.05)  # the loop's body is counted once
+    assert eight["micro"][0] * 8 * 2 == pytest.approx(
+        eight["one"][0], rel=0.05
+    )  # the loop's body is counted once
 
 
 @pytest.mark.slow
@@ -100,13 +111,25 @@ def abstract_mesh(data=2, fsdp=4, tensor=2):
     [
         ("params/down/to_q/kernel", (320, 640), ("fsdp", "tensor")),
         ("opt_state/0/mu/params/mid/to_out.0/kernel", (640, 320), ("tensor", "fsdp")),
-        ("params/blocks/ff/net.2/kernel", (10, 1280, 320), (None, "tensor", "fsdp")),  # a stack of blocks
+        (
+            "params/blocks/ff/net.2/kernel",
+            (10, 1280, 320),
+            (None, "tensor", "fsdp"),
+        ),  # a stack of blocks
         ("params/conv1/kernel", (3, 3, 320, 640), (None, None, "fsdp", "tensor")),
-        ("params/conv_in/kernel", (3, 3, 3, 3200), (None, None, None, "tensor")),  # three channels do not divide by four
+        (
+            "params/conv_in/kernel",
+            (3, 3, 3, 3200),
+            (None, None, None, "tensor"),
+        ),  # three channels do not divide by four
         ("params/norm/scale", (80000,), ()),
         ("null/context", (1, 77, 2048), ()),
         ("params/to_q/kernel", (8, 8), ()),  # small
-        ("params/table/embedding", (80000,), ("tensor",)),  # fewer dimensions than the rule has axes
+        (
+            "params/table/embedding",
+            (80000,),
+            ("tensor",),
+        ),  # fewer dimensions than the rule has axes
     ],
 )
 def test_rules_place_by_the_last_dimensions(name, shape, spec):
@@ -115,23 +138,36 @@ def test_rules_place_by_the_last_dimensions(name, shape, spec):
 
 
 def test_an_axis_that_does_not_divide_takes_a_free_dimension():
-    assert partition.sharding_of("conv_in/kernel", (3, 3, 3, 3200), abstract_mesh(tensor=1)).spec == PartitionSpec(None, None, None, "fsdp")
+    assert partition.sharding_of(
+        "conv_in/kernel", (3, 3, 3, 3200), abstract_mesh(tensor=1)
+    ).spec == PartitionSpec(None, None, None, "fsdp")
 
 
 def test_a_large_parameter_that_no_rule_places_is_an_error():
-    with pytest.raises(ValueError, match=r"no partition rule names params/table \[1000, 1000\] \(4 MiB in float32\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"no partition rule names params/table \[1000, 1000\] \(4 MiB in float32\)",
+    ):
         partition.sharding_of("params/table", (1000, 1000), abstract_mesh())
-    with pytest.raises(ValueError, match=r"params/x/kernel \[333, 333\] .* does not divide over fsdp 4 x tensor 2"):
+    with pytest.raises(
+        ValueError, match=r"params/x/kernel \[333, 333\] .* does not divide over fsdp 4 x tensor 2"
+    ):
         partition.sharding_of("params/x/kernel", (333, 333), abstract_mesh())
     own = partition.layout({"data": -1, "rules": (("table$", ()),)})
     assert own.rules[0] == ("table$", ())
-    assert partition.sharding_of("params/table", (1000, 1000), abstract_mesh(), own.rules).spec == PartitionSpec()
+    assert (
+        partition.sharding_of("params/table", (1000, 1000), abstract_mesh(), own.rules).spec
+        == PartitionSpec()
+    )
 
 
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"data": 3, "fsdp": 1}, r"the mesh \(data 3, fsdp 1, tensor 1\) does not divide the 1 devices"),
+        (
+            {"data": 3, "fsdp": 1},
+            r"the mesh \(data 3, fsdp 1, tensor 1\) does not divide the 1 devices",
+        ),
         ({"data": -1, "fsdp": 2}, r"does not divide the 1 devices; make data x 2 = 1"),
         ({"data": -1, "fsdp": -1}, "-1 at most once"),
         ({"data": 0}, "must have positive sizes"),

@@ -43,11 +43,15 @@ def ours(pipe, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["sd", "sd2", "sdxl"])
 def test_images_are_diffusers(variant, pipes):
-    """20 steps of the folder's own scheduler with guidance: PNDM for 1.x, DDIM with v and zero SNR for 2.x, Euler for XL."""
+    """20 steps of the folder's own scheduler with guidance: PNDM for 1.x, DDIM with v and zero SNR
+    for 2.x, Euler for XL.
+    """
     start = latents()
     for steps, more in ((20, {}), (3, {"negative_prompt": "dog"})):
         negative = {k: [v] * 2 for k, v in more.items()}
-        expected = folders.torch_images(folders.torch_pipe(variant), latents=start, steps=steps, guidance=6.0, **negative)
+        expected = folders.torch_images(
+            folders.torch_pipe(variant), latents=start, steps=steps, guidance=6.0, **negative
+        )
         found = ours(pipes(variant), steps=steps, guidance=6.0, latents=start, **more)
         assert found.shape == expected.shape and expected.std() > 0.05
         assert np.abs(found - expected).max() < 1 / 255
@@ -65,21 +69,32 @@ SCHEDULERS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "name", "settings"), SCHEDULERS)
-def test_twenty_steps_of_other_schedulers_are_diffusers(variant, name, settings, tmp_path, monkeypatch):
+def test_twenty_steps_of_other_schedulers_are_diffusers(
+    variant, name, settings, tmp_path, monkeypatch
+):
     """Whole images with guidance, of folders that differ in nothing but the scheduler."""
     path = folders.rescheduled(variant, tmp_path / "folder", name, **settings)
     pipe = pipeline.load(path)
     height, width = pipe.check()
-    start = np.random.default_rng(0).standard_normal((2, 4, height // pipe.vae.factor, width // pipe.vae.factor), np.float32)
+    start = np.random.default_rng(0).standard_normal(
+        (2, 4, height // pipe.vae.factor, width // pipe.vae.factor), np.float32
+    )
     noise = jnp.asarray(start.transpose(0, 2, 3, 1))
     times = jnp.asarray(pipe.scheduler.run(20).next_times)
-    folders.give_noise(monkeypatch, [sampling.fresh_noise(sampling.keys_of(noise), t, noise).transpose(0, 3, 1, 2) for t in times])
+    folders.give_noise(
+        monkeypatch,
+        [
+            sampling.fresh_noise(sampling.keys_of(noise), t, noise).transpose(0, 3, 1, 2)
+            for t in times
+        ],
+    )
     theirs = folders.load_torch(path)
     assert type(theirs.scheduler).__name__ == name
     expected = folders.torch_images(theirs, latents=start, steps=20, guidance=6.0, size=height)
     found = pipe(folders.PROMPTS, steps=20, guidance=6.0, latents=start)
     assert found.shape == expected.shape and expected.std() > 0.05
-    # Within 1/255 would not tell a timestep that is rounded from one that is cut: these are small networks.
+    # Within 1/255 would not tell a timestep that is rounded from one that is cut: these are small
+    # networks.
     assert np.abs(found - expected).max() < 0.02 / 255
 
 
@@ -120,19 +135,37 @@ def test_a_long_prompt_is_cut_and_said(pipes, capsys):
     np.testing.assert_allclose(found["context"][:1], expected, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def test_command_draws_from_given_latents_as_diffusers_does(tmp_path, capsys):
     np.save(tmp_path / "noise.npy", latents())
     folder = folders.folder("sd")
     common = [f"--model={folder}", "--steps=3", "--guidance=6", "--height=64", "--width=64"]
-    sample.main([*common, "--prompt=photo", f"--latents={tmp_path / 'noise.npy'}", f"--out={tmp_path / 'x.npz'}"])
+    sample.main(
+        [
+            *common,
+            "--prompt=photo",
+            f"--latents={tmp_path / 'noise.npy'}",
+            f"--out={tmp_path / 'x.npz'}",
+        ]
+    )
     found = np.load(tmp_path / "x.npz")
-    expected = folders.torch_images(folders.torch_pipe("sd"), latents=latents(), steps=3, guidance=6.0)[1]
+    expected = folders.torch_images(
+        folders.torch_pipe("sd"), latents=latents(), steps=3, guidance=6.0
+    )[1]
     assert found["images"].shape == (2, 64, 64, 3) and list(found["prompts"]) == ["photo", "photo"]
     assert np.abs(found["images"][1] - expected).max() < 1 / 255
-    sample.main([*common, "--prompt=photo", "--num=2", "--grid=trailing", "--solver=ddim", f"--out={tmp_path / 'x.png'}"])
+    sample.main(
+        [
+            *common,
+            "--prompt=photo",
+            "--num=2",
+            "--grid=trailing",
+            "--solver=ddim",
+            f"--out={tmp_path / 'x.png'}",
+        ]
+    )
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
@@ -158,7 +191,14 @@ def test_bad_flags_get_one_line(flags, words, tmp_path, capsys):
 def test_latents_of_another_shape_are_refused(tmp_path, capsys):
     np.save(tmp_path / "noise.npy", latents(size=72))
     with pytest.raises(SystemExit):
-        sample.main([f"--model={folders.folder('sd')}", "--prompt=a", f"--latents={tmp_path / 'noise.npy'}", f"--out={tmp_path / 'x.png'}"])
+        sample.main(
+            [
+                f"--model={folders.folder('sd')}",
+                "--prompt=a",
+                f"--latents={tmp_path / 'noise.npy'}",
+                f"--out={tmp_path / 'x.png'}",
+            ]
+        )
     assert "latents must be float32 of shape [2, 4, 8, 8]" in capsys.readouterr().err
 
 
@@ -167,7 +207,12 @@ def test_an_eps_teacher_with_zero_terminal_snr_is_refused_before_its_weights_are
     path = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_betas_zero_snr": True}))
     (tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-    found = run_command("jaxdistill.sample", f"--model={tmp_path / 'sd'}", "--prompt=a", f"--out={tmp_path / 'x.png'}")
+    found = run_command(
+        "jaxdistill.sample",
+        f"--model={tmp_path / 'sd'}",
+        "--prompt=a",
+        f"--out={tmp_path / 'x.png'}",
+    )
     assert_one_error_line(found, "zero terminal SNR", "scheduler_config.json")
 
 
@@ -190,8 +235,13 @@ def test_a_prompt_file_that_cannot_be_used_is_named(name, tmp_path):
 
 
 def test_prompts_keep_their_other_keys(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"caption": "a cat", "category": "color"}\n\n{"prompt": "b"}\n')
-    assert pipeline.read_prompts(tmp_path / "p.jsonl") == [{"caption": "a cat", "category": "color", "prompt": "a cat"}, {"prompt": "b"}]
+    (tmp_path / "p.jsonl").write_text(
+        '{"caption": "a cat", "category": "color"}\n\n{"prompt": "b"}\n'
+    )
+    assert pipeline.read_prompts(tmp_path / "p.jsonl") == [
+        {"caption": "a cat", "category": "color", "prompt": "a cat"},
+        {"prompt": "b"},
+    ]
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
     assert [item["prompt"] for item in pipeline.read_prompts(tmp_path / "p.txt")] == ["one", "two"]
 
@@ -200,7 +250,9 @@ def test_old_folders_of_a_small_sample_size_draw_as_diffusers_does():
     found = diffusers_folder.open_folder(folders.folder("sd"))
     for version, side in (("0.8.1", 64), ("0.9.0", 8), ("0.42.1", 8)):
         config = {**found.unet.config, "_diffusers_version": version, "sample_size": 8}
-        size = pipeline.image_size(found._replace(unet=found.unet._replace(config=config)), None, None)
+        size = pipeline.image_size(
+            found._replace(unet=found.unet._replace(config=config)), None, None
+        )
         assert size == (side * found.vae.module.factor,) * 2, version
 
 
@@ -208,21 +260,30 @@ def test_a_tokenizer_of_another_model_is_named():
     found = diffusers_folder.open_folder(folders.folder("sd"))
     (part,) = found.text_encoders
     text = pipeline.TextEncoders(found)
-    text.folder = found._replace(text_encoders=(part._replace(module=part.module.clone(vocab_size=3)),))
+    text.folder = found._replace(
+        text_encoders=(part._replace(module=part.module.clone(vocab_size=3)),)
+    )
     with pytest.raises(ValueError, match=r"tokenizer gives the token \d+, but its encoder knows 3"):
         text(["a cat"])
 
 
 def test_sizes_default_to_the_checkpoints():
-    assert pipeline.image_size(diffusers_folder.open_folder(folders.folder("sd")), None, 80) == (64, 80)
+    assert pipeline.image_size(diffusers_folder.open_folder(folders.folder("sd")), None, 80) == (
+        64,
+        80,
+    )
 
 
 @pytest.mark.slow
 def test_the_servers_painter_draws_what_the_pipeline_draws():
-    load = partial(pipeline.load, folders.folder("sd"), grid="trailing", solver="ddim")  # starts at T, where noise correction acts
+    load = partial(
+        pipeline.load, folders.folder("sd"), grid="trailing", solver="ddim"
+    )  # starts at T, where noise correction acts
     painter, found = PipelinePainter(load(), (2,)), {}
     for correct in (False, True):
-        run = painter.start(np.array([3]), [painter.encode("a cat")], 3, correct)  # filled up to two
+        run = painter.start(
+            np.array([3]), [painter.encode("a cat")], 3, correct
+        )  # filled up to two
         while run.done < run.of:
             run.advance()
         found[correct] = run.images()

@@ -20,14 +20,23 @@ from jaxdistill.prediction import (
     x0_prediction,
     x0_target,
 )
-from jaxdistill.schedule import cosine, cosine_betas, ddpm, flow, rescale_zero_terminal_snr, scaled_linear_betas, shifted
+from jaxdistill.schedule import (
+    cosine,
+    cosine_betas,
+    ddpm,
+    flow,
+    rescale_zero_terminal_snr,
+    scaled_linear_betas,
+    shifted,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusers.json").read_text())
 SD = ddpm(scaled_linear_betas())
 SD_ZERO_SNR = ddpm(rescale_zero_terminal_snr(scaled_linear_betas()))
 DIFFUSERS_NAMES = {"epsilon": eps_prediction, "v_prediction": v_prediction, "sample": x0_prediction}
 
-# parameterization, its target, the schedule it belongs to, and the times where it is well conditioned.
+# parameterization, its target, the schedule it belongs to, and the times where it is well
+# conditioned.
 KINDS = {
     "eps": (eps_prediction, eps_target, cosine(), (0.0, 0.95)),
     "v": (v_prediction, v_target, cosine(), (0.0, 1.0)),
@@ -74,9 +83,13 @@ def test_any_output_gives_a_pair_that_meets_at_x_and_is_its_target(kind, u, seed
     np.testing.assert_allclose(target(x0, eps, alpha, sigma), output, atol=1e-5)
 
 
-@pytest.mark.parametrize("record", GOLDEN["ddim_steps"]["steps"], ids=lambda r: f"{r['prediction_type']}-{r['t']}")
+@pytest.mark.parametrize(
+    "record", GOLDEN["ddim_steps"]["steps"], ids=lambda r: f"{r['prediction_type']}-{r['t']}"
+)
 def test_denoised_sample_agrees_with_diffusers(record):
-    sample, output = (jnp.asarray(GOLDEN["ddim_steps"][key], jnp.float32) for key in ("sample", "output"))
+    sample, output = (
+        jnp.asarray(GOLDEN["ddim_steps"][key], jnp.float32) for key in ("sample", "output")
+    )
     t = record["t"] + 1.0
     x0 = DIFFUSERS_NAMES[record["prediction_type"]](output, sample, SD.alpha(t), SD.sigma(t)).x0
     if record["clip"]:
@@ -85,12 +98,18 @@ def test_denoised_sample_agrees_with_diffusers(record):
 
 
 def test_diffuse_and_velocity_agree_with_diffusers():
-    golden = {key: np.asarray(value, np.float32) for key, value in GOLDEN["forward_process"].items()}
+    golden = {
+        key: np.asarray(value, np.float32) for key, value in GOLDEN["forward_process"].items()
+    }
     x0, noise, t = (jnp.asarray(golden[key]) for key in ("x0", "noise", "timesteps"))
-    np.testing.assert_allclose(diffuse(SD, x0, noise, t + 1.0), golden["noisy"], rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        diffuse(SD, x0, noise, t + 1.0), golden["noisy"], rtol=2e-6, atol=1e-6
+    )
     column = (-1, 1, 1, 1)
     alpha, sigma = SD.alpha(t + 1.0).reshape(column), SD.sigma(t + 1.0).reshape(column)
-    np.testing.assert_allclose(v_target(x0, noise, alpha, sigma), golden["velocity"], rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        v_target(x0, noise, alpha, sigma), golden["velocity"], rtol=2e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4, 4)], ids=str)
@@ -105,14 +124,18 @@ def test_diffuse_gives_each_example_its_own_time(shape):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("times", [[0.6] * 4, [0.1, 0.4, 0.7, 0.9]], ids=["one time", "a time each"])
+@pytest.mark.parametrize(
+    "times", [[0.6] * 4, [0.1, 0.4, 0.7, 0.9]], ids=["one time", "a time each"]
+)
 def test_denoiser_of_a_perfect_network_finds_data_and_noise(kind, times):
     predict, target, schedule, _ = KINDS[kind]
     x0, eps = normal(1, 2, (4, 4, 4, 4))
     t = jnp.asarray(times)
     column = (-1, 1, 1, 1)
     perfect = target(x0, eps, schedule.alpha(t).reshape(column), schedule.sigma(t).reshape(column))
-    denoiser = as_denoiser(lambda params, x, t, cond: perfect, None, None, schedule=schedule, parameterization=predict)
+    denoiser = as_denoiser(
+        lambda params, x, t, cond: perfect, None, None, schedule=schedule, parameterization=predict
+    )
     x = diffuse(schedule, x0, eps, t)
     for time in [t] if len(set(times)) > 1 else [t, t[0]]:
         prediction = denoiser(x, time)
@@ -120,7 +143,9 @@ def test_denoiser_of_a_perfect_network_finds_data_and_noise(kind, times):
         np.testing.assert_allclose(prediction.eps, eps, atol=1e-5)
 
 
-@pytest.mark.parametrize("t", [jnp.float32(250.0), jnp.asarray([250.0, 1.0, 1000.0])], ids=["scalar", "batch"])
+@pytest.mark.parametrize(
+    "t", [jnp.float32(250.0), jnp.asarray([250.0, 1.0, 1000.0])], ids=["scalar", "batch"]
+)
 def test_network_is_called_once_with_its_own_time_for_each_example(t):
     seen = []
 
@@ -135,15 +160,24 @@ def test_network_is_called_once_with_its_own_time_for_each_example(t):
     np.testing.assert_array_equal(got_time, np.broadcast_to(t - 1.0, (3,)))
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 8, 6), (1, 8, 8, 3), (2, 8, 8)], ids=["variance", "batch", "rank"])
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 8, 6), (1, 8, 8, 3), (2, 8, 8)], ids=["variance", "batch", "rank"]
+)
 def test_denoiser_refuses_an_output_of_another_shape(shape):
-    # Without the check, the last two would broadcast against x to a wrong answer or a confusing error.
-    denoiser = as_denoiser(lambda *_: jnp.zeros(shape), None, None, schedule=cosine(), parameterization=v_prediction)
+    # Without the check, the last two would broadcast against x to a wrong answer or a confusing
+    # error.
+    denoiser = as_denoiser(
+        lambda *_: jnp.zeros(shape), None, None, schedule=cosine(), parameterization=v_prediction
+    )
     with pytest.raises(ValueError, match="must keep the shape"):
         denoiser(jnp.zeros((2, 8, 8, 3)), jnp.float32(0.5))
 
 
-@pytest.mark.parametrize("schedule", [cosine(), flow(), shifted(cosine(), 4.0), SD_ZERO_SNR], ids=["cosine", "flow", "shifted", "sd"])
+@pytest.mark.parametrize(
+    "schedule",
+    [cosine(), flow(), shifted(cosine(), 4.0), SD_ZERO_SNR],
+    ids=["cosine", "flow", "shifted", "sd"],
+)
 def test_eps_with_zero_terminal_snr_is_refused(schedule):
     with pytest.raises(ValueError, match="zero terminal SNR"):
         check_pair(schedule, eps_prediction)
@@ -152,7 +186,11 @@ def test_eps_with_zero_terminal_snr_is_refused(schedule):
 
 @pytest.mark.parametrize(
     ("schedule", "fits", "does_not"),
-    [(cosine(), v_prediction, flow_prediction), (SD, v_prediction, flow_prediction), (flow(), flow_prediction, v_prediction)],
+    [
+        (cosine(), v_prediction, flow_prediction),
+        (SD, v_prediction, flow_prediction),
+        (flow(), flow_prediction, v_prediction),
+    ],
     ids=["cosine", "sd", "flow"],
 )
 def test_output_that_the_schedule_cannot_turn_into_x0_is_refused(schedule, fits, does_not):

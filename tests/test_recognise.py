@@ -13,7 +13,13 @@ def test_compare_of_what_was_asked_is_one_everywhere():
 
 @pytest.mark.parametrize(
     ("column", "value", "wrong"),
-    [(0, 1, {"relation"}), (1, 5, {"colour"}), (2, 7, {"garment"}), (3, 0, {"colour"}), (4, 0, {"garment"})],
+    [
+        (0, 1, {"relation"}),
+        (1, 5, {"colour"}),
+        (2, 7, {"garment"}),
+        (3, 0, {"colour"}),
+        (4, 0, {"garment"}),
+    ],
 )
 def test_each_wrong_label_lowers_its_own_share(column, value, wrong):
     found = ASKED.copy()
@@ -37,10 +43,22 @@ def trained():
         sprites[garment] = np.zeros((1, scenes.SPRITE, scenes.SPRITE), np.float32)
         sprites[garment][0, : 5 + i, : 12 - i] = 1.0
     drawn = [scenes.draw_scene(np.random.default_rng(i), unseen=False) for i in range(1500)]
-    images = np.stack([scenes.render(s, sprites, np.random.default_rng((1, i))) for i, s in enumerate(drawn)])
+    images = np.stack(
+        [scenes.render(s, sprites, np.random.default_rng((1, i))) for i, s in enumerate(drawn)]
+    )
     labels = np.stack([s.labels() for s in drawn])
-    options = {"channels": (16, 16, 32), "features": 16, "steps": 130, "batch_size": 32, "learning_rate": 5e-3}
-    return train_recogniser(images[:1200], labels[:1200], unit(images[:1200]), **options), unit(images[1200:]), labels[1200:]
+    options = {
+        "channels": (16, 16, 32),
+        "features": 16,
+        "steps": 130,
+        "batch_size": 32,
+        "learning_rate": 5e-3,
+    }
+    return (
+        train_recogniser(images[:1200], labels[:1200], unit(images[:1200]), **options),
+        unit(images[1200:]),
+        labels[1200:],
+    )
 
 
 def test_recogniser_learns_colours_places_and_axis(trained):
@@ -62,7 +80,9 @@ def test_evaluator_gives_reals_the_ceiling_and_noise_a_low_score(trained):
     evaluator = SceneEvaluator(recogniser, images, labels, labels, repeats=2, spread=1.0)
     ceiling, floor = evaluator.ceiling(), evaluator.floor_fd()
     real = evaluator(images, images, images[:20])
-    assert real.fd < 1e-6 < floor and real.all_right == ceiling["all_right"] == real.unseen_all_right
+    assert (
+        real.fd < 1e-6 < floor and real.all_right == ceiling["all_right"] == real.unseen_all_right
+    )
     assert real.precision == real.recall == 1.0
     noise = np.random.default_rng(0).uniform(size=images.shape).astype(np.float32)
     worse = evaluator(noise, noise, noise[:20])

@@ -1,4 +1,6 @@
-"""Killed with SIGKILL in both phases and once with SIGTERM, a run ends in the bits of one that was never stopped."""
+"""Killed with SIGKILL in both phases and once with SIGTERM, a run ends in the bits of one that was
+never stopped.
+"""
 
 import signal
 import subprocess
@@ -28,7 +30,14 @@ def start(workdir):
         "--config.student.health_every=60",
     ]
     environment = quick(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def stop_at_first_new_checkpoint(process, folder, number):
@@ -44,7 +53,9 @@ def stop_at_first_new_checkpoint(process, folder, number):
 
 def leaves(folder, phase):
     steps = sorted(int(p.name) for p in (folder / "checkpoints" / phase).glob("[0-9]*"))
-    state = ocp.StandardCheckpointer().restore(folder / "checkpoints" / phase / str(steps[-1]) / "state")
+    state = ocp.StandardCheckpointer().restore(
+        folder / "checkpoints" / phase / str(steps[-1]) / "state"
+    )
     return steps[-1], jax.tree.leaves(state)
 
 
@@ -55,8 +66,14 @@ def test_a_stopped_run_ends_in_the_same_bits(tmp_path):
     assert process.returncode == 0, text
     stop_at_first_new_checkpoint(start(broken), broken / "checkpoints/teacher", signal.SIGKILL)
     stop_at_first_new_checkpoint(start(broken), broken / "checkpoints/student", signal.SIGKILL)
-    text, code = stop_at_first_new_checkpoint(start(broken), broken / "checkpoints/student", signal.SIGTERM)
-    assert code == 0 and "stopped by SIGTERM and saved at step" in text and "the same command resumes it" in text
+    text, code = stop_at_first_new_checkpoint(
+        start(broken), broken / "checkpoints/student", signal.SIGTERM
+    )
+    assert (
+        code == 0
+        and "stopped by SIGTERM and saved at step" in text
+        and "the same command resumes it" in text
+    )
     assert "student: resumes at step" in text and not (broken / "student").exists()
     text, _ = (process := start(broken)).communicate(timeout=300)
     assert process.returncode == 0 and "student: resumes at step" in text, text
@@ -64,5 +81,8 @@ def test_a_stopped_run_ends_in_the_same_bits(tmp_path):
         (step_a, a), (step_b, b) = leaves(whole, phase), leaves(broken, phase)
         assert step_a == step_b == 120 and len(a) == len(b) > 20
         for x, y in zip(a, b, strict=True):
-            x, y = (jax.random.key_data(v) if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key) else v for v in (x, y))
+            x, y = (
+                jax.random.key_data(v) if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key) else v
+                for v in (x, y)
+            )
             np.testing.assert_array_equal(x, y)

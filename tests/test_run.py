@@ -1,4 +1,6 @@
-"""The contract of a finished run in detail: results, cards, exports, health; sampling; and that every flag has an effect."""
+"""The contract of a finished run in detail: results, cards, exports, health; sampling; and that
+every flag has an effect.
+"""
 
 import json
 import shutil
@@ -18,7 +20,17 @@ from jaxdistill.run import checkpoint, loop
 from jaxdistill.run.workdir import UserError
 from jaxdistill.tasks.labelled_images import experiment
 
-ROW_KEYS = {"model", "steps", "guidance", "fd", "accuracy", "precision", "recall", "diversity", "images_per_second"}
+ROW_KEYS = {
+    "model",
+    "steps",
+    "guidance",
+    "fd",
+    "accuracy",
+    "precision",
+    "recall",
+    "diversity",
+    "images_per_second",
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +62,16 @@ class NoScores(evaluate.Evaluator):
         return 0.0
 
 
-# ------------------------------------------------------------------------------------ what a run leaves
+# -------------------------------------------------------------------------------- what a run leaves
 
 
 def test_rows_cover_reference_extra_guidances_and_each_step_count(results):
     found = [(row["model"], row["steps"], row["guidance"]) for row in results["rows"]]
-    teacher = [("teacher", 5, 1.25), ("teacher", 5, 1.0), *(("teacher", n, 1.25) for n in (1, 2, 3))]
+    teacher = [
+        ("teacher", 5, 1.25),
+        ("teacher", 5, 1.0),
+        *(("teacher", n, 1.25) for n in (1, 2, 3)),
+    ]
     assert found == teacher + [("student", n, 1.0) for n in (1, 2, 3)]
 
 
@@ -69,41 +85,67 @@ def test_rows_hold_every_promised_number_in_its_range(results):
 
 def test_ratio_is_fd_over_the_references(results):
     first = results["rows"][0]
-    assert results["reference"] == {k: first[k] for k in results["reference"]} and first["ratio"] == 1.0
+    assert (
+        results["reference"] == {k: first[k] for k in results["reference"]}
+        and first["ratio"] == 1.0
+    )
     for row in results["rows"]:
         assert row["ratio"] == pytest.approx(row["fd"] / first["fd"], abs=1e-3)
 
 
 def test_results_and_protocol_say_what_the_numbers_depend_on(results, folder, config):
     assert results["config"] == json.loads(config.to_json()) and results["seed"] == config.seed
-    assert results["versions"]["jax"] == jax.__version__ and {"jaxdistill", "python", "numpy", "machine"} <= set(results["versions"])
+    assert results["versions"]["jax"] == jax.__version__ and {
+        "jaxdistill",
+        "python",
+        "numpy",
+        "machine",
+    } <= set(results["versions"])
     assert all(v >= 0 for v in results["seconds"].values())
     protocol = results["protocol"]
-    assert protocol["samples"] == config.eval.samples and protocol["sampling_seed"] == config.eval.seed
+    assert (
+        protocol["samples"] == config.eval.samples and protocol["sampling_seed"] == config.eval.seed
+    )
     assert protocol["reference_count"] == 360 and protocol["pixel_range"] == [0.0, 1.0]
-    assert protocol["extractor_sha256"] == json.loads((folder / "extractor" / "card.json").read_text())["hash"]
+    assert (
+        protocol["extractor_sha256"]
+        == json.loads((folder / "extractor" / "card.json").read_text())["hash"]
+    )
 
 
 def test_the_other_split_is_scored_on_request(results, folder, tmp_path):
     """One run on both splits: its distances to validation are known from the table on test."""
     shutil.copytree(folder, tmp_path / "run")
     config = tiny_config(**{"eval.split": "validation"})
-    (tmp_path / "run" / "config.json").write_text(config.to_json())  # as if it had been the run's config: nothing is trained again
+    (tmp_path / "run" / "config.json").write_text(
+        config.to_json()
+    )  # as if it had been the run's config: nothing is trained again
     found = main.run(config, tmp_path / "run")
     for row, on_test in zip(found["rows"], results["rows"], strict=True):
         assert row["fd"] == row["fd_validation"] == on_test["fd_validation"] != on_test["fd"]
     protocol = found["protocol"]
-    assert protocol["reference_set"] == "digits validation split" and protocol["reference_count"] == 359
+    assert (
+        protocol["reference_set"] == "digits validation split"
+        and protocol["reference_count"] == 359
+    )
     assert protocol["reference_sha256"] != results["protocol"]["reference_sha256"]
 
 
 def test_results_md_is_the_same_table_with_its_protocol(results, folder):
     text = (folder / "results.md").read_text()
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     head, rows = lines[0], lines[2:]
     for cells, row in zip(rows, results["rows"], strict=True):
         shown = dict(zip(head, cells, strict=True))
-        assert (shown["model"], shown["steps"], float(shown["guidance"])) == (row["model"], str(row["steps"]), row["guidance"])
+        assert (shown["model"], shown["steps"], float(shown["guidance"])) == (
+            row["model"],
+            str(row["steps"]),
+            row["guidance"],
+        )
         for key in ("fd", "accuracy", "precision", "recall", "diversity"):
             title = next(h for h in head if h.lower().startswith(key))
             assert float(shown[title]) == pytest.approx(row[key], abs=6e-4)
@@ -111,7 +153,11 @@ def test_results_md_is_the_same_table_with_its_protocol(results, folder):
 
 
 def test_pictures_show_something(folder):
-    for name in ("results.png", "curves.png", *(p.relative_to(folder) for p in (folder / "samples").iterdir())):
+    for name in (
+        "results.png",
+        "curves.png",
+        *(p.relative_to(folder) for p in (folder / "samples").iterdir()),
+    ):
         with Image.open(folder / name) as picture:
             assert picture.format == "PNG" and min(picture.size) > 50
             assert np.asarray(picture.convert("L")).std() > 5, name
@@ -119,16 +165,27 @@ def test_pictures_show_something(folder):
 
 def test_health_and_losses_are_in_the_curves(folder):
     student = loop.read_curve(folder / "curves" / "student.jsonl")
-    losses, health = [r for r in student if "loss" in r], [r for r in student if "health/diversity_1" in r]
+    losses, health = (
+        [r for r in student if "loss" in r],
+        [r for r in student if "health/diversity_1" in r],
+    )
     assert [r["step"] for r in losses] == [4, 8, 12] and [r["step"] for r in health] == [12]
     assert {"reconstruction", "generator", "discriminator", "grad_norm"} <= set(losses[0])
-    assert {f"health/{k}_{n}" for k in ("diversity", "contrast", "saturation", "distance", "fd") for n in (1, 2, 3)} <= set(health[0])
-    assert [r["step"] for r in loop.read_curve(folder / "curves" / "teacher.jsonl") if "health/fd" in r] == [12, 24, 36, 40]
+    assert {
+        f"health/{k}_{n}"
+        for k in ("diversity", "contrast", "saturation", "distance", "fd")
+        for n in (1, 2, 3)
+    } <= set(health[0])
+    assert [
+        r["step"] for r in loop.read_curve(folder / "curves" / "teacher.jsonl") if "health/fd" in r
+    ] == [12, 24, 36, 40]
 
 
 def test_last_two_checkpoints_and_tensorboard_logs_of_both_phases_are_kept(folder):
     for phase, steps in (("teacher", {36, 40}), ("student", {8, 12})):
-        assert {int(p.name) for p in (folder / "checkpoints" / phase).iterdir() if p.name.isdigit()} == steps
+        assert {
+            int(p.name) for p in (folder / "checkpoints" / phase).iterdir() if p.name.isdigit()
+        } == steps
         events = list((folder / "tensorboard" / phase).glob("events.out.tfevents.*"))
         assert events and all(p.stat().st_size > 500 for p in events)
 
@@ -141,7 +198,13 @@ def test_card_says_how_to_run_the_parameters(folder, config, role):
     assert found["schedule"] == config.schedule.to_dict()
     wanted = {
         "teacher": {"grid": "trailing", "steps": 5, "guidance": 1.25, "noise_correction": False},
-        "student": {"grid": "nested", "times": [1.0, 0.5, 0.2], "steps": 3, "guidance": 1.0, "noise_correction": True},
+        "student": {
+            "grid": "nested",
+            "times": [1.0, 0.5, 0.2],
+            "steps": 3,
+            "guidance": 1.0,
+            "noise_correction": True,
+        },
     }[role]
     assert {k: found["sampler"][k] for k in wanted} == wanted
     assert found["data"]["image_shape"] == [8, 8, 1] and found["data"]["range"] == [-1.0, 1.0]
@@ -151,7 +214,12 @@ def test_exports_are_the_averaged_parameters_of_the_last_checkpoint(folder, conf
     built = experiment.build(config)
     teacher = checkpoint.load_export(folder / "teacher")[0]
     state = jax.eval_shape(
-        lambda: train.init_state(built.student_params(teacher), built.student_tx, jax.random.key(0), ema_of=experiment.student_of)
+        lambda: train.init_state(
+            built.student_params(teacher),
+            built.student_tx,
+            jax.random.key(0),
+            ema_of=experiment.student_of,
+        )
     )
     restored, _ = checkpoint.Checkpoints(folder / "checkpoints" / "student").restore(state)
     exported = checkpoint.load_export(folder / "student")[0]
@@ -163,16 +231,21 @@ def test_exports_are_the_averaged_parameters_of_the_last_checkpoint(folder, conf
         assert_same_bits(exported, teacher)
 
 
-# ------------------------------------------------------------------------------------- starting it again
+# -------------------------------------------------------------------------------- starting it again
 
 
 @pytest.mark.slow
-def test_second_start_of_the_real_command_makes_lost_results_again_and_leaves_everything_else(folder, results, tmp_path):
+def test_second_start_of_the_real_command_makes_lost_results_again_and_leaves_everything_else(
+    folder, results, tmp_path
+):
     copy = Path(shutil.copytree(folder, tmp_path / "run"))
     lost = ("results.json", "results.md", "results.png", "curves.png", "sampler.stablehlo")
     for name in lost:
         (copy / name).unlink()
-    kept = {name: folder_bytes(copy / name) for name in ("student", "teacher", "extractor", "checkpoints", "curves")}
+    kept = {
+        name: folder_bytes(copy / name)
+        for name in ("student", "teacher", "extractor", "checkpoints", "curves")
+    }
     stamps = {p: p.stat().st_mtime_ns for p in (copy / "student").rglob("*")}
     found = run_command("jaxdistill.main", f"--config={TINY}", f"--workdir={copy}")
     assert found.returncode == 0, found.stderr
@@ -185,7 +258,7 @@ def test_second_start_of_the_real_command_makes_lost_results_again_and_leaves_ev
     assert {p: p.stat().st_mtime_ns for p in (copy / "student").rglob("*")} == stamps
 
 
-# ----------------------------------------------------------------------------------- each flag does something
+# ------------------------------------------------------------------------- each flag does something
 
 EPS = {"prediction": "eps", "schedule.name": "linear", "model.time_scale": 1.0}
 FLAGS = {
@@ -214,7 +287,10 @@ FLAGS = {
     "no guidance": {"method.guidance": 1.0},
     "more guidance": {"method.guidance": 3.0},
     "two teacher steps": {"method.teacher_steps": 2},
-    "two teacher steps of second order": {"method.teacher_steps": 2, "method.teacher_solver": "dpm_solver_pp_2m"},
+    "two teacher steps of second order": {
+        "method.teacher_steps": 2,
+        "method.teacher_solver": "dpm_solver_pp_2m",
+    },
     "trailing grid": {"student.grid": "trailing"},
     "other times": {"student.times": (1.0, 0.6, 0.3)},
     "fewer steps": {"student.steps": (1, 2)},
@@ -238,7 +314,11 @@ def test_each_flag_changes_the_program_of_the_students_loss(monkeypatch):
             return built.student_loss(built.student_params(teacher), teacher, batch, key)
 
         closed = jax.make_jaxpr(loss)(batch, jax.random.key(0))
-        constants = b"".join(np.asarray(c).tobytes() for c in closed.consts if not jax.dtypes.issubdtype(c.dtype, jax.dtypes.prng_key))
+        constants = b"".join(
+            np.asarray(c).tobytes()
+            for c in closed.consts
+            if not jax.dtypes.issubdtype(c.dtype, jax.dtypes.prng_key)
+        )
         programs[name] = f"{closed.jaxpr}{constants!r}"
     for name, program in programs.items():
         same = [other for other in programs if other != name and programs[other] == program]
@@ -248,24 +328,39 @@ def test_each_flag_changes_the_program_of_the_students_loss(monkeypatch):
 @pytest.mark.parametrize("decay_to", [1.0, 0.5, 0.02])
 def test_the_rate_ends_at_the_asked_share(decay_to):
     """Of a gradient that never changes, Adam's step is the rate."""
-    block = {"iterations": 60, "learning_rate": 0.1, "warmup": 10, "weight_decay": 0.0, "adam_b2": 0.99, "decay_to": decay_to}
+    block = {
+        "iterations": 60,
+        "learning_rate": 0.1,
+        "warmup": 10,
+        "weight_decay": 0.0,
+        "adam_b2": 0.99,
+        "decay_to": decay_to,
+    }
     tx = experiment.make_optimizer(block)
     state, sizes, update = tx.init(jnp.zeros(())), [], jax.jit(tx.update)
     for _ in range(61):
         step, state = update(jnp.ones(()), state, jnp.zeros(()))
         sizes.append(-float(step))
-    np.testing.assert_allclose([sizes[0], sizes[10], max(sizes), sizes[-1]], [0.0, 0.1, 0.1, 0.1 * decay_to], atol=1e-6)
+    np.testing.assert_allclose(
+        [sizes[0], sizes[10], max(sizes), sizes[-1]], [0.0, 0.1, 0.1, 0.1 * decay_to], atol=1e-6
+    )
 
 
 def test_reals_from_the_teacher_are_its_own_images_in_the_unit_range(folder, tmp_path):
-    config = tiny_config(**{"adversarial.reals": "teacher", "adversarial.pool": 30, "eval.batch_size": 20})
-    split = main.Run(experiment.build(config), tmp_path, loop.StopSignal()).teacher_reals(checkpoint.load_export(folder / "teacher")[0])
+    config = tiny_config(
+        **{"adversarial.reals": "teacher", "adversarial.pool": 30, "eval.batch_size": 20}
+    )
+    split = main.Run(experiment.build(config), tmp_path, loop.StopSignal()).teacher_reals(
+        checkpoint.load_export(folder / "teacher")[0]
+    )
     assert split.images.shape[1:] == (8, 8, 1) and len(split.images) == len(split.labels) >= 30
     assert split.images.min() >= 0 and split.images.max() <= 1 and split.images.std() > 0.1
     assert np.array_equal(split.labels, np.arange(len(split.labels)) % 10)
     assert len(np.unique(split.images.reshape(len(split.images), -1), axis=0)) == len(split.images)
     images, labels = drawn(tmp_path, folder / "teacher", "--num=12", f"--seed={config.seed + 200}")
-    assert np.abs(split.images[:12] - images).max() < 1e-5 and np.array_equal(split.labels[:12], labels)
+    assert np.abs(split.images[:12] - images).max() < 1e-5 and np.array_equal(
+        split.labels[:12], labels
+    )
 
 
 def test_students_discriminator_sees_the_chosen_reals(folder, tmp_path, monkeypatch):
@@ -285,7 +380,9 @@ def test_students_discriminator_sees_the_chosen_reals(folder, tmp_path, monkeypa
         workdir = tmp_path / reals
         workdir.mkdir()
         with pytest.raises(Enough):
-            main.Run(experiment.build(tiny_config(**changes)), workdir, loop.StopSignal()).student(teacher, NoScores())
+            main.Run(experiment.build(tiny_config(**changes)), workdir, loop.StopSignal()).student(
+                teacher, NoScores()
+            )
     train = experiment.build(tiny_config()).dataset.train
     assert np.array_equal(seen[0].images, train.images) and len(seen[1].images) == 20
     assert not np.isin(seen[1].images, train.images).all()
@@ -297,17 +394,28 @@ def test_warning_comes_only_for_step_counts_whose_diversity_falls(folder, tmp_pa
 
     health = main.StudentHealth(job, teacher, NoScores())
     images = job.student_images(teacher, health.noise, health.labels, {})
-    health.teacher = images[3]  # against its own images, the sampler of three steps is as it should be
+    health.teacher = images[
+        3
+    ]  # against its own images, the sampler of three steps is as it should be
     health.previous = {}
     numbers = health(teacher, 7)
     assert numbers["diversity_3"] == pytest.approx(1.0, rel=1e-5) and numbers["diversity_1"] < 0.8
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
-    assert len(warned) == 1 and "student 7" in warned[0] and "1 step (" in warned[0] and "3 steps" not in warned[0]
+    assert (
+        len(warned) == 1
+        and "student 7" in warned[0]
+        and "1 step (" in warned[0]
+        and "3 steps" not in warned[0]
+    )
     assert "0.8" in warned[0] and "config." in warned[0]
     # No collapse while it recovers, until the end shows that it did not.
     health.previous = {1: numbers["diversity_1"] - 0.1, 2: 1.0, 3: 1.0}
     health(teacher, 8)
-    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING") and "1 step (" in line]
+    assert not [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("WARNING") and "1 step (" in line
+    ]
     health.previous = {1: numbers["diversity_1"] - 0.1, 2: 1.0, 3: 1.0}
     health(teacher, job.config.student.iterations)
     assert "1 step (" in capsys.readouterr().out
@@ -318,12 +426,19 @@ def test_warning_comes_only_for_step_counts_whose_diversity_falls(folder, tmp_pa
 
 
 def test_teacher_of_another_run_is_taken_over(folder, tmp_path):
-    job = main.Run(experiment.build(tiny_config(**{"teacher.path": str(folder / "teacher")})), tmp_path, loop.StopSignal())
+    job = main.Run(
+        experiment.build(tiny_config(**{"teacher.path": str(folder / "teacher")})),
+        tmp_path,
+        loop.StopSignal(),
+    )
     assert_same_bits(job.teacher(NoScores()), checkpoint.load_export(folder / "teacher")[0])
-    assert_same_bits(checkpoint.load_export(tmp_path / "teacher")[0], checkpoint.load_export(folder / "teacher")[0])
+    assert_same_bits(
+        checkpoint.load_export(tmp_path / "teacher")[0],
+        checkpoint.load_export(folder / "teacher")[0],
+    )
 
 
-# ------------------------------------------------------------------------------- one step from several
+# ---------------------------------------------------------------------------- one step from several
 
 
 def one_step(folder, **changes):
@@ -335,12 +450,25 @@ def one_step(folder, **changes):
 
 @pytest.mark.slow
 def test_a_student_of_one_step_learns_from_a_finished_one(folder, results, tmp_path):
-    found = main.run(one_step(folder / "student", **{"student.iterations": 60, "log.every": 10}), tmp_path / "run")
+    found = main.run(
+        one_step(folder / "student", **{"student.iterations": 60, "log.every": 10}),
+        tmp_path / "run",
+    )
     before, after = (without_rates(r["rows"]) for r in (results, found))
-    several, once = ({k: v for k, v in row.items() if k not in ("model", "ratio")} for row in after[:2])
-    same = [{k: v for k, v in row.items() if k not in ("model", "ratio")} for row in before if row["model"] == "student"]
+    several, once = (
+        {k: v for k, v in row.items() if k not in ("model", "ratio")} for row in after[:2]
+    )
+    same = [
+        {k: v for k, v in row.items() if k not in ("model", "ratio")}
+        for row in before
+        if row["model"] == "student"
+    ]
     assert several == same[2] and once == same[0]  # as that run scored it at three steps and at one
-    assert [(row["model"], row["steps"]) for row in after] == [("teacher", 3), ("teacher", 1), ("student", 1)]
+    assert [(row["model"], row["steps"]) for row in after] == [
+        ("teacher", 3),
+        ("teacher", 1),
+        ("student", 1),
+    ]
     assert after[2]["fd"] < after[1]["fd"]
     curve = loop.read_curve(tmp_path / "run" / "curves" / "student.jsonl")
     losses = [record["loss"] for record in curve if "loss" in record]
@@ -352,20 +480,42 @@ def test_a_student_of_one_step_learns_from_a_finished_one(folder, results, tmp_p
 @pytest.mark.parametrize(
     ("role", "changes", "message"),
     [
-        ("teacher", {}, "holds a teacher; config.method.name = 'endpoint' needs the student/ folder of a run"),
-        ("student", {"method.noise_correction": False}, "is drawn from with noise_correction = True, the config says False"),
-        ("student", {"student.times": (1.0, 0.6, 0.2)}, "is drawn from with times = [1.0, 0.5, 0.2], the config says [1.0, 0.6, 0.2]"),
-        ("student", {"teacher.grid": "trailing"}, "is drawn from with grid = nested, the config says trailing"),
-        ("student", {"teacher.solver": "dpm_solver_pp_2m"}, "is drawn from with solver = ddim, the config says dpm_solver_pp_2m"),
+        (
+            "teacher",
+            {},
+            "holds a teacher; config.method.name = 'endpoint' needs the student/ folder of a run",
+        ),
+        (
+            "student",
+            {"method.noise_correction": False},
+            "is drawn from with noise_correction = True, the config says False",
+        ),
+        (
+            "student",
+            {"student.times": (1.0, 0.6, 0.2)},
+            "is drawn from with times = [1.0, 0.5, 0.2], the config says [1.0, 0.6, 0.2]",
+        ),
+        (
+            "student",
+            {"teacher.grid": "trailing"},
+            "is drawn from with grid = nested, the config says trailing",
+        ),
+        (
+            "student",
+            {"teacher.solver": "dpm_solver_pp_2m"},
+            "is drawn from with solver = ddim, the config says dpm_solver_pp_2m",
+        ),
     ],
 )
-def test_a_student_that_is_not_drawn_from_as_the_config_says_is_refused(folder, tmp_path, role, changes, message):
+def test_a_student_that_is_not_drawn_from_as_the_config_says_is_refused(
+    folder, tmp_path, role, changes, message
+):
     with pytest.raises(UserError) as refused:
         main.run(one_step(folder / role, **changes), tmp_path / "run")
     assert message in str(refused.value) and not (tmp_path / "run" / "extractor").exists()
 
 
-# -------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
 def drawn(tmp_path, model, *arguments):
@@ -407,21 +557,33 @@ def test_fewer_images_are_the_beginning_of_more_and_batch_size_does_not_matter(d
     assert len(np.unique(many.reshape(9, -1), axis=0)) == 9
     for arguments in (["--num=5"], ["--num=9", "--batch_size=1"], ["--num=9", "--batch_size=4"]):
         few, few_labels = draw(*arguments, "--seed=4")
-        assert np.abs(few - many[: len(few)]).max() < 1e-6 and np.array_equal(few_labels, labels[: len(few)])
+        assert np.abs(few - many[: len(few)]).max() < 1e-6 and np.array_equal(
+            few_labels, labels[: len(few)]
+        )
 
 
 def test_steps_default_to_the_cards_and_change_the_images(draw):
     default = draw("--num=4")[0]
     by_steps = {n: draw("--num=4", f"--steps={n}")[0] for n in (1, 2, 3)}
     assert default.tobytes() == by_steps[3].tobytes()
-    assert np.abs(by_steps[1] - by_steps[2]).max() > 1e-3 and np.abs(by_steps[2] - by_steps[3]).max() > 1e-3
+    assert (
+        np.abs(by_steps[1] - by_steps[2]).max() > 1e-3
+        and np.abs(by_steps[2] - by_steps[3]).max() > 1e-3
+    )
 
 
 def test_guidance_defaults_to_the_cards_and_changes_the_images(draw):
-    plain, one, guided = draw("--num=4")[0], draw("--num=4", "--guidance=1.0")[0], draw("--num=4", "--guidance=1.5")[0]
+    plain, one, guided = (
+        draw("--num=4")[0],
+        draw("--num=4", "--guidance=1.0")[0],
+        draw("--num=4", "--guidance=1.5")[0],
+    )
     assert plain.tobytes() == one.tobytes()
     assert np.abs(plain - guided).max() > 1e-3 and np.isfinite(guided).all()
-    teacher = {scale: draw("--num=4", *flag, role="teacher")[0] for scale, flag in {None: [], 1.25: ["--guidance=1.25"]}.items()}
+    teacher = {
+        scale: draw("--num=4", *flag, role="teacher")[0]
+        for scale, flag in {None: [], 1.25: ["--guidance=1.25"]}.items()
+    }
     assert teacher[None].tobytes() == teacher[1.25].tobytes()
 
 
@@ -444,5 +606,8 @@ def test_png_is_a_grid_of_all_images(folder, tmp_path, num, capsys):
     side = int(np.ceil(np.sqrt(num)))
     with Image.open(out) as picture:
         assert picture.format == "PNG" and np.asarray(picture).std() > 5
-        assert 64 * side <= picture.width < 68 * side and 64 * -(-num // side) <= picture.height < 68 * side
+        assert (
+            64 * side <= picture.width < 68 * side
+            and 64 * -(-num // side) <= picture.height < 68 * side
+        )
     assert f"{num} images" in capsys.readouterr().out

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.prediction import Prediction, as_denoiser, eps_prediction, expand, v_prediction, x0_prediction
+from jaxdistill.prediction import (
+    Prediction,
+    as_denoiser,
+    eps_prediction,
+    expand,
+    v_prediction,
+    x0_prediction,
+)
 from jaxdistill.sampling import (
     ancestral,
     chain,
@@ -31,7 +38,11 @@ from jaxdistill.schedule import cosine, ddpm, flow, rescale_zero_terminal_snr, s
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusers.json").read_text())
 SD = ddpm(scaled_linear_betas())
 SD_ZERO_SNR = ddpm(rescale_zero_terminal_snr(scaled_linear_betas()))
-PARAMETERIZATIONS = {"epsilon": eps_prediction, "v_prediction": v_prediction, "sample": x0_prediction}
+PARAMETERIZATIONS = {
+    "epsilon": eps_prediction,
+    "v_prediction": v_prediction,
+    "sample": x0_prediction,
+}
 SOLVERS = {"ddim": ddim, "dpm_solver_pp_2m": dpm_solver_pp_2m}
 both_solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
@@ -49,7 +60,9 @@ PARAMS = {"w": jnp.float32(0.7), "b": jnp.float32(-0.4)}
 
 
 def network_denoiser(params=PARAMS, schedule=None):
-    return as_denoiser(network, params, None, schedule=schedule or cosine(), parameterization=v_prediction)
+    return as_denoiser(
+        network, params, None, schedule=schedule or cosine(), parameterization=v_prediction
+    )
 
 
 def point_mass_denoiser(schedule, point):
@@ -78,12 +91,14 @@ def gaussian_denoiser(schedule):
 
 def gaussian_flow(schedule, x, t, t_end):
     """The exact probability-flow ODE from t to t_end for that data: it keeps each point's quantile."""
-    alpha, sigma, alpha_end, sigma_end = (np.float64(f(s)) for s in (t, t_end) for f in (schedule.alpha, schedule.sigma))
+    alpha, sigma, alpha_end, sigma_end = (
+        np.float64(f(s)) for s in (t, t_end) for f in (schedule.alpha, schedule.sigma)
+    )
     spread = np.sqrt((alpha_end**2 * STD**2 + sigma_end**2) / (alpha**2 * STD**2 + sigma**2))
     return alpha_end * MEAN + spread * (np.asarray(x, np.float64) - alpha * MEAN)
 
 
-# ------------------------------------------------------------------------------- parity with diffusers
+# ---------------------------------------------------------------------------- parity with diffusers
 
 
 @pytest.mark.parametrize("kind", GOLDEN["timesteps"])
@@ -99,20 +114,36 @@ def test_discrete_grids_agree_with_diffusers(kind):
         np.testing.assert_array_equal(grids[kind](int(steps)) - 1.0, timesteps)
 
 
-@pytest.mark.parametrize("record", GOLDEN["ddim_steps"]["steps"], ids=lambda r: f"{r['prediction_type']}-{r['t']}-{r['t_prev']}")
+@pytest.mark.parametrize(
+    "record",
+    GOLDEN["ddim_steps"]["steps"],
+    ids=lambda r: f"{r['prediction_type']}-{r['t']}-{r['t_prev']}",
+)
 def test_single_ddim_step_agrees_with_diffusers(record):
-    sample, output = (jnp.asarray(GOLDEN["ddim_steps"][key], jnp.float32) for key in ("sample", "output"))
-    denoiser = as_denoiser(lambda *_: output, None, None, schedule=SD, parameterization=PARAMETERIZATIONS[record["prediction_type"]])
+    sample, output = (
+        jnp.asarray(GOLDEN["ddim_steps"][key], jnp.float32) for key in ("sample", "output")
+    )
+    denoiser = as_denoiser(
+        lambda *_: output,
+        None,
+        None,
+        schedule=SD,
+        parameterization=PARAMETERIZATIONS[record["prediction_type"]],
+    )
     if record["clip"]:
         denoiser = clip(SD)(denoiser)
     t, t_next = record["t"] + 1.0, record["t_prev"] + 1.0
     if t_next <= 0:
         t_next = 0.0 if record["set_alpha_to_one"] else 1.0
-    state = ddim(SD)(denoiser(sample, jnp.float32(t)), start(sample), jnp.float32(t), jnp.float32(t_next))
+    state = ddim(SD)(
+        denoiser(sample, jnp.float32(t)), start(sample), jnp.float32(t), jnp.float32(t_next)
+    )
     np.testing.assert_allclose(state.x, np.asarray(record["prev_sample"]), rtol=3e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("run", GOLDEN["trajectories"], ids=lambda r: f"{r['name']} {r['prediction_type']}")
+@pytest.mark.parametrize(
+    "run", GOLDEN["trajectories"], ids=lambda r: f"{r['name']} {r['prediction_type']}"
+)
 def test_whole_trajectory_agrees_with_diffusers(run):
     c0, c1 = GOLDEN["model"]["c0"], GOLDEN["model"]["c1"]
     schedule = SD_ZERO_SNR if run["zero_snr"] else SD
@@ -126,13 +157,17 @@ def test_whole_trajectory_agrees_with_diffusers(run):
     expected = np.asarray(run["states"], np.float32)
     grid = np.asarray(run["timesteps"], np.float32) + 1.0
     final, trajectory = rollout(
-        SOLVERS[run["solver"]](schedule), denoiser, start(jnp.asarray(expected[0])), grid, t_end=float(run["our_t_end"])
+        SOLVERS[run["solver"]](schedule),
+        denoiser,
+        start(jnp.asarray(expected[0])),
+        grid,
+        t_end=float(run["our_t_end"]),
     )
     got = np.concatenate([trajectory.x, final.x[None]])
     np.testing.assert_allclose(got, expected, rtol=0, atol=4e-6 * np.abs(expected).max())
 
 
-# ---------------------------------------------------------------------------------------------- grids
+# -------------------------------------------------------------------------------------------- grids
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 50])
@@ -181,14 +216,24 @@ def test_times_of_each_example_are_each_examples_own_run(solver):
     schedule, x = cosine(), normal(3, (2, 4))
     grid = np.float32([[1.0, 0.8], [0.6, 0.5], [0.3, 0.1], [0.05, 0.04]])
     together = rollout(solver(schedule), network_denoiser(), start(x, own_times=True), grid)[0].x
-    alone = [rollout(solver(schedule), network_denoiser(), start(x[i : i + 1]), grid[:, i])[0].x[0] for i in (0, 1)]
+    alone = [
+        rollout(solver(schedule), network_denoiser(), start(x[i : i + 1]), grid[:, i])[0].x[0]
+        for i in (0, 1)
+    ]
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_dpm_solver_refuses_a_start_that_has_not_the_times_shape():
     grid = np.float32([[1.0, 1.0], [0.5, 0.4]])
-    with pytest.raises(ValueError, match=r"times of shape \(2,\); start with start\(x, own_times=True\)"):
-        rollout(dpm_solver_pp_2m(cosine()), lambda x, t: Prediction(x, x), start(jnp.zeros((2, 3))), grid)
+    with pytest.raises(
+        ValueError, match=r"times of shape \(2,\); start with start\(x, own_times=True\)"
+    ):
+        rollout(
+            dpm_solver_pp_2m(cosine()),
+            lambda x, t: Prediction(x, x),
+            start(jnp.zeros((2, 3))),
+            grid,
+        )
 
 
 @pytest.mark.parametrize("make", [trailing_grid, leading_grid, linspace_grid])
@@ -230,24 +275,29 @@ def test_check_grid_returns_a_good_grid_as_float32():
     assert check_grid(np.asarray([1000.0]), 1000.0).tolist() == [1000.0]
 
 
-# ------------------------------------------------------------------------------------------- solvers
+# ------------------------------------------------------------------------------------------ solvers
 
 
 @pytest.mark.parametrize(
-    ("solver", "low", "high"), [(ddim, 0.9, 1.1), (dpm_solver_pp_2m, 1.9, 2.2)], ids=["ddim is 1", "dpm_solver_pp_2m is 2"]
+    ("solver", "low", "high"),
+    [(ddim, 0.9, 1.1), (dpm_solver_pp_2m, 1.9, 2.2)],
+    ids=["ddim is 1", "dpm_solver_pp_2m is 2"],
 )
 @pytest.mark.parametrize("schedule", [cosine(), flow()], ids=["cosine", "flow"])
 def test_convergence_order_on_a_gaussian(solver, schedule, low, high):
     """Both ends are kept away from infinite log-SNR, where a step of fixed size in t is not small.
 
-    On some intervals, 0.8 to 0.2 for one, the leading error terms nearly cancel and no order can be read; on this one they do not.
+    On some intervals, 0.8 to 0.2 for one, the leading error terms nearly cancel and no order can be
+    read; on this one they do not.
     """
     x, t, t_end, counts = normal(0), 0.95, 0.3, np.array([8, 16, 32, 64])
     exact = gaussian_flow(schedule, x, t, t_end)
     errors = []
     for steps in counts:
         grid = np.linspace(t, t_end, steps + 1)[:-1]
-        final, _ = rollout(solver(schedule), gaussian_denoiser(schedule), start(x), grid, t_end=t_end)
+        final, _ = rollout(
+            solver(schedule), gaussian_denoiser(schedule), start(x), grid, t_end=t_end
+        )
         errors.append(np.sqrt(np.mean((np.asarray(final.x, np.float64) - exact) ** 2)))
     orders = -np.diff(np.log(errors)) / np.diff(np.log(counts))
     assert ((low < orders) & (orders < high)).all(), (orders, errors)
@@ -270,11 +320,15 @@ def test_uni_pc_is_of_third_order(linear):
 
 
 def test_ancestral_steps_are_draws_of_the_posterior():
-    """Data of one point: the ε of a state is standard normal, and correlates with that of the state before by σ_s α_t / (α_s σ_t)."""
+    """Data of one point: the ε of a state is standard normal, and correlates with that of the state
+    before by σ_s α_t / (α_s σ_t).
+    """
     schedule, key = cosine(), jax.random.key(0)
     x = jax.random.normal(key, (20000, 1))
     point, grid = jnp.full((1,), 0.6), [1.0, 0.7, 0.4, 0.1]
-    final, trajectory = rollout(ancestral(schedule, key), point_mass_denoiser(schedule, point), start(x), np.float32(grid))
+    final, trajectory = rollout(
+        ancestral(schedule, key), point_mass_denoiser(schedule, point), start(x), np.float32(grid)
+    )
     eps = np.asarray(trajectory.eps[..., 0], np.float64)
     ratio = [float(schedule.sigma(t) / schedule.alpha(t)) for t in grid]
     for i in range(4):
@@ -285,7 +339,9 @@ def test_ancestral_steps_are_draws_of_the_posterior():
 
 
 @both_solvers
-@pytest.mark.parametrize("schedule", [cosine(), SD, SD_ZERO_SNR], ids=["cosine", "sd", "sd_zero_snr"])
+@pytest.mark.parametrize(
+    "schedule", [cosine(), SD, SD_ZERO_SNR], ids=["cosine", "sd", "sd_zero_snr"]
+)
 @pytest.mark.parametrize("steps", [1, 5])
 def test_point_mass_is_sampled_exactly_in_any_number_of_steps(solver, schedule, steps):
     """x̂0 and ε̂ are constant along the path then, so no solver of this kind errs."""
@@ -295,24 +351,36 @@ def test_point_mass_is_sampled_exactly_in_any_number_of_steps(solver, schedule, 
     final, trajectory = rollout(solver(schedule), denoiser, start(x), grid)
     np.testing.assert_allclose(final.x, jnp.broadcast_to(point, x.shape), atol=1e-5)
     for t, visited in zip(grid, trajectory.x, strict=True):
-        np.testing.assert_allclose(visited, schedule.alpha(float(t)) * point + schedule.sigma(float(t)) * eps, atol=1e-5)
+        np.testing.assert_allclose(
+            visited, schedule.alpha(float(t)) * point + schedule.sigma(float(t)) * eps, atol=1e-5
+        )
 
 
-@pytest.mark.parametrize(("schedule", "steps"), [(SD, 1), (SD, 2), (SD_ZERO_SNR, 2), (SD_ZERO_SNR, 3)])
+@pytest.mark.parametrize(
+    ("schedule", "steps"), [(SD, 1), (SD, 2), (SD_ZERO_SNR, 2), (SD_ZERO_SNR, 3)]
+)
 def test_dpm_solver_is_ddim_where_the_log_snr_step_is_infinite(schedule, steps):
-    """From zero SNR the first two steps have no finite h or h_prev, and the step to 0 has none: three steps are all DDIM's."""
+    """From zero SNR the first two steps have no finite h or h_prev, and the step to 0 has none:
+    three steps are all DDIM's.
+    """
     x, grid = normal(3), trailing_grid(steps, schedule.T)
-    finals = [rollout(solver(schedule), gaussian_denoiser(schedule), start(x), grid)[0].x for solver in (ddim, dpm_solver_pp_2m)]
+    finals = [
+        rollout(solver(schedule), gaussian_denoiser(schedule), start(x), grid)[0].x
+        for solver in (ddim, dpm_solver_pp_2m)
+    ]
     np.testing.assert_allclose(finals[1], finals[0], atol=1e-6)
 
 
 def test_dpm_solver_uses_its_memory_where_the_log_snr_step_is_finite():
     x, grid = normal(3), trailing_grid(3, SD.T)
-    finals = [rollout(solver(SD), gaussian_denoiser(SD), start(x), grid)[0].x for solver in (ddim, dpm_solver_pp_2m)]
+    finals = [
+        rollout(solver(SD), gaussian_denoiser(SD), start(x), grid)[0].x
+        for solver in (ddim, dpm_solver_pp_2m)
+    ]
     assert np.abs(finals[1] - finals[0]).max() > 1e-2
 
 
-# ---------------------------------------------------------------------------------------- transforms
+# --------------------------------------------------------------------------------------- transforms
 
 
 def conditional_network(params, x, t, cond):
@@ -320,11 +388,15 @@ def conditional_network(params, x, t, cond):
 
 
 def conditional_denoiser(cond):
-    return as_denoiser(conditional_network, None, cond, schedule=cosine(), parameterization=v_prediction)
+    return as_denoiser(
+        conditional_network, None, cond, schedule=cosine(), parameterization=v_prediction
+    )
 
 
 COND, NULL = jnp.asarray([0.5, -1.0, 2.0]), jnp.zeros(3)
-scalar_and_batch_times = pytest.mark.parametrize("t", [jnp.float32(0.4), jnp.asarray([0.9, 0.4, 0.1])], ids=["scalar t", "batch t"])
+scalar_and_batch_times = pytest.mark.parametrize(
+    "t", [jnp.float32(0.4), jnp.asarray([0.9, 0.4, 0.1])], ids=["scalar t", "batch t"]
+)
 
 
 @scalar_and_batch_times
@@ -342,7 +414,10 @@ def test_guidance_extrapolates_from_the_unconditional_prediction(t, scale):
 @scalar_and_batch_times
 def test_guidance_of_scale_one_is_the_conditional_denoiser(t):
     x = normal(4)
-    guided, plain = guidance(1.0)(conditional_denoiser(with_null_rows(COND, NULL)))(x, t), conditional_denoiser(COND)(x, t)
+    guided, plain = (
+        guidance(1.0)(conditional_denoiser(with_null_rows(COND, NULL)))(x, t),
+        conditional_denoiser(COND)(x, t),
+    )
     np.testing.assert_allclose(guided.x0, plain.x0, atol=1e-6)
     np.testing.assert_allclose(guided.eps, plain.eps, atol=1e-6)
 
@@ -391,7 +466,7 @@ def test_chain_puts_the_first_transform_nearest_the_network():
     assert chain()(network) is network
 
 
-# ----------------------------------------------------------------------------------- noise correction
+# --------------------------------------------------------------------------------- noise correction
 
 
 @pytest.mark.parametrize("schedule", [cosine(), SD_ZERO_SNR], ids=["cosine", "sd_zero_snr"])
@@ -411,7 +486,10 @@ def test_noise_correction_is_the_identity_where_the_drawn_noise_is_already_predi
     point, eps = normal(8, (2, 2, 1)), normal(9)
     x = SD.alpha(SD.T) * point + SD.sigma(SD.T) * eps
     plain = point_mass_denoiser(SD, point)
-    runs = [rollout(solver(SD), d, start(x), trailing_grid(3, SD.T)) for d in (plain, noise_correction(eps, SD.T)(plain))]
+    runs = [
+        rollout(solver(SD), d, start(x), trailing_grid(3, SD.T))
+        for d in (plain, noise_correction(eps, SD.T)(plain))
+    ]
     for before, after in zip(*map(jax.tree.leaves, runs), strict=True):
         np.testing.assert_allclose(np.float32(after), np.float32(before), atol=1e-5)
 
@@ -429,22 +507,30 @@ def test_noise_correction_removes_a_bias_planted_at_T(solver):
         return rollout(solver(schedule), denoiser, start(noise), trailing_grid(3, schedule.T))[0].x
 
     assert np.abs(sample(biased) - sample(unbiased)).max() > 0.05
-    np.testing.assert_allclose(sample(noise_correction(noise, schedule.T)(biased)), sample(unbiased), atol=1e-6)
+    np.testing.assert_allclose(
+        sample(noise_correction(noise, schedule.T)(biased)), sample(unbiased), atol=1e-6
+    )
 
 
 def test_noise_correction_touches_only_eps_and_only_at_T():
-    x, noise, t = normal(11, (4, 4, 4, 4)), normal(12, (4, 4, 4, 4)), jnp.asarray([1000.0, 999.0, 1000.0, 1.0])
+    x, noise, t = (
+        normal(11, (4, 4, 4, 4)),
+        normal(12, (4, 4, 4, 4)),
+        jnp.asarray([1000.0, 999.0, 1000.0, 1.0]),
+    )
     plain = network_denoiser(schedule=SD)
     before, after = plain(x, t), noise_correction(noise, SD.T)(plain)(x, t)
     np.testing.assert_array_equal(after.x0, before.x0)
-    np.testing.assert_array_equal(after.eps, jnp.stack([noise[0], before.eps[1], noise[2], before.eps[3]]))
+    np.testing.assert_array_equal(
+        after.eps, jnp.stack([noise[0], before.eps[1], noise[2], before.eps[3]])
+    )
     for time, expected in ((1000.0, noise), (999.0, plain(x, jnp.float32(999.0)).eps)):
         corrected = noise_correction(noise, SD.T)(plain)(x, jnp.float32(time))
         np.testing.assert_array_equal(corrected.eps, expected)
         np.testing.assert_array_equal(corrected.x0, plain(x, jnp.float32(time)).x0)
 
 
-# -------------------------------------------------------------------------------------------- rollout
+# ------------------------------------------------------------------------------------------ rollout
 
 GRID = np.asarray([1.0, 0.75, 0.4, 0.15], np.float32)
 
@@ -460,7 +546,9 @@ def hand_written_ddim(denoiser, x, grid, t_end):
 
 @pytest.mark.parametrize("t_end", [0.0, 0.05])
 def test_rollout_of_ddim_is_its_formula_in_a_python_loop(t_end):
-    final, trajectory = rollout(ddim(cosine()), network_denoiser(), start(normal(13)), GRID, t_end=t_end)
+    final, trajectory = rollout(
+        ddim(cosine()), network_denoiser(), start(normal(13)), GRID, t_end=t_end
+    )
     expected, visited = hand_written_ddim(network_denoiser(), normal(13), GRID.tolist(), t_end)
     np.testing.assert_allclose(final.x, expected, atol=1e-6)
     np.testing.assert_array_equal(trajectory.t, GRID)
@@ -475,7 +563,9 @@ def test_rollout_of_ddim_is_its_formula_in_a_python_loop(t_end):
 def test_rollout_is_a_python_loop_over_its_step(solver, stop_gradient):
     schedule, denoiser = SD, network_denoiser(schedule=SD)
     step, grid, state = solver(schedule), trailing_grid(5, SD.T), start(normal(14))
-    final, trajectory = jax.jit(lambda s: rollout(step, denoiser, s, grid, t_end=2.0, stop_gradient=stop_gradient))(state)
+    final, trajectory = jax.jit(
+        lambda s: rollout(step, denoiser, s, grid, t_end=2.0, stop_gradient=stop_gradient)
+    )(state)
     for i, (t, t_next) in enumerate(zip(grid, [*grid[1:], 2.0], strict=True)):
         np.testing.assert_allclose(trajectory.x[i], state.x, rtol=1e-5, atol=1e-5)
         state = step(denoiser(state.x, jnp.float32(t)), state, jnp.float32(t), jnp.float32(t_next))
@@ -499,10 +589,14 @@ def test_unrolled_rollout_has_no_loop_and_the_same_result(steps):
     grid = trailing_grid(steps, 1.0)
 
     def loss(params, unroll):
-        final, trajectory = rollout(ddim(cosine()), network_denoiser(params), start(normal(15)), grid, unroll=unroll)
+        final, trajectory = rollout(
+            ddim(cosine()), network_denoiser(params), start(normal(15)), grid, unroll=unroll
+        )
         return jnp.sum(final.x**2) + jnp.sum(trajectory.x0**3), trajectory
 
-    gradients = [jax.jit(partial(jax.grad(loss, has_aux=True), unroll=unroll)) for unroll in (False, True)]
+    gradients = [
+        jax.jit(partial(jax.grad(loss, has_aux=True), unroll=unroll)) for unroll in (False, True)
+    ]
     loops = ["while" in gradient.lower(PARAMS).as_text() for gradient in gradients]
     assert loops == [True, False]
     looped, unrolled = (gradient(PARAMS) for gradient in gradients)
@@ -511,7 +605,13 @@ def test_unrolled_rollout_has_no_loop_and_the_same_result(steps):
 
 def test_stopped_final_state_has_exactly_no_gradient():
     def loss(params, stop_gradient):
-        final, _ = rollout(ddim(cosine()), network_denoiser(params), start(normal(16)), GRID, stop_gradient=stop_gradient)
+        final, _ = rollout(
+            ddim(cosine()),
+            network_denoiser(params),
+            start(normal(16)),
+            GRID,
+            stop_gradient=stop_gradient,
+        )
         return jnp.sum(final.x**2)
 
     flowing, stopped = jax.grad(loss)(PARAMS, False), jax.grad(loss)(PARAMS, True)
@@ -522,7 +622,13 @@ def test_stopped_final_state_has_exactly_no_gradient():
 @both_solvers
 def test_stopped_states_of_the_trajectory_have_exactly_no_gradient(solver):
     def loss(params, stop_gradient):
-        _, trajectory = rollout(solver(cosine()), network_denoiser(params), start(normal(16)), GRID, stop_gradient=stop_gradient)
+        _, trajectory = rollout(
+            solver(cosine()),
+            network_denoiser(params),
+            start(normal(16)),
+            GRID,
+            stop_gradient=stop_gradient,
+        )
         return jnp.sum(trajectory.x**2)
 
     assert all(abs(g) > 1e-2 for g in jax.tree.leaves(jax.grad(loss)(PARAMS, False)))
@@ -534,16 +640,31 @@ def test_stopped_rollout_differentiates_each_prediction_through_its_own_call_onl
     weights = normal(17, (2, len(GRID), 3, 2, 2, 1))
 
     def readings(prediction, weights):
-        return jnp.stack([jnp.sum(w * field, axis=(-4, -3, -2, -1)) for w, field in zip(weights, prediction, strict=True)])
+        return jnp.stack(
+            [
+                jnp.sum(w * field, axis=(-4, -3, -2, -1))
+                for w, field in zip(weights, prediction, strict=True)
+            ]
+        )
 
     def by_rollout(params, stop_gradient):
-        _, trajectory = rollout(solver(cosine()), network_denoiser(params), start(normal(18)), GRID, stop_gradient=stop_gradient)
+        _, trajectory = rollout(
+            solver(cosine()),
+            network_denoiser(params),
+            start(normal(18)),
+            GRID,
+            stop_gradient=stop_gradient,
+        )
         return readings((trajectory.x0, trajectory.eps), weights), trajectory.x
 
     stopped, states = jax.jacrev(by_rollout, has_aux=True)(PARAMS, True)
     flowing, _ = jax.jacrev(by_rollout, has_aux=True)(PARAMS, False)
     for i, t in enumerate(GRID):
-        single = jax.jacrev(lambda p, i=i, t=t: readings(network_denoiser(p)(states[i], jnp.float32(t)), weights[:, i]))(PARAMS)
+        single = jax.jacrev(
+            lambda p, i=i, t=t: readings(
+                network_denoiser(p)(states[i], jnp.float32(t)), weights[:, i]
+            )
+        )(PARAMS)
         for name in PARAMS:
             np.testing.assert_allclose(stopped[name][:, i], single[name], rtol=1e-5, atol=2e-6)
             assert i == 0 or (abs(flowing[name][:, i] - single[name]) > 1e-3).all()
@@ -552,7 +673,13 @@ def test_stopped_rollout_differentiates_each_prediction_through_its_own_call_onl
 @pytest.mark.parametrize("t_end", [0.0, 0.1])
 def test_grid_for_each_example_agrees_with_the_shared_grid(t_end):
     shared = rollout(ddim(cosine()), network_denoiser(), start(normal(19)), GRID, t_end=t_end)
-    each = rollout(ddim(cosine()), network_denoiser(), start(normal(19)), np.repeat(GRID[:, None], 3, axis=1), t_end=t_end)
+    each = rollout(
+        ddim(cosine()),
+        network_denoiser(),
+        start(normal(19)),
+        np.repeat(GRID[:, None], 3, axis=1),
+        t_end=t_end,
+    )
     np.testing.assert_allclose(each[0].x, shared[0].x, atol=1e-6)
     np.testing.assert_array_equal(each[1].t, np.repeat(GRID[:, None], 3, axis=1))
     for got, expected in zip(each[1][1:], shared[1][1:], strict=True):
@@ -564,7 +691,9 @@ def test_examples_with_their_own_grids_do_not_mix():
     grids = np.asarray([[1.0, 0.75, 0.4], [1.0, 0.6, 0.3], [1.0, 0.5, 0.2]], np.float32)
     final, trajectory = rollout(ddim(cosine()), network_denoiser(), start(x), grids.T, t_end=t_end)
     for i in range(3):
-        one, visited = rollout(ddim(cosine()), network_denoiser(), start(x[i : i + 1]), grids[i], t_end=t_end[i])
+        one, visited = rollout(
+            ddim(cosine()), network_denoiser(), start(x[i : i + 1]), grids[i], t_end=t_end[i]
+        )
         np.testing.assert_allclose(final.x[i], one.x[0], atol=1e-6)
         np.testing.assert_allclose(trajectory.x[:, i], visited.x[:, 0], atol=1e-6)
 
@@ -574,7 +703,9 @@ def test_examples_with_their_own_grids_do_not_mix():
 def test_prefix_of_a_grid_visits_the_same_states(solver, length):
     x = normal(21)
     _, whole = rollout(solver(cosine()), network_denoiser(), start(x), GRID)
-    stopped, part = rollout(solver(cosine()), network_denoiser(), start(x), GRID[:length], t_end=float(GRID[length]))
+    stopped, part = rollout(
+        solver(cosine()), network_denoiser(), start(x), GRID[:length], t_end=float(GRID[length])
+    )
     np.testing.assert_allclose(part.x, whole.x[:length], atol=1e-6)
     np.testing.assert_allclose(part.x0, whole.x0[:length], atol=1e-6)
     np.testing.assert_allclose(stopped.x, whole.x[length], atol=1e-6)

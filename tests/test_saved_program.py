@@ -30,13 +30,18 @@ def lowered_on(devices, width=16):
 @pytest.fixture
 def saved(tmp_path):
     lowered, mesh, rows = lowered_on(jax.devices())
-    saved_program.save(str(tmp_path / "step"), lowered, lowered.compile(), mesh, {"student": {"batch_size": 8}})
+    saved_program.save(
+        str(tmp_path / "step"), lowered, lowered.compile(), mesh, {"student": {"batch_size": 8}}
+    )
     return tmp_path / "step", lowered, mesh, rows
 
 
 def test_a_program_comes_back_with_its_trees_and_still_takes_its_state(saved):
     path, lowered, mesh, rows = saved
-    state, x = ({"w": jax.device_put(np.ones((8, 16), np.float32), rows)}, jax.device_put(np.eye(8, 16, dtype=np.float32), rows))
+    state, x = (
+        {"w": jax.device_put(np.ones((8, 16), np.float32), rows)},
+        jax.device_put(np.eye(8, 16, dtype=np.float32), rows),
+    )
     expected = np.asarray(lowered.compile()(jax.tree.map(jnp.copy, state), x)["w"])
     found = saved_program.load(str(path), lambda: lowered, mesh, {})(state, x)
     np.testing.assert_array_equal(found["w"], expected)
@@ -53,11 +58,17 @@ def edit(path, **changes):
     ("changes", "words"),
     [
         ({"jaxlib": "0.1.0"}, f"does not fit: jaxlib is 0.1.0 there, {jax.lib.__version__} here"),
-        ({"the kind of device": "TPU v4"}, "does not fit: the kind of device is TPU v4 there, cpu here"),
+        (
+            {"the kind of device": "TPU v4"},
+            "does not fit: the kind of device is TPU v4 there, cpu here",
+        ),
         ({"the mesh": {"data": 64}}, "does not fit: the mesh is {'data': 64} there"),
         ({"the chips' order": [[7, 0]]}, "does not fit: the chips' order is [[7, 0]] there"),
         ({"the machine": "elsewhere"}, "does not fit: the machine is elsewhere there"),
-        ({"step": "0"}, "is of another training step (config.student.batch_size = 8 there, 16 here)"),
+        (
+            {"step": "0"},
+            "is of another training step (config.student.batch_size = 8 there, 16 here)",
+        ),
         ({"format": "x"}, "is damaged or no saved program"),
     ],
 )
@@ -65,8 +76,12 @@ def test_a_program_that_does_not_fit_is_refused_with_what_differs(saved, changes
     path, lowered, mesh, _ = saved
     edit(path, **changes)
     with pytest.raises(ProgramError) as error:
-        saved_program.load(str(path), lambda: lowered, mesh, {"student": {"batch_size": 16}, "log": {"every": 7}})
-    assert str(error.value).startswith(f"config.compute.program = {path} {words}") and "\n" not in str(error.value)
+        saved_program.load(
+            str(path), lambda: lowered, mesh, {"student": {"batch_size": 16}, "log": {"every": 7}}
+        )
+    assert str(error.value).startswith(
+        f"config.compute.program = {path} {words}"
+    ) and "\n" not in str(error.value)
     assert "or leave config.compute.program empty" in str(error.value)
 
 
@@ -89,8 +104,14 @@ def test_a_program_for_a_slice_is_saved_where_the_slice_is_not(tmp_path):
     path = tmp_path / "step"
     saved_program.save(str(path), lowered, lowered.compile(), mesh, {})
     header = json.loads(path.read_bytes().partition(b"\n")[0])
-    assert header["the kind of device"] == "TPU v4" and header["libtpu"] and path.stat().st_size > 10_000
-    assert [place[0] for place in header["the chips' order"]] == [device.id for device in devices] and "the machine" not in header
+    assert (
+        header["the kind of device"] == "TPU v4"
+        and header["libtpu"]
+        and path.stat().st_size > 10_000
+    )
+    assert [place[0] for place in header["the chips' order"]] == [
+        device.id for device in devices
+    ] and "the machine" not in header
     here, mesh, _ = lowered_on(jax.devices())
     with pytest.raises(ProgramError, match="the kind of device is TPU v4 there, cpu here"):
         saved_program.load(str(path), lambda: here, mesh, {})
@@ -123,10 +144,14 @@ saved_program.save(sys.argv[2], lowered, executable, mesh, json.loads(config.to_
 
 @pytest.mark.long
 def test_a_run_with_a_saved_program_takes_the_steps_of_one_that_compiles(tmp_path, monkeypatch):
-    """Compiled in another process, from the folder's configs alone; every step of the run in the same bits as its own, compiled here."""
+    """Compiled in another process, from the folder's configs alone; every step of the run in the
+    same bits as its own, compiled here.
+    """
     path, steps = tmp_path / "step", []
     environment = quick(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
-    subprocess.run([sys.executable, "-c", COMPILE, tmp_path, path], cwd=ROOT, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", COMPILE, tmp_path, path], cwd=ROOT, env=environment, check=True
+    )
     config = make_config(tmp_path, **SMALL | {"compute.program": str(path)})
     own, load = distil.TextRun(config, tmp_path).programs().step, saved_program.load
 
@@ -150,5 +175,10 @@ def test_a_run_with_a_saved_program_takes_the_steps_of_one_that_compiles(tmp_pat
 def test_a_run_refuses_a_program_before_it_reads_weights(tmp_path, monkeypatch):
     (tmp_path / "step").write_text("{}")
     monkeypatch.setattr(distil.TextRun, "weights", None)
-    with pytest.raises(UserError, match=r"step is damaged or no saved program; .* or leave config\.compute\.program empty"):
-        distil.run(make_config(tmp_path, **{"compute.program": str(tmp_path / "step")}), tmp_path / "run")
+    with pytest.raises(
+        UserError,
+        match=r"step is damaged or no saved program; .* or leave config\.compute\.program empty",
+    ):
+        distil.run(
+            make_config(tmp_path, **{"compute.program": str(tmp_path / "step")}), tmp_path / "run"
+        )

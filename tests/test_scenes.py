@@ -6,7 +6,17 @@ from idx import write_fashion
 
 from jaxdistill.tasks.labelled_images import data
 from jaxdistill.tasks.scenes import scenes
-from jaxdistill.tasks.scenes.scenes import COLOURS, GARMENTS, HELD_OUT, PAIRS, Scene, captions, draw_scene, parse, render
+from jaxdistill.tasks.scenes.scenes import (
+    COLOURS,
+    GARMENTS,
+    HELD_OUT,
+    PAIRS,
+    Scene,
+    captions,
+    draw_scene,
+    parse,
+    render,
+)
 
 pairs = st.sampled_from(PAIRS)
 any_scene = st.builds(Scene, st.sampled_from(scenes.AXES), pairs, pairs)
@@ -20,17 +30,33 @@ def test_every_wording_says_its_scene(scene):
 
 
 def test_caption_in_words():
-    assert parse("a pair of red trousers to the right of a blue bag") == Scene("horizontal", ("blue", "bag"), ("red", "trousers"))
-    assert parse("In this picture, at the bottom a white boot, at the top a green coat").second == ("white", "boot")
+    assert parse("a pair of red trousers to the right of a blue bag") == Scene(
+        "horizontal", ("blue", "bag"), ("red", "trousers")
+    )
+    assert parse("In this picture, at the bottom a white boot, at the top a green coat").second == (
+        "white",
+        "boot",
+    )
 
 
 @pytest.mark.parametrize(
-    "caption", ["", "a red bag", "an orange bag above a red bag", "a red hat above a red bag", "a red bag by a red bag"]
+    "caption",
+    [
+        "",
+        "a red bag",
+        "an orange bag above a red bag",
+        "a red hat above a red bag",
+        "a red bag by a red bag",
+    ],
 )
 def test_caption_outside_the_vocabulary_is_refused_in_one_line(caption):
     with pytest.raises(data.DataError) as error:
         parse(caption)
-    assert repr(caption) in str(error.value) and "red" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        repr(caption) in str(error.value)
+        and "red" in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_a_fifth_of_the_pairs_is_held_out_and_each_word_stays_known():
@@ -45,15 +71,22 @@ def test_drawn_scenes_hold_a_held_out_pair_exactly_if_asked_for(unseen):
     drawn = [draw_scene(np.random.default_rng(i), unseen=unseen) for i in range(500)]
     assert all(bool({s.first, s.second} & HELD_OUT) == unseen for s in drawn)
     assert {s.axis for s in drawn} == set(scenes.AXES)
-    first, second = (sum(p in HELD_OUT for p in column) for column in zip(*((s.first, s.second) for s in drawn), strict=True))
+    first, second = (
+        sum(p in HELD_OUT for p in column)
+        for column in zip(*((s.first, s.second) for s in drawn), strict=True)
+    )
     assert not unseen or min(first, second) > 200  # either place may hold it
 
 
 def test_scenes_for_the_recogniser_hold_every_pair_at_both_places():
     images, labels = scenes.every_composition(blocks(), 4000, seed=0)
-    assert images.shape == (4000, 32, 32, 3) and images.dtype == np.uint8 and labels.shape == (4000, 5)
+    assert (
+        images.shape == (4000, 32, 32, 3) and images.dtype == np.uint8 and labels.shape == (4000, 5)
+    )
     for colour, garment in ((1, 2), (3, 4)):
-        assert len(set(zip(labels[:, colour].tolist(), labels[:, garment].tolist(), strict=True))) == len(PAIRS)
+        assert len(
+            set(zip(labels[:, colour].tolist(), labels[:, garment].tolist(), strict=True))
+        ) == len(PAIRS)
     again = scenes.every_composition(blocks(), 10, seed=0)
     np.testing.assert_array_equal(again[0], images[:10])
     assert (scenes.every_composition(blocks(), 10, seed=1)[1] != labels[:10]).any()
@@ -69,7 +102,9 @@ def test_rendered_scene_has_each_colour_in_its_half(scene, seed):
     image = render(scene, blocks(), np.random.default_rng(seed)).astype(np.float32) / 255
     if scene.axis == "vertical":
         image = image.transpose(1, 0, 2)
-    for half, (colour, _) in zip((image[:, :16], image[:, 16:]), (scene.first, scene.second), strict=True):
+    for half, (colour, _) in zip(
+        (image[:, :16], image[:, 16:]), (scene.first, scene.second), strict=True
+    ):
         lit = half[half.max(-1) > 0]
         assert len(lit) == scenes.SPRITE**2
         np.testing.assert_allclose(lit, np.broadcast_to(COLOURS[colour], lit.shape), atol=0.003)
@@ -78,30 +113,50 @@ def test_rendered_scene_has_each_colour_in_its_half(scene, seed):
 def test_labels_name_axis_colours_and_garments():
     scene = Scene("vertical", ("blue", "bag"), ("red", "trousers"))
     axis, *rest = scene.labels()
-    names = [list(COLOURS)[rest[0]], list(GARMENTS)[rest[1]], list(COLOURS)[rest[2]], list(GARMENTS)[rest[3]]]
+    names = [
+        list(COLOURS)[rest[0]],
+        list(GARMENTS)[rest[1]],
+        list(COLOURS)[rest[2]],
+        list(GARMENTS)[rest[3]],
+    ]
     assert scenes.AXES[axis] == "vertical" and names == ["blue", "bag", "red", "trousers"]
 
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    source, folder = write_fashion(tmp_path_factory.mktemp("idx")), tmp_path_factory.mktemp("scenes")
+    source, folder = (
+        write_fashion(tmp_path_factory.mktemp("idx")),
+        tmp_path_factory.mktemp("scenes"),
+    )
     return source, folder, scenes.open_scenes(source, folder, scale=0.004)
 
 
 def test_dataset_holds_captions_labels_and_images_that_agree(opened):
     _, _, sources = opened
-    assert {k: len(v) for k, v in sources.items()} == {"train": 200, "validation": 20, "test": 20, "unseen": 20}
+    assert {k: len(v) for k, v in sources.items()} == {
+        "train": 200,
+        "validation": 20,
+        "test": 20,
+        "unseen": 20,
+    }
     for split, source in sources.items():
         for item in (source[i] for i in range(20)):
             scene = parse(item["caption"].decode())
             np.testing.assert_array_equal(item["labels"], scene.labels())
-            assert item["image"].shape == (32, 32, 3) and item["image"].dtype == np.uint8 and item["image"].max() > 100
+            assert (
+                item["image"].shape == (32, 32, 3)
+                and item["image"].dtype == np.uint8
+                and item["image"].max() > 100
+            )
             assert bool({scene.first, scene.second} & HELD_OUT) == (split == "unseen")
 
 
 def test_dataset_is_the_same_from_its_seed_and_read_again_from_disk(opened, tmp_path):
     source, folder, sources = opened
-    for again in (scenes.open_scenes("nowhere", folder, scale=0.004), scenes.open_scenes(source, tmp_path, scale=0.004)):
+    for again in (
+        scenes.open_scenes("nowhere", folder, scale=0.004),
+        scenes.open_scenes(source, tmp_path, scale=0.004),
+    ):
         for i in (0, 7, 199):
             np.testing.assert_array_equal(again["train"][i]["image"], sources["train"][i]["image"])
             assert again["train"][i]["caption"] == sources["train"][i]["caption"]

@@ -20,7 +20,11 @@ from jaxdistill.schedule import (
 )
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusers.json").read_text())
-BETAS = {"scaled_linear": scaled_linear_betas(), "linear": linear_betas(), "squaredcos_cap_v2": cosine_betas()}
+BETAS = {
+    "scaled_linear": scaled_linear_betas(),
+    "linear": linear_betas(),
+    "squaredcos_cap_v2": cosine_betas(),
+}
 BETAS |= {f"{name}_zero_snr": rescale_zero_terminal_snr(betas) for name, betas in BETAS.items()}
 DISCRETE = {name: ddpm(betas) for name, betas in BETAS.items()}
 SHIFTED = {
@@ -30,7 +34,13 @@ SHIFTED = {
 }
 SCHEDULES = {"cosine": cosine(), "flow": flow(), **DISCRETE, **SHIFTED}
 VARIANCE_PRESERVING = sorted(set(SCHEDULES) - {"flow"})
-ZERO_SNR = ["cosine", "flow", "cosine_shifted", "flow_shifted", *(name for name in DISCRETE if name.endswith("_zero_snr"))]
+ZERO_SNR = [
+    "cosine",
+    "flow",
+    "cosine_shifted",
+    "flow_shifted",
+    *(name for name in DISCRETE if name.endswith("_zero_snr")),
+]
 
 
 def times(schedule, count=129):
@@ -41,9 +51,14 @@ def times(schedule, count=129):
 def test_ddpm_agrees_with_diffusers_alphas_cumprod(name):
     schedule, t = DISCRETE[name], jnp.asarray(GOLDEN["probes"], jnp.float32) + 1.0
     expected = np.asarray(GOLDEN["alphas_cumprod"][name])
-    # diffusers accumulates in float32, so its own tail (values down to 1e-9) is good to some 1e-5 of itself only.
-    np.testing.assert_allclose(np.asarray(schedule.alpha(t), np.float64) ** 2, expected, rtol=2e-6, atol=1e-10)
-    np.testing.assert_allclose(np.asarray(schedule.sigma(t), np.float64) ** 2, 1.0 - expected, atol=1e-6)
+    # diffusers accumulates in float32, so its own tail (values down to 1e-9) is good to some 1e-5
+    # of itself only.
+    np.testing.assert_allclose(
+        np.asarray(schedule.alpha(t), np.float64) ** 2, expected, rtol=2e-6, atol=1e-10
+    )
+    np.testing.assert_allclose(
+        np.asarray(schedule.sigma(t), np.float64) ** 2, 1.0 - expected, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", VARIANCE_PRESERVING)
@@ -90,7 +105,8 @@ def test_terminal_snr_is_zero_exactly(name):
 def test_continuous_reading_is_the_table_at_integers(name):
     alpha_bar = np.concatenate([[1.0], np.cumprod(1.0 - BETAS[name])])
     t = jnp.arange(alpha_bar.size, dtype=jnp.float32)
-    # Interpolation in float32 costs the last value of squaredcos_cap_v2, a thousandth of its neighbour, some 1e-5 of itself.
+    # Interpolation in float32 costs the last value of squaredcos_cap_v2, a thousandth of its
+    # neighbour, some 1e-5 of itself.
     np.testing.assert_allclose(DISCRETE[name].alpha(t), np.sqrt(alpha_bar), rtol=2e-5)
     np.testing.assert_allclose(DISCRETE[name].alpha(t[:-1]), np.sqrt(alpha_bar[:-1]), rtol=1e-6)
     # A relative tolerance: σ(1) is 0.01 and must not come from 1 - α² in float32.
@@ -119,7 +135,9 @@ def test_batched_and_jitted_reading_equals_scalar_reading(name):
         np.testing.assert_allclose(jax.jit(read)(t), np.stack(one_by_one), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["linear_zero_snr", "scaled_linear_zero_snr", "squaredcos_cap_v2_zero_snr"])
+@pytest.mark.parametrize(
+    "name", ["linear_zero_snr", "scaled_linear_zero_snr", "squaredcos_cap_v2_zero_snr"]
+)
 def test_rescaling_maps_alpha_affinely_and_keeps_its_first_value(name):
     before = np.sqrt(np.cumprod(1.0 - BETAS[name.removesuffix("_zero_snr")]))
     after = np.sqrt(np.cumprod(1.0 - BETAS[name]))
@@ -130,7 +148,11 @@ def test_rescaling_maps_alpha_affinely_and_keeps_its_first_value(name):
     assert ((BETAS[name] > 0) & (BETAS[name] <= 1)).all()
 
 
-@pytest.mark.parametrize("betas", [cosine_betas(), linear_betas(), scaled_linear_betas()], ids=["cosine", "linear", "scaled_linear"])
+@pytest.mark.parametrize(
+    "betas",
+    [cosine_betas(), linear_betas(), scaled_linear_betas()],
+    ids=["cosine", "linear", "scaled_linear"],
+)
 def test_discrete_alpha_is_exact_at_every_integer_time_the_last_included(betas):
     exact = np.concatenate([[1.0], np.cumprod(1.0 - betas)]) ** 0.5
     np.testing.assert_allclose(ddpm(betas).alpha(jnp.arange(len(betas) + 1.0)), exact, rtol=2e-7)
@@ -147,7 +169,9 @@ def test_shifted_scales_alpha_over_sigma(name, scale):
     schedule = SCHEDULES[name]
     moved = shifted(schedule, scale)
     t = times(schedule)[1:-1]
-    np.testing.assert_allclose(moved.alpha(t) / moved.sigma(t), scale * schedule.alpha(t) / schedule.sigma(t), rtol=2e-6)
+    np.testing.assert_allclose(
+        moved.alpha(t) / moved.sigma(t), scale * schedule.alpha(t) / schedule.sigma(t), rtol=2e-6
+    )
     np.testing.assert_allclose(log_snr(moved, t) - log_snr(schedule, t), math.log(scale), atol=3e-6)
     assert moved.T == schedule.T
     np.testing.assert_array_equal(moved.network_time(t), schedule.network_time(t))
@@ -166,7 +190,11 @@ def test_log_snr_falls_from_plus_infinity(name):
     assert values[0] == np.inf
     assert (values[-1] == -np.inf) == (name in ZERO_SNR)
     assert (np.diff(values[1:-1]) < 0).all()
-    np.testing.assert_allclose(np.exp(values[1:-1]), (schedule.alpha(times(schedule)) / schedule.sigma(times(schedule)))[1:-1], rtol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(values[1:-1]),
+        (schedule.alpha(times(schedule)) / schedule.sigma(times(schedule)))[1:-1],
+        rtol=1e-5,
+    )
 
 
 def test_network_time_is_the_training_step_of_a_discrete_schedule():

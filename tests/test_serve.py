@@ -48,7 +48,12 @@ def running(opened):
 @pytest.mark.parametrize("model", ["student", "teacher"])
 def test_images_are_those_of_sample(running, exports, model):
     export, expected = TextExport(exports[model], encoder=GOLDEN), {}
-    settings = [{"steps": s, "seed": n, "noise_correction": c} for s in (1, 3) for n in (0, 7) for c in (True, False)]
+    settings = [
+        {"steps": s, "seed": n, "noise_correction": c}
+        for s in (1, 3)
+        for n in (0, 7)
+        for c in (True, False)
+    ]
     for setting in settings:
         image = running.image(model=model, **setting)
         same = export([CAPTION], **setting)[0]
@@ -89,14 +94,31 @@ def test_rows_of_a_batch_are_divided_among_devices(exports):
 
 def test_png_holds_its_settings_and_defaults_are_the_cards(running):
     status, body, headers = running.get("/api/image", {"prompt": f"  {CAPTION} "})
-    assert status == 200 and float(headers["x-milliseconds"]) > 0 and "default-src 'none'" in headers["content-security-policy"]
+    assert (
+        status == 200
+        and float(headers["x-milliseconds"]) > 0
+        and "default-src 'none'" in headers["content-security-policy"]
+    )
     settings = json.loads(Image.open(io.BytesIO(body)).text["jaxdistill"])
-    assert settings == {"prompt": CAPTION, "steps": 3, "seed": 0, "noise_correction": True, "model": "student"}
+    assert settings == {
+        "prompt": CAPTION,
+        "steps": 3,
+        "seed": 0,
+        "noise_correction": True,
+        "model": "student",
+    }
 
 
 def test_each_of_many_clients_gets_its_own_image(running):
     """Batched with strangers, of several step counts."""
-    wanted = [{"seed": i, "steps": 1 + i % 3, "prompt": CAPTION if i % 2 else "a green dress above a red bag"} for i in range(40)]
+    wanted = [
+        {
+            "seed": i,
+            "steps": 1 + i % 3,
+            "prompt": CAPTION if i % 2 else "a green dress above a red bag",
+        }
+        for i in range(40)
+    ]
     alone = [running.image(**w) for w in wanted]
 
     async def one(session, w):
@@ -116,14 +138,26 @@ async def until(ws, kind: str, number: int, model: str = "student") -> list[dict
     seen = []
     while True:
         seen.append(json.loads(await asyncio.wait_for(ws.recv(), 30)))
-        if (seen[-1]["kind"], seen[-1]["id"], seen[-1].get("model", model)) == (kind, number, model):
+        if (seen[-1]["kind"], seen[-1]["id"], seen[-1].get("model", model)) == (
+            kind,
+            number,
+            model,
+        ):
             return seen
 
 
 def test_page_gets_student_then_teacher_on_the_same_seeds(running):
     async def talk():
         async with websockets.connect(running.url.replace("http", "ws") + "/ws") as ws:
-            frame = {"id": 1, "prompt": CAPTION, "steps": 2, "seed": 5, "count": 3, "noise_correction": False, "teacher": True}
+            frame = {
+                "id": 1,
+                "prompt": CAPTION,
+                "steps": 2,
+                "seed": 5,
+                "count": 3,
+                "noise_correction": False,
+                "teacher": True,
+            }
             await ws.send(json.dumps(frame))
             return await until(ws, "done", 1, "teacher")
 
@@ -136,7 +170,9 @@ def test_page_gets_student_then_teacher_on_the_same_seeds(running):
         assert frame["seed"] == 5 + index
         steps = {"steps": 2} if model == "student" else {}
         np.testing.assert_allclose(
-            pixels(frame["png"]), running.image(model=model, seed=5 + index, noise_correction=False, **steps), atol=1
+            pixels(frame["png"]),
+            running.image(model=model, seed=5 + index, noise_correction=False, **steps),
+            atol=1,
         )
 
 
@@ -144,17 +180,36 @@ def test_newer_request_replaces_the_older_one(running):
     async def talk():
         async with websockets.connect(running.url.replace("http", "ws") + "/ws") as ws:
             for i in range(30):
-                await ws.send(json.dumps({"id": i, "prompt": CAPTION, "steps": 3, "seed": i, "count": 9, "teacher": True}))
+                await ws.send(
+                    json.dumps(
+                        {
+                            "id": i,
+                            "prompt": CAPTION,
+                            "steps": 3,
+                            "seed": i,
+                            "count": 9,
+                            "teacher": True,
+                        }
+                    )
+                )
             return await until(ws, "done", 29, "teacher")
 
     def drawn() -> float:
         lines = running.get("/metrics")[1].decode().splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith('jaxdistill_images_total{model="teacher",outcome="drawn"}'))
+        return sum(
+            float(line.split()[-1])
+            for line in lines
+            if line.startswith('jaxdistill_images_total{model="teacher",outcome="drawn"}')
+        )
 
     before = drawn()
     seen = asyncio.run(talk())
-    assert sum(f["kind"] == "image" and f["model"] == "teacher" for f in seen) == 9  # those of the last alone
-    assert 9 <= drawn() - before <= 20  # of 270 that were asked for; a batch may have been on its way
+    assert (
+        sum(f["kind"] == "image" and f["model"] == "teacher" for f in seen) == 9
+    )  # those of the last alone
+    assert (
+        9 <= drawn() - before <= 20
+    )  # of 270 that were asked for; a batch may have been on its way
     assert not any(f["kind"] == "error" for f in seen)
 
 
@@ -195,34 +250,58 @@ def test_busy_late_wrong_and_broken_requests_are_told_apart():
         answers: dict[str, tuple] = {}
         threads = []
         for name in ("first", "second", "third"):
-            ask = lambda name=name: answers.update({name: running.get("/api/image", {"prompt": name})})  # noqa: E731
+            ask = lambda name=name: answers.update(
+                {name: running.get("/api/image", {"prompt": name})}
+            )
             threads.append(threading.Thread(target=ask))
             threads[-1].start()
             time.sleep(0.15)  # one is being drawn, then two wait
         status, body, headers = running.get("/api/image", {"prompt": "fourth"})
-        assert status == 503 and json.loads(body)["code"] == "busy" and headers["retry-after"] == "1"
+        assert (
+            status == 503 and json.loads(body)["code"] == "busy" and headers["retry-after"] == "1"
+        )
         time.sleep(0.6)
         painter.go.set()
         for thread in threads:
             thread.join(20)
-        assert answers["first"][0] == 200 and [answers[n][0] for n in ("second", "third")] == [504, 504]
+        assert answers["first"][0] == 200 and [answers[n][0] for n in ("second", "third")] == [
+            504,
+            504,
+        ]
         assert json.loads(answers["second"][1])["code"] == "deadline"
         status, body, _ = running.get("/api/image", {"prompt": "bad"})
         assert (status, json.loads(body)) == (422, {"code": "invalid", "message": "caption is bad"})
         status, body, _ = running.get("/api/image", {"prompt": "broken"})
         assert status == 500 and "melted" not in body.decode()
-        assert running.get("/api/image", {"prompt": "again"})[0] == 200 and running.get("/healthz")[0] == 200
+        assert (
+            running.get("/api/image", {"prompt": "again"})[0] == 200
+            and running.get("/healthz")[0] == 200
+        )
         text = running.get("/metrics")[1].decode()
         for outcome in ("busy", "deadline", "invalid", "failed", "drawn"):
             assert f'outcome="{outcome}"' in text, outcome
 
 
 def test_only_the_pages_files_are_served(running):
-    assert running.get("/")[0] == running.get("/static/app.js")[0] == running.get("/static/style.css")[0] == 200
-    for path in ("/static/../serve.py", "/static/..%2fserve.py", "/static/%2e%2e/%2e%2e/pyproject.toml", "/static//etc/passwd", "/page/x"):
+    assert (
+        running.get("/")[0]
+        == running.get("/static/app.js")[0]
+        == running.get("/static/style.css")[0]
+        == 200
+    )
+    for path in (
+        "/static/../serve.py",
+        "/static/..%2fserve.py",
+        "/static/%2e%2e/%2e%2e/pyproject.toml",
+        "/static//etc/passwd",
+        "/page/x",
+    ):
         assert running.get(path)[0] == 404, path
     schema = json.loads(running.get("/openapi.json")[1])
-    assert "/api/image" in schema["paths"] and "image/png" in schema["paths"]["/api/image"]["post"]["responses"]["200"]["content"]
+    assert (
+        "/api/image" in schema["paths"]
+        and "image/png" in schema["paths"]["/api/image"]["post"]["responses"]["200"]["content"]
+    )
 
 
 def test_pages_of_other_sites_get_no_socket(running):
@@ -239,8 +318,31 @@ def test_pages_of_other_sites_get_no_socket(running):
 def test_junk_gets_an_error_and_harms_nobody(running):
     """10,000 frames and bodies of wrong types, sizes and encodings; cut connections."""
     r = random.Random(0)
-    good = {"id": 1, "prompt": CAPTION, "steps": 1, "seed": 1, "count": 1, "noise_correction": True, "student": True, "teacher": False}
-    values = [None, -1, 2**70, 1.5, "x" * 5000, "", [], {}, True, "\ud800", "<img src=x>", "\x00", float("inf")]
+    good = {
+        "id": 1,
+        "prompt": CAPTION,
+        "steps": 1,
+        "seed": 1,
+        "count": 1,
+        "noise_correction": True,
+        "student": True,
+        "teacher": False,
+    }
+    values = [
+        None,
+        -1,
+        2**70,
+        1.5,
+        "x" * 5000,
+        "",
+        [],
+        {},
+        True,
+        "\ud800",
+        "<img src=x>",
+        "\x00",
+        float("inf"),
+    ]
 
     def junk() -> object:
         kind = r.randrange(4)
@@ -270,9 +372,18 @@ def test_junk_gets_an_error_and_harms_nobody(running):
     assert asyncio.run(talk()) >= 15
     for _ in range(1000):
         found = junk()
-        body = found if isinstance(found, bytes) else found.encode() if isinstance(found, str) else json.dumps(found).encode()
+        body = (
+            found
+            if isinstance(found, bytes)
+            else found.encode()
+            if isinstance(found, str)
+            else json.dumps(found).encode()
+        )
         status, answer, _ = running.get("/api/image", body)
-        assert status in (400, 422) and len(json.loads(answer)["message"].splitlines()) == 1, (body, answer)
+        assert status in (400, 422) and len(json.loads(answer)["message"].splitlines()) == 1, (
+            body,
+            answer,
+        )
     with socket.create_connection(("127.0.0.1", running.port)) as cut:
         cut.sendall(b"POST /api/image HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
     assert running.get("/api/image", {"prompt": CAPTION})[0] == 200
@@ -280,11 +391,22 @@ def test_junk_gets_an_error_and_harms_nobody(running):
     assert running.server.engine.waiting() == 0
 
 
-def ws_frame(payload: bytes, *, opcode: int = 1, final: bool = True, masked: bool = True, length: int | None = None) -> bytes:
+def ws_frame(
+    payload: bytes,
+    *,
+    opcode: int = 1,
+    final: bool = True,
+    masked: bool = True,
+    length: int | None = None,
+) -> bytes:
     """A client's frame as RFC 6455 has it, or a wrong one; `length` is what it claims."""
     size = len(payload) if length is None else length
     head = bytes([opcode | (0x80 if final else 0)])
-    head += bytes([(0x80 if masked else 0) | size]) if size < 126 else bytes([(0x80 if masked else 0) | 126]) + size.to_bytes(2, "big")
+    head += (
+        bytes([(0x80 if masked else 0) | size])
+        if size < 126
+        else bytes([(0x80 if masked else 0) | 126]) + size.to_bytes(2, "big")
+    )
     return head + (b"\0\0\0\0" if masked else b"") + payload
 
 
@@ -293,8 +415,8 @@ def raw_socket(port: int) -> socket.socket:
     raw = socket.create_connection(("127.0.0.1", port), timeout=20)
     key = base64.b64encode(bytes(16)).decode()
     raw.sendall(
-        f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection:"
+        f" Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
     )
     head = b""
     while b"\r\n\r\n" not in head:
@@ -329,7 +451,9 @@ def test_broken_frames_close_their_own_socket(running, frame, code):
 
 
 def test_half_frames_and_clients_that_never_read_hold_nobody_up(running):
-    """Half a frame, a message without its end, a header without its end, and a page that asks for ever and never reads."""
+    """Half a frame, a message without its end, a header without its end, and a page that asks for
+    ever and never reads.
+    """
     ask = json.dumps({"id": 1, "prompt": CAPTION, "steps": 1, "count": 9}).encode()
     lazy = [raw_socket(running.port) for _ in range(6)]
     for i, raw in enumerate(lazy):
@@ -349,8 +473,14 @@ def test_half_frames_and_clients_that_never_read_hold_nobody_up(running):
     assert time.monotonic() - began < 10.0
     for raw in (*lazy, head):
         raw.close()
-    wait_until(lambda: "jaxdistill_sessions 0.0" in running.get("/metrics")[1].decode(), seconds=60, what="the sockets to be let go")
-    wait_until(lambda: running.server.engine.waiting() == 0, seconds=20, what="their images to be dropped")
+    wait_until(
+        lambda: "jaxdistill_sessions 0.0" in running.get("/metrics")[1].decode(),
+        seconds=60,
+        what="the sockets to be let go",
+    )
+    wait_until(
+        lambda: running.server.engine.waiting() == 0, seconds=20, what="their images to be dropped"
+    )
 
 
 @pytest.mark.slow
@@ -365,4 +495,9 @@ def test_half_frames_and_clients_that_never_read_hold_nobody_up(running):
 )
 def test_bad_flags_are_one_line(flags, words, exports, running):
     flags = [f.replace("TAKEN", str(running.port)) for f in flags]
-    assert_one_error_line(run_command("jaxdistill.serve", *(f.replace("STUDENT", str(exports["student"])) for f in flags)), *words)
+    assert_one_error_line(
+        run_command(
+            "jaxdistill.serve", *(f.replace("STUDENT", str(exports["student"])) for f in flags)
+        ),
+        *words,
+    )

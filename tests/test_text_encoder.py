@@ -36,7 +36,9 @@ def test_a_batch_gives_the_rows_of_single_calls(encoder, expected):
     captions, _ = expected
     many = [captions[i % 2] for i in range(7)]
     starts = []
-    tokens, mask = encoder(many, length=12, batch_size=3, watch=lambda steps: (starts.append(i) or i for i in steps))
+    tokens, mask = encoder(
+        many, length=12, batch_size=3, watch=lambda steps: (starts.append(i) or i for i in steps)
+    )
     alone, seen = encoder(captions, length=12)
     assert starts == [0, 3, 6]
     for row in range(7):
@@ -46,7 +48,11 @@ def test_a_batch_gives_the_rows_of_single_calls(encoder, expected):
 
 def test_many_captions_cost_no_more_columns_than_they_have(encoder, monkeypatch):
     widths = []
-    monkeypatch.setattr(sentence_encoder, "_apply", lambda model, params, ids, mask: widths.append(ids.shape) or np.zeros((*ids.shape, 16)))
+    monkeypatch.setattr(
+        sentence_encoder,
+        "_apply",
+        lambda model, params, ids, mask: widths.append(ids.shape) or np.zeros((*ids.shape, 16)),
+    )
     long, short = "a red bag above a blue boot", "a bag"
     encoder([long, short] * 4, length=32, batch_size=4)
     assert len(widths) == 2 and all(rows == 4 for rows, _ in widths)
@@ -56,7 +62,9 @@ def test_many_captions_cost_no_more_columns_than_they_have(encoder, monkeypatch)
 
 
 def test_caption_that_is_too_long_is_refused(encoder):
-    with pytest.raises(EncoderError, match=r"'a red bag above a red bag' has 9 tokens; at most 8 fit"):
+    with pytest.raises(
+        EncoderError, match=r"'a red bag above a red bag' has 9 tokens; at most 8 fit"
+    ):
         encoder(["a red bag", "a red bag above a red bag"], length=8)
 
 

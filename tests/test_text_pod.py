@@ -55,26 +55,43 @@ np.savez(workdir / f"found-{jax.process_index()}.npz", **found)
 
 @pytest.mark.long
 def test_two_processes_prepare_what_one_does_each_its_part(tmp_path):
-    """1 x 4 devices against 2 x 2, the teacher whole and divided by two: the same records and images, and half of the work each."""
+    """1 x 4 devices against 2 x 2, the teacher whole and divided by two: the same records and
+    images, and half of the work each.
+    """
     (tmp_path / "images").mkdir()
     names = [f"{i}.png" for i in range(5)]
     for i, name in enumerate(names):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "images" / name)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8)).save(
+            tmp_path / "images" / name
+        )
     lines = [json.dumps({"file_name": name, "prompt": f"photo of {name}"}) for name in names]
     (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(lines))
     (tmp_path / "prompts.txt").write_text("".join(f"a cat {i}\n" for i in range(21)))
-    given = {"teacher.folder": str(folders.folder("sd")), "data.prompts": str(tmp_path / "prompts.txt")}
+    given = {
+        "teacher.folder": str(folders.folder("sd")),
+        "data.prompts": str(tmp_path / "prompts.txt"),
+    }
     given |= {"student.batch_size": 8, "log.batch_size": 1}
     changes = {
         "drawn": {**given, "adversarial.pool": 11},
-        "read": {**given, "adversarial.reals": "data", "data.images": str(tmp_path / "images"), "mesh.fsdp": 2, "mesh.smallest": 64},
+        "read": {
+            **given,
+            "adversarial.reals": "data",
+            "data.images": str(tmp_path / "images"),
+            "mesh.fsdp": 2,
+            "mesh.smallest": 64,
+        },
     }
     found = {}
     for count in (1, 2):
         workdir, coordinator = tmp_path / f"run-{count}", f"127.0.0.1:{free_port()}"
         joined = [(coordinator, i) if count == 2 else () for i in range(count)]
         command = ("-c", PREPARE, workdir, json.dumps(changes))
-        finish(workdir, [begin(workdir, i, 4 // count, *command, *more) for i, more in enumerate(joined)], {0})
+        finish(
+            workdir,
+            [begin(workdir, i, 4 // count, *command, *more) for i, more in enumerate(joined)],
+            {0},
+        )
         found[count] = [np.load(workdir / f"found-{i}.npz") for i in range(count)]
     (expected,) = found[1]
     assert sum("/reals/" in name and name.endswith("latents") for name in expected.files) == 11 + 5
@@ -84,7 +101,9 @@ def test_two_processes_prepare_what_one_does_each_its_part(tmp_path):
             if "/texts/" in name:
                 np.testing.assert_array_equal(part[name], expected[name], err_msg=name)
             elif not name.endswith("/asked"):  # programs for two devices: captions are in float16
-                np.testing.assert_allclose(part[name], expected[name], rtol=2e-3, atol=1e-4, err_msg=name)
+                np.testing.assert_allclose(
+                    part[name], expected[name], rtol=2e-3, atol=1e-4, err_msg=name
+                )
     for job in changes:
         asked, both = expected[f"{job}/asked"], [part[f"{job}/asked"] for part in found[2]]
         assert all(len(part) <= 0.7 * len(asked) for part in both), [len(part) for part in both]

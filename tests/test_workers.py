@@ -11,7 +11,9 @@ from shell import wait_until
 
 from jaxdistill.run import loop, workers
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no core affinity")
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this system has no core affinity"
+)
 
 
 def python(code: str) -> list[str]:
@@ -21,7 +23,9 @@ def python(code: str) -> list[str]:
 def test_the_cores_are_divided_and_given_back(tmp_path, monkeypatch):
     asked, kept = [], os.sched_getaffinity(0)
     monkeypatch.setattr(workers.os, "sched_getaffinity", lambda pid: {0, 1, 2, 5, 7})
-    monkeypatch.setattr(workers.os, "sched_setaffinity", lambda pid, group: asked.append(list(group)))
+    monkeypatch.setattr(
+        workers.os, "sched_setaffinity", lambda pid, group: asked.append(list(group))
+    )
     assert workers.run(python("print('here')"), 2, tmp_path / "logs", loop.StopSignal()) == [0, 0]
     assert asked == [[0, 2, 7], [1, 5], [0, 1, 2, 5, 7]]
     assert [p.name for p in (tmp_path / "logs").iterdir()] == ["process_1.log"]
@@ -32,14 +36,22 @@ def test_the_cores_are_divided_and_given_back(tmp_path, monkeypatch):
 
 def test_a_process_inherits_its_cores_and_one_more_process_than_cores_has_all(tmp_path):
     mine = workers.cores()
-    code = f"import os, pathlib; pathlib.Path(r'{tmp_path}', str(os.getpid())).write_text(str(sorted(os.sched_getaffinity(0))))"
-    assert workers.run(python(code), len(mine) + 1, tmp_path / "logs", loop.StopSignal()) == [0] * (len(mine) + 1)
+    code = (
+        f"import os, pathlib; pathlib.Path(r'{tmp_path}',"
+        " str(os.getpid())).write_text(str(sorted(os.sched_getaffinity(0))))"
+    )
+    assert workers.run(python(code), len(mine) + 1, tmp_path / "logs", loop.StopSignal()) == [0] * (
+        len(mine) + 1
+    )
     found = sorted(p.read_text() for p in tmp_path.iterdir() if p.is_file())
     assert found == sorted([*(str([core]) for core in mine), str(mine)])
 
 
 def test_one_that_fails_leaves_the_others_going(tmp_path):
-    code = f"import os, sys, time\ntry: os.mkdir(r'{tmp_path / 'first'}')\nexcept OSError: time.sleep(0.5)\nelse: sys.exit(3)"
+    code = (
+        f"import os, sys, time\ntry: os.mkdir(r'{tmp_path / 'first'}')\nexcept OSError:"
+        " time.sleep(0.5)\nelse: sys.exit(3)"
+    )
     assert sorted(workers.run(python(code), 2, tmp_path / "logs", loop.StopSignal())) == [0, 3]
 
 
@@ -72,8 +84,16 @@ workers.end_with(os.getppid(), every=0.05)
 pathlib.Path(r'{tmp_path}', 'pid').write_text(str(os.getpid()))
 time.sleep(60)
 """
-    parent = subprocess.Popen(python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"))
-    pid = int(wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), seconds=60, what="the helper"))
+    parent = subprocess.Popen(
+        python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])")
+    )
+    pid = int(
+        wait_until(
+            lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(),
+            seconds=60,
+            what="the helper",
+        )
+    )
     time.sleep(0.3)
     os.kill(pid, 0)  # it is there as long as its parent
     parent.kill()

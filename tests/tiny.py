@@ -1,4 +1,6 @@
-"""The smoke config made so small that a whole run takes seconds; a config file like those in configs/."""
+"""The smoke config made so small that a whole run takes seconds; a config file like those in
+configs/.
+"""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,5 @@
-"""TPU chips: peak arithmetic, memory and interconnect, from the vendor's public system-architecture pages (November 2026).
+"""TPU chips: peak arithmetic, memory and interconnect, from the vendor's public system-architecture
+pages (November 2026).
 
 Of v4's data-center network they say nothing: v5p's stands for it.
 """
@@ -9,9 +10,11 @@ import jax
 
 
 class Chip(NamedTuple):
-    """One chip. flops: of bfloat16, a second; hbm: bytes; bandwidth: of the memory, interconnect: of all links, both bytes a second.
+    """One chip. flops: of bfloat16, a second; hbm: bytes; bandwidth: of the memory, interconnect:
+    of all links, both bytes a second.
 
-    `network`: its share of the data-center network between slices, bytes a second. `kinds` are the device kinds under which JAX knows it.
+    `network`: its share of the data-center network between slices, bytes a second. `kinds` are the
+    device kinds under which JAX knows it.
     """
 
     name: str

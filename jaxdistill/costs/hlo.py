@@ -1,7 +1,9 @@
-"""FLOPs, bytes and collectives of a compiled program, read from its HLO text: loops count as often as they run.
+"""FLOPs, bytes and collectives of a compiled program, read from its HLO text: loops count as often
+as they run.
 
-`compiled.cost_analysis()` counts the body of a loop once and knows no collectives; `count(compiled.as_text())` is for programs
-with `lax.scan`. A program over a mesh is the program of one device, so all numbers are of one device.
+`compiled.cost_analysis()` counts the body of a loop once and knows no collectives;
+`count(compiled.as_text())` is for programs with `lax.scan`. A program over a mesh is the program of
+one device, so all numbers are of one device.
 """
 
 import math
@@ -18,7 +20,9 @@ NETWORK = "between slices"
 
 
 class Gather(NamedTuple):
-    """One all-gather: its result ("bf16[1024,4096]"), the bytes of one run, the times it runs, and the name JAX gave it."""
+    """One all-gather: its result ("bf16[1024,4096]"), the bytes of one run, the times it runs, and
+    the name JAX gave it.
+    """
 
     shape: str
     dtype: str
@@ -31,15 +35,18 @@ class Counts(NamedTuple):
     """What one run of a program does on one device.
 
     Attributes:
-      flops: of dots and convolutions, 2 for each multiply-add. As in XLA's own count, a convolution's positions on padding and between
-        dilated elements do no work: a dot that the TPU's compiler writes as a convolution counts as the dot. Pallas kernels count what
-        they declare, which may be nothing.
-      bytes: read and written by what is not inside a fusion. Of slices and updates in place only the part that moves.
-      collectives: each of `COLLECTIVES` that occurs -> bytes of its results; of its operands for all-reduce and reduce-scatter. And
-        `NETWORK` -> the bytes that are sent there.
+      flops: of dots and convolutions, 2 for each multiply-add. As in XLA's own count, a
+        convolution's positions on padding and between dilated elements do no work: a dot that the
+        TPU's compiler writes as a convolution counts as the dot. Pallas kernels count what they
+        declare, which may be nothing.
+      bytes: read and written by what is not inside a fusion. Of slices and updates in place only
+        the part that moves.
+      collectives: each of `COLLECTIVES` that occurs -> bytes of its results; of its operands for
+        all-reduce and reduce-scatter. And `NETWORK` -> the bytes that are sent there.
       gathers: the all-gathers; their bytes times their times make up collectives["all-gather"].
       unknown_loops: loops whose number of rounds is not in the text; they count as one round.
-      main_bytes: the part of `bytes` in the device's main memory, without the buffers that a TPU keeps on the chip or on the host.
+      main_bytes: the part of `bytes` in the device's main memory, without the buffers that a TPU
+        keeps on the chip or on the host.
     """
 
     flops: float
@@ -51,7 +58,9 @@ class Counts(NamedTuple):
 
 
 def count(text: str) -> Counts:
-    """The counts of an HLO module's text, optimized (`compiled.as_text()`) or not. Of a conditional's branches each number's largest.
+    """The counts of an HLO module's text, optimized (`compiled.as_text()`) or not.
+
+    Of a conditional's branches each number's largest.
 
     Raises ValueError for other text.
     """
@@ -60,7 +69,7 @@ def count(text: str) -> Counts:
     return counts._replace(unknown_loops=len(program.unknown))
 
 
-# ----------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 class _Array(NamedTuple):
@@ -92,7 +101,9 @@ class _Instruction(NamedTuple):
 
 
 class _Computation(NamedTuple):
-    """Instructions by name, the root's name (a list of one), parameters by number, and who uses a value as which operand."""
+    """Instructions by name, the root's name (a list of one), parameters by number, and who uses a
+    value as which operand.
+    """
 
     instructions: dict[str, _Instruction]
     root: list[str]
@@ -135,7 +146,13 @@ def _arrays(shape: str) -> tuple[_Array, ...]:
     found = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         space = re.search(r"S\((\d+)\)", layout)
-        found.append(_Array(dtype, tuple(int(n.strip("<= ")) for n in dims.split(",") if n), int(space[1]) if space else 0))
+        found.append(
+            _Array(
+                dtype,
+                tuple(int(n.strip("<= ")) for n in dims.split(",") if n),
+                int(space[1]) if space else 0,
+            )
+        )
     return tuple(found)
 
 
@@ -147,7 +164,11 @@ def _instruction(name: str, text: str) -> _Instruction:
     close = _closing(text, start)
     op, inside = text[end:start].strip(), text[start + 1 : close]
     # Other printers put the shape before an operand's name.
-    operands = () if op in ("constant", "parameter") else tuple(part.split()[-1].lstrip("%") for part in _split(inside))
+    operands = (
+        ()
+        if op in ("constant", "parameter")
+        else tuple(part.split()[-1].lstrip("%") for part in _split(inside))
+    )
     return _Instruction(name, text[:end], op, inside, text[close + 1 :], operands)
 
 
@@ -172,44 +193,69 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             for i, operand in enumerate(found.operands):
                 current.users.setdefault(operand, []).append((found, i))
     if not entry:
-        raise ValueError("the text has no ENTRY computation; pass HLO text, as from compiled.as_text()")
+        raise ValueError(
+            "the text has no ENTRY computation; pass HLO text, as from compiled.as_text()"
+        )
     return computations, entry
 
 
 def _attribute(instruction: _Instruction, name: str) -> str:
     """`name=value` or `name={value}` behind the operands, "" where there is none."""
-    match = re.search(rf"[\s,]{name}=(?:\{{([^{{}}]*)\}}|([^\s,{{]+))", _STRING.sub('""', instruction.attributes))
+    match = re.search(
+        rf"[\s,]{name}=(?:\{{([^{{}}]*)\}}|([^\s,{{]+))", _STRING.sub('""', instruction.attributes)
+    )
     return (match[1] or match[2] or "") if match else ""
 
 
 def _names(instruction: _Instruction, *attributes: str) -> list[str]:
     """The computations that attributes name."""
-    return [name.strip(" %") for attribute in attributes for name in _attribute(instruction, attribute).split(",") if name.strip()]
+    return [
+        name.strip(" %")
+        for attribute in attributes
+        for name in _attribute(instruction, attribute).split(",")
+        if name.strip()
+    ]
 
 
-# ---------------------------------------------------------------------------------------------- FLOPs
+# -------------------------------------------------------------------------------------------- FLOPs
 
 
 def _dot_flops(instruction: _Instruction, computation: _Computation) -> float:
-    (result,), (left, *_) = _arrays(instruction.shape), _arrays(computation.instructions[instruction.operands[0]].shape)
+    (result,), (left, *_) = (
+        _arrays(instruction.shape),
+        _arrays(computation.instructions[instruction.operands[0]].shape),
+    )
     contracted = _attribute(instruction, "lhs_contracting_dims")
     return 2.0 * result.elements * math.prod(left.dims[int(n)] for n in contracted.split(",") if n)
 
 
 def _convolution_flops(instruction: _Instruction, computation: _Computation) -> float:
-    """2 for each output feature, batch row, kernel input feature and valid pair of window and output position."""
+    """2 for each output feature, batch row, kernel input feature and valid pair of window and
+    output position.
+    """
     (result,) = _arrays(instruction.shape)
-    (left,), (kernel,) = (_arrays(computation.instructions[name].shape) for name in instruction.operands)
-    left_labels, kernel_labels, result_labels = re.split("_|->", _attribute(instruction, "dim_labels"))
+    (left,), (kernel,) = (
+        _arrays(computation.instructions[name].shape) for name in instruction.operands
+    )
+    left_labels, kernel_labels, result_labels = re.split(
+        "_|->", _attribute(instruction, "dim_labels")
+    )
     window = dict(part.split("=") for part in _attribute(instruction, "window").split())
     flops = 2.0 * result.dims[result_labels.index("b")] * result.dims[result_labels.index("f")]
     # A group's input features only; result rows only of a batch group: the groups divide the work.
     flops *= kernel.dims[kernel_labels.index("i")]
     for i in range(len(result_labels) - 2):
-        stride, left_step, kernel_step = (int(window[key].split("x")[i]) if key in window else 1 for key in _STEPS)
+        stride, left_step, kernel_step = (
+            int(window[key].split("x")[i]) if key in window else 1 for key in _STEPS
+        )
         low = int(window["pad"].split("x")[i].split("_")[0]) if "pad" in window else 0
         left_size, size, positions = (
-            array.dims[labels.index(str(i))] for array, labels in ((left, left_labels), (kernel, kernel_labels), (result, result_labels))
+            array.dims[labels.index(str(i))]
+            for array, labels in (
+                (left, left_labels),
+                (kernel, kernel_labels),
+                (result, result_labels),
+            )
         )
         flops *= _valid_pairs(size, positions, left_size, stride, low, left_step, kernel_step)
     return flops
@@ -219,7 +265,15 @@ _STEPS = ("stride", "lhs_dilate", "rhs_dilate")
 
 
 @lru_cache(maxsize=4096)
-def _valid_pairs(size: int, positions: int, left_size: int, stride: int, low: int, left_step: int, kernel_step: int) -> int:
+def _valid_pairs(
+    size: int,
+    positions: int,
+    left_size: int,
+    stride: int,
+    low: int,
+    left_step: int,
+    kernel_step: int,
+) -> int:
     """Pairs (window element, output position) that meet an input element, along one dimension."""
     common = math.gcd(stride, left_step)
     period = left_step // common
@@ -237,22 +291,42 @@ def _valid_pairs(size: int, positions: int, left_size: int, stride: int, low: in
     return pairs
 
 
-# --------------------------------------------------------------------------------------------- counts
+# ------------------------------------------------------------------------------------------- counts
 
 _Moved = tuple[float, int]
 """Bytes, and the memory space they are read from or written to."""
 
 _NOTHING = Counts(0.0, 0.0, {}, [], 0, 0.0)
 
-# These name or wait for what is there already. The custom calls frame the pieces of an asynchronous gather, or hand out memory.
-_STILL = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier"}
+# These name or wait for what is there already. The custom calls frame the pieces of an asynchronous
+# gather, or hand out memory.
+_STILL = {
+    "parameter",
+    "constant",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+}
 _STILL_CALLS = {"AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone"}
 _SLICES = {"slice", "dynamic-slice", "gather"}
 
 _MOST_ROUNDS = 10_000
-_COMPARED = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne}
+_COMPARED = {
+    "LT": operator.lt,
+    "LE": operator.le,
+    "GT": operator.gt,
+    "GE": operator.ge,
+    "EQ": operator.eq,
+    "NE": operator.ne,
+}
 _FOLDED: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("copy", "bitcast", "reshape", "convert", "opt-barrier", "compare"), lambda a: a),
+    **dict.fromkeys(
+        ("copy", "bitcast", "reshape", "convert", "opt-barrier", "compare"), lambda a: a
+    ),
     "add": operator.add,
     "subtract": operator.sub,
     "multiply": operator.mul,
@@ -267,7 +341,14 @@ def _foldable(of: _Instruction) -> bool:
         array = _arrays(of.shape)[0]
         if array.elements != 1 or not re.fullmatch(r"[su]\d+|pred", array.dtype):
             return False
-    return of.op in _FOLDED or of.op in ("parameter", "constant", "tuple", "get-tuple-element", "fusion", "call")
+    return of.op in _FOLDED or of.op in (
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "fusion",
+        "call",
+    )
 
 
 def _sum(parts: Iterable[tuple[int, Counts]]) -> Counts:
@@ -288,9 +369,15 @@ def _sum(parts: Iterable[tuple[int, Counts]]) -> Counts:
 
 def _largest(branches: list[Counts]) -> Counts:
     found = {kind for branch in branches for kind in branch.collectives}
-    kinds = {kind: max(branch.collectives.get(kind, 0.0) for branch in branches) for kind in sorted(found)}
+    kinds = {
+        kind: max(branch.collectives.get(kind, 0.0) for branch in branches)
+        for kind in sorted(found)
+    }
     gathers = max(branches, key=lambda branch: branch.collectives.get("all-gather", 0.0)).gathers
-    flops, moved, main = (max(numbers) for numbers in zip(*((b.flops, b.bytes, b.main_bytes) for b in branches), strict=True))
+    flops, moved, main = (
+        max(numbers)
+        for numbers in zip(*((b.flops, b.bytes, b.main_bytes) for b in branches), strict=True)
+    )
     return Counts(flops, moved, kinds, gathers, 0, main)
 
 
@@ -314,7 +401,9 @@ def _target(instruction: _Instruction) -> str:
 
 
 def _result(instruction: _Instruction) -> str:
-    """The shape of what an instruction writes: the start of an asynchronous one carries operands and handles too."""
+    """The shape of what an instruction writes: the start of an asynchronous one carries operands
+    and handles too.
+    """
     if not instruction.op.endswith("-start") or instruction.op == "all-reduce-start":
         return instruction.shape
     return _split(instruction.shape[1:-1])[0 if instruction.op == "copy-start" else 1]
@@ -336,11 +425,18 @@ class _Program:
         """The counts of one run of a computation that is no fusion."""
         if name not in self.totals:
             computation, channels = self.computations[name], set[str]()
-            self.totals[name] = _sum((1, self.cost(i, computation, False, channels)) for i in computation.instructions.values())
+            self.totals[name] = _sum(
+                (1, self.cost(i, computation, False, channels))
+                for i in computation.instructions.values()
+            )
         return self.totals[name]
 
-    def cost(self, instruction: _Instruction, computation: _Computation, fused: bool, channels: set[str]) -> Counts:
-        """The counts of one instruction; `channels` are the collectives that fusions of the same computation have begun."""
+    def cost(
+        self, instruction: _Instruction, computation: _Computation, fused: bool, channels: set[str]
+    ) -> Counts:
+        """The counts of one instruction; `channels` are the collectives that fusions of the same
+        computation have begun.
+        """
         op = instruction.op.removesuffix("-start")
         if op in _STILL or op.endswith(("-done", "-update")):
             return _NOTHING
@@ -357,7 +453,9 @@ class _Program:
             body_times, condition_times = (1, 1) if times is None else (times, times + 1)
             return _sum([(body_times, self.total(body)), (condition_times, self.total(condition))])
         if op == "conditional":
-            branches = _names(instruction, "branch_computations", "true_computation", "false_computation")
+            branches = _names(
+                instruction, "branch_computations", "true_computation", "false_computation"
+            )
             return _largest([self.total(name) for name in branches])
         if op in ("call", "async"):
             return _sum((1, self.total(name)) for name in _names(instruction, "to_apply", "calls"))
@@ -369,13 +467,23 @@ class _Program:
         elif op == "custom-call":
             declared = re.search(r'"cost_estimate":\{[^{}]*"flops":"(\d+)"', instruction.attributes)
             parts.append((1, _NOTHING._replace(flops=float(declared[1]) if declared else 0.0)))
-        for name in _names(instruction, "calls", "called_computations") if op in ("fusion", "custom-call") else []:
+        for name in (
+            _names(instruction, "calls", "called_computations")
+            if op in ("fusion", "custom-call")
+            else []
+        ):
             inner = self.computations[name]
             parts += [(1, self.cost(i, inner, True, channels)) for i in inner.instructions.values()]
         return _sum(parts)
 
-    def collective(self, instruction: _Instruction, computation: _Computation, fused: bool, channels: set[str]) -> Counts:
-        """A collective. In fusions the TPU's compiler cuts one into many pieces of the same channel: the first counts for all."""
+    def collective(
+        self, instruction: _Instruction, computation: _Computation, fused: bool, channels: set[str]
+    ) -> Counts:
+        """A collective.
+
+        In fusions the TPU's compiler cuts one into many pieces of the same channel: the first
+        counts for all.
+        """
         channel = _attribute(instruction, "channel_id")
         if fused and channel:
             if channel in channels:
@@ -385,23 +493,38 @@ class _Program:
         results = _arrays(_result(instruction))
         if fused and kind == "all-reduce":
             slices = [i for i in computation.instructions.values() if i.op == "dynamic-slice"]
-            kept = [array for i in slices if self.origin(computation, i.name) == instruction for array in _arrays(i.shape)]
+            kept = [
+                array
+                for i in slices
+                if self.origin(computation, i.name) == instruction
+                for array in _arrays(i.shape)
+            ]
             if kept:
                 # The TPU's reduce-scatter: each device keeps its slice of the sum.
                 kind, results = "reduce-scatter", tuple(kept)
-        operands = [array for name in instruction.operands for array in _arrays(computation.instructions[name].shape)]
+        operands = [
+            array
+            for name in instruction.operands
+            for array in _arrays(computation.instructions[name].shape)
+        ]
         counted = operands if kind in ("all-reduce", "reduce-scatter") else results
         found = _moved((array.size, array.space) for array in (*operands, *results))
         found = found._replace(collectives={kind: math.fsum(array.size for array in counted)})
         if kind == "all-gather":
             name = re.search(r'op_name="([^"]*)"', instruction.attributes)
-            shapes = [(f"{array.dtype}[{','.join(map(str, array.dims))}]", array) for array in results]
-            found = found._replace(gathers=[Gather(s, a.dtype, a.size, 1, name[1] if name else "") for s, a in shapes])
+            shapes = [
+                (f"{array.dtype}[{','.join(map(str, array.dims))}]", array) for array in results
+            ]
+            found = found._replace(
+                gathers=[Gather(s, a.dtype, a.size, 1, name[1] if name else "") for s, a in shapes]
+            )
         return found
 
     # -- bytes
 
-    def traffic(self, op: str, instruction: _Instruction, computation: _Computation) -> Iterator[_Moved]:
+    def traffic(
+        self, op: str, instruction: _Instruction, computation: _Computation
+    ) -> Iterator[_Moved]:
         """What an instruction outside a fusion reads and writes."""
         operands = [computation.instructions[name].shape for name in instruction.operands]
         result = _result(instruction)
@@ -425,22 +548,36 @@ class _Program:
         for shape in (*operands, result):
             yield from _whole(shape)
 
-    def read(self, computation: _Computation, name: str, outer: Callable[[], float] | None = None) -> float:
-        """The bytes of a value in a fusion that its users read: of slices only what they take, nothing of what is handed on.
+    def read(
+        self, computation: _Computation, name: str, outer: Callable[[], float] | None = None
+    ) -> float:
+        """The bytes of a value in a fusion that its users read: of slices only what they take,
+        nothing of what is handed on.
 
-        `outer` reads on behind the root, where the fusion is inside another. What a collective reads counts with the collective.
+        `outer` reads on behind the root, where the fusion is inside another. What a collective
+        reads counts with the collective.
         """
         whole = _size(computation.instructions[name].shape)
         total = outer() if outer and name == computation.root[0] else 0.0
         for user, position in computation.users.get(name, []):
-            if user.op in ("bitcast", "get-tuple-element") or (user.op == "dynamic-update-slice" and position == 0):
+            if user.op in ("bitcast", "get-tuple-element") or (
+                user.op == "dynamic-update-slice" and position == 0
+            ):
                 total += self.read(computation, user.name, outer)
             elif user.op in _SLICES and position == 0:
                 total += _size(user.shape)
             elif user.op == "fusion":
                 inner = self.called(user)
-                total += self.read(inner, inner.parameters[position], partial(self.read, computation, user.name, outer))
-            elif not (user.op in COLLECTIVES or _target(user) in _STILL_CALLS or (user.op == "tuple" and not outer)):
+                total += self.read(
+                    inner,
+                    inner.parameters[position],
+                    partial(self.read, computation, user.name, outer),
+                )
+            elif not (
+                user.op in COLLECTIVES
+                or _target(user) in _STILL_CALLS
+                or (user.op == "tuple" and not outer)
+            ):
                 total += whole
         return min(whole, total)
 
@@ -453,18 +590,31 @@ class _Program:
         elif value.op == "fusion":
             inner = self.called(value)
             yield from self.written(inner, inner.root[0])
-        elif value.op == "dynamic-update-slice" and (size := self.updates(computation, name)) is not None:
+        elif (
+            value.op == "dynamic-update-slice"
+            and (size := self.updates(computation, name)) is not None
+        ):
             yield size, _arrays(value.shape)[0].space
-        elif not (value.op == "parameter" or _target(value) in _STILL_CALLS or self.origin(computation, name).op in COLLECTIVES):
+        elif not (
+            value.op == "parameter"
+            or _target(value) in _STILL_CALLS
+            or self.origin(computation, name).op in COLLECTIVES
+        ):
             yield from _whole(value.shape)
 
     def origin(self, computation: _Computation, name: str) -> _Instruction:
         """The value behind bitcasts and dynamic slices."""
         value = computation.instructions[name]
-        return self.origin(computation, value.operands[0]) if value.op in ("bitcast", "dynamic-slice") else value
+        return (
+            self.origin(computation, value.operands[0])
+            if value.op in ("bitcast", "dynamic-slice")
+            else value
+        )
 
     def updates(self, computation: _Computation, name: str) -> float | None:
-        """The bytes that updates in place write into a parameter to make this value; None for a value made otherwise."""
+        """The bytes that updates in place write into a parameter to make this value; None for a
+        value made otherwise.
+        """
         value = computation.instructions[name]
         if value.op == "parameter":
             return 0.0
@@ -478,7 +628,9 @@ class _Program:
     # -- rounds of a loop
 
     def rounds(self, loop: _Instruction, computation: _Computation) -> int | None:
-        """How often a loop's body runs, as the compiler noted it or by running the loop's counters; None where data decide."""
+        """How often a loop's body runs, as the compiler noted it or by running the loop's counters;
+        None where data decide.
+        """
         known = re.search(r'known_trip_count\\?":\s*\{\\?"n\\?":\s*\\?"(\d+)', loop.attributes)
         if known:
             return int(known[1])
@@ -493,8 +645,16 @@ class _Program:
             state = self.value(body, body.root[0], (state,), {})
         return None
 
-    def value(self, computation: _Computation, name: str, arguments: tuple[Any, ...] | None, known: dict[str, Any]) -> Any:
-        """An int or bool of one element, a tuple of such, or None for what is not known from the text alone."""
+    def value(
+        self,
+        computation: _Computation,
+        name: str,
+        arguments: tuple[Any, ...] | None,
+        known: dict[str, Any],
+    ) -> Any:
+        """An int or bool of one element, a tuple of such, or None for what is not known from the
+        text alone.
+        """
         waiting = [name]  # a stack: in a large program the chains are longer than calls may nest
         while waiting:
             of = computation.instructions[waiting[-1]]
@@ -506,7 +666,9 @@ class _Program:
                 known[waiting.pop()] = self.folded(of, arguments, known)
         return known[name]
 
-    def folded(self, of: _Instruction, arguments: tuple[Any, ...] | None, known: dict[str, Any]) -> Any:
+    def folded(
+        self, of: _Instruction, arguments: tuple[Any, ...] | None, known: dict[str, Any]
+    ) -> Any:
         """`value` of a foldable instruction whose operands are known."""
         if of.op == "parameter":
             return arguments[int(of.inside)] if arguments else None
@@ -523,4 +685,8 @@ class _Program:
             return values[0][int(_attribute(of, "index"))] if isinstance(values[0], tuple) else None
         if None in values:
             return None
-        return _COMPARED[_attribute(of, "direction")](*values) if of.op == "compare" else _FOLDED[of.op](*values)
+        return (
+            _COMPARED[_attribute(of, "direction")](*values)
+            if of.op == "compare"
+            else _FOLDED[of.op](*values)
+        )

@@ -1,4 +1,6 @@
-"""The published architectures of Stable Diffusion, to plan a run without a checkpoint: no weights, tokenizers or text encoders."""
+"""The published architectures of Stable Diffusion, to plan a run without a checkpoint: no weights,
+tokenizers or text encoders.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +8,13 @@ from typing import Any
 
 from jaxdistill.interop.diffusers_folder import Folder, Part, unet_module, vae_module
 
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1}
+_BETAS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "steps_offset": 1,
+}
 _LEVELS = {
     "in_channels": 4,
     "out_channels": 4,
@@ -46,11 +54,18 @@ PIPELINES: Mapping[str, Mapping[str, Any]] = {
             "cross_attention_dim": 1024,
             "use_linear_projection": True,
         },
-        "scheduler": {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "clip_sample": False, **_BETAS},
+        "scheduler": {
+            "_class_name": "DDIMScheduler",
+            "prediction_type": "v_prediction",
+            "clip_sample": False,
+            **_BETAS,
+        },
     },
     "sdxl": {"unet": _XL, "scheduler": {"_class_name": "EulerDiscreteScheduler", **_BETAS}},
 }
-"""Stable Diffusion 1.5 (512 px), 2.1 (768 px, v-prediction) and SDXL base (1024 px): their UNet's and scheduler's configs."""
+"""Stable Diffusion 1.5 (512 px), 2.1 (768 px, v-prediction) and SDXL base (1024 px): their UNet's
+and scheduler's configs.
+"""
 
 _VAE = {
     "block_out_channels": (128, 256, 512, 512),

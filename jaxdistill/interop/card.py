@@ -1,4 +1,5 @@
-"""The card of an export: plain JSON names for model, schedule, prediction, grids and transforms, and what they build.
+"""The card of an export: plain JSON names for model, schedule, prediction, grids and transforms,
+and what they build.
 
 Configs use the same blocks, so this is the one place where a name becomes a function.
 """
@@ -22,29 +23,48 @@ from jaxdistill.models.small.unet import SmallUNet
 
 FORMAT = "jaxdistill-export/1"
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": ResidualMLP, "unet": SmallUNet, "text_unet": TextUNet}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": ResidualMLP,
+    "unet": SmallUNet,
+    "text_unet": TextUNet,
+}
 PREDICTIONS = {
     "eps": (prediction.eps_prediction, prediction.eps_target),
     "v": (prediction.v_prediction, prediction.v_target),
     "x0": (prediction.x0_prediction, prediction.x0_target),
     "flow": (prediction.flow_prediction, prediction.flow_target),
 }
-BETAS = {"linear": schedule.linear_betas, "scaled_linear": schedule.scaled_linear_betas, "cosine_betas": schedule.cosine_betas}
+BETAS = {
+    "linear": schedule.linear_betas,
+    "scaled_linear": schedule.scaled_linear_betas,
+    "cosine_betas": schedule.cosine_betas,
+}
 SOLVERS = {"ddim": sampling.ddim, "dpm_solver_pp_2m": sampling.dpm_solver_pp_2m}
 RENOISING = ("renoise", "consistency")
-"""Students' solvers that draw fresh noise between steps; "consistency" reads the network as LCM's f(x, t)."""
-GRIDS = {"trailing": sampling.trailing_grid, "leading": sampling.leading_grid, "linspace": sampling.linspace_grid}
+"""Students' solvers that draw fresh noise between steps; "consistency" reads the network as LCM's
+f(x, t).
+"""
+GRIDS = {
+    "trailing": sampling.trailing_grid,
+    "leading": sampling.leading_grid,
+    "linspace": sampling.linspace_grid,
+}
 
 
 def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
     """table[name]; raises ValueError naming the key, the value and what is allowed."""
     if name not in table:
-        raise ValueError(f"{key} = {name!r} is not known; choose one of {', '.join(map(repr, table))}")
+        raise ValueError(
+            f"{key} = {name!r} is not known; choose one of {', '.join(map(repr, table))}"
+        )
     return table[name]
 
 
 def build_schedule(block: Mapping[str, Any]) -> schedule.NoiseSchedule:
-    """{"name", "snr_scale", "zero_terminal_snr", "num_train_steps"} -> NoiseSchedule. Raises ValueError."""
+    """{"name", "snr_scale", "zero_terminal_snr", "num_train_steps"} -> NoiseSchedule.
+
+    Raises ValueError.
+    """
     continuous = {"cosine": schedule.cosine, "flow": schedule.flow}
     name = block["name"]
     make = choose({**continuous, **BETAS}, name, "schedule.name")
@@ -52,20 +72,35 @@ def build_schedule(block: Mapping[str, Any]) -> schedule.NoiseSchedule:
         built = make()
     else:
         betas = make(int(block["num_train_steps"]))
-        built = schedule.ddpm(schedule.rescale_zero_terminal_snr(betas) if block["zero_terminal_snr"] else betas)
+        built = schedule.ddpm(
+            schedule.rescale_zero_terminal_snr(betas) if block["zero_terminal_snr"] else betas
+        )
     if name == "flow" and block["snr_scale"] != 1.0:
-        raise ValueError("schedule.snr_scale needs a variance-preserving schedule; 'flow' is none, leave it at 1.0")
-    return built if block["snr_scale"] == 1.0 else schedule.shifted(built, float(block["snr_scale"]))
+        raise ValueError(
+            "schedule.snr_scale needs a variance-preserving schedule; 'flow' is none, leave it"
+            " at 1.0"
+        )
+    return (
+        built if block["snr_scale"] == 1.0 else schedule.shifted(built, float(block["snr_scale"]))
+    )
 
 
 def build_model(block: Mapping[str, Any]) -> nn.Module:
-    """{"name", ...the module's attributes} -> Linen module. Raises ValueError for an unknown name."""
-    attributes = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in block.items() if k != "name"}
+    """{"name", ...the module's attributes} -> Linen module.
+
+    Raises ValueError for an unknown name.
+    """
+    attributes = {
+        k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in block.items() if k != "name"
+    }
     module: Any = choose(MODELS, block["name"], "model.name")
     known = [f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
     strangers = [k for k in attributes if k not in known]
     if strangers:
-        raise ValueError(f"model {block['name']!r} has no setting {', '.join(strangers)}; it has {', '.join(known)}")
+        raise ValueError(
+            f"model {block['name']!r} has no setting {', '.join(strangers)}; it has"
+            f" {', '.join(known)}"
+        )
     for key, value in attributes.items():
         if not all(v > 0 for v in (value if isinstance(value, tuple) else (value,))):
             raise ValueError(f"model.{key} must be above 0, got {value}")
@@ -78,14 +113,22 @@ def init_params(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> An
 
 
 def check_model(model: nn.Module, image_shape: tuple[int, ...]) -> None:
-    """Raise ValueError if the model cannot take the images or does not give back their shape. Nothing is computed."""
+    """Raise ValueError if the model cannot take the images or does not give back their shape.
+
+    Nothing is computed.
+    """
     x, t, cond = _example(image_shape)
     try:
         out = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), x, t, cond)[0])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the model does not take images of shape {image_shape}: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"the model does not take images of shape {image_shape}: {str(error).splitlines()[0]}"
+        ) from None
     if out.shape != x.shape:
-        raise ValueError(f"the model returns shape {out.shape} for images of shape {x.shape}; it must keep the shape")
+        raise ValueError(
+            f"the model returns shape {out.shape} for images of shape {x.shape}; it must keep the"
+            " shape"
+        )
 
 
 def _example(image_shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
@@ -95,9 +138,9 @@ def _example(image_shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
 def build_grid(block: Mapping[str, Any], steps: int, T: float) -> sampling.TimeGrid:
     """The grid for `steps` network calls of a sampler block {"grid", "times"}. Raises ValueError.
 
-    "nested" takes the first `steps` of the block's times (fractions of T, first 1), so that a shorter sampler is
-    the beginning of a longer one; "listed" takes the one of the block's lists of times that has `steps` of them. Past what these hold both
-    fall back to the trailing grid.
+    "nested" takes the first `steps` of the block's times (fractions of T, first 1), so that a
+    shorter sampler is the beginning of a longer one; "listed" takes the one of the block's lists of
+    times that has `steps` of them. Past what these hold both fall back to the trailing grid.
     """
     if block["grid"] == "listed":
         for listed in block["times"]:
@@ -120,8 +163,17 @@ class Sampler(NamedTuple):
     schedule: schedule.NoiseSchedule
     card: Mapping[str, Any]
 
-    def denoiser(self, params: Any, noise: Array, cond: Any, guidance: float | Array, correct_noise: bool | Array) -> prediction.Denoiser:
-        """The network with the card's transforms and the given ones, for one batch; `correct_noise` may be traced."""
+    def denoiser(
+        self,
+        params: Any,
+        noise: Array,
+        cond: Any,
+        guidance: float | Array,
+        correct_noise: bool | Array,
+    ) -> prediction.Denoiser:
+        """The network with the card's transforms and the given ones, for one batch; `correct_noise`
+        may be traced.
+        """
         network = sampling.guided_denoiser(
             self.model.apply,
             params,
@@ -145,21 +197,41 @@ class Sampler(NamedTuple):
         return denoiser
 
     def step(self, noise: Array) -> sampling.Step:
-        """The card's solver for the images that start from `noise`. Fresh noise is a function of an image's own start."""
+        """The card's solver for the images that start from `noise`.
+
+        Fresh noise is a function of an image's own start.
+        """
         name = self.card["sampler"]["solver"]
         if name in SOLVERS:
             return SOLVERS[name](self.schedule)
         return sampling.renoise(self.schedule, sampling.keys_of(noise))
 
-    def sample(self, params: Any, noise: Array, cond: Any, grid: Any, *, guidance: float, correct_noise: bool) -> Array:
+    def sample(
+        self,
+        params: Any,
+        noise: Array,
+        cond: Any,
+        grid: Any,
+        *,
+        guidance: float,
+        correct_noise: bool,
+    ) -> Array:
         """Noise [b, h, w, c] standard normal, cond [b], grid [n] -> images [b, h, w, c] in [0, 1]."""
         denoiser = self.denoiser(params, noise, cond, guidance, correct_noise)
-        return to_unit(sampling.rollout(self.step(noise), denoiser, sampling.start(noise), grid)[0].x)
+        return to_unit(
+            sampling.rollout(self.step(noise), denoiser, sampling.start(noise), grid)[0].x
+        )
 
-    def visited(self, params: Any, noise: Array, cond: Any, grid: Any, *, correct_noise: bool) -> Array:
-        """The x̂0 at each state of one trajectory: [n, b, h, w, c] in [0, 1]; on nested grids, every shorter sampler's images."""
+    def visited(
+        self, params: Any, noise: Array, cond: Any, grid: Any, *, correct_noise: bool
+    ) -> Array:
+        """The x̂0 at each state of one trajectory: [n, b, h, w, c] in [0, 1]; on nested grids,
+        every shorter sampler's images.
+        """
         denoiser = self.denoiser(params, noise, cond, 1.0, correct_noise)
-        return to_unit(sampling.rollout(self.step(noise), denoiser, sampling.start(noise), grid)[1].x0)
+        return to_unit(
+            sampling.rollout(self.step(noise), denoiser, sampling.start(noise), grid)[1].x0
+        )
 
     def draw(
         self,
@@ -172,7 +244,8 @@ class Sampler(NamedTuple):
         noise_correction: bool | None = None,
         batch_size: int,
     ) -> np.ndarray:
-        """Images float32 [n, h, w, c] in [0, 1] of n rows of conditioning; image i is a function of (seed, i) and its row.
+        """Images float32 [n, h, w, c] in [0, 1] of n rows of conditioning; image i is a function of
+        (seed, i) and its row.
 
         None takes the card's setting. Raises ValueError for a setting that the card cannot serve.
         """
@@ -184,9 +257,13 @@ class Sampler(NamedTuple):
         program = jax.jit(partial(self.sample, guidance=float(guidance), correct_noise=correct))
         shape, block, images = tuple(self.card["data"]["image_shape"]), min(batch_size, num), []
         for i in range(0, num, block):
-            rows = np.arange(i, i + block) % num  # the last block is filled up, so that one program serves all
+            rows = (
+                np.arange(i, i + block) % num
+            )  # the last block is filled up, so that one program serves all
             cond = jax.tree.map(lambda a, rows=rows: a[rows], conds)
-            images.append(np.asarray(program(params, draw_noise(seed, i, block, shape), cond, grid)))
+            images.append(
+                np.asarray(program(params, draw_noise(seed, i, block, shape), cond, grid))
+            )
         return np.concatenate(images)[:num]
 
     def grid(self, steps: int) -> sampling.TimeGrid:
@@ -195,9 +272,15 @@ class Sampler(NamedTuple):
 
 
 def build_sampler(card: Mapping[str, Any]) -> Sampler:
-    """A card -> its Sampler. Raises ValueError where the card names what this version does not know."""
+    """A card -> its Sampler.
+
+    Raises ValueError where the card names what this version does not know.
+    """
     if card.get("format") != FORMAT:
-        raise ValueError(f"format {card.get('format')!r} is not {FORMAT!r}; the export was written by another version")
+        raise ValueError(
+            f"format {card.get('format')!r} is not {FORMAT!r}; the export was written by another"
+            " version"
+        )
     choose(PREDICTIONS, card["prediction"], "prediction")
     choose({**SOLVERS, **dict.fromkeys(RENOISING)}, card["sampler"]["solver"], "sampler.solver")
     return Sampler(build_model(card["model"]), build_schedule(card["schedule"]), card)
@@ -215,11 +298,15 @@ def to_unit(x: Array) -> Array:
 
 
 def draw_noise(seed: int, start: int, count: int, image_shape: tuple[int, ...]) -> Array:
-    """Standard normal [count, h, w, c]; image i depends on (seed, start + i) alone, not on the batch it is drawn in."""
+    """Standard normal [count, h, w, c]; image i depends on (seed, start + i) alone, not on the
+    batch it is drawn in.
+    """
     return noise_of(seed, start + jnp.arange(count), image_shape)
 
 
 def noise_of(seed: int | Array, rows: Array, image_shape: tuple[int, ...]) -> Array:
-    """Standard normal [n, h, w, c] of the image numbers `rows` int [n], each a function of (seed, number)."""
+    """Standard normal [n, h, w, c] of the image numbers `rows` int [n], each a function of (seed,
+    number).
+    """
     key = jax.random.key(seed)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), image_shape))(rows)

@@ -1,4 +1,6 @@
-"""A pipeline folder as diffusers writes it, read without torch: configs to modules, safetensors to parameters, and back."""
+"""A pipeline folder as diffusers writes it, read without torch: configs to modules, safetensors to
+parameters, and back.
+"""
 
 import contextlib
 import json
@@ -56,7 +58,7 @@ class Folder(NamedTuple):
     zero_empty_prompt: bool
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,7 +66,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FolderError(f"{path} is missing; give a pipeline folder as diffusers' save_pretrained writes it") from None
+        raise FolderError(
+            f"{path} is missing; give a pipeline folder as diffusers' save_pretrained writes it"
+        ) from None
     except (ValueError, OSError) as error:
         raise FolderError(f"{path} is damaged ({error}); copy it anew") from None
     if not isinstance(found, dict):
@@ -73,19 +77,34 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors of a component: one file or shards; of a variant ("fp16") where there are no others.
+    """The safetensors of a component: one file or shards; of a variant ("fp16") where there are no
+    others.
 
     Raises FolderError where there are only .bin weights, nothing, or a shard is missing.
     """
     start = re.escape(stem)
-    names = (rf"{start}\.(\w+)\.safetensors", rf"{start}\.safetensors\.index\.(\w+)\.json", rf"{start}\.(\w+)\.safetensors\.index\.json")
-    variants = sorted({match[1] for path in folder.glob(f"{stem}.*") for name in names if (match := re.fullmatch(name, path.name))})
+    names = (
+        rf"{start}\.(\w+)\.safetensors",
+        rf"{start}\.safetensors\.index\.(\w+)\.json",
+        rf"{start}\.(\w+)\.safetensors\.index\.json",
+    )
+    variants = sorted(
+        {
+            match[1]
+            for path in folder.glob(f"{stem}.*")
+            for name in names
+            if (match := re.fullmatch(name, path.name))
+        }
+    )
     for name in ("", *variants):
         infix = f".{name}" if name else ""
         whole = folder / f"{stem}{infix}.safetensors"
         if whole.is_file():
             return [whole]
-        for index in (folder / f"{stem}.safetensors.index{infix}.json", folder / f"{stem}{infix}.safetensors.index.json"):
+        for index in (
+            folder / f"{stem}.safetensors.index{infix}.json",
+            folder / f"{stem}{infix}.safetensors.index.json",
+        ):
             if index.is_file():
                 listed = read_json(index).get("weight_map")
                 if not isinstance(listed, dict) or not listed:
@@ -93,42 +112,68 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
                 shards = sorted({folder / str(file) for file in listed.values()})
                 for shard in shards:
                     if not shard.is_file():
-                        raise FolderError(f"{shard} is missing, {index.name} names it; copy the folder anew")
+                        raise FolderError(
+                            f"{shard} is missing, {index.name} names it; copy the folder anew"
+                        )
                 return shards
-    pickles = sorted(p.name for p in folder.glob("*.bin")) or sorted(p.name for p in folder.glob("*.msgpack"))
+    pickles = sorted(p.name for p in folder.glob("*.bin")) or sorted(
+        p.name for p in folder.glob("*.msgpack")
+    )
     if pickles:
         raise FolderError(
-            f"{folder} holds {pickles[0]} only; safetensors are read (pickles can run code): save the pipeline with safe_serialization=True"
+            f"{folder} holds {pickles[0]} only; safetensors are read (pickles can run code): save"
+            " the pipeline with safe_serialization=True"
         )
     raise FolderError(f"{folder / stem}.safetensors is missing; copy the folder anew")
 
 
-# ---------------------------------------------------------------------------------------------- configs
+# ------------------------------------------------------------------------------------------ configs
 
 
-def _check(config: Mapping[str, Any], where: Path, known: Sequence[str], fixed: Mapping[str, Sequence[Any]]) -> None:
-    """Raise FolderError for a field with a value that the modules do not implement, or a set field that nobody knows."""
+def _check(
+    config: Mapping[str, Any], where: Path, known: Sequence[str], fixed: Mapping[str, Sequence[Any]]
+) -> None:
+    """Raise FolderError for a field with a value that the modules do not implement, or a set field
+    that nobody knows.
+    """
     for name, allowed in fixed.items():
         value: Any = config.get(name)
-        alike = isinstance(value, (list, tuple)) and len(value) > 0 and all(item == value[0] for item in value)
+        alike = (
+            isinstance(value, (list, tuple))
+            and len(value) > 0
+            and all(item == value[0] for item in value)
+        )
         if name in config and (value[0] if alike else value) not in allowed:
             shown = " or ".join(repr(value) for value in allowed)
             raise FolderError(f"{where}: {name} = {config[name]!r} is not supported, only {shown}")
     for name, value in config.items():
-        if not name.startswith("_") and name not in known and name not in fixed and value not in (None, False):
-            raise FolderError(f"{where}: the setting {name} = {value!r} is not known; this version cannot honour it")
+        if (
+            not name.startswith("_")
+            and name not in known
+            and name not in fixed
+            and value not in (None, False)
+        ):
+            raise FolderError(
+                f"{where}: the setting {name} = {value!r} is not known; this version cannot"
+                " honour it"
+            )
 
 
 def _each(value: Any, count: int, name: str, where: Path) -> tuple[Any, ...]:
     """A number for every level, or a list of one for each."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * count
     if len(values) != count:
-        raise FolderError(f"{where}: {name} = {value!r} must be one value or {count}, one for each block")
+        raise FolderError(
+            f"{where}: {name} = {value!r} must be one value or {count}, one for each block"
+        )
     return values
 
 
 def unet_module(config: Mapping[str, Any], where: Path, **options: Any) -> UNetCondition:
-    """The network of a UNet2DConditionModel's config. `options`: attention, remat, scan, dtype. Raises FolderError."""
+    """The network of a UNet2DConditionModel's config. `options`: attention, remat, scan, dtype.
+
+    Raises FolderError.
+    """
     known = (
         "sample_size", "in_channels", "out_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "up_block_types",
         "block_out_channels", "layers_per_block", "norm_num_groups", "norm_eps", "cross_attention_dim", "transformer_layers_per_block",
@@ -150,16 +195,36 @@ def unet_module(config: Mapping[str, Any], where: Path, **options: Any) -> UNetC
     _check(config, where, known, fixed)
     channels = tuple(config["block_out_channels"])
     count = len(channels)
-    down = _blocks(config, "down_block_types", {"CrossAttnDownBlock2D": True, "DownBlock2D": False}, count, where)
-    up = _blocks(config, "up_block_types", {"CrossAttnUpBlock2D": True, "UpBlock2D": False}, count, where)
+    down = _blocks(
+        config,
+        "down_block_types",
+        {"CrossAttnDownBlock2D": True, "DownBlock2D": False},
+        count,
+        where,
+    )
+    up = _blocks(
+        config, "up_block_types", {"CrossAttnUpBlock2D": True, "UpBlock2D": False}, count, where
+    )
     # The field is named for a head's width, but holds their number.
-    heads = _each(config.get("num_attention_heads") or config.get("attention_head_dim", 8), count, "attention_head_dim", where)
-    depth = _each(config.get("transformer_layers_per_block", 1), count, "transformer_layers_per_block", where)
+    heads = _each(
+        config.get("num_attention_heads") or config.get("attention_head_dim", 8),
+        count,
+        "attention_head_dim",
+        where,
+    )
+    depth = _each(
+        config.get("transformer_layers_per_block", 1), count, "transformer_layers_per_block", where
+    )
     for name, values in (("attention_head_dim", heads), ("transformer_layers_per_block", depth)):
         if any(not isinstance(value, int) or value < 1 for value in values):
-            raise FolderError(f"{where}: {name} = {config.get(name)!r} must hold positive whole numbers")
+            raise FolderError(
+                f"{where}: {name} = {config.get(name)!r} must hold positive whole numbers"
+            )
     if any(width % n for width, n in zip(channels, heads, strict=True)):
-        raise FolderError(f"{where}: attention_head_dim = {list(heads)} heads do not divide block_out_channels = {list(channels)}")
+        raise FolderError(
+            f"{where}: attention_head_dim = {list(heads)} heads do not divide block_out_channels ="
+            f" {list(channels)}"
+        )
     up_depth = config.get("reverse_transformer_layers_per_block") or depth[::-1]
     return UNetCondition(
         in_channels=config.get("in_channels", 4),
@@ -175,29 +240,45 @@ def unet_module(config: Mapping[str, Any], where: Path, **options: Any) -> UNetC
         eps=float(config.get("norm_eps", 1e-5)),
         flip_sin_to_cos=bool(config.get("flip_sin_to_cos", True)),
         freq_shift=float(config.get("freq_shift", 0)),
-        addition_time_width=config["addition_time_embed_dim"] if config.get("addition_embed_type") == "text_time" else 0,
+        addition_time_width=(
+            config["addition_time_embed_dim"]
+            if config.get("addition_embed_type") == "text_time"
+            else 0
+        ),
         **options,
     )
 
 
-def _blocks(config: Mapping[str, Any], name: str, known: Mapping[str, bool], count: int, where: Path) -> tuple[bool, ...]:
+def _blocks(
+    config: Mapping[str, Any], name: str, known: Mapping[str, bool], count: int, where: Path
+) -> tuple[bool, ...]:
     found = tuple(config[name])
     if len(found) != count:
         raise FolderError(f"{where}: {name} names {len(found)} blocks, block_out_channels {count}")
     for block in found:
         if block not in known:
-            raise FolderError(f"{where}: the block {block!r} is not known; known are {', '.join(known)}")
+            raise FolderError(
+                f"{where}: the block {block!r} is not known; known are {', '.join(known)}"
+            )
     return tuple(known[block] for block in found)
 
 
 def vae_module(config: Mapping[str, Any], where: Path, **options: Any) -> AutoencoderKL:
-    """The autoencoder of an AutoencoderKL's config. `options`: attention, dtype. Raises FolderError."""
+    """The autoencoder of an AutoencoderKL's config. `options`: attention, dtype.
+
+    Raises FolderError.
+    """
     known = (
         "in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "sample_size",
         "scaling_factor", "shift_factor", "force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention",
         "down_block_types", "up_block_types",
     )  # fmt: skip
-    _check(config, where, known, {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)})
+    _check(
+        config,
+        where,
+        known,
+        {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)},
+    )
     channels = tuple(config["block_out_channels"])
     _blocks(config, "down_block_types", {"DownEncoderBlock2D": True}, len(channels), where)
     _blocks(config, "up_block_types", {"UpDecoderBlock2D": True}, len(channels), where)
@@ -217,13 +298,21 @@ def vae_module(config: Mapping[str, Any], where: Path, **options: Any) -> Autoen
     )
 
 
-def text_module(config: Mapping[str, Any], where: Path, *, projection: bool, dtype: Any = jnp.float32) -> CLIPText:
+def text_module(
+    config: Mapping[str, Any], where: Path, *, projection: bool, dtype: Any = jnp.float32
+) -> CLIPText:
     """The encoder of a CLIPTextConfig. Raises FolderError."""
     activation = config.get("hidden_act", "quick_gelu")
     if activation not in ACTIVATIONS:
-        raise FolderError(f"{where}: hidden_act = {activation!r} is not supported, only {' or '.join(map(repr, ACTIVATIONS))}")
+        raise FolderError(
+            f"{where}: hidden_act = {activation!r} is not supported, only"
+            f" {' or '.join(map(repr, ACTIVATIONS))}"
+        )
     if config.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
-        raise FolderError(f"{where}: model_type = {config['model_type']!r} is not supported, only 'clip_text_model'")
+        raise FolderError(
+            f"{where}: model_type = {config['model_type']!r} is not supported, only"
+            " 'clip_text_model'"
+        )
     return CLIPText(
         vocab_size=config.get("vocab_size", 49408),
         hidden_size=config.get("hidden_size", 512),
@@ -249,7 +338,14 @@ CLASSES = {
 }
 
 
-def open_folder(path: str | Path, *, attention: str = "auto", remat: str = "none", scan: bool = False, dtype: Any = jnp.float32) -> Folder:
+def open_folder(
+    path: str | Path,
+    *,
+    attention: str = "auto",
+    remat: str = "none",
+    scan: bool = False,
+    dtype: Any = jnp.float32,
+) -> Folder:
     """Check a pipeline folder and describe its components. Reads configs only.
 
     Args:
@@ -260,25 +356,40 @@ def open_folder(path: str | Path, *, attention: str = "auto", remat: str = "none
       dtype: of the computation of all networks.
 
     Raises:
-      FolderError: no pipeline folder, an unknown pipeline, component or setting, missing files; one line that names it.
+      FolderError: no pipeline folder, an unknown pipeline, component or setting, missing files; one
+        line that names it.
     """
     root = Path(path)
     if not root.is_dir():
-        raise FolderError(f"{root} is no folder; give a pipeline folder as diffusers' save_pretrained writes it")
+        raise FolderError(
+            f"{root} is no folder; give a pipeline folder as diffusers' save_pretrained writes it"
+        )
     if not (root / "model_index.json").is_file():
         raise FolderError(f"{root} is no pipeline folder: it has no model_index.json")
     index = read_json(root / "model_index.json")
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in PIPELINES:
-        raise FolderError(f"{root / 'model_index.json'}: the pipeline {name!r} is not known; known are {', '.join(PIPELINES)}")
+        raise FolderError(
+            f"{root / 'model_index.json'}: the pipeline {name!r} is not known; known are"
+            f" {', '.join(PIPELINES)}"
+        )
     xl = PIPELINES[name]
-    needed = ["unet", "vae", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if xl else ())]
+    needed = [
+        "unet",
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        *(("text_encoder_2", "tokenizer_2") if xl else ()),
+    ]
     for component in needed:
         entry = index.get(component)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if found not in CLASSES[component]:
             allowed = " or ".join(CLASSES[component])
-            raise FolderError(f"{root / 'model_index.json'}: {component} is of class {found!r}; only {allowed} is supported")
+            raise FolderError(
+                f"{root / 'model_index.json'}: {component} is of class {found!r}; only {allowed} is"
+                " supported"
+            )
     options = {"attention": attention, "dtype": dtype}
 
     def part(component: str, stem: str, make: Any, **more: Any) -> Part:
@@ -289,21 +400,32 @@ def open_folder(path: str | Path, *, attention: str = "auto", remat: str = "none
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, FolderError):
                 raise
-            raise FolderError(f"{where} is damaged: {type(error).__name__} {error}; copy it anew") from None
+            raise FolderError(
+                f"{where} is damaged: {type(error).__name__} {error}; copy it anew"
+            ) from None
 
     encoders = [part("text_encoder", "model", text_module, projection=False, dtype=dtype)]
     if xl:
         encoders.append(part("text_encoder_2", "model", text_module, projection=True, dtype=dtype))
     unet = part("unet", "diffusion_pytorch_model", unet_module, remat=remat, scan=scan, **options)
-    width, wanted = sum(encoder.module.hidden_size for encoder in encoders), _context_width(unet.config)
+    width, wanted = (
+        sum(encoder.module.hidden_size for encoder in encoders),
+        _context_width(unet.config),
+    )
     if width != wanted:
         raise FolderError(
-            f"{root}: the unet's cross_attention_dim is {wanted}, but the text encoder gives {width}; one of them is another model's"
+            f"{root}: the unet's cross_attention_dim is {wanted}, but the text encoder gives"
+            f" {width}; one of them is another model's"
         )
     tokenizers = [root / component for component in needed if component.startswith("tokenizer")]
     for tokenizer in tokenizers:
-        if not (tokenizer / "tokenizer.json").is_file() and not all((tokenizer / f).is_file() for f in ("vocab.json", "merges.txt")):
-            raise FolderError(f"{tokenizer} has neither tokenizer.json nor vocab.json and merges.txt; copy the folder anew")
+        if not (tokenizer / "tokenizer.json").is_file() and not all(
+            (tokenizer / f).is_file() for f in ("vocab.json", "merges.txt")
+        ):
+            raise FolderError(
+                f"{tokenizer} has neither tokenizer.json nor vocab.json and merges.txt; copy the"
+                " folder anew"
+            )
     return Folder(
         path=root,
         components=index,
@@ -317,7 +439,7 @@ def open_folder(path: str | Path, *, attention: str = "auto", remat: str = "none
     )
 
 
-# ---------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 def example_inputs(part: Part) -> tuple[Any, ...]:
@@ -327,7 +449,9 @@ def example_inputs(part: Part) -> tuple[Any, ...]:
         side = 2 ** (len(module.channels) - 1)
         cond = {"context": jnp.zeros((1, 2, _context_width(config)))}
         if module.addition_time_width:
-            pooled = config["projection_class_embeddings_input_dim"] - 6 * module.addition_time_width
+            pooled = (
+                config["projection_class_embeddings_input_dim"] - 6 * module.addition_time_width
+            )
             cond |= {"pooled": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
         return jnp.zeros((1, side, side, module.in_channels)), jnp.zeros((1,)), cond
     if isinstance(module, AutoencoderKL):
@@ -343,7 +467,9 @@ def _context_width(config: Mapping[str, Any]) -> int:
 def abstract_params(part: Part) -> Any:
     """The shapes of a part's parameters; nothing is computed."""
     leaves, tree = jax.tree.flatten(example_inputs(part))
-    found = _initialised(part.module, tree, tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves))
+    found = _initialised(
+        part.module, tree, tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves)
+    )
     return jax.tree.map(lambda a: a, found)  # a tree of its own
 
 
@@ -354,7 +480,10 @@ def _initialised(module: nn.Module, tree: Any, inputs: Sequence[jax.ShapeDtypeSt
 
 
 def load_params(part: Part, *, dtype: Any = np.float32, shardings: Any = None) -> Any:
-    """The parameters of a part, straight to `dtype` and `shardings`. Raises FolderError or WeightsError."""
+    """The parameters of a part, straight to `dtype` and `shardings`.
+
+    Raises FolderError or WeightsError.
+    """
     files = WeightFiles(part.files(), rename=_renamer(part.module))
     return torch_weights.load(
         files,
@@ -370,7 +499,9 @@ def load_params(part: Part, *, dtype: Any = np.float32, shardings: Any = None) -
 def _renamer(module: nn.Module) -> Any:
     """Older names of a checkpoint to those of today."""
     if isinstance(module, CLIPText):
-        return lambda name: name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
+        return lambda name: (
+            name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
+        )
     if isinstance(module, AutoencoderKL):
         old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         pattern = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
@@ -383,28 +514,41 @@ def _ignored(module: nn.Module) -> Any:
     if not isinstance(module, CLIPText):
         return lambda name: False
     # A buffer of older transformers; and a projection that a plain CLIPTextModel does not use.
-    return lambda name: name.endswith("position_ids") or (name.startswith("text_projection.") and not module.projection)
+    return lambda name: (
+        name.endswith("position_ids")
+        or (name.startswith("text_projection.") and not module.projection)
+    )
 
 
 def copy_component(source: Path, target: Path) -> None:
-    """Copy a component's folder so that stock diffusers loads it without naming a variant: its safetensors once, under plain names.
+    """Copy a component's folder so that stock diffusers loads it without naming a variant: its
+    safetensors once, under plain names.
 
-    Other formats of the weights are left out where there are safetensors, and copied where there are none.
+    Other formats of the weights are left out where there are safetensors, and copied where there
+    are none.
     """
     weights: list[Path] = []
     for stem in ("model", "diffusion_pytorch_model"):
         with contextlib.suppress(FolderError):
             weights = weights or weight_files(source, stem)
-    others = ("*.safetensors", "*.index*.json", "*.bin", "*.msgpack", "*.ckpt", "*.onnx*", "openvino_*") if weights else ()
+    others = (
+        ("*.safetensors", "*.index*.json", "*.bin", "*.msgpack", "*.ckpt", "*.onnx*", "openvino_*")
+        if weights
+        else ()
+    )
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*others))
-    names = {path: re.sub(r"\.\w+(?=(-\d+-of-\d+)?\.safetensors$)", "", path.name) for path in weights}
+    names = {
+        path: re.sub(r"\.\w+(?=(-\d+-of-\d+)?\.safetensors$)", "", path.name) for path in weights
+    }
     for path, name in names.items():
         shutil.copy2(path, target / name)
     if len(weights) > 1:
         where = torch_weights.WeightFiles(weights).where
         stem = next(iter(names.values())).partition("-")[0]
         weight_map = {name: names[path] for name, (path, _) in where.items()}
-        torch_weights.save_index(target, stem, weight_map, sum(path.stat().st_size for path in weights))
+        torch_weights.save_index(
+            target, stem, weight_map, sum(path.stat().st_size for path in weights)
+        )
 
 
 def save_student(
@@ -417,14 +561,17 @@ def save_student(
     dtype: Any = None,
     extra: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write a pipeline folder that is `source` with another UNet and scheduler. Appears whole or not at all.
+    """Write a pipeline folder that is `source` with another UNet and scheduler.
+
+    Appears whole or not at all.
 
     Args:
       source: the teacher's folder; its other components are copied file by file.
       target: the folder to write.
       params: of the UNet.
       scheduler: its config.
-      scheduler_code: (module name, source) of a scheduler class that is not diffusers' own; loads with trust_remote_code=True.
+      scheduler_code: (module name, source) of a scheduler class that is not diffusers' own; loads
+        with trust_remote_code=True.
       dtype: of the UNet's weights; that of the parameters if None.
       extra: {file name: JSON object} to put beside model_index.json.
 
@@ -439,18 +586,30 @@ def save_student(
     temporary.mkdir(parents=True)
     for name, entry in source.components.items():
         # Only components: a repository often holds the whole model once more beside them.
-        if isinstance(entry, list) and entry[0] and (source.path / name).is_dir() and name not in ("unet", "scheduler"):
+        if (
+            isinstance(entry, list)
+            and entry[0]
+            and (source.path / name).is_dir()
+            and name not in ("unet", "scheduler")
+        ):
             copy_component(source.path / name, temporary / name)
     (temporary / "unet").mkdir()
     stacked = STACK if getattr(source.unet.module, "scan", False) else ""
-    torch_weights.save(temporary / "unet", source.unet.stem, torch_weights.torch_tensors(params, stacked=stacked, dtype=dtype))
+    torch_weights.save(
+        temporary / "unet",
+        source.unet.stem,
+        torch_weights.torch_tensors(params, stacked=stacked, dtype=dtype),
+    )
     checkpoint.write_json(temporary / "unet" / "config.json", source.unet.config)
     (temporary / "scheduler").mkdir()
     checkpoint.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
     index = dict(source.components)
     for name, entry in source.components.items():
         if isinstance(entry, list) and entry[0] and not (temporary / name).is_dir():
-            index[name] = [None, None]  # a safety checker that the teacher's folder names and does not hold
+            index[name] = [
+                None,
+                None,
+            ]  # a safety checker that the teacher's folder names and does not hold
             if name == "safety_checker":
                 index["requires_safety_checker"] = False
     if scheduler_code is None:

@@ -1,4 +1,6 @@
-"""Low-rank updates of a network's layers: made, merged, and written as diffusers' LoRA files (Hu et al. 2021)."""
+"""Low-rank updates of a network's layers: made, merged, and written as diffusers' LoRA files (Hu et
+al. 2021).
+"""
 
 import re
 from collections.abc import Sequence
@@ -21,28 +23,43 @@ PREFIX = "unet."
 def layers(params: Any, targets: Sequence[str]) -> dict[tuple[str, ...], tuple[int, ...]]:
     """{path of a layer: shape of its kernel} of the layers that a target names.
 
-    A target is a regular expression that must match the end of a layer's torch name at a dot: "to_q", "attn2.to_k", "conv1".
+    A target is a regular expression that must match the end of a layer's torch name at a dot:
+    "to_q", "attn2.to_k", "conv1".
 
     Raises:
       WeightsError: a target that matches no layer, with some that would.
     """
-    kernels = {path[:-1]: leaf.shape for path, leaf in flatten_dict(params["params"]).items() if path[-1] == "kernel"}
+    kernels = {
+        path[:-1]: leaf.shape
+        for path, leaf in flatten_dict(params["params"]).items()
+        if path[-1] == "kernel"
+    }
     found: dict[tuple[str, ...], tuple[int, ...]] = {}
     for target in targets:
         try:
             pattern = re.compile(rf"(^|\.)({target})$")
         except re.error as error:
-            raise WeightsError(f"LoRA target {target!r} is no regular expression ({error})") from None
+            raise WeightsError(
+                f"LoRA target {target!r} is no regular expression ({error})"
+            ) from None
         hits = {path: shape for path, shape in kernels.items() if pattern.search(".".join(path))}
         if not hits:
-            ends = sorted({re.sub(r"^.*?([a-z_]+[0-9]*(\.[0-9]+)?)$", r"\1", ".".join(path)) for path in kernels})
-            raise WeightsError(f"LoRA target {target!r} matches no layer; the layers end in {', '.join(ends)}")
+            ends = sorted(
+                {
+                    re.sub(r"^.*?([a-z_]+[0-9]*(\.[0-9]+)?)$", r"\1", ".".join(path))
+                    for path in kernels
+                }
+            )
+            raise WeightsError(
+                f"LoRA target {target!r} matches no layer; the layers end in {', '.join(ends)}"
+            )
         found |= hits
     return dict(sorted(found.items()))
 
 
 def init(key: Array, params: Any, targets: Sequence[str], rank: int, *, stacked: str = "") -> Any:
-    """Fresh updates {path: {"down", "up"}} of the targets: down normal with variance 1/fan-in, up zero, so that nothing changes yet.
+    """Fresh updates {path: {"down", "up"}} of the targets: down normal with variance 1/fan-in, up
+    zero, so that nothing changes yet.
 
     Args:
       key: of the draw.
@@ -82,7 +99,9 @@ def merge(params: Any, updates: Any) -> Any:
 
 
 def save(folder: Path, updates: Any, *, stacked: str = "") -> None:
-    """Write `folder/pytorch_lora_weights.safetensors` as diffusers' `load_lora_weights` reads it (PEFT's names, alpha = rank)."""
+    """Write `folder/pytorch_lora_weights.safetensors` as diffusers' `load_lora_weights` reads it
+    (PEFT's names, alpha = rank).
+    """
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten_dict(updates).items():
         name = "lora_A" if path[-1] == "down" else "lora_B"

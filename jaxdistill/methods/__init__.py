@@ -1,1 +1,3 @@
-"""Distillation methods, one file each; a method is a loss: (params, teacher_params, batch, key) -> (loss, metrics)."""
+"""Distillation methods, one file each; a method is a loss: (params, teacher_params, batch, key) ->
+(loss, metrics).
+"""

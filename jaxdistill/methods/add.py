@@ -1,4 +1,6 @@
-"""ADD (Sauer et al. 2023, arXiv 2311.17042): an adversarial loss, and a distillation loss through the teacher's denoising."""
+"""ADD (Sauer et al. 2023, arXiv 2311.17042): an adversarial loss, and a distillation loss through
+the teacher's denoising.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +26,8 @@ def add(
     distillation_weight: float = 2.5,
     constrain: Constrain = unconstrained,
 ) -> LossFn:
-    """L_adv + λ E c(t) ‖x̂0^Θ - stopgrad(x̂0^Φ(q(x̂0^Θ, ε', t)))‖², c(t) = α_t (Sauer et al. 2023, eqs. 1, 4; exponential weighting).
+    """L_adv + λ E c(t) ‖x̂0^Θ - stopgrad(x̂0^Φ(q(x̂0^Θ, ε', t)))‖², c(t) = α_t (Sauer et al. 2023,
+    eqs. 1, 4; exponential weighting).
 
     x̂0^Θ is the student's prediction at real data noised to a random time of `grid`; t is uniform.
 
@@ -32,14 +35,16 @@ def add(
       student: the generator.
       teacher: the frozen network.
       grid: the student's times, the first T (the paper's are four).
-      adversary: the adversarial term; the paper's discriminator reads DINO features, which no package here holds.
+      adversary: the adversarial term; the paper's discriminator reads DINO features, which no
+        package here holds.
       null_cond: cond -> null conditioning.
       guidance_scale: of the teacher.
       distillation_weight: λ.
       constrain: sharding constraint of random batches.
 
     Returns:
-      loss(params, teacher_params, batch, key), params {"student", "discriminator"}, batch {"x0", "cond"}.
+      loss(params, teacher_params, batch, key), params {"student", "discriminator"}, batch {"x0",
+      "cond"}.
 
     Raises:
       ValueError: a bad grid.
@@ -47,16 +52,27 @@ def add(
     T, schedule = student.schedule.T, student.schedule
     times = check_grid(grid, T)
 
-    def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Any, teacher_params: Any, batch: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
         data, cond = batch["x0"], batch["cond"]
         keys = jax.random.split(key, 5)
-        s = jnp.asarray(times)[constrain(jax.random.randint(keys[0], data.shape[:1], 0, len(times)))]
-        x_s = diffuse(schedule, data, constrain(jax.random.normal(keys[1], data.shape, data.dtype)), s)
+        s = jnp.asarray(times)[
+            constrain(jax.random.randint(keys[0], data.shape[:1], 0, len(times)))
+        ]
+        x_s = diffuse(
+            schedule, data, constrain(jax.random.normal(keys[1], data.shape, data.dtype)), s
+        )
         network = student.denoiser(params["student"], cond)
         x0 = network(x_s, s).x0
         fixed = jax.lax.stop_gradient(x0)
         t = T * constrain(jax.random.uniform(keys[2], data.shape[:1], minval=0.02, maxval=1.0))
-        x_t = diffuse(teacher.schedule, fixed, constrain(jax.random.normal(keys[3], data.shape, data.dtype)), t)
+        x_t = diffuse(
+            teacher.schedule,
+            fixed,
+            constrain(jax.random.normal(keys[3], data.shape, data.dtype)),
+            t,
+        )
         denoiser = teacher.guided(teacher_params, cond, null_cond, guidance_scale)
         target = jax.lax.stop_gradient(denoiser(x_t, t).x0)
         distillation = jnp.mean(expand(teacher.schedule.alpha(t), data) * (x0 - target) ** 2)

@@ -1,4 +1,6 @@
-"""The few-step methods as the benchmark trains them: which loss, in which stages, with which optimizers and sampler."""
+"""The few-step methods as the benchmark trains them: which loss, in which stages, with which
+optimizers and sampler.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,14 +26,20 @@ from jaxdistill.methods.tdm import tdm
 from jaxdistill.models.discriminator import FeatureHeads
 from jaxdistill.prediction import LossFn
 from jaxdistill.schedule import NoiseSchedule
-from jaxdistill.tasks.labelled_images.experiment import GAN_LOSSES, NOISE_SOURCES, SHIFTS, make_optimizer
+from jaxdistill.tasks.labelled_images.experiment import (
+    GAN_LOSSES,
+    NOISE_SOURCES,
+    SHIFTS,
+    make_optimizer,
+)
 
 
 class Stage(NamedTuple):
     """One training of a student. `serves` are the step counts that its result is evaluated at.
 
-    `teacher` is "teacher", "previous" or "both" (a dict "original", "previous"): what is passed as teacher_params. `data` is "scenes" or
-    "pairs". With `pair_states` the discriminator sees the states of two inputs.
+    `teacher` is "teacher", "previous" or "both" (a dict "original", "previous"): what is passed as
+    teacher_params. `data` is "scenes" or "pairs". With `pair_states` the discriminator sees the
+    states of two inputs.
     """
 
     name: str
@@ -46,7 +54,9 @@ class Stage(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Teacher images from stored noises: the share of the budget that makes them, and the teacher's solver and steps."""
+    """Teacher images from stored noises: the share of the budget that makes them, and the teacher's
+    solver and steps.
+    """
 
     share: float
     solver: str
@@ -61,7 +71,9 @@ def pairs_of(block: ConfigDict) -> Pairs:
 
 
 class Method(NamedTuple):
-    """Stages in order, each starting from the result of the one before, and how the student is sampled."""
+    """Stages in order, each starting from the result of the one before, and how the student is
+    sampled.
+    """
 
     stages: Sequence[Stage]
     sampler: card.Sampler
@@ -69,7 +81,9 @@ class Method(NamedTuple):
 
 
 class Setting:
-    """What the contenders share: the networks, the grids, the adversarial term and the optimizers of one benchmark."""
+    """What the contenders share: the networks, the grids, the adversarial term and the optimizers
+    of one benchmark.
+    """
 
     def __init__(
         self,
@@ -93,12 +107,26 @@ class Setting:
         self.steps = tuple(config.student.steps)
 
     def optimizer(
-        self, block: ConfigDict, iterations: int, *, learning_rate: float | None = None, **others: optax.GradientTransformation
+        self,
+        block: ConfigDict,
+        iterations: int,
+        *,
+        learning_rate: float | None = None,
+        **others: optax.GradientTransformation,
     ) -> optax.GradientTransformation:
-        """The student's AdamW with warm-up and cosine decay from `learning_rate` (the block's), beside other groups' optimizers."""
+        """The student's AdamW with warm-up and cosine decay from `learning_rate` (the block's),
+        beside other groups' optimizers.
+        """
         rate = block.learning_rate if learning_rate is None else learning_rate
-        schedule = {"iterations": iterations, "learning_rate": rate, "warmup": min(50, iterations // 10)}
-        groups = {"student": make_optimizer({**schedule, "weight_decay": 0.0, "adam_b2": 0.999}), **others}
+        schedule = {
+            "iterations": iterations,
+            "learning_rate": rate,
+            "warmup": min(50, iterations // 10),
+        }
+        groups = {
+            "student": make_optimizer({**schedule, "weight_decay": 0.0, "adam_b2": 0.999}),
+            **others,
+        }
         return optax.multi_transform(groups, {name: name for name in groups})
 
     def adversary(self, weight: float) -> Any:
@@ -109,7 +137,9 @@ class Setting:
             self.heads.apply,
             schedule=self.schedule,
             weight=weight,
-            noise_time=adversarial.uniform_time(block.low * self.schedule.T, block.high * self.schedule.T),
+            noise_time=adversarial.uniform_time(
+                block.low * self.schedule.T, block.high * self.schedule.T
+            ),
             loss=card.choose(GAN_LOSSES, block.loss, "adversarial.loss"),
             constrain=self.constrain,
         )
@@ -127,13 +157,26 @@ class Setting:
         return sampling.trailing_grid(steps, self.schedule.T)
 
     def nested(self, block: ConfigDict) -> dict[str, Any]:
-        """A sampler's grid whose N steps are the first N of the method's `times` (default: config.student.times)."""
+        """A sampler's grid whose N steps are the first N of the method's `times` (default:
+        config.student.times).
+        """
         return {"grid": "nested", "times": list(block.get("times", self.config.student.times))}
 
-    def sampler(self, *, solver: str = "ddim", correct_noise: bool = False, **grid: Any) -> card.Sampler:
-        """A student's sampler with its card, by default on the trailing grid: 3 steps, or the most that it is trained for."""
+    def sampler(
+        self, *, solver: str = "ddim", correct_noise: bool = False, **grid: Any
+    ) -> card.Sampler:
+        """A student's sampler with its card, by default on the trailing grid: 3 steps, or the most
+        that it is trained for.
+        """
         steps = max((n for n in self.steps if n <= 3), default=min(self.steps))
-        block = {"solver": solver, "grid": "trailing", **grid, "steps": steps, "guidance": 1.0, "noise_correction": correct_noise}
+        block = {
+            "solver": solver,
+            "grid": "trailing",
+            **grid,
+            "steps": steps,
+            "guidance": 1.0,
+            "noise_correction": correct_noise,
+        }
         return card.build_sampler(self.export_card("student", block))
 
     def export_card(self, role: str, sampler: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,17 +195,30 @@ class Setting:
 
 
 def flash_loss(
-    setting: Setting, block: ConfigDict, sampler: card.Sampler, steps: Sequence[int], adversary: Any, *, shortcut: float = 0.0
+    setting: Setting,
+    block: ConfigDict,
+    sampler: card.Sampler,
+    steps: Sequence[int],
+    adversary: Any,
+    *,
+    shortcut: float = 0.0,
 ) -> LossFn:
     """Imagine Flash's loss for these step counts, with every part a setting."""
-    shift = card.choose(SHIFTS, block.shift, "shift")(setting.schedule.T, **block.shift_settings.to_dict())
+    shift = card.choose(SHIFTS, block.shift, "shift")(
+        setting.schedule.T, **block.shift_settings.to_dict()
+    )
     noise = card.choose(NOISE_SOURCES, block.noise, "noise") if block.srl else None
     return flash.imagine_flash(
         setting.network,
         setting.network,
         grids=[sampler.grid(n) for n in steps],
         null_cond=setting.null_cond,
-        reconstruction=flash.Reconstruction(shift=shift, noise_source=noise, steps=block.teacher_steps, guidance_scale=block.guidance),
+        reconstruction=flash.Reconstruction(
+            shift=shift,
+            noise_source=noise,
+            steps=block.teacher_steps,
+            guidance_scale=block.guidance,
+        ),
         backward=block.backward,
         whole_trajectory=block.whole_trajectory,
         correct_noise=block.noise_correction,
@@ -177,24 +233,35 @@ def flash_loss(
 def imagine_flash_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
     """Imagine Flash."""
     sampler = setting.sampler(correct_noise=block.noise_correction, **setting.nested(block))
-    adversary = setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None
+    adversary = (
+        setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None
+    )
     loss = flash_loss(setting, block, sampler, setting.steps, adversary, shortcut=block.shortcut)
     groups = ("student", "discriminator") if adversary else ("student",)
     others = {"discriminator": setting.discriminator_optimizer()} if adversary else {}
-    stage = Stage("", loss, setting.steps, setting.optimizer(block, iterations, **others), 1.0, groups)
+    stage = Stage(
+        "", loss, setting.steps, setting.optimizer(block, iterations, **others), 1.0, groups
+    )
     return Method([stage], sampler)
 
 
 def direct_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
     """Direct distillation; half of the budget makes the pairs."""
     sampler = setting.sampler(correct_noise=True, **setting.nested(block))
-    loss = direct(setting.network, grids=[sampler.grid(n) for n in setting.steps], constrain=setting.constrain, unroll=True)
+    loss = direct(
+        setting.network,
+        grids=[sampler.grid(n) for n in setting.steps],
+        constrain=setting.constrain,
+        unroll=True,
+    )
     stage = Stage("", loss, setting.steps, setting.optimizer(block, iterations), 1.0, data="pairs")
     return Method([stage], sampler, pairs_of(block))
 
 
 def step_distillation_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
-    """Halving from `block.first` steps down to 1; a step count that is no power of two is served by the next larger student."""
+    """Halving from `block.first` steps down to 1; a step count that is no power of two is served by
+    the next larger student.
+    """
     wanted = setting.steps
     counts = [block.first]
     while counts[-1] > 1:
@@ -213,7 +280,12 @@ def step_distillation_method(setting: Setting, block: ConfigDict, iterations: in
         serves = [n for n in wanted if count // 2 < n <= count]
         stages.append(
             Stage(
-                f"{count}", loss, serves, setting.optimizer(block, iterations), 1 / len(counts), teacher="teacher" if i == 0 else "previous"
+                f"{count}",
+                loss,
+                serves,
+                setting.optimizer(block, iterations),
+                1 / len(counts),
+                teacher="teacher" if i == 0 else "previous",
             )
         )
     return Method(stages, setting.sampler())
@@ -232,7 +304,10 @@ def consistency_method(setting: Setting, block: ConfigDict, iterations: int) -> 
         constrain=setting.constrain,
     )
     tx = setting.optimizer(block, iterations, target=optax.sgd(1 - block.target_decay))
-    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "target"))], setting.sampler(solver="consistency"))
+    return Method(
+        [Stage("", loss, setting.steps, tx, 1.0, ("student", "target"))],
+        setting.sampler(solver="consistency"),
+    )
 
 
 def add_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
@@ -248,7 +323,10 @@ def add_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
         constrain=setting.constrain,
     )
     tx = setting.optimizer(block, iterations, discriminator=setting.discriminator_optimizer())
-    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", "discriminator"))], setting.sampler(solver="renoise"))
+    return Method(
+        [Stage("", loss, setting.steps, tx, 1.0, ("student", "discriminator"))],
+        setting.sampler(solver="renoise"),
+    )
 
 
 def dmd2_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
@@ -259,18 +337,24 @@ def dmd2_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
         grid=setting.trailing(max(setting.steps)),
         null_cond=setting.null_cond,
         guidance_scale=block.guidance,
-        adversary=setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None,
+        adversary=(
+            setting.adversary(block.adversarial_weight) if block.adversarial_weight > 0 else None
+        ),
         constrain=setting.constrain,
     )
     others = {"fake": setting.fake_optimizer(block)}
     if block.adversarial_weight > 0:
         others["discriminator"] = setting.discriminator_optimizer()
     tx = setting.optimizer(block, iterations, **others)
-    return Method([Stage("", loss, setting.steps, tx, 1.0, ("student", *others))], setting.sampler(solver="renoise"))
+    return Method(
+        [Stage("", loss, setting.steps, tx, 1.0, ("student", *others))],
+        setting.sampler(solver="renoise"),
+    )
 
 
 def lightning_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
-    """SDXL-Lightning: squared error with guidance down to `block.first` steps, then adversarial stages of `block.counts` steps.
+    """SDXL-Lightning: squared error with guidance down to `block.first` steps, then adversarial
+    stages of `block.counts` steps.
 
     Each adversarial stage has a half that keeps the flow and a relaxed one.
     """
@@ -286,7 +370,9 @@ def lightning_method(setting: Setting, block: ConfigDict, iterations: int) -> Me
         unroll=True,
     )
     counts, rest = tuple(block.counts), 1 - block.first_share
-    stages = [Stage(f"{block.first}", first, (), setting.optimizer(block, iterations), block.first_share)]
+    stages = [
+        Stage(f"{block.first}", first, (), setting.optimizer(block, iterations), block.first_share)
+    ]
     for i, count in enumerate(counts):
         larger = block.first if i == 0 else counts[i - 1]
         smaller = counts[i + 1] if i + 1 < len(counts) else 0
@@ -305,15 +391,30 @@ def lightning_method(setting: Setting, block: ConfigDict, iterations: int) -> Me
                 unroll=True,
             )
             others = {"discriminator": setting.discriminator_optimizer()}
-            tx = setting.optimizer(block, iterations, learning_rate=block.adversarial_learning_rate, **others)
+            tx = setting.optimizer(
+                block, iterations, learning_rate=block.adversarial_learning_rate, **others
+            )
             share = rest / (2 * len(counts))
             name = f"{count}-{'flow' if keep_flow else 'relaxed'}"
             serves = () if keep_flow else served
-            stages.append(Stage(name, loss, serves, tx, share, ("student", "discriminator"), "both", pair_states=keep_flow))
+            stages.append(
+                Stage(
+                    name,
+                    loss,
+                    serves,
+                    tx,
+                    share,
+                    ("student", "discriminator"),
+                    "both",
+                    pair_states=keep_flow,
+                )
+            )
     return Method(stages, setting.sampler())
 
 
-def tdm_loss(setting: Setting, block: ConfigDict, grids: Sequence[np.ndarray], *, shortcut: float = 0.0) -> LossFn:
+def tdm_loss(
+    setting: Setting, block: ConfigDict, grids: Sequence[np.ndarray], *, shortcut: float = 0.0
+) -> LossFn:
     """TDM's loss on these grids."""
     return tdm(
         setting.network,
@@ -335,22 +436,30 @@ def tdm_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
 
 
 def matched_method(setting: Setting, block: ConfigDict, iterations: int) -> Method:
-    """Ours: Imagine Flash, for `block.matching.share` of the budget TDM with its shortcut, and for `block.one.share` one step from several.
+    """Ours: Imagine Flash, for `block.matching.share` of the budget TDM with its shortcut, and for
+    `block.one.share` one step from several.
 
-    A regression leaves soft what is uncertain, and matching distributions sharpens it; but where all is uncertain, in one step, matching
-    finds the modes first. So one step learns from several. While these are trained its target is the end of their trajectory,
-    `block.matching.shortcut` times (or as before it Imagine Flash's, `block.matching.flash_weight` times). Then a student of one step alone
-    goes on from there, towards what the student of `block.one.steps` steps draws of fresh noises.
+    A regression leaves soft what is uncertain, and matching distributions sharpens it; but where
+    all is uncertain, in one step, matching finds the modes first. So one step learns from several.
+    While these are trained its target is the end of their trajectory, `block.matching.shortcut`
+    times (or as before it Imagine Flash's, `block.matching.flash_weight` times). Then a student of
+    one step alone goes on from there, towards what the student of `block.one.steps` steps draws of
+    fresh noises.
     """
-    method, matching, one = imagine_flash_method(setting, block, iterations), block.matching, block.one
+    method, matching, one = (
+        imagine_flash_method(setting, block, iterations),
+        block.matching,
+        block.one,
+    )
     if not (matching.share > 0 and one.share >= 0 and matching.share + one.share < 1):
         raise ValueError(
-            "matching.share must be above 0, one.share at least 0 and their sum below 1 (the rest is Imagine Flash's), "
-            f"got {matching.share:g} and {one.share:g}"
+            "matching.share must be above 0, one.share at least 0 and their sum below 1 (the rest"
+            f" is Imagine Flash's), got {matching.share:g} and {one.share:g}"
         )
     if one.share and 1 not in setting.steps:
         raise ValueError(
-            f"one.share = {one.share:g} trains a student of one step, but config.student.steps = {setting.steps} has no 1; set it to 0"
+            f"one.share = {one.share:g} trains a student of one step, but config.student.steps ="
+            f" {setting.steps} has no 1; set it to 0"
         )
     if matching.flash_weight < 0:
         raise ValueError(f"matching.flash_weight must be at least 0, got {matching.flash_weight:g}")
@@ -365,21 +474,43 @@ def matched_method(setting: Setting, block: ConfigDict, iterations: int) -> Meth
     several = [one.steps] if one.share else []
     if lost := {*matching.counts, *several}.difference(there):
         key = "matching.counts" if min(lost) in matching.counts else "one.steps"
-        raise ValueError(f"{key} holds {min(lost)}, but the {matching.grid} times have no grid of that many; add one")
+        raise ValueError(
+            f"{key} holds {min(lost)}, but the {matching.grid} times have no grid of that many;"
+            " add one"
+        )
     sampler = setting.sampler(correct_noise=block.noise_correction, **grid)
-    loss = tdm_loss(setting, matching, [sampler.grid(n) for n in matching.counts], shortcut=matching.shortcut)
+    loss = tdm_loss(
+        setting, matching, [sampler.grid(n) for n in matching.counts], shortcut=matching.shortcut
+    )
     if matching.flash_weight > 0:
-        loss = added(loss, flash_loss(setting, block, sampler, [1], None), weight=matching.flash_weight)
+        loss = added(
+            loss, flash_loss(setting, block, sampler, [1], None), weight=matching.flash_weight
+        )
     tx = setting.optimizer(matching, iterations, fake=setting.fake_optimizer(matching))
     stages = [
         method.stages[0]._replace(name="flash", share=1 - matching.share - one.share, serves=()),
-        Stage("matching", loss, [n for n in setting.steps if n > 1 or not one.share], tx, matching.share, ("student", "fake")),
+        Stage(
+            "matching",
+            loss,
+            [n for n in setting.steps if n > 1 or not one.share],
+            tx,
+            matching.share,
+            ("student", "fake"),
+        ),
     ]
     if one.share:
         loss = endpoint(
-            setting.network, grid=sampler.grid(one.steps), correct_noise=block.noise_correction, constrain=setting.constrain, unroll=True
+            setting.network,
+            grid=sampler.grid(one.steps),
+            correct_noise=block.noise_correction,
+            constrain=setting.constrain,
+            unroll=True,
         )
-        stages.append(Stage("one", loss, [1], setting.optimizer(one, iterations), one.share, teacher="previous"))
+        stages.append(
+            Stage(
+                "one", loss, [1], setting.optimizer(one, iterations), one.share, teacher="previous"
+            )
+        )
     return method._replace(sampler=sampler, stages=stages)
 
 

@@ -1,7 +1,8 @@
-"""Direct distillation: regress the student's N-step image on the teacher's many-step image from the same noise.
+"""Direct distillation: regress the student's N-step image on the teacher's many-step image from the
+same noise.
 
-The honest baseline (Luhman & Luhman 2021, "Knowledge distillation in iterative generative models", for one step). The
-pairs are made once; no teacher runs during training.
+The honest baseline (Luhman & Luhman 2021, "Knowledge distillation in iterative generative models",
+for one step). The pairs are made once; no teacher runs during training.
 """
 
 from collections.abc import Sequence
@@ -13,16 +14,31 @@ from jaxtyping import Array
 
 from jaxdistill.methods.imagine_flash import Model, unique_grids
 from jaxdistill.prediction import LossFn
-from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, noise_correction, rollout, start, unconstrained
+from jaxdistill.sampling import (
+    Constrain,
+    TimeGrid,
+    check_grid,
+    ddim,
+    noise_correction,
+    rollout,
+    start,
+    unconstrained,
+)
 
 
 def direct(
-    student: Model, *, grids: Sequence[TimeGrid], correct_noise: bool = True, constrain: Constrain = unconstrained, unroll: bool = False
+    student: Model,
+    *,
+    grids: Sequence[TimeGrid],
+    correct_noise: bool = True,
+    constrain: Constrain = unconstrained,
+    unroll: bool = False,
 ) -> LossFn:
-    """E ‖x̂0^Θ(x_t) - y‖² at each state of the student's own trajectory from x_T, y the teacher's image from that x_T.
+    """E ‖x̂0^Θ(x_t) - y‖² at each state of the student's own trajectory from x_T, y the teacher's
+    image from that x_T.
 
-    The state is cut from the gradient, as in backward distillation, so on nested grids one trajectory trains every
-    number of steps.
+    The state is cut from the gradient, as in backward distillation, so on nested grids one
+    trajectory trains every number of steps.
 
     Args:
       student: the network that learns.
@@ -32,8 +48,8 @@ def direct(
       unroll: as of `rollout`.
 
     Returns:
-      loss(params, teacher_params, batch, key) with params {"student": ...} and batch {"noise" [b, ...], "target" [b, ...]
-      in [-1, 1], "cond"}; teacher_params and key are unused.
+      loss(params, teacher_params, batch, key) with params {"student": ...} and batch {"noise" [b,
+      ...], "target" [b, ...] in [-1, 1], "cond"}; teacher_params and key are unused.
 
     Raises:
       ValueError: a bad grid.
@@ -42,7 +58,9 @@ def direct(
     kept = unique_grids([check_grid(grid, T) for grid in grids])
     step = ddim(student.schedule)
 
-    def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Any, teacher_params: Any, batch: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
         noise = constrain(batch["noise"])
         denoiser = student.denoiser(params["student"], batch["cond"])
         if correct_noise:
@@ -50,7 +68,9 @@ def direct(
         metrics: dict[str, Array] = {}
         total, count = jnp.zeros(()), 0
         for grid in kept:
-            x0 = rollout(step, denoiser, start(noise), grid, stop_gradient=True, unroll=unroll)[1].x0
+            x0 = rollout(step, denoiser, start(noise), grid, stop_gradient=True, unroll=unroll)[
+                1
+            ].x0
             errors = jnp.mean((x0 - batch["target"][None]) ** 2, axis=tuple(range(1, x0.ndim)))
             metrics |= {f"reconstruction/{len(grid)}_{n + 1}": errors[n] for n in range(len(grid))}
             total, count = total + jnp.sum(errors), count + len(grid)

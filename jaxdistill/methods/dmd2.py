@@ -1,4 +1,6 @@
-"""DMD2 (Yin et al. 2024, arXiv 2405.14867): match the student's distribution to the teacher's through two scores and a GAN."""
+"""DMD2 (Yin et al. 2024, arXiv 2405.14867): match the student's distribution to the teacher's
+through two scores and a GAN.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +16,9 @@ from jaxdistill.sampling import Constrain, TimeGrid, check_grid, unconstrained
 
 
 def matching_gradient(x0: Array, real: Array, fake: Array) -> Array:
-    """(fake - real) / mean |x0 - real| of each image: the direction that lowers KL(student ‖ teacher) (Yin et al. 2023, eqs. 7-8)."""
+    """(fake - real) / mean |x0 - real| of each image: the direction that lowers KL(student ‖
+    teacher) (Yin et al. 2023, eqs. 7-8).
+    """
     axes = tuple(range(1, x0.ndim))
     return (fake - real) / jnp.maximum(jnp.mean(jnp.abs(x0 - real), axis=axes, keepdims=True), 1e-3)
 
@@ -33,10 +37,12 @@ def dmd2(
     fake_weight: float = 1.0,
     constrain: Constrain = unconstrained,
 ) -> LossFn:
-    """½‖x̂0 - stopgrad(x̂0 - g)‖² with g of `matching_gradient` at a random time, and the fake score's own denoising loss.
+    """½‖x̂0 - stopgrad(x̂0 - g)‖² with g of `matching_gradient` at a random time, and the fake
+    score's own denoising loss.
 
-    x̂0 is the student's output at a random time of `grid`. Its input is, with backward simulation, the student's own
-    sampler's state there (x_s = α_s x̂0 + σ_s ε with fresh ε); else real data noised to that time.
+    x̂0 is the student's output at a random time of `grid`. Its input is, with backward simulation,
+    the student's own sampler's state there (x_s = α_s x̂0 + σ_s ε with fresh ε); else real data
+    noised to that time.
 
     Args:
       student: the generator.
@@ -47,13 +53,15 @@ def dmd2(
       low: lowest time of the scores, share of T.
       high: highest.
       backward_simulation: see above.
-      adversary: the GAN term, or None. Its heads read the frozen teacher (the paper's read the fake score's encoder).
+      adversary: the GAN term, or None. Its heads read the frozen teacher (the paper's read the fake
+        score's encoder).
       fake_weight: of the fake score's loss.
       constrain: sharding constraint of random batches.
 
     Returns:
-      loss(params, teacher_params, batch, key), params {"student", "fake", "discriminator"}, batch {"x0", "cond"}. Each term
-      pulls on one group only; the paper's several fake steps for one of the student are a matter of learning rates here.
+      loss(params, teacher_params, batch, key), params {"student", "fake", "discriminator"}, batch
+      {"x0", "cond"}. Each term pulls on one group only; the paper's several fake steps for one of
+      the student are a matter of learning rates here.
 
     Raises:
       ValueError: a bad grid, or not 0 <= low < high <= 1.
@@ -69,10 +77,14 @@ def dmd2(
         for i in range(len(times) - 1):
             x0 = denoiser(states[-1], jnp.asarray(times[i])).x0
             noise = constrain(jax.random.normal(jax.random.fold_in(key, i), x_T.shape, x_T.dtype))
-            states.append(jax.lax.stop_gradient(diffuse(schedule, x0, noise, jnp.asarray(times[i + 1]))))
+            states.append(
+                jax.lax.stop_gradient(diffuse(schedule, x0, noise, jnp.asarray(times[i + 1])))
+            )
         return states
 
-    def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Any, teacher_params: Any, batch: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
         cond, shape = batch["cond"], batch["x0"].shape
         keys = jax.random.split(key, 7)
         noise = constrain(jax.random.normal(keys[0], shape, batch["x0"].dtype))
@@ -101,9 +113,21 @@ def dmd2(
         scale = expand(schedule.sigma(tau), x0) ** 2
         fake_loss = jnp.mean((denoised.x0 - fixed) ** 2 / scale)
         value = matching + fake_weight * fake_loss
-        metrics = {"matching": matching, "fake": fake_loss, "gradient": jnp.sqrt(jnp.mean(gradient**2))}
+        metrics = {
+            "matching": matching,
+            "fake": fake_loss,
+            "gradient": jnp.sqrt(jnp.mean(gradient**2)),
+        }
         if adversary is not None:
-            terms = adversary(params["discriminator"], teacher_params, x0, cond, batch["x0"], batch["cond"], jax.random.fold_in(key, 7))
+            terms = adversary(
+                params["discriminator"],
+                teacher_params,
+                x0,
+                cond,
+                batch["x0"],
+                batch["cond"],
+                jax.random.fold_in(key, 7),
+            )
             value += terms.generator + terms.discriminator
             metrics |= terms.metrics
         return value, metrics

@@ -1,8 +1,10 @@
-"""One step from several (ours): the first state's prediction learns where a student of several steps ends.
+"""One step from several (ours): the first state's prediction learns where a student of several
+steps ends.
 
-A pair of noise and image costs direct distillation the teacher's 50 or 100 calls, so it has few of them. A student of a few steps that is
-as good as its teacher gives a pair for two or three calls: each is used once. Progressive distillation (Salimans & Ho 2022, arXiv
-2202.00512) goes from many steps to one by halves in the same way.
+A pair of noise and image costs direct distillation the teacher's 50 or 100 calls, so it has few of
+them. A student of a few steps that is as good as its teacher gives a pair for two or three calls:
+each is used once. Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512) goes from many
+steps to one by halves in the same way.
 """
 
 from typing import Any
@@ -13,24 +15,40 @@ from jaxtyping import Array
 
 from jaxdistill.methods.imagine_flash import Model, shortcut_distance
 from jaxdistill.prediction import Denoiser, LossFn
-from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, noise_correction, rollout, start, unconstrained
+from jaxdistill.sampling import (
+    Constrain,
+    TimeGrid,
+    check_grid,
+    ddim,
+    noise_correction,
+    rollout,
+    start,
+    unconstrained,
+)
 
 
 def endpoint(
-    student: Model, *, grid: TimeGrid, correct_noise: bool = True, constrain: Constrain = unconstrained, unroll: bool = False
+    student: Model,
+    *,
+    grid: TimeGrid,
+    correct_noise: bool = True,
+    constrain: Constrain = unconstrained,
+    unroll: bool = False,
 ) -> LossFn:
-    """E ‖x̂0^Θ(x_T) - x_end‖², x_end the image that a frozen student draws from the same x_T on `grid`.
+    """E ‖x̂0^Θ(x_T) - x_end‖², x_end the image that a frozen student draws from the same x_T on
+    `grid`.
 
     Args:
-      student: the network of the student that learns and of the frozen one, which is the same before this training.
+      student: the network of the student that learns and of the frozen one, which is the same
+        before this training.
       grid: the times of the several steps, the first T.
       correct_noise: as the sampler will.
       constrain: sharding constraint of random batches.
       unroll: as of `rollout`.
 
     Returns:
-      loss(params, teacher_params, batch, key) with params {"student": ...}, teacher_params those of the frozen student, and batch
-      {"x0" (its shape alone: no data is used), "cond"}.
+      loss(params, teacher_params, batch, key) with params {"student": ...}, teacher_params those of
+      the frozen student, and batch {"x0" (its shape alone: no data is used), "cond"}.
 
     Raises:
       ValueError: a bad grid, or one of a single step.
@@ -41,7 +59,9 @@ def endpoint(
         raise ValueError(f"endpoint needs a grid of several steps, got {times.tolist()}")
     step = ddim(student.schedule)
 
-    def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Any, teacher_params: Any, batch: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
         x_T = constrain(jax.random.normal(key, batch["x0"].shape, batch["x0"].dtype))
 
         def denoiser(params: Any) -> Denoiser:

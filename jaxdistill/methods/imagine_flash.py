@@ -1,6 +1,8 @@
-"""Imagine Flash (Kohler et al. 2024, arXiv 2405.05224): backward distillation with a shifted reconstruction loss.
+"""Imagine Flash (Kohler et al. 2024, arXiv 2405.05224): backward distillation with a shifted
+reconstruction loss.
 
-`imagine_flash` assembles the loss; shift γ, weight w, noise source and adversary are functions passed in.
+`imagine_flash` assembles the loss; shift γ, weight w, noise source and adversary are functions
+passed in.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +14,16 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill.adversarial import Adversary
-from jaxdistill.prediction import ApplyFn, Batch, Denoiser, LossFn, Parameterization, as_denoiser, diffuse, expand
+from jaxdistill.prediction import (
+    ApplyFn,
+    Batch,
+    Denoiser,
+    LossFn,
+    Parameterization,
+    as_denoiser,
+    diffuse,
+    expand,
+)
 from jaxdistill.sampling import (
     Constrain,
     Step,
@@ -30,16 +41,21 @@ from jaxdistill.sampling import (
 from jaxdistill.schedule import NoiseSchedule
 
 Shift = Callable[[Array], Array]
-"""γ: student time -> the time at which the teacher starts. Monotone, [0, T] -> (0, T], jittable over a batch."""
+"""γ: student time -> the time at which the teacher starts.
+
+Monotone, [0, T] -> (0, T], jittable over a batch.
+"""
 
 Weight = Callable[[Array], Array]
 """w: student time -> weight of that example's loss. Jittable over a batch."""
 
 NoiseSource = Callable[[Array, Trajectory, Array], Array]
-"""(key, trajectory [N, b, ...], x_T [b, ...]) -> the ε [N, b, ...] that re-noises the student's prediction."""
+"""(key, trajectory [N, b, ...], x_T [b, ...]) -> the ε [N, b, ...] that re-noises the student's
+prediction.
+"""
 
 
-# ------------------------------------------------------------------------------- shift γ and weight w
+# ----------------------------------------------------------------------------- shift γ and weight w
 
 
 def power_shift(T: float, *, strength: float = 0.3, power: float = 3.0) -> Shift:
@@ -50,7 +66,8 @@ def power_shift(T: float, *, strength: float = 0.3, power: float = 3.0) -> Shift
     """
     if not (0 <= strength < 1 and power >= 1 and strength * power <= 1 + 1e-6):
         raise ValueError(
-            f"power_shift needs 0 <= strength < 1, power >= 1 and strength * power <= 1, got strength={strength}, power={power}"
+            "power_shift needs 0 <= strength < 1, power >= 1 and strength * power <= 1, got"
+            f" strength={strength}, power={power}"
         )
     return lambda t: t - strength * T * (t / T) ** power
 
@@ -63,13 +80,24 @@ def linear_shift(T: float, *, low: float = 0.1, high: float = 0.9) -> Shift:
 
 
 def table_shift(T: float, *, times: Sequence[float], values: Sequence[float]) -> Shift:
-    """γ by linear interpolation of a table, both columns as fractions of T: γ(times[i] T) = values[i] T.
+    """γ by linear interpolation of a table, both columns as fractions of T: γ(times[i] T) =
+    values[i] T.
 
     Raises ValueError unless times increase, values do not decrease and values lie in (0, 1].
     """
     x, y = np.asarray(times, np.float32), np.asarray(values, np.float32)
-    if x.shape != y.shape or x.size < 1 or (np.diff(x) <= 0).any() or (np.diff(y) < 0).any() or y.min() <= 0 or y.max() > 1:
-        raise ValueError(f"table_shift needs increasing times and non-decreasing values in (0, 1], got {times} -> {values}")
+    if (
+        x.shape != y.shape
+        or x.size < 1
+        or (np.diff(x) <= 0).any()
+        or (np.diff(y) < 0).any()
+        or y.min() <= 0
+        or y.max() > 1
+    ):
+        raise ValueError(
+            f"table_shift needs increasing times and non-decreasing values in (0, 1], got {times}"
+            f" -> {values}"
+        )
     return lambda t: T * jnp.interp(jnp.asarray(t) / T, x, y)
 
 
@@ -88,11 +116,14 @@ def power_weight(T: float, *, power: float) -> Weight:
     return lambda t: (t / T) ** power
 
 
-# --------------------------------------------------------------------------------------- noise sources
+# ------------------------------------------------------------------------------------ noise sources
 
 
 def trajectory_noise(key: Array, trajectory: Trajectory, x_T: Batch) -> Array:
-    """ε̂_Θ at t: χ is the point of the student's own path at γ(t). Keeps the student's layout and diversity."""
+    """ε̂_Θ at t: χ is the point of the student's own path at γ(t).
+
+    Keeps the student's layout and diversity.
+    """
     return trajectory.eps
 
 
@@ -112,16 +143,21 @@ def mixed_noise(fraction: float) -> NoiseSource:
         raise ValueError(f"mixed_noise needs a fraction in [0, 1], got {fraction}")
 
     def source(key: Array, trajectory: Trajectory, x_T: Array) -> Array:
-        return (1 - fraction) ** 0.5 * trajectory.eps + fraction**0.5 * fresh_noise(key, trajectory, x_T)
+        return (1 - fraction) ** 0.5 * trajectory.eps + fraction**0.5 * fresh_noise(
+            key, trajectory, x_T
+        )
 
     return source
 
 
-# -------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 
 
 class Model(NamedTuple):
-    """A network with what its output means. `shares`: it takes several rows of conditioning for one of x (see `guided_denoiser`)."""
+    """A network with what its output means.
+
+    `shares`: it takes several rows of conditioning for one of x (see `guided_denoiser`).
+    """
 
     apply: ApplyFn
     schedule: NoiseSchedule
@@ -130,9 +166,13 @@ class Model(NamedTuple):
 
     def denoiser(self, params: Any, cond: Any) -> Denoiser:
         """`as_denoiser` of these parameters for one batch."""
-        return as_denoiser(self.apply, params, cond, schedule=self.schedule, parameterization=self.parameterization)
+        return as_denoiser(
+            self.apply, params, cond, schedule=self.schedule, parameterization=self.parameterization
+        )
 
-    def guided(self, params: Any, cond: Any, null_cond: Callable[[Any], Any], scale: float) -> Denoiser:
+    def guided(
+        self, params: Any, cond: Any, null_cond: Callable[[Any], Any], scale: float
+    ) -> Denoiser:
         """`guided_denoiser` of these parameters for one batch."""
         return guided_denoiser(
             self.apply,
@@ -160,17 +200,21 @@ class Reconstruction(NamedTuple):
 
 
 PLAIN = Reconstruction()
-"""One guidance-free target of 4 teacher steps from the student's own state, by way of SRL with γ(t) = t."""
+"""One guidance-free target of 4 teacher steps from the student's own state, by way of SRL with γ(t)
+= t.
+"""
 
 
 def check_shift(shift: Shift, grid: TimeGrid, T: float) -> None:
-    """Raise ValueError where γ leaves (0, T] or falls as t grows, on the grid and on 100 times of [grid[-1], T]."""
+    """Raise ValueError where γ leaves (0, T] or falls as t grows, on the grid and on 100 times of
+    [grid[-1], T].
+    """
     times = np.unique(np.concatenate([np.linspace(grid[-1], T, 100), grid]).astype(np.float32))
     values = np.asarray(shift(jnp.asarray(times)))
     if not (np.isfinite(values).all() and values.min() > 0 and values.max() <= T * (1 + 1e-6)):
         raise ValueError(
-            f"the shift gamma must map times to (0, {T:g}], got values from {values.min():g} to {values.max():g}; "
-            "lower its strength or range"
+            f"the shift gamma must map times to (0, {T:g}], got values from {values.min():g} to"
+            f" {values.max():g}; lower its strength or range"
         )
     if (np.diff(values) < -1e-6 * T).any():
         at = float(times[int(np.argmin(np.diff(values)))])
@@ -191,9 +235,11 @@ def unique_grids(grids: Sequence[TimeGrid]) -> list[TimeGrid]:
 
 
 class Slots(NamedTuple):
-    """How a batch of rows walks several grids in one loop: row r has grid r mod G, and starts anew when it has come to its end.
+    """How a batch of rows walks several grids in one loop: row r has grid r mod G, and starts anew
+    when it has come to its end.
 
-    t, t_next [S, b]: where slot s of a row stands and ends, S the length of the longest grid; restart bool [S, b].
+    t, t_next [S, b]: where slot s of a row stands and ends, S the length of the longest grid;
+    restart bool [S, b].
     """
 
     t: np.ndarray
@@ -206,19 +252,27 @@ def slots_of(grids: Sequence[TimeGrid], batch_size: int) -> Slots:
     count = max(len(grid) for grid in grids)
     at = [np.arange(count) % len(grid) for grid in grids]
     t = [np.asarray(grid, np.float32)[i] for grid, i in zip(grids, at, strict=True)]
-    t_next = [np.append(grid, 0.0).astype(np.float32)[i + 1] for grid, i in zip(grids, at, strict=True)]
+    t_next = [
+        np.append(grid, 0.0).astype(np.float32)[i + 1] for grid, i in zip(grids, at, strict=True)
+    ]
     columns = np.arange(batch_size) % len(grids)
-    return Slots(*(np.stack(rows, axis=1)[:, columns] for rows in (t, t_next, [i == 0 for i in at])))
+    return Slots(
+        *(np.stack(rows, axis=1)[:, columns] for rows in (t, t_next, [i == 0 for i in at]))
+    )
 
 
 def shortcut_distance(pairs: Sequence[tuple[Array, Array]]) -> Array:
-    """Mean of ‖x̂0(x_T) - stopgrad(x_end)‖² over pairs of a trajectory's first x̂0 and its end, each [b, ...]."""
+    """Mean of ‖x̂0(x_T) - stopgrad(x_end)‖² over pairs of a trajectory's first x̂0 and its end,
+    each [b, ...].
+    """
     first, end = (jnp.concatenate(column) for column in zip(*pairs, strict=True))
     return jnp.mean((first - jax.lax.stop_gradient(end)) ** 2)
 
 
 class Visited(NamedTuple):
-    """States of b rows: row r walked grids[r mod G]. cond [b], x_T as the trajectory's rows or one for each state."""
+    """States of b rows: row r walked grids[r mod G]. cond [b], x_T as the trajectory's rows or one
+    for each state.
+    """
 
     trajectory: Trajectory
     x_T: Array
@@ -244,22 +298,25 @@ def imagine_flash(
     constrain: Constrain = unconstrained,
     unroll: bool = False,
 ) -> LossFn:
-    """E w(t) ‖stopgrad(x̂0^Φ) - x̂0^Θ‖² over the states of the student's trajectory (Imagine Flash, eqs. 4-7).
+    """E w(t) ‖stopgrad(x̂0^Φ) - x̂0^Θ‖² over the states of the student's trajectory (Imagine Flash,
+    eqs. 4-7).
 
-    The student's x̂0 at each state carries the gradient, the state does not. The loss is the mean over
-    states and examples of the mean square over an image's elements.
+    The student's x̂0 at each state carries the gradient, the state does not. The loss is the mean
+    over states and examples of the mean square over an image's elements.
 
-    With `shortcut` (ours) the first state's x̂0 also takes ‖x̂0(x_T) - stopgrad(x_end)‖², x_end the image at the end of the same
-    trajectory: one step goes where several do, for no network call more.
+    With `shortcut` (ours) the first state's x̂0 also takes ‖x̂0(x_T) - stopgrad(x_end)‖², x_end the
+    image at the end of the same trajectory: one step goes where several do, for no network call
+    more.
 
     Args:
       student: the network that learns; its parameters are an argument of the loss.
       teacher: the frozen network; its parameters are an argument of the loss.
-      grids: one grid for each number of steps the student will serve. Prefixes of a longer grid cost
-        nothing (`unique_grids`); where several remain, the batch is divided among them, and all walk in one loop (`slots_of`), so that
-        the program holds one copy of the network.
+      grids: one grid for each number of steps the student will serve. Prefixes of a longer grid
+        cost nothing (`unique_grids`); where several remain, the batch is divided among them, and
+        all walk in one loop (`slots_of`), so that the program holds one copy of the network.
       null_cond: cond -> null conditioning of the same structure (used where guidance_scale != 1).
-      reconstruction: γ, noise source, k, the guidance scale and the solver of the teacher (DDIM in the paper).
+      reconstruction: γ, noise source, k, the guidance scale and the solver of the teacher (DDIM in
+        the paper).
       weight: w(t).
       backward: False trains on x_t = q(x_0, ε, t) of real data instead (forward distillation).
       whole_trajectory: every visited state is an example, with no call of its own; False draws one
@@ -267,19 +324,22 @@ def imagine_flash(
       correct_noise: apply noise correction in the rollout, as the sampler will.
       solver: the student's solver; DDIM by default.
       adversary: the adversarial term, or None.
-      adversary_states: which of the student's predictions it judges: "all", or "one" state of each row, drawn at random.
-      shortcut: weight of the first state's distance to its trajectory's end; grids of one step have none. 0 is the paper's form.
+      adversary_states: which of the student's predictions it judges: "all", or "one" state of each
+        row, drawn at random.
+      shortcut: weight of the first state's distance to its trajectory's end; grids of one step have
+        none. 0 is the paper's form.
       constrain: sharding constraint put on every random batch.
       unroll: as of `rollout`.
 
     Returns:
-      loss(params, teacher_params, batch, key) -> (loss, metrics). params {"student": ..., "discriminator": ...},
-      batch {"cond": batch-leading pytree, "x0": [b, ...] in [-1, 1] or a shape-giving array where no data is used}; the adversary's
-      reals are x0 with cond, or "real" [r, ...] with "real_cond" where the batch holds them.
+      loss(params, teacher_params, batch, key) -> (loss, metrics). params {"student": ...,
+      "discriminator": ...}, batch {"cond": batch-leading pytree, "x0": [b, ...] in [-1, 1] or a
+      shape-giving array where no data is used}; the adversary's reals are x0 with cond, or "real"
+      [r, ...] with "real_cond" where the batch holds them.
 
     Raises:
-      ValueError: a bad grid or shift, k < 1, a shortcut below 0 or without whole trajectories of several steps, or a batch that does not
-        divide among the grids.
+      ValueError: a bad grid or shift, k < 1, a shortcut below 0 or without whole trajectories of
+        several steps, or a batch that does not divide among the grids.
     """
     if adversary_states not in ("all", "one"):
         raise ValueError(f"adversary_states must be 'all' or 'one', got {adversary_states!r}")
@@ -289,9 +349,12 @@ def imagine_flash(
         raise ValueError(f"the teacher needs k >= 1 steps, got {reconstruction.steps}")
     for grid in grids:
         check_shift(reconstruction.shift, grid, T)
-    if shortcut < 0 or (shortcut > 0 and not (backward and whole_trajectory and max(map(len, grids)) > 1)):
+    if shortcut < 0 or (
+        shortcut > 0 and not (backward and whole_trajectory and max(map(len, grids)) > 1)
+    ):
         raise ValueError(
-            f"the shortcut must be at least 0, and above 0 needs whole backward trajectories of several steps, got {shortcut:g}"
+            "the shortcut must be at least 0, and above 0 needs whole backward trajectories of"
+            f" several steps, got {shortcut:g}"
         )
     student_step = ddim(student.schedule) if solver is None else solver
     teacher_step = reconstruction.solver(teacher.schedule)
@@ -309,19 +372,31 @@ def imagine_flash(
 
     def whole(params: Any, cond: Any, x_T: Array, grid: TimeGrid) -> Trajectory:
         denoiser = student_denoiser(params, cond, x_T)
-        trajectory = rollout(student_step, denoiser, start(x_T), grid, stop_gradient=True, unroll=unroll)[1]
-        return trajectory._replace(t=jnp.broadcast_to(trajectory.t[:, None], trajectory.x.shape[:2]))
+        trajectory = rollout(
+            student_step, denoiser, start(x_T), grid, stop_gradient=True, unroll=unroll
+        )[1]
+        return trajectory._replace(
+            t=jnp.broadcast_to(trajectory.t[:, None], trajectory.x.shape[:2])
+        )
 
     def slotted(params: Any, cond: Any, noise: Array, slots: Slots) -> tuple[Trajectory, Array]:
-        """All grids in one loop. noise [S, b, ...] holds what a restart of slot s draws. Returns each state's own x_T as well."""
+        """All grids in one loop. noise [S, b, ...] holds what a restart of slot s draws.
+
+        Returns each state's own x_T as well.
+        """
 
         def body(carry: Any, slot: Any) -> Any:
             state, x_T = carry
             t, t_next, restart, fresh = slot
             x_T = jnp.where(expand(restart, fresh), fresh, x_T)
-            state = state._replace(x=jax.lax.stop_gradient(jnp.where(expand(restart, fresh), fresh, state.x)))
+            state = state._replace(
+                x=jax.lax.stop_gradient(jnp.where(expand(restart, fresh), fresh, state.x))
+            )
             prediction = student_denoiser(params, cond, x_T)(state.x, t)
-            return (student_step(prediction, state, t, t_next), x_T), (Trajectory(t, state.x, *prediction), x_T)
+            return (student_step(prediction, state, t, t_next), x_T), (
+                Trajectory(t, state.x, *prediction),
+                x_T,
+            )
 
         first = (start(noise[0]), noise[0])
         return scan(body, first, (*map(jnp.asarray, slots), noise), unroll=unroll)[1]
@@ -332,13 +407,19 @@ def imagine_flash(
         states = x_T[None]
         if len(grid) > 1:
             denoiser = student_denoiser(jax.lax.stop_gradient(params), cond, x_T)
-            last, visited = rollout(student_step, denoiser, start(x_T), grid[:-1], t_end=float(grid[-1]), unroll=unroll)
+            last, visited = rollout(
+                student_step, denoiser, start(x_T), grid[:-1], t_end=float(grid[-1]), unroll=unroll
+            )
             states = jax.lax.stop_gradient(jnp.concatenate([visited.x, last.x[None]]))
         x = jnp.take_along_axis(states, expand(index, x_T)[None], axis=0)[0]
         t = jnp.asarray(grid)[index]
-        return Trajectory(t[None], x[None], *(p[None] for p in student_denoiser(params, cond, x_T)(x, t)))
+        return Trajectory(
+            t[None], x[None], *(p[None] for p in student_denoiser(params, cond, x_T)(x, t))
+        )
 
-    def on_data(params: Any, cond: Any, x0: Array, noise: Array, grid: TimeGrid, key: Array) -> Trajectory:
+    def on_data(
+        params: Any, cond: Any, x0: Array, noise: Array, grid: TimeGrid, key: Array
+    ) -> Trajectory:
         """The student's predictions at x_t = q(x_0, ε, t): forward distillation."""
         b = x0.shape[0]
         t = jnp.broadcast_to(jnp.asarray(grid)[:, None], (len(grid), b))
@@ -361,7 +442,9 @@ def imagine_flash(
         parts = []
         for i, grid in enumerate(grids):
             # Strided, not blocked: with a sharded batch each device keeps its own rows.
-            x0, x_T, cond = jax.tree.map(lambda a, i=i: a[i :: len(grids)], (batch["x0"], noise, batch["cond"]))
+            x0, x_T, cond = jax.tree.map(
+                lambda a, i=i: a[i :: len(grids)], (batch["x0"], noise, batch["cond"])
+            )
             key = jax.random.fold_in(key_state, i)
             if not backward:
                 trajectory = on_data(params, cond, x0, x_T, grid, key)
@@ -380,22 +463,36 @@ def imagine_flash(
             return _flat(fixed.x), t
         eps = reconstruction.noise_source(key, fixed, part.x_T)
         t_teacher = reconstruction.shift(t)
-        return diffuse(teacher.schedule, _flat(fixed.x0), constrain(_flat(eps)), t_teacher), t_teacher
+        return (
+            diffuse(teacher.schedule, _flat(fixed.x0), constrain(_flat(eps)), t_teacher),
+            t_teacher,
+        )
 
-    def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Any, teacher_params: Any, batch: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
         b = batch["x0"].shape[0]
         if b % len(grids):
-            raise ValueError(f"batch size {b} must be a multiple of the {len(grids)} grids that share it")
+            raise ValueError(
+                f"batch size {b} must be a multiple of the {len(grids)} grids that share it"
+            )
         key_noise, key_state, key_srl, key_adversary = jax.random.split(key, 4)
         parts = parts_of(params["student"], batch, key_noise, key_state)
-        starts = [teacher_start(part, jax.random.fold_in(key_srl, i)) for i, part in enumerate(parts)]
+        starts = [
+            teacher_start(part, jax.random.fold_in(key_srl, i)) for i, part in enumerate(parts)
+        ]
         # One call of the teacher for all that was visited: one copy of its network in the program.
         x, t = jax.tree.map(lambda *a: jnp.concatenate(a), *starts)
         x0 = jnp.concatenate([_flat(part.trajectory.x0) for part in parts])
-        cond = jax.tree.map(lambda *c: jnp.concatenate(c), *(_tile(part.cond, part.trajectory.t.shape[0]) for part in parts))
+        cond = jax.tree.map(
+            lambda *c: jnp.concatenate(c),
+            *(_tile(part.cond, part.trajectory.t.shape[0]) for part in parts),
+        )
         target = jax.lax.stop_gradient(teacher_x0(teacher_params, x, t, cond))
         error = jnp.mean((target - x0) ** 2, axis=tuple(range(1, target.ndim)))
-        value = jnp.mean(weight(jnp.concatenate([_flat(part.trajectory.t) for part in parts])) * error)
+        value = jnp.mean(
+            weight(jnp.concatenate([_flat(part.trajectory.t) for part in parts])) * error
+        )
         metrics = {"reconstruction": value}
         if whole_trajectory:
             metrics |= errors_by_step(error, parts)
@@ -404,10 +501,13 @@ def imagine_flash(
             value += shortcut * metrics["shortcut"]
         if adversary is not None:
             if adversary_states == "one":
-                # Every row once, at a slot of its own: the adversary's cost no longer grows with the steps.
+                # Every row once, at a slot of its own: the adversary's cost no longer grows with
+                # the steps.
                 x0, cond = one_state(x0, parts, jax.random.fold_in(key_adversary, 1))
             real, real_cond = batch.get("real", batch["x0"]), batch.get("real_cond", batch["cond"])
-            terms = adversary(params["discriminator"], teacher_params, x0, cond, real, real_cond, key_adversary)
+            terms = adversary(
+                params["discriminator"], teacher_params, x0, cond, real, real_cond, key_adversary
+            )
             value += terms.generator + terms.discriminator
             metrics |= terms.metrics
         return value, metrics
@@ -421,7 +521,10 @@ def imagine_flash(
             errors = _states(error[at : at + n * b], n)
             at += n * b
             for i, grid in enumerate(part.grids):
-                found |= {f"reconstruction/{len(grid)}_{j + 1}": jnp.mean(errors[j, i :: len(part.grids)]) for j in range(len(grid))}
+                found |= {
+                    f"reconstruction/{len(grid)}_{j + 1}": jnp.mean(errors[j, i :: len(part.grids)])
+                    for j in range(len(grid))
+                }
         return found
 
     def distance_to_end(parts: Sequence[Visited]) -> Array:
@@ -430,7 +533,9 @@ def imagine_flash(
         for part in parts:
             for i, grid in enumerate(part.grids):
                 rows = part.trajectory.x0[:, i :: len(part.grids)]
-                firsts = range(0, len(rows) - len(grid) + 1, len(grid)) if len(grid) > 1 else ()  # a trajectory cut short has no end
+                firsts = (
+                    range(0, len(rows) - len(grid) + 1, len(grid)) if len(grid) > 1 else ()
+                )  # a trajectory cut short has no end
                 pairs += [(rows[at], rows[at + len(grid) - 1]) for at in firsts]
         return shortcut_distance(pairs)
 
@@ -441,7 +546,8 @@ def imagine_flash(
             n, b = part.trajectory.t.shape
             slot = constrain(jax.random.randint(jax.random.fold_in(key, i), (b,), 0, n))
             rows = x0[at : at + n * b].reshape(b, n, *x0.shape[1:])
-            # A sum instead of a lookup: with a sharded batch a lookup by computed rows would gather it.
+            # A sum instead of a lookup: with a sharded batch a lookup by computed rows would gather
+            # it.
             chosen = (slot[:, None] == jnp.arange(n)).reshape(b, n, *(1,) * (rows.ndim - 2))
             states.append(jnp.sum(jnp.where(chosen, rows, 0.0), axis=1))
             conds.append(part.cond)
@@ -451,7 +557,8 @@ def imagine_flash(
     return loss
 
 
-# Of a batch's states those of one row stand together: a device that holds some rows holds their states, and nothing travels.
+# Of a batch's states those of one row stand together: a device that holds some rows holds their
+# states, and nothing travels.
 
 
 def _tile(tree: Any, n: int) -> Any:

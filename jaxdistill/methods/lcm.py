@@ -1,6 +1,8 @@
-"""Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378): one point of the teacher's guided path predicts as the next.
+"""Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378): one point of the teacher's
+guided path predicts as the next.
 
-The paper's latent space is that of its teacher; here as there the loss sees whatever the network sees.
+The paper's latent space is that of its teacher; here as there the loss sees whatever the network
+sees.
 """
 
 from collections.abc import Callable
@@ -15,8 +17,11 @@ from jaxdistill.prediction import Denoiser, LossFn, Prediction, diffuse, expand
 from jaxdistill.sampling import Constrain, ddim, start, unconstrained
 
 
-def consistency_function(T: float, *, sigma_data: float = 0.5, scale: float = 10.0) -> Callable[[Denoiser], Denoiser]:
-    """f(x, t) = c_skip x + c_out x̂0, a transform: c_skip = σ²/(τ² + σ²), c_out = τ/√(τ² + σ²), τ = 1000 scale t/T.
+def consistency_function(
+    T: float, *, sigma_data: float = 0.5, scale: float = 10.0
+) -> Callable[[Denoiser], Denoiser]:
+    """f(x, t) = c_skip x + c_out x̂0, a transform: c_skip = σ²/(τ² + σ²), c_out = τ/√(τ² + σ²), τ =
+    1000 scale t/T.
 
     f(x, 0) = x (Luo et al., app. C; Song et al. 2023, eq. 5 with σ = sigma_data).
     """
@@ -25,7 +30,9 @@ def consistency_function(T: float, *, sigma_data: float = 0.5, scale: float = 10
         def function(x: Array, t: Array) -> Prediction:
             prediction = denoiser(x, t)
             tau = expand(jnp.asarray(t), x) / T * 1000.0 * scale
-            x0 = (sigma_data**2 * x + tau * jnp.sqrt(tau**2 + sigma_data**2) * prediction.x0) / (tau**2 + sigma_data**2)
+            x0 = (sigma_data**2 * x + tau * jnp.sqrt(tau**2 + sigma_data**2) * prediction.x0) / (
+                tau**2 + sigma_data**2
+            )
             return prediction._replace(x0=x0)
 
         return function
@@ -44,13 +51,14 @@ def consistency_distillation(
     target_decay: float = 0.95,
     constrain: Constrain = unconstrained,
 ) -> LossFn:
-    """E d(f_Θ(x_t, t), f_Θ⁻(x̂_s, s)), x̂_s a guided DDIM step of the teacher from x_t = q(x_0, ε, t) (Luo et al., alg. 1).
+    """E d(f_Θ(x_t, t), f_Θ⁻(x̂_s, s)), x̂_s a guided DDIM step of the teacher from x_t = q(x_0, ε,
+    t) (Luo et al., alg. 1).
 
-    t is one of `intervals` even times and s the one below it (the paper's skipping, T/intervals); d is the pseudo-Huber
-    distance √(‖a - b‖² + c²) - c by element; Θ⁻ is the moving average of Θ.
+    t is one of `intervals` even times and s the one below it (the paper's skipping, T/intervals); d
+    is the pseudo-Huber distance √(‖a - b‖² + c²) - c by element; Θ⁻ is the moving average of Θ.
 
-    Θ⁻ is params["target"]: its term ½‖Θ⁻ - Θ‖² makes `optax.sgd(1 - target_decay)` exactly the moving average, so give
-    that group this optimizer (`target_optimizer`).
+    Θ⁻ is params["target"]: its term ½‖Θ⁻ - Θ‖² makes `optax.sgd(1 - target_decay)` exactly the
+    moving average, so give that group this optimizer (`target_optimizer`).
 
     Args:
       student: the network that learns.
@@ -63,7 +71,8 @@ def consistency_distillation(
       constrain: sharding constraint of random batches.
 
     Returns:
-      loss(params, teacher_params, batch, key), params {"student", "target"} of one structure, batch {"x0", "cond"}.
+      loss(params, teacher_params, batch, key), params {"student", "target"} of one structure, batch
+      {"x0", "cond"}.
 
     Raises:
       ValueError: intervals below 2, huber below 0 or target_decay outside [0, 1).
@@ -80,7 +89,9 @@ def consistency_distillation(
         denoiser = student.denoiser(params, cond)
         return function(denoiser)(x, t).x0
 
-    def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Any, teacher_params: Any, batch: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
         x0, cond = batch["x0"], batch["cond"]
         key_t, key_eps = jax.random.split(key)
         eps = constrain(jax.random.normal(key_eps, x0.shape, x0.dtype))
@@ -89,13 +100,15 @@ def consistency_distillation(
         x_t = diffuse(schedule, x0, eps, t)
         denoiser = teacher.guided(teacher_params, cond, null_cond, guidance_scale)
         x_s = ddim(teacher.schedule)(denoiser(x_t, t), start(x_t), t, s).x
-        # At s = 0 the function is the identity by its boundary condition, whatever the network says.
+        # At s = 0 the function is the identity by its boundary condition, whatever the network
+        # says.
         target = jax.lax.stop_gradient(f(params["target"], cond, x_s, s))
         difference = f(params["student"], cond, x_t, t) - target
         distance = jnp.mean(jnp.sqrt(difference**2 + huber**2) - huber)
         followed = jax.lax.stop_gradient(params["student"])
         average = jax.tree.map(lambda a, b: 0.5 * jnp.sum((a - b) ** 2), params["target"], followed)
-        # The average's term is added at its value 0: it has a gradient, and the loss stays readable.
+        # The average's term is added at its value 0: it has a gradient, and the loss stays
+        # readable.
         pull = sum(jax.tree.leaves(average), start=jnp.zeros(()))
         return distance + pull - jax.lax.stop_gradient(pull), {"consistency": distance}
 

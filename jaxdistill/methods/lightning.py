@@ -1,4 +1,6 @@
-"""SDXL-Lightning (Lin et al. 2024, arXiv 2402.13929): progressive distillation whose distance is a discriminator."""
+"""SDXL-Lightning (Lin et al. 2024, arXiv 2402.13929): progressive distillation whose distance is a
+discriminator.
+"""
 
 from typing import Any
 
@@ -14,7 +16,9 @@ from jaxdistill.sampling import Constrain, ddim, rollout, start, unconstrained
 
 
 def pair_states(first: Any, second: Any) -> list[Array]:
-    """Two lists of hidden states [b, ..., c] -> one of [b, ..., 2c]: what the discriminator of a jump sees."""
+    """Two lists of hidden states [b, ..., c] -> one of [b, ..., 2c]: what the discriminator of a
+    jump sees.
+    """
     return [jnp.concatenate(pair, axis=-1) for pair in zip(first, second, strict=True)]
 
 
@@ -33,12 +37,14 @@ def lightning(
     constrain: Constrain = unconstrained,
     unroll: bool = False,
 ) -> LossFn:
-    """-log D for the student's one jump t -> s, where D tells it from the teacher's `substeps` from the same x_t.
+    """-log D for the student's one jump t -> s, where D tells it from the teacher's `substeps` from
+    the same x_t.
 
-    x_t = q(x_0, ε, t) at a time of the trailing grid of `steps`. With `keep_flow`, D sees x_t beside x_s, so that the
-    teacher's own end of the jump is asked for; without it (the paper's relaxed second half of a stage) any x_s of the
-    right distribution will do. As for the paper's last stages, D looks at x_s diffused on to a random time up to
-    s + spread (t - s). Its features are the frozen original teacher's (the paper trains them too).
+    x_t = q(x_0, ε, t) at a time of the trailing grid of `steps`. With `keep_flow`, D sees x_t
+    beside x_s, so that the teacher's own end of the jump is asked for; without it (the paper's
+    relaxed second half of a stage) any x_s of the right distribution will do. As for the paper's
+    last stages, D looks at x_s diffused on to a random time up to s + spread (t - s). Its features
+    are the frozen original teacher's (the paper trains them too).
 
     Args:
       student: the network that learns.
@@ -49,27 +55,30 @@ def lightning(
       substeps: teacher steps for one of the student.
       keep_flow: see above.
       spread: see above, in [0, 1].
-      regression: weight of ‖x_s^Θ - x_s^Φ‖² beside the adversarial loss; the paper's is 0 after the first stage.
+      regression: weight of ‖x_s^Θ - x_s^Φ‖² beside the adversarial loss; the paper's is 0 after the
+        first stage.
       gan: the paper's loss is non-saturating.
       constrain: sharding constraint of random batches.
       unroll: as of `rollout`.
 
     Returns:
-      loss(params, teacher_params, batch, key), params {"student", "discriminator"}, teacher_params {"previous", "original"},
-      batch {"x0", "cond"}.
+      loss(params, teacher_params, batch, key), params {"student", "discriminator"}, teacher_params
+      {"previous", "original"}, batch {"x0", "cond"}.
 
     Raises:
       ValueError: steps or substeps below 1, spread outside [0, 1], regression below 0.
     """
     if steps < 1 or substeps < 1 or not 0 <= spread <= 1 or regression < 0:
         raise ValueError(
-            "lightning needs at least one step and one substep, spread in [0, 1] and regression >= 0, "
-            f"got {steps}, {substeps}, {spread:g} and {regression:g}"
+            "lightning needs at least one step and one substep, spread in [0, 1] and regression >="
+            f" 0, got {steps}, {substeps}, {spread:g} and {regression:g}"
         )
     T, schedule = student.schedule.T, student.schedule
     step = ddim(schedule)
 
-    def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Any, teacher_params: Any, batch: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
         x0, cond = batch["x0"], batch["cond"]
         frozen = jax.lax.stop_gradient(teacher_params)
         keys = jax.random.split(key, 4)
@@ -101,6 +110,8 @@ def lightning(
         on_fake, on_real = seen(x_s), seen(target)
         terms = players(heads, params["discriminator"], on_fake, on_real, cond, cond, gan)
         distance = jnp.mean((x_s - target) ** 2)
-        return terms.generator + terms.discriminator + regression * distance, terms.metrics | {"distance": distance}
+        return terms.generator + terms.discriminator + regression * distance, terms.metrics | {
+            "distance": distance
+        }
 
     return loss

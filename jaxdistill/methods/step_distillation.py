@@ -1,6 +1,8 @@
-"""Progressive (step) distillation: a student takes in one step what its teacher takes in two, again and again.
+"""Progressive (step) distillation: a student takes in one step what its teacher takes in two, again
+and again.
 
-Salimans & Ho 2022 (arXiv 2202.00512), with the guidance distilled in by the first stage's teacher (Meng et al. 2023).
+Salimans & Ho 2022 (arXiv 2202.00512), with the guidance distilled in by the first stage's teacher
+(Meng et al. 2023).
 """
 
 from collections.abc import Callable
@@ -26,33 +28,40 @@ def step_distillation(
     constrain: Constrain = unconstrained,
     unroll: bool = False,
 ) -> LossFn:
-    """E max(1, SNR_t) ‖x̃ - x̂0^Θ(x_t)‖², x̃ the x0 whose one DDIM step meets the teacher's `substeps` (Salimans & Ho, alg. 2).
+    """E max(1, SNR_t) ‖x̃ - x̂0^Θ(x_t)‖², x̃ the x0 whose one DDIM step meets the teacher's
+    `substeps` (Salimans & Ho, alg. 2).
 
-    x̃ = (x_s - (σ_s/σ_t) x_t) / (α_s - (σ_s/σ_t) α_t), with x_t = q(x_0, ε, t) at t of the trailing grid of `steps` times, s the
-    next one and x_s the teacher's result.
+    x̃ = (x_s - (σ_s/σ_t) x_t) / (α_s - (σ_s/σ_t) α_t), with x_t = q(x_0, ε, t) at t of the trailing
+    grid of `steps` times, s the next one and x_s the teacher's result.
 
     Args:
       student: the network that learns.
       teacher: the original network, or the student of the stage before.
       steps: of this stage's student, at least 1.
       null_cond: cond -> null conditioning (used where guidance_scale != 1).
-      guidance_scale: of the teacher; above 1 only in the first stage, later teachers have it in them.
+      guidance_scale: of the teacher; above 1 only in the first stage, later teachers have it in
+        them.
       substeps: teacher steps for one of the student.
       constrain: sharding constraint of random batches.
       unroll: as of `rollout`.
 
     Returns:
-      loss(params, teacher_params, batch, key), params {"student": ...}, batch {"x0" [b, ...] in [-1, 1], "cond"}.
+      loss(params, teacher_params, batch, key), params {"student": ...}, batch {"x0" [b, ...] in
+      [-1, 1], "cond"}.
 
     Raises:
       ValueError: steps or substeps below 1.
     """
     if steps < 1 or substeps < 1:
-        raise ValueError(f"step distillation needs at least one step and one substep, got {steps} and {substeps}")
+        raise ValueError(
+            f"step distillation needs at least one step and one substep, got {steps} and {substeps}"
+        )
     T, schedule = student.schedule.T, student.schedule
     teacher_step = ddim(teacher.schedule)
 
-    def loss(params: Any, teacher_params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Any, teacher_params: Any, batch: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
         x0, cond = batch["x0"], batch["cond"]
         key_t, key_eps = jax.random.split(key)
         eps = constrain(jax.random.normal(key_eps, x0.shape, x0.dtype))
@@ -68,7 +77,9 @@ def step_distillation(
         target = jax.lax.stop_gradient((x_s - ratio * x_t) / (alpha_s - ratio * alpha_t))
         network = student.denoiser(params["student"], cond)
         weight = jnp.maximum(1.0, (alpha_t / sigma_t) ** 2)
-        errors = jnp.mean(weight * (target - network(x_t, t).x0) ** 2, axis=tuple(range(1, x0.ndim)))
+        errors = jnp.mean(
+            weight * (target - network(x_t, t).x0) ** 2, axis=tuple(range(1, x0.ndim))
+        )
         value = jnp.mean(errors)
         return value, {"distillation": value}
 

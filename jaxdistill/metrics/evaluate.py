@@ -1,7 +1,8 @@
-"""Metrics of generated images: Fréchet distance, precision and recall, accuracy, diversity, nearest neighbours.
+"""Metrics of generated images: Fréchet distance, precision and recall, accuracy, diversity, nearest
+neighbours.
 
-All take images in [0, 1]. The feature extractor is a classifier trained here on the train split, frozen, and named
-by a hash of its weights: numbers of different hashes must not be compared.
+All take images in [0, 1]. The feature extractor is a classifier trained here on the train split,
+frozen, and named by a hash of its weights: numbers of different hashes must not be compared.
 """
 
 import hashlib
@@ -21,7 +22,10 @@ from jaxdistill.tasks.labelled_images.data import Dataset, Split
 
 
 class Extractor(NamedTuple):
-    """A frozen classifier. `features` and `predict` map images [n, h, w, c] in [0, 1] to [n, d] and int [n]."""
+    """A frozen classifier.
+
+    `features` and `predict` map images [n, h, w, c] in [0, 1] to [n, d] and int [n].
+    """
 
     features: Callable[[np.ndarray], np.ndarray]
     predict: Callable[[np.ndarray], np.ndarray]
@@ -29,7 +33,14 @@ class Extractor(NamedTuple):
     params: Any
 
 
-def make_extractor(params: Any, train_images: np.ndarray, *, num_classes: int, channels: tuple[int, ...], features: int) -> Extractor:
+def make_extractor(
+    params: Any,
+    train_images: np.ndarray,
+    *,
+    num_classes: int,
+    channels: tuple[int, ...],
+    features: int,
+) -> Extractor:
     """Wrap classifier parameters as an Extractor; images are run in blocks of 1,000.
 
     Features are divided by one constant, so that their mean variance over the train split is 1.
@@ -41,17 +52,23 @@ def make_extractor(params: Any, train_images: np.ndarray, *, num_classes: int, c
         n, outs = len(images), []
         for i in range(0, n, 1000):
             block = np.asarray(images[i : i + 1000], np.float32)
-            padded = np.concatenate([block, np.zeros((1000 - len(block), *block.shape[1:]), np.float32)])
+            padded = np.concatenate(
+                [block, np.zeros((1000 - len(block), *block.shape[1:]), np.float32)]
+            )
             outs.append([np.asarray(o)[: len(block)] for o in apply(params, padded)])
         return np.concatenate([o[0] for o in outs]), np.concatenate([o[1] for o in outs])
 
     scale = np.sqrt(run(train_images)[1].var(axis=0, dtype=np.float64).mean())
-    return Extractor(lambda x: run(x)[1] / scale, lambda x: run(x)[0].argmax(-1), weights_hash(params), params)
+    return Extractor(
+        lambda x: run(x)[1] / scale, lambda x: run(x)[0].argmax(-1), weights_hash(params), params
+    )
 
 
 def weights_hash(params: Any) -> str:
     """First 12 hex digits of the SHA-256 of all weights, to name a feature space."""
-    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))).hexdigest()[:12]
+    return hashlib.sha256(
+        b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
+    ).hexdigest()[:12]
 
 
 def train_extractor(
@@ -64,9 +81,11 @@ def train_extractor(
     learning_rate: float = 2e-3,
     noise: float = 0.2,
 ) -> Extractor:
-    """Train the classifier on the train split, with Gaussian pixel noise of up to `noise` as augmentation.
+    """Train the classifier on the train split, with Gaussian pixel noise of up to `noise` as
+    augmentation.
 
-    The seed is fixed, so that all runs of one dataset share one extractor (and one hash, on one kind of machine).
+    The seed is fixed, so that all runs of one dataset share one extractor (and one hash, on one
+    kind of machine).
     """
     num_classes = len(dataset.class_names)
     model = ConvClassifier(num_classes, channels, features)
@@ -85,13 +104,21 @@ def train_extractor(
         rows = jax.random.randint(key, (batch_size,), 0, len(labels))
         level = noise * jax.random.uniform(key_level, (batch_size, 1, 1, 1))
         x = images[rows] + level * jax.random.normal(key_noise, (batch_size, *images.shape[1:]))
-        updates, opt_state = tx.update(jax.grad(loss_fn)(params, x, labels[rows]), opt_state, params)
+        updates, opt_state = tx.update(
+            jax.grad(loss_fn)(params, x, labels[rows]), opt_state, params
+        )
         return optax.apply_updates(params, updates), opt_state
 
     state = (params, tx.init(params))
     for i in range(steps):
         state = update(state, images, labels, jnp.asarray(i))
-    return make_extractor(state[0], dataset.train.images, num_classes=num_classes, channels=channels, features=features)
+    return make_extractor(
+        state[0],
+        dataset.train.images,
+        num_classes=num_classes,
+        channels=channels,
+        features=features,
+    )
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -101,26 +128,38 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """
     for rows in (a, b):
         if len(rows) <= rows.shape[1]:
-            raise ValueError(f"the Frechet distance of {rows.shape[1]} features needs more than {rows.shape[1]} images, got {len(rows)}")
+            raise ValueError(
+                f"the Frechet distance of {rows.shape[1]} features needs more than {rows.shape[1]}"
+                f" images, got {len(rows)}"
+            )
     return gaussian_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
 
 
 def fd_noise(features: np.ndarray, real: np.ndarray, *, blocks: int = 50) -> float:
-    """Standard error of frechet_distance(features [n, d], real) over samples; nan where n is hardly above d.
+    """Standard error of frechet_distance(features [n, d], real) over samples; nan where n is hardly
+    above d.
 
-    A jackknife (Efron & Stein 1981): √((B-1)/B Σ (FD_b - mean)²) over B blocks, FD_b without block b. With 50 blocks it is known to 10 %.
+    A jackknife (Efron & Stein 1981): √((B-1)/B Σ (FD_b - mean)²) over B blocks, FD_b without block
+    b. With 50 blocks it is known to 10 %.
     """
     parts = np.array_split(features, max(2, min(blocks, len(features) // 2)))
     if len(features) - len(parts[0]) <= features.shape[1]:
         return float("nan")
-    without = [frechet_distance(np.concatenate(parts[:b] + parts[b + 1 :]), real) for b in range(len(parts))]
+    without = [
+        frechet_distance(np.concatenate(parts[:b] + parts[b + 1 :]), real)
+        for b in range(len(parts))
+    ]
     return float(np.sqrt((len(parts) - 1) * np.var(without)))
 
 
-def gaussian_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
-    """The Fréchet distance of two Gaussians, means [d] and covariances [d, d], in the precision of its arguments."""
-    # tr (Σ_a Σ_b)^½ by the symmetric form √Σ_a Σ_b √Σ_a: real and non-negative eigenvalues, no sqrtm of a
-    # nearly singular product.
+def gaussian_distance(
+    mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray
+) -> float:
+    """The Fréchet distance of two Gaussians, means [d] and covariances [d, d], in the precision of
+    its arguments.
+    """
+    # tr (Σ_a Σ_b)^½ by the symmetric form √Σ_a Σ_b √Σ_a: real and non-negative eigenvalues, no
+    # sqrtm of a nearly singular product.
     values, vectors = linalg.eigh(cov_a)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
@@ -130,13 +169,16 @@ def gaussian_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray,
 def precision_recall(real: np.ndarray, fake: np.ndarray, *, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall of features (Kynkäänniemi et al. 2019), k nearest neighbours.
 
-    The measures compare sets of one size: fakes beyond len(real) are used in blocks of that size, and the two numbers
-    are means over the blocks, which has less noise than one block; of more reals than fakes the first are used.
-    Raises ValueError for sets of k images or fewer.
+    The measures compare sets of one size: fakes beyond len(real) are used in blocks of that size,
+    and the two numbers are means over the blocks, which has less noise than one block; of more
+    reals than fakes the first are used. Raises ValueError for sets of k images or fewer.
     """
     n = min(len(real), len(fake))
     if n <= k:
-        raise ValueError(f"precision and recall with k = {k} need more than {k} images, got {len(real)} real and {len(fake)} generated")
+        raise ValueError(
+            f"precision and recall with k = {k} need more than {k} images, got {len(real)} real and"
+            f" {len(fake)} generated"
+        )
     real = real[:n]
     real_radius = _kth_neighbour(real, k)
     precisions, recalls = [], []
@@ -149,7 +191,10 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, *, k: int = 3) -> tuple
 
 
 def _neighbours(k: int) -> Any:
-    """A search for the k nearest. Scikit-learn is imported here: it takes a second, and most commands score nothing."""
+    """A search for the k nearest.
+
+    Scikit-learn is imported here: it takes a second, and most commands score nothing.
+    """
     from sklearn.neighbors import NearestNeighbors
 
     return NearestNeighbors(n_neighbors=k)
@@ -160,7 +205,9 @@ def _kth_neighbour(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def class_spread(images: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over classes of the root-mean-square distance of two images of one class, in pixel space."""
+    """Mean over classes of the root-mean-square distance of two images of one class, in pixel
+    space.
+    """
     spreads = []
     for label in np.unique(labels):
         rows = images[labels == label].reshape((labels == label).sum(), -1).astype(np.float64)
@@ -183,8 +230,8 @@ def saturation(images: np.ndarray) -> float:
 def health(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The student's images against the teacher's from the same noises, both [n, h, w, c] in [0, 1].
 
-    diversity, contrast (standard deviation within an image) and saturation as ratios to the teacher's, where 1 is
-    as the teacher; distance is the root-mean-square pixel difference.
+    diversity, contrast (standard deviation within an image) and saturation as ratios to the
+    teacher's, where 1 is as the teacher; distance is the root-mean-square pixel difference.
     """
     contrast = student.std(axis=(1, 2, 3)).mean() / max(teacher.std(axis=(1, 2, 3)).mean(), 1e-6)
     return {
@@ -198,9 +245,9 @@ def health(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> dict
 class Metrics(NamedTuple):
     """Scores of one set of generated images.
 
-    fd, fd_validation and fd_train are Fréchet distances to the reference, the validation and the train split, fd_noise
-    is the standard error of fd;
-    `diversity` and `nearest_neighbour` (distance to the train split) are relative to the reference images (1 = as real).
+    fd, fd_validation and fd_train are Fréchet distances to the reference, the validation and the
+    train split, fd_noise is the standard error of fd; `diversity` and `nearest_neighbour` (distance
+    to the train split) are relative to the reference images (1 = as real).
     """
 
     fd: float
@@ -224,7 +271,9 @@ class Evaluator:
         self._real_train = extractor.features(dataset.train.images)
         self._spread = class_spread(reference.images, reference.labels)
         self._neighbour = nearest_neighbour_distance(reference.images, dataset.train.images)
-        self.classifier_accuracy = float((extractor.predict(reference.images) == reference.labels).mean())
+        self.classifier_accuracy = float(
+            (extractor.predict(reference.images) == reference.labels).mean()
+        )
 
     def floor_fd(self) -> float:
         """FD between two halves of the reference: what finite samples alone give."""
@@ -233,7 +282,9 @@ class Evaluator:
         return frechet_distance(self._real[order[:half]], self._real[order[half:]])
 
     def floor_fd_train(self) -> float:
-        """FD of the train split to the reference: what a perfect copy of the training set would score."""
+        """FD of the train split to the reference: what a perfect copy of the training set would
+        score.
+        """
         return frechet_distance(self._real_train, self._real)
 
     def quick_fd(self, images: np.ndarray) -> float:
@@ -253,5 +304,6 @@ class Evaluator:
             precision=precision,
             recall=recall,
             diversity=class_spread(images, labels) / self._spread,
-            nearest_neighbour=nearest_neighbour_distance(images[:2000], self._train.images) / self._neighbour,
+            nearest_neighbour=nearest_neighbour_distance(images[:2000], self._train.images)
+            / self._neighbour,
         )

@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 
 class FeatureHeads(nn.Module):
-    """One small head for each hidden state: [b, ..., c] -> Dense, silu, mean over positions, Dense -> a logit.
+    """One small head for each hidden state: [b, ..., c] -> Dense, silu, mean over positions, Dense
+    -> a logit.
 
     The hidden states are conditional, so the heads are too. Attribute width: of each head.
     """
@@ -30,7 +31,11 @@ class FeatureHeads(nn.Module):
         return jnp.stack(logits, axis=-1)
 
 
-def fresh_heads(heads: FeatureHeads, key: Array, states_of: Callable[..., Any], *inputs: Any, cond: Any) -> Any:
-    """First parameters of heads for the hidden states that `states_of(*inputs)` gives, which is traced and not computed."""
+def fresh_heads(
+    heads: FeatureHeads, key: Array, states_of: Callable[..., Any], *inputs: Any, cond: Any
+) -> Any:
+    """First parameters of heads for the hidden states that `states_of(*inputs)` gives, which is
+    traced and not computed.
+    """
     states = [jnp.zeros(state.shape, state.dtype) for state in jax.eval_shape(states_of, *inputs)]
     return jax.jit(heads.init)(key, states, cond)

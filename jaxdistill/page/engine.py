@@ -1,4 +1,6 @@
-"""The engine behind `jaxdistill.serve`: waiting requests are drawn together, and a teacher yields to the student between its calls."""
+"""The engine behind `jaxdistill.serve`: waiting requests are drawn together, and a teacher yields
+to the student between its calls.
+"""
 
 import collections
 import threading
@@ -44,7 +46,10 @@ class Painter(Protocol):
     correct: bool
 
     def encode(self, caption: str) -> Any:
-        """The conditioning of one caption, as host arrays [1, ...]. Raises ValueError in one line."""
+        """The conditioning of one caption, as host arrays [1, ...].
+
+        Raises ValueError in one line.
+        """
 
     def start(self, seeds: np.ndarray, conds: Sequence[Any], steps: int, correct: bool) -> "Run":
         """A run of len(seeds) rows, at most the largest size."""
@@ -67,13 +72,28 @@ class Run(Protocol):
 class Rollout:
     """A sampler's loop, one call at a time.
 
-    step: (state, t, t_next) -> state; finish: x -> uint8 images, of which the first `count` were asked for.
+    step: (state, t, t_next) -> state; finish: x -> uint8 images, of which the first `count` were
+    asked for.
     """
 
     def __init__(
-        self, state: Any, times: np.ndarray, next_times: np.ndarray, *, step: Callable[..., Any], finish: Callable[[Any], Any], count: int
+        self,
+        state: Any,
+        times: np.ndarray,
+        next_times: np.ndarray,
+        *,
+        step: Callable[..., Any],
+        finish: Callable[[Any], Any],
+        count: int,
     ) -> None:
-        self._state, self._times, self._next, self._step, self._finish, self._count = state, times, next_times, step, finish, count
+        self._state, self._times, self._next, self._step, self._finish, self._count = (
+            state,
+            times,
+            next_times,
+            step,
+            finish,
+            count,
+        )
         self.done, self.of = 0, len(times)
 
     def advance(self) -> None:
@@ -87,22 +107,37 @@ class Rollout:
         return np.asarray(self._finish(self._state.x))[: self._count]
 
 
-def filled(sizes: Sequence[int], seeds: np.ndarray, conds: Sequence[Any]) -> tuple[int, np.ndarray, Any]:
-    """(size, seeds [size], conditioning [size, ...]): the rows, the last one repeated up to the next of the sorted sizes."""
+def filled(
+    sizes: Sequence[int], seeds: np.ndarray, conds: Sequence[Any]
+) -> tuple[int, np.ndarray, Any]:
+    """(size, seeds [size], conditioning [size, ...]): the rows, the last one repeated up to the
+    next of the sorted sizes.
+    """
     size = next(s for s in sizes if s >= len(seeds))
     rows = np.minimum(np.arange(size), len(seeds) - 1)
-    return size, np.asarray(seeds, np.int32)[rows], jax.tree.map(lambda *parts: np.concatenate([parts[r] for r in rows]), *conds)
+    return (
+        size,
+        np.asarray(seeds, np.int32)[rows],
+        jax.tree.map(lambda *parts: np.concatenate([parts[r] for r in rows]), *conds),
+    )
 
 
 def places(sizes: Sequence[int]) -> dict[int, NamedSharding]:
-    """For each batch size the most of this process's devices that divide its rows evenly, as the sharding of those rows."""
+    """For each batch size the most of this process's devices that divide its rows evenly, as the
+    sharding of those rows.
+    """
     devices = jax.local_devices()
     counts = {size: max(n for n in range(1, len(devices) + 1) if size % n == 0) for size in sizes}
-    return {size: NamedSharding(Mesh(np.asarray(devices[:n]), ("rows",)), PartitionSpec("rows")) for size, n in counts.items()}
+    return {
+        size: NamedSharding(Mesh(np.asarray(devices[:n]), ("rows",)), PartitionSpec("rows"))
+        for size, n in counts.items()
+    }
 
 
 class ExportPainter:
-    """A small text-conditional export. Image (seed) is that of `jaxdistill.sample --seed=seed --num=1`.
+    """A small text-conditional export.
+
+    Image (seed) is that of `jaxdistill.sample --seed=seed --num=1`.
 
     A batch's rows are divided among the devices of this process.
     """
@@ -116,7 +151,9 @@ class ExportPainter:
         self.encode = lru_cache(maxsize=4096)(self._encode)
         shape = export.shape
 
-        def step(params: Any, state: Any, noise: Any, cond: Any, t: Any, t_next: Any, correct: Any) -> Any:
+        def step(
+            params: Any, state: Any, noise: Any, cond: Any, t: Any, t_next: Any, correct: Any
+        ) -> Any:
             sampler = export.sampler
             denoiser = sampler.denoiser(params, noise, cond, self.guidance, correct)
             return sampler.step(noise)(denoiser(state.x, t), state, t, t_next)
@@ -125,7 +162,9 @@ class ExportPainter:
         draw = jax.jit(jax.vmap(lambda seed: card.noise_of(seed, jnp.arange(1), shape)[0]))
         finish = jax.jit(lambda x: jnp.round(card.to_unit(x) * 255.0).astype(jnp.uint8))
         self._places = places(self.sizes)
-        whole = {size: NamedSharding(place.mesh, PartitionSpec()) for size, place in self._places.items()}
+        whole = {
+            size: NamedSharding(place.mesh, PartitionSpec()) for size, place in self._places.items()
+        }
         copies = {place: jax.device_put(export.params, place) for place in set(whole.values())}
         self._params = {size: copies[place] for size, place in whole.items()}
         self._programs: dict[int, tuple[Any, Any, Any]] = {}
@@ -134,8 +173,14 @@ class ExportPainter:
             _, *rows = filled((size,), np.zeros(1, np.int32), [one])
             seeds, cond = jax.device_put(rows, self._places[size])
             noise = draw(seeds)
-            compiled = advance.lower(self._params[size], sampling.start(noise), noise, cond, scalar, scalar, flag).compile()
-            self._programs[size] = draw.lower(seeds).compile(), compiled, finish.lower(noise).compile()
+            compiled = advance.lower(
+                self._params[size], sampling.start(noise), noise, cond, scalar, scalar, flag
+            ).compile()
+            self._programs[size] = (
+                draw.lower(seeds).compile(),
+                compiled,
+                finish.lower(noise).compile(),
+            )
 
     def _encode(self, caption: str) -> Any:
         return self.export.encode([caption])
@@ -151,15 +196,24 @@ class ExportPainter:
         def step(state: Any, t: Any, t_next: Any) -> Any:
             return advance(self._params[size], state, noise, cond, t, t_next, flag)
 
-        return Rollout(sampling.start(noise), times[:-1], times[1:], step=step, finish=finish, count=len(seeds))
+        return Rollout(
+            sampling.start(noise), times[:-1], times[1:], step=step, finish=finish, count=len(seeds)
+        )
 
 
 class PipelinePainter:
-    """A diffusers folder or a text-to-image student. Image (seed) is that of `jaxdistill.sample --seed=seed --num=1`."""
+    """A diffusers folder or a text-to-image student.
+
+    Image (seed) is that of `jaxdistill.sample --seed=seed --num=1`.
+    """
 
     def __init__(self, pipe: TextToImage, sizes: Sequence[int]) -> None:
         self.sizes, self.steps, self.guidance = tuple(sorted(sizes)), pipe.steps, pipe.guidance
-        self.size, self.max_steps, self.correct = pipe.check(), 1000, pipe.scheduler.noise_correction
+        self.size, self.max_steps, self.correct = (
+            pipe.check(),
+            1000,
+            pipe.scheduler.noise_correction,
+        )
         other = pipe.scheduler._replace(noise_correction=not self.correct)
         twin = TextToImage(pipe.folder, pipe.params, other, settings=pipe.settings, share=pipe)
         self.pipes = {self.correct: pipe, not self.correct: twin}
@@ -173,17 +227,25 @@ class PipelinePainter:
 
     def _encode(self, caption: str) -> Any:
         pipe = self.pipes[self.correct]
-        return pipe.text([caption]) | ({"time_ids": time_ids(*self.size)[None]} if pipe.folder.xl else {})
+        return pipe.text([caption]) | (
+            {"time_ids": time_ids(*self.size)[None]} if pipe.folder.xl else {}
+        )
 
     def start(self, seeds: np.ndarray, conds: Sequence[Any], steps: int, correct: bool) -> Rollout:
         """A run of these rows, filled up to the next size."""
         pipe = self.pipes[correct]
         _, numbers, cond = filled(self.sizes, seeds, conds)
         noise = jnp.asarray(np.concatenate([pipe.draw(int(n), 0, 1, *self.size) for n in numbers]))
-        run, scale, guided = pipe.scheduler.run(steps), np.float32(self.guidance), self.guidance > 1.0
+        run, scale, guided = (
+            pipe.scheduler.run(steps),
+            np.float32(self.guidance),
+            self.guidance > 1.0,
+        )
 
         def step(state: Any, t: Any, t_next: Any) -> Any:
-            return pipe.advance(pipe.params, state, noise, cond, self.null, t, t_next, scale, guided=guided)
+            return pipe.advance(
+                pipe.params, state, noise, cond, self.null, t, t_next, scale, guided=guided
+            )
 
         def finish(x: Any) -> np.ndarray:
             return np.round(pipe.decode(x) * 255.0).astype(np.uint8)
@@ -194,7 +256,11 @@ class PipelinePainter:
 
 @dataclass(eq=False)
 class Job:
-    """One image. `answer` is called once, from the engine's thread, with the image uint8 [h, w, 3] or an exception."""
+    """One image.
+
+    `answer` is called once, from the engine's thread, with the image uint8 [h, w, 3] or an
+    exception.
+    """
 
     model: str
     caption: str
@@ -208,11 +274,16 @@ class Job:
 
 
 class Engine:
-    """One thread that draws. The student's jobs go first; the teacher's advance one call at a time between them."""
+    """One thread that draws.
+
+    The student's jobs go first; the teacher's advance one call at a time between them.
+    """
 
     def __init__(self, painters: dict[str, Painter], *, limit: int = 256) -> None:
         self.painters, self.limit = painters, limit
-        self._waiting: dict[str, collections.deque[Job]] = {name: collections.deque() for name in painters}
+        self._waiting: dict[str, collections.deque[Job]] = {
+            name: collections.deque() for name in painters
+        }
         self._slow: tuple[list[Job], Run] | None = None
         self._ready, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -222,7 +293,9 @@ class Engine:
         """Queue a job. Raises Busy where `limit` of its model wait."""
         with self._ready:
             queue = self._waiting[job.model]
-            if len(queue) >= self.limit:  # only now: a look at every job for every job would hold all pages up
+            if (
+                len(queue) >= self.limit
+            ):  # only now: a look at every job for every job would hold all pages up
                 dropped = [j for j in queue if j.cancelled]
                 kept = [j for j in queue if not j.cancelled]
                 queue.clear()
@@ -260,7 +333,9 @@ class Engine:
                 job.answer(Cancelled())
             elif job.deadline < now:
                 job.answer(Expired())
-            elif len(taken) < most and (not taken or (job.steps, job.correct) == (taken[0].steps, taken[0].correct)):
+            elif len(taken) < most and (
+                not taken or (job.steps, job.correct) == (taken[0].steps, taken[0].correct)
+            ):
                 taken.append(job)
             else:
                 kept.append(job)
@@ -277,13 +352,25 @@ class Engine:
             except Exception as error:
                 self._fail([job], error)
         try:
-            return (good, painter.start(np.asarray([j.seed for j in good]), conds, good[0].steps, good[0].correct)) if good else None
+            return (
+                (
+                    good,
+                    painter.start(
+                        np.asarray([j.seed for j in good]), conds, good[0].steps, good[0].correct
+                    ),
+                )
+                if good
+                else None
+            )
         except Exception as error:
             self._fail(good, error)
             return None
 
     def _advance(self, jobs: list[Job], run: Run, *, calls: int) -> bool:
-        """At most so many network calls more. Whether the batch is over: every job is then answered."""
+        """At most so many network calls more.
+
+        Whether the batch is over: every job is then answered.
+        """
         if all(job.cancelled for job in jobs):
             self._fail(jobs, Cancelled())
             return True
@@ -304,7 +391,10 @@ class Engine:
         return True
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
-        """Answer with an exception; the log has those that are nobody's request's fault. One batch fails, the server lives."""
+        """Answer with an exception; the log has those that are nobody's request's fault.
+
+        One batch fails, the server lives.
+        """
         if not isinstance(error, (ValueError, Cancelled)):
             logging.error("drawing failed", exc_info=error)
         for job in jobs:
@@ -328,5 +418,7 @@ class Engine:
             self._slow = begun or self._slow
             if self._slow and self._advance(*self._slow, calls=1):
                 self._slow = None
-        left = [job for queue in self._waiting.values() for job in queue] + (self._slow[0] if self._slow else [])
+        left = [job for queue in self._waiting.values() for job in queue] + (
+            self._slow[0] if self._slow else []
+        )
         self._fail(left, Cancelled())

@@ -32,7 +32,9 @@ class CheckpointError(ValueError):
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether a failed write says that there is no space: as the system's error, or as the text that Orbax makes of it."""
+    """Whether a failed write says that there is no space: as the system's error, or as the text
+    that Orbax makes of it.
+    """
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
         os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)
     )
@@ -46,29 +48,40 @@ def told(error: BaseException) -> str:
 def not_written(what: str, error: BaseException, then: str = "") -> CheckpointError:
     """A failed write as the error that says why, and what to do."""
     reason = FULL if disk_is_full(error) else told(error)
-    return CheckpointError(f"cannot {what} ({reason}); mend that and give the same command again{then}")
+    return CheckpointError(
+        f"cannot {what} ({reason}); mend that and give the same command again{then}"
+    )
 
 
 def not_opened(name: str, error: BaseException) -> CheckpointError:
     """A bucket that cannot be opened as the error that says why, and what to do."""
-    mend = 'pip install ".[tpu]"' if isinstance(error, ImportError) else "check the bucket's name and this machine's rights to it"
+    mend = (
+        'pip install ".[tpu]"'
+        if isinstance(error, ImportError)
+        else "check the bucket's name and this machine's rights to it"
+    )
     return CheckpointError(f"{name} cannot be opened ({told(error)}); {mend}")
 
 
 class Checkpoints:
     """Asynchronous Orbax checkpoints of a TrainState with JSON metadata, the newest `keep` kept.
 
-    A manifest of checksums is written beside each finished one: Orbax restores flipped bits without a word. A checkpoint that was finished
-    in the very moment of a kill has none, and is taken as it is.
+    A manifest of checksums is written beside each finished one: Orbax restores flipped bits without
+    a word. A checkpoint that was finished in the very moment of a kill has none, and is taken as it
+    is.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, create=True
+        )
         remote = "://" in str(folder)
         if remote:
             reach(f"{folder}-objects", str(folder), orbax=True)
         try:
-            self._manager = ocp.CheckpointManager(str(folder) if remote else Path(folder).absolute(), options=options)
+            self._manager = ocp.CheckpointManager(
+                str(folder) if remote else Path(folder).absolute(), options=options
+            )
         except Exception as error:  # a bucket's library has many
             if not remote:
                 raise
@@ -90,16 +103,24 @@ class Checkpoints:
         self.wait()
         self._sum()
         with self._writing():
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))))
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
+                ),
+            )
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest state, placed as the arrays (or ShapeDtypeStructs) of `like`, and its metadata.
+        """The newest state, placed as the arrays (or ShapeDtypeStructs) of `like`, and its
+        metadata.
 
         Raises CheckpointError where shapes or structure differ from `like`.
         """
         self._verify()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+        )
         try:
             restored = self._manager.restore(self.latest, args=args)
         except (ValueError, KeyError, FileNotFoundError) as error:
@@ -111,7 +132,8 @@ class Checkpoints:
             if not self._remote or isinstance(error, jax.errors.JaxRuntimeError):
                 raise
             raise CheckpointError(
-                f"checkpoint {self.latest} in {self._folder} cannot be read ({told(error)}); mend that and give the same command again"
+                f"checkpoint {self.latest} in {self._folder} cannot be read ({told(error)}); mend"
+                " that and give the same command again"
             ) from None
         return restored.state, restored.meta
 
@@ -122,14 +144,24 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """A failed write as one line. The checkpoints before it are whole: Orbax renames a finished one into its place, or marks it."""
+        """A failed write as one line.
+
+        The checkpoints before it are whole: Orbax renames a finished one into its place, or marks
+        it.
+        """
         try:
             yield
         except Exception as error:
             # A bucket's library has many. A peer that has died is told elsewhere.
-            if not isinstance(error, (OSError, ValueError)) and (not self._remote or isinstance(error, jax.errors.JaxRuntimeError)):
+            if not isinstance(error, (OSError, ValueError)) and (
+                not self._remote or isinstance(error, jax.errors.JaxRuntimeError)
+            ):
                 raise
-            kept = "starts anew" if self.latest is None else f"goes on from step {self.latest}, which is kept"
+            kept = (
+                "starts anew"
+                if self.latest is None
+                else f"goes on from step {self.latest}, which is kept"
+            )
             raise not_written(f"save in {self._folder}", error, f": it {kept}") from None
 
     def close(self) -> None:
@@ -142,7 +174,9 @@ class Checkpoints:
             self._manager.close()
 
     def _sum(self) -> None:
-        """Start writing the manifests of finished checkpoints that have none, and drop those of deleted ones."""
+        """Start writing the manifests of finished checkpoints that have none, and drop those of
+        deleted ones.
+        """
         if self._summing is not None:
             self._summing.join()
         if not (distributed.is_main() if self._remote else distributed.writes()):
@@ -154,7 +188,11 @@ class Checkpoints:
                 self._manifests.keep(steps)
             except Exception as error:  # a bucket's library has many
                 if not disk_is_full(error):  # of which the next save tells
-                    print(f"warning: {self._folder}: no checksums of its checkpoints ({told(error)})", file=sys.stderr, flush=True)
+                    print(
+                        f"warning: {self._folder}: no checksums of its checkpoints ({told(error)})",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
         self._summing = threading.Thread(target=work, daemon=True)
         self._summing.start()
@@ -166,13 +204,20 @@ class Checkpoints:
             bad = self._manifests.differing(str(step))
         except Exception as error:  # a bucket's library has many
             raise CheckpointError(
-                f"{folder} cannot be compared with its checksums ({told(error)}); mend that and give the same command again"
+                f"{folder} cannot be compared with its checksums ({told(error)}); mend that and"
+                " give the same command again"
             ) from None
         if bad:
             older = sorted(s for s in self._manager.all_steps() if step is not None and s < step)
-            back = f"the run then goes back to step {older[-1]}" if older else "the run then starts anew"
+            back = (
+                f"the run then goes back to step {older[-1]}"
+                if older
+                else "the run then starts anew"
+            )
             name, state = next(iter(bad.items()))
-            raise CheckpointError(f"{folder}/{name} {state}: it does not match its checksum; remove {folder}, {back}")
+            raise CheckpointError(
+                f"{folder}/{name} {state}: it does not match its checksum; remove {folder}, {back}"
+            )
 
 
 REACH_SECONDS = 60
@@ -181,12 +226,17 @@ REACH_SECONDS = 60
 
 def store(url: str) -> tuple[Any, str]:
     """The fsspec file system of a path or a URL, and the path in it."""
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs with a traceback it also raises
+    logging.getLogger("gcsfs").setLevel(
+        logging.CRITICAL
+    )  # what it logs with a traceback it also raises
     return fsspec.core.url_to_fs(url)
 
 
 def within(work: Callable[[], T]) -> T:
-    """`work()`. Raises TimeoutError where it takes more than REACH_SECONDS, and leaves it behind."""
+    """`work()`.
+
+    Raises TimeoutError where it takes more than REACH_SECONDS, and leaves it behind.
+    """
     found: list[T] = []
     failed: list[BaseException] = []
 
@@ -207,9 +257,12 @@ def within(work: Callable[[], T]) -> T:
 
 
 def reach(folder: str, name: str, *, orbax: bool = False) -> None:
-    """Write an object in a folder of a bucket and remove it. `orbax`: ask for the bucket, too, as Orbax does to remove a checkpoint.
+    """Write an object in a folder of a bucket and remove it.
 
-    Raises CheckpointError, which names it `name`: a missing right is told at the start, and not at the first or the third save.
+    `orbax`: ask for the bucket, too, as Orbax does to remove a checkpoint.
+
+    Raises CheckpointError, which names it `name`: a missing right is told at the start, and not at
+    the first or the third save.
     """
 
     def work() -> None:
@@ -231,27 +284,37 @@ def reach(folder: str, name: str, *, orbax: bool = False) -> None:
 
 
 class Manifests:
-    """Checksums of checkpoints, a JSON file a step in a folder beside theirs, in a file system of fsspec.
+    """Checksums of checkpoints, a JSON file a step in a folder beside theirs, in a file system of
+    fsspec.
 
     `sums`: the path of a checkpoint -> {name of a file in it: what must stay as it is}.
     """
 
-    def __init__(self, files: Any, checkpoints: str, folder: str, sums: Callable[[str], Mapping[str, Any]]) -> None:
+    def __init__(
+        self, files: Any, checkpoints: str, folder: str, sums: Callable[[str], Mapping[str, Any]]
+    ) -> None:
         self._files, self._checkpoints, self._folder, self._sums = files, checkpoints, folder, sums
 
     def keep(self, steps: set[str]) -> None:
         """Write the manifests of these checkpoints that have none, and drop those of others."""
         self._files.invalidate_cache()
         self._files.makedirs(self._folder, exist_ok=True)
-        known = {path.rpartition("/")[2].removesuffix(".json") for path in self._files.glob(f"{self._folder}/*.json")}
+        known = {
+            path.rpartition("/")[2].removesuffix(".json")
+            for path in self._files.glob(f"{self._folder}/*.json")
+        }
         for step in known - steps:
             self._files.rm_file(f"{self._folder}/{step}.json")
         for step in sorted(steps - known):
             sums = self._sums(f"{self._checkpoints}/{step}")
-            put_whole(self._files, f"{self._folder}/{step}.json", json.dumps(sums, indent=2).encode())
+            put_whole(
+                self._files, f"{self._folder}/{step}.json", json.dumps(sums, indent=2).encode()
+            )
 
     def differing(self, step: str) -> dict[str, str]:
-        """{name: what is wrong} of the files of a checkpoint that are not as they were; {} where it has no manifest."""
+        """{name: what is wrong} of the files of a checkpoint that are not as they were; {} where it
+        has no manifest.
+        """
         self._files.invalidate_cache()
         try:  # `exists` would take a bucket that may not be read for one that has none
             manifest = self._files.cat_file(f"{self._folder}/{step}.json")
@@ -261,13 +324,19 @@ class Manifests:
         try:
             expected = dict(json.loads(manifest))
         except (ValueError, TypeError):
-            expected = dict.fromkeys(found)  # the manifest itself was hit: every file counts as damaged
-        names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            expected = dict.fromkeys(
+                found
+            )  # the manifest itself was hit: every file counts as damaged
+        names = sorted(
+            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        )
         return {name: "is damaged" if name in found else "is missing" for name in names}
 
 
 def manifests_of(checkpoints: str) -> Manifests:
-    """SHA-256 of what is on a disk; of what is in a bucket, whose bytes would have to travel, the sums that the store keeps itself."""
+    """SHA-256 of what is on a disk; of what is in a bucket, whose bytes would have to travel, the
+    sums that the store keeps itself.
+    """
     files, path = store(checkpoints)
     if "://" in checkpoints:
         return Manifests(files, path, f"{path}-objects", partial(object_sums, files))
@@ -287,20 +356,29 @@ def put_whole(files: Any, path: str, content: bytes) -> None:
 
 
 def object_sums(files: Any, folder: str) -> dict[str, dict[str, Any]]:
-    """{name: {"size", and the store's own checksum} of each object} below a folder of an fsspec file system.
+    """{name: {"size", and the store's own checksum} of each object} below a folder of an fsspec
+    file system.
 
-    MD5 before CRC32C: many files of an Orbax checkpoint end in their own CRC32C, so that the store's is one number for all of them. A
-    checksum of the bytes where there is one: an ETag also changes where nothing but an object's labels did.
+    MD5 before CRC32C: many files of an Orbax checkpoint end in their own CRC32C, so that the
+    store's is one number for all of them. A checksum of the bytes where there is one: an ETag also
+    changes where nothing but an object's labels did.
     """
     found = {}
     for path, info in files.find(folder, detail=True).items():
-        kind = next((kind for kind in ("md5Hash", "crc32c", "etag", "ETag") if info.get(kind)), None)
-        found[path.removeprefix(folder).lstrip("/")] = {"size": info["size"]} | ({kind: info[kind]} if kind else {})
+        kind = next(
+            (kind for kind in ("md5Hash", "crc32c", "etag", "ETag") if info.get(kind)), None
+        )
+        found[path.removeprefix(folder).lstrip("/")] = {"size": info["size"]} | (
+            {kind: info[kind]} if kind else {}
+        )
     return found
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the file at once, so that a reader never sees half of it. Of many processes one writes."""
+    """Replace the file at once, so that a reader never sees half of it.
+
+    Of many processes one writes.
+    """
     if not distributed.writes():
         return
     temporary = path.with_name(path.name + ".tmp")
@@ -309,10 +387,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
-    """Write `folder/params` (plain Orbax, host arrays) and `folder/card.json` with a SHA-256 of every file.
+    """Write `folder/params` (plain Orbax, host arrays) and `folder/card.json` with a SHA-256 of
+    every file.
 
-    Readable without this package: `orbax.checkpoint.StandardCheckpointer().restore(folder / "params")`. The folder
-    appears whole or not at all, and replaces an older export. Of many processes one writes.
+    Readable without this package: `orbax.checkpoint.StandardCheckpointer().restore(folder /
+    "params")`. The folder appears whole or not at all, and replaces an older export. Of many
+    processes one writes.
     """
     if not distributed.writes():
         return
@@ -329,7 +409,11 @@ def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise not_written(f"write {folder}", error) from None
     leaves = jax.tree.leaves(host)
-    parameters = {"path": "params", "count": int(sum(a.size for a in leaves)), "dtype": str(leaves[0].dtype)}
+    parameters = {
+        "path": "params",
+        "count": int(sum(a.size for a in leaves)),
+        "dtype": str(leaves[0].dtype),
+    }
     whole = {**card, "parameters": parameters, "sha256": _hashes(temporary)}
     write_json(temporary / "card.json", {**whole, "card_sha256": _card_hash(whole)})
     swap_in(temporary, folder)
@@ -338,8 +422,14 @@ def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
 def _alone() -> ocp.StandardCheckpointer:
     """A checkpointer that does not wait for other processes."""
     me = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}")
-    return ocp.StandardCheckpointer(multiprocessing_options=options) if jax.process_count() > 1 else ocp.StandardCheckpointer()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    return (
+        ocp.StandardCheckpointer(multiprocessing_options=options)
+        if jax.process_count() > 1
+        else ocp.StandardCheckpointer()
+    )
 
 
 def swap_in(temporary: Path, folder: Path) -> None:
@@ -376,7 +466,9 @@ def _hashes(folder: Path) -> dict[str, str]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "card.json")
     found = {}
     for path in files:
-        with path.open("rb") as file:  # in pieces: a file of a checkpoint may be larger than the memory that is left
+        with path.open(
+            "rb"
+        ) as file:  # in pieces: a file of a checkpoint may be larger than the memory that is left
             found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
@@ -388,22 +480,28 @@ def load_export(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     """
     folder = Path(folder).absolute()
     if not (folder / "card.json").is_file():
-        raise CheckpointError(f"{folder} is no export: it has no card.json; give the teacher/ or student/ folder of a run's workdir")
+        raise CheckpointError(
+            f"{folder} is no export: it has no card.json; give the teacher/ or student/ folder of a"
+            " run's workdir"
+        )
     try:
         card = json.loads((folder / "card.json").read_text())
         if card["card_sha256"] != _card_hash(card):
             raise ValueError
         expected = dict(card["sha256"])
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder / 'card.json'} is damaged: it does not match its own checksum; copy the export anew") from None
+        raise CheckpointError(
+            f"{folder / 'card.json'} is damaged: it does not match its own checksum; copy the"
+            " export anew"
+        ) from None
     found = _hashes(folder)
     for name in sorted(expected):
         if name not in found:
             raise CheckpointError(f"{folder / name} is missing; copy the export anew")
         if found[name] != expected[name]:
             raise CheckpointError(
-                f"{folder / name} is damaged: its SHA-256 starts with {found[name][:12]}, the card says "
-                f"{expected[name][:12]}; copy the export anew"
+                f"{folder / name} is damaged: its SHA-256 starts with {found[name][:12]}, the card"
+                f" says {expected[name][:12]}; copy the export anew"
             )
     with _alone() as checkpointer:
         return checkpointer.restore(folder / "params"), card

@@ -27,7 +27,12 @@ class DistributedError(ValueError):
 
 
 def start(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, detect: bool = False, timeout: int = 300
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    detect: bool = False,
+    timeout: int = 300,
 ) -> None:
     """Join the other processes; must come before any array. Does nothing for a single process.
 
@@ -44,38 +49,67 @@ def start(
     given = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
     missing = [name for name, value in given.items() if value is None]
     if detect and len(missing) < 3:
-        raise DistributedError("--distributed finds the processes itself; leave out --coordinator, --num_processes and --process_id")
+        raise DistributedError(
+            "--distributed finds the processes itself; leave out --coordinator, --num_processes and"
+            " --process_id"
+        )
     if not detect and len(missing) == 3:
         return
-    options: dict[str, Any] = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    options: dict[str, Any] = {
+        "initialization_timeout": timeout,
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+    }
     if not detect:
         if missing:
-            raise DistributedError(f"{missing[0]} is missing: give --coordinator=HOST:PORT, --num_processes and --process_id together")
+            raise DistributedError(
+                f"{missing[0]} is missing: give --coordinator=HOST:PORT, --num_processes and"
+                " --process_id together"
+            )
         assert coordinator is not None and processes is not None and process is not None
         if not 0 <= process < processes:
-            raise DistributedError(f"--process_id = {process} must be in 0..{processes - 1} (--num_processes = {processes})")
+            raise DistributedError(
+                f"--process_id = {process} must be in 0..{processes - 1} (--num_processes ="
+                f" {processes})"
+            )
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
             raise DistributedError(f"--coordinator = {coordinator!r} must read HOST:PORT")
         if process:
             _wait_for(host, int(port), timeout)
-        options |= {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+        options |= {
+            "coordinator_address": coordinator,
+            "num_processes": processes,
+            "process_id": process,
+        }
     elif there := _detected(timeout):
         _wait_for(*there, timeout)
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
         found = f"the coordinator {coordinator}" if coordinator else "the other processes"
-        mend = "" if coordinator else "; outside a TPU pod, GKE or SLURM give --coordinator, --num_processes and --process_id"
-        raise DistributedError(f"{found} could not be joined within {timeout} s ({str(error).splitlines()[0]}){mend}") from None
+        mend = (
+            ""
+            if coordinator
+            else (
+                "; outside a TPU pod, GKE or SLURM give --coordinator, --num_processes and"
+                " --process_id"
+            )
+        )
+        raise DistributedError(
+            f"{found} could not be joined within {timeout} s ({str(error).splitlines()[0]}){mend}"
+        ) from None
 
 
 def _detected(timeout: int) -> tuple[str, int] | None:
-    """Host and port of another process 0 that JAX finds by itself; None where this is process 0 or nothing is found."""
+    """Host and port of another process 0 that JAX finds by itself; None where this is process 0 or
+    nothing is found.
+    """
     try:
         from jax._src.clusters import ClusterEnv  # there is no public way to ask without joining
 
-        address, _, process, _ = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
+        address, _, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, timeout
+        )
     except Exception:  # joining will say what is wrong
         return None
     host, _, port = (os.environ.get("JAX_COORDINATOR_ADDRESS") or address or "").rpartition(":")
@@ -83,7 +117,9 @@ def _detected(timeout: int) -> tuple[str, int] | None:
 
 
 def _wait_for(host: str, port: int, timeout: int) -> None:
-    """Until something listens there: JAX's own client ends the process without a word where nothing does."""
+    """Until something listens there: JAX's own client ends the process without a word where nothing
+    does.
+    """
     end, problem = time.monotonic() + timeout, ""
     while time.monotonic() < end:
         try:
@@ -92,7 +128,10 @@ def _wait_for(host: str, port: int, timeout: int) -> None:
         except OSError as error:
             problem = error.strerror or str(error)
             time.sleep(0.5)
-    raise DistributedError(f"the coordinator {host}:{port} does not answer after {timeout} s ({problem}); is process 0 running there?")
+    raise DistributedError(
+        f"the coordinator {host}:{port} does not answer after {timeout} s ({problem}); is process 0"
+        " running there?"
+    )
 
 
 def is_main() -> bool:
@@ -113,36 +152,61 @@ def barrier(name: str) -> None:
 
 def least(value: int) -> int:
     """The smallest of the processes' values, which must all ask."""
-    return value if jax.process_count() == 1 else int(np.min(multihost_utils.process_allgather(np.array(value))))
+    return (
+        value
+        if jax.process_count() == 1
+        else int(np.min(multihost_utils.process_allgather(np.array(value))))
+    )
 
 
 def everyone(holds: bool) -> bool:
     """Whether it holds in all processes, which must all ask."""
-    return holds if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array([holds]))))
+    return (
+        holds
+        if jax.process_count() == 1
+        else bool(np.all(multihost_utils.process_allgather(np.array([holds]))))
+    )
 
 
 def divided(count: int, make: Callable[[int], np.ndarray]) -> list[np.ndarray]:
-    """[make(0), ..., make(count - 1)], arrays of one shape, each made by one process and then held by all, who must all call this."""
-    return list(divided_rows(0, count, lambda first, last: {"": np.stack([make(i) for i in range(first, last)])})[""])
+    """[make(0), ..., make(count - 1)], arrays of one shape, each made by one process and then held
+    by all, who must all call this.
+    """
+    return list(
+        divided_rows(
+            0, count, lambda first, last: {"": np.stack([make(i) for i in range(first, last)])}
+        )[""]
+    )
 
 
-def divided_rows(first: int, last: int, make: Callable[[int, int], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """`make(first, last)`, fields [last - first, ...]: each process makes the rows of its part, all get all. All must call this.
+def divided_rows(
+    first: int, last: int, make: Callable[[int, int], Mapping[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """`make(first, last)`, fields [last - first, ...]: each process makes the rows of its part, all
+    get all. All must call this.
 
-    The parts are of one size but for the last ones, of which some may be empty; what a row is must not depend on its part.
+    The parts are of one size but for the last ones, of which some may be empty; what a row is must
+    not depend on its part.
     """
     if jax.process_count() == 1:
         return dict(make(first, last))
     size = -(-(last - first) // jax.process_count())
     begin = min(first + jax.process_index() * size, last - 1)
-    # All must gather the same shapes: where rows are missing the last one stands for them, and is cut off again.
+    # All must gather the same shapes: where rows are missing the last one stands for them, and is
+    # cut off again.
     mine = make(begin, min(begin + size, last))
     filled = {name: rows[np.minimum(np.arange(size), len(rows) - 1)] for name, rows in mine.items()}
-    return {name: np.asarray(rows)[: last - first] for name, rows in multihost_utils.process_allgather(filled, tiled=True).items()}
+    return {
+        name: np.asarray(rows)[: last - first]
+        for name, rows in multihost_utils.process_allgather(filled, tiled=True).items()
+    }
 
 
 def share_folder(folder: Path) -> bool:
-    """Whether all processes see the same folder, which must exist for process 0. Decides who `writes`."""
+    """Whether all processes see the same folder, which must exist for process 0.
+
+    Decides who `writes`.
+    """
     global _own_folder
     if jax.process_count() == 1:
         return True
@@ -170,20 +234,32 @@ def broadcast(text: bytes) -> bytes:
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raise DistributedError on all processes, naming what differs and where, unless all hold the same JSON values."""
+    """Raise DistributedError on all processes, naming what differs and where, unless all hold the
+    same JSON values.
+    """
     if jax.process_count() == 1:
         return
     first: dict[str, Any] = json.loads(broadcast(json.dumps(values, sort_keys=True).encode()))
     mine = json.loads(json.dumps(values))
-    different = [key for key in sorted(first.keys() | mine.keys()) if first.get(key) != mine.get(key)]
-    text = f"{different[0]} is {mine.get(different[0])!r} there, {first.get(different[0])!r} in process 0" if different else ""
+    different = [
+        key for key in sorted(first.keys() | mine.keys()) if first.get(key) != mine.get(key)
+    ]
+    text = (
+        f"{different[0]} is {mine.get(different[0])!r} there, {first.get(different[0])!r} in"
+        " process 0"
+        if different
+        else ""
+    )
     message = np.zeros(400, np.uint8)
     raw = text.encode()[: len(message)]
     message[: len(raw)] = np.frombuffer(raw, np.uint8)
     for process, found in enumerate(np.asarray(multihost_utils.process_allgather(message))):
         if found.any():
             said = bytes(found[found > 0]).decode(errors="replace")
-            raise DistributedError(f"process {process} differs from process 0: {said}; start all with one config at one commit")
+            raise DistributedError(
+                f"process {process} differs from process 0: {said}; start all with one config at"
+                " one commit"
+            )
 
 
 LEAVE_SECONDS = 10
@@ -191,7 +267,10 @@ LEAVE_SECONDS = 10
 
 
 def leave(line: str, code: int, *, wait: float = LEAVE_SECONDS) -> NoReturn:
-    """One line on stderr and out. Where all processes make one mistake they leave together, and after `wait` seconds this one alone.
+    """One line on stderr and out.
+
+    Where all processes make one mistake they leave together, and after `wait` seconds this one
+    alone.
 
     A plain exit would wait for minutes, and end in an abort.
     """
@@ -209,12 +288,15 @@ def leave(line: str, code: int, *, wait: float = LEAVE_SECONDS) -> NoReturn:
 AGAIN = "start all processes again: they resume at the newest checkpoint"
 
 OWN_FAULTS = ("INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND", "FAILED_PRECONDITION")
-"""Of the devices' errors those that no other process can cause: the next start would end in the same way."""
+"""Of the devices' errors those that no other process can cause: the next start would end in the
+same way.
+"""
 
 
 @contextmanager
 def device_errors_are_one_line() -> Iterator[None]:
-    """Leave with one line where the devices raise: too little memory (exit code 2), a peer that has died or cannot be reached (3).
+    """Leave with one line where the devices raise: too little memory (exit code 2), a peer that has
+    died or cannot be reached (3).
 
     A single process's other errors pass through.
     """
@@ -224,31 +306,47 @@ def device_errors_are_one_line() -> Iterator[None]:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if "RESOURCE_EXHAUSTED" in str(error):
             leave(
-                f"error: the devices have too little memory ({said}); make config.student.batch_size smaller or config.mesh.fsdp larger; "
-                "python -m jaxdistill.aot tells beforehand what fits a slice",
+                f"error: the devices have too little memory ({said}); make"
+                " config.student.batch_size smaller or config.mesh.fsdp larger; python -m"
+                " jaxdistill.aot tells beforehand what fits a slice",
                 2,
             )
         if jax.process_count() == 1:
             raise
         if said.startswith(OWN_FAULTS):
-            leave(f"error: process {jax.process_index()}: the devices refuse the program ({said})", 2)
+            leave(
+                f"error: process {jax.process_index()}: the devices refuse the program ({said})", 2
+            )
         leave(
-            f"error: process {jax.process_index()} cannot go on, another one has died or cannot be reached ({said}); {AGAIN}",
+            f"error: process {jax.process_index()} cannot go on, another one has died or cannot be"
+            f" reached ({said}); {AGAIN}",
             3,
             wait=0,
         )
 
 
 HANG_SECONDS = 60
-"""Of several processes: no step may take longer, or else ten times the longest so far. A process that hangs still sends its heartbeat."""
+"""Of several processes: no step may take longer, or else ten times the longest so far.
+
+A process that hangs still sends its heartbeat.
+"""
 
 
 class Watchdog:
-    """Ends this process with one line where its steps do not come any more. Armed once two steps have ended: the first one compiles."""
+    """Ends this process with one line where its steps do not come any more.
+
+    Armed once two steps have ended: the first one compiles.
+    """
 
     def __init__(self, limit: float | None = None) -> None:
         """`limit`: seconds, HANG_SECONDS by default."""
-        self._limit, self._longest, self._last, self._armed, self._ended = HANG_SECONDS if limit is None else limit, 0.0, 0.0, False, 0
+        self._limit, self._longest, self._last, self._armed, self._ended = (
+            HANG_SECONDS if limit is None else limit,
+            0.0,
+            0.0,
+            False,
+            0,
+        )
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -274,7 +372,10 @@ class Watchdog:
         while not self._done.wait(1.0):
             limit = max(self._limit, 10 * self._longest)
             if self._armed and time.monotonic() - self._last > limit:
-                said = f"error: process {jax.process_index()}: no step has ended for {limit:.0f} s, this process or another one hangs"
+                said = (
+                    f"error: process {jax.process_index()}: no step has ended for {limit:.0f} s,"
+                    " this process or another one hangs"
+                )
                 print(f"{said}; {AGAIN}", file=sys.stderr, flush=True)
                 os._exit(3)
 

@@ -1,4 +1,7 @@
-"""The training loop around a jitted step: progress, health, checkpoints, signals. Knows nothing of the method."""
+"""The training loop around a jitted step: progress, health, checkpoints, signals.
+
+Knows nothing of the method.
+"""
 
 import collections
 import json
@@ -35,7 +38,8 @@ class Stopped(Exception):
 
 
 class Seconds(NamedTuple):
-    """Wall seconds of a phase over all its starts, and those of them in which training waited for checkpoints to be written.
+    """Wall seconds of a phase over all its starts, and those of them in which training waited for
+    checkpoints to be written.
 
     Of an earlier start what came before its last save counts.
     """
@@ -45,7 +49,10 @@ class Seconds(NamedTuple):
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that the loop can save at a step's end. A second signal acts at once."""
+    """Remembers SIGTERM and SIGINT, so that the loop can save at a step's end.
+
+    A second signal acts at once.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -58,9 +65,11 @@ class StopSignal:
         self.received = signal.Signals(number).name
 
     def at(self, step: int) -> str | None:
-        """The signal that is acted on after this step; of several processes each must ask after every step.
+        """The signal that is acted on after this step; of several processes each must ask after
+        every step.
 
-        Of one process, what it received. Of several, JAX's preemption service takes SIGTERM of any of them and chooses a step for all.
+        Of one process, what it received. Of several, JAX's preemption service takes SIGTERM of any
+        of them and chooses a step for all.
         """
         if jax.process_count() > 1:
             self._last = step
@@ -71,7 +80,8 @@ class StopSignal:
     def begin(self, step: int) -> str | None:
         """As `at`, before the first step after `step`: the signal that came while nobody asked.
 
-        JAX's service chooses the step after the last that anyone asked for, and a loop that starts elsewhere would never come to it.
+        JAX's service chooses the step after the last that anyone asked for, and a loop that starts
+        elsewhere would never come to it.
         """
         if jax.process_count() > 1 and not self.at(self._last + 1):
             self.at(step)
@@ -94,7 +104,8 @@ class StopSignal:
 
 
 def prepare(what: str, work: Iterable[Any], stop: StopSignal) -> None:
-    """Go through `work`, which has as many pieces in all processes, to its end or until a signal comes: then all stop, and it is closed.
+    """Go through `work`, which has as many pieces in all processes, to its end or until a signal
+    comes: then all stop, and it is closed.
 
     A piece that does not end is told as a step is that does not. Raises Stopped.
     """
@@ -113,7 +124,9 @@ def prepare(what: str, work: Iterable[Any], stop: StopSignal) -> None:
 
 
 class Curve:
-    """A JSON-lines file of numbers by step; what a killed run wrote beyond its checkpoint is dropped on resume."""
+    """A JSON-lines file of numbers by step; what a killed run wrote beyond its checkpoint is
+    dropped on resume.
+    """
 
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
@@ -127,7 +140,10 @@ class Curve:
         if not distributed.writes():
             return
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
+            file.write(
+                json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}})
+                + "\n"
+            )
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
@@ -142,8 +158,12 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
 
 
 def summary_writer() -> Any:
-    """The class of tensorboardX, imported for those who train only, and without torch: numbers do not need it, and it takes two seconds."""
-    hidden: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}  # no module: an ImportError, which tensorboardX expects
+    """The class of tensorboardX, imported for those who train only, and without torch: numbers do
+    not need it, and it takes two seconds.
+    """
+    hidden: dict[str, Any] = (
+        {} if "torch" in sys.modules else {"torch": None}
+    )  # no module: an ImportError, which tensorboardX expects
     sys.modules.update(hidden)
     try:
         from tensorboardX import SummaryWriter
@@ -154,10 +174,13 @@ def summary_writer() -> Any:
 
 
 class Meter:
-    """Where the time goes: seconds by kind since the last reading, and what the devices did in them."""
+    """Where the time goes: seconds by kind since the last reading, and what the devices did in
+    them.
+    """
 
     def __init__(self, examples: int, flops: float, *, saving: float = 0.0) -> None:
-        """`examples` and `flops` (of all devices, counted by hand or by `jaxdistill.aot`) of one step; 0 where unknown.
+        """`examples` and `flops` (of all devices, counted by hand or by `jaxdistill.aot`) of one
+        step; 0 where unknown.
 
         `saving`: seconds that earlier starts have lost to saving.
         """
@@ -186,8 +209,9 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Numbers since the last reading, which must come when the steps' results are there.
 
-        step_seconds and input_wait (a share) without saving and health; goodput: the share of the run's time that was training;
-        save_seconds: what saving has cost since the phase began; images_per_second_a_chip, mfu and hbm_peak_gib where they are known.
+        step_seconds and input_wait (a share) without saving and health; goodput: the share of the
+        run's time that was training; save_seconds: what saving has cost since the phase began;
+        images_per_second_a_chip, mfu and hbm_peak_gib where they are known.
         """
         now = time.perf_counter()
         training = max(now - self._since - self._seconds["save"] - self._seconds["health"], 1e-9)
@@ -243,7 +267,8 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 class Best:
-    """The averages of the step whose health number `key` was the lowest, kept as a checkpoint of their own. Survives restarts.
+    """The averages of the step whose health number `key` was the lowest, kept as a checkpoint of
+    their own. Survives restarts.
 
     Raises CheckpointError where what is there does not fit `like`, the averages of this run.
     """
@@ -260,9 +285,15 @@ class Best:
         return self._checkpoints.latest
 
     def offer(self, step: int, averages: Any, report: Mapping[str, float]) -> None:
-        """Keep these where they are better. Of many processes the first one's report counts. Raises ValueError for an unknown key."""
+        """Keep these where they are better. Of many processes the first one's report counts.
+
+        Raises ValueError for an unknown key.
+        """
         if distributed.is_main() and self.key not in report:
-            raise ValueError(f"keep_best = {self.key!r} is no health number; use one of {', '.join(sorted(report))}")
+            raise ValueError(
+                f"keep_best = {self.key!r} is no health number; use one of"
+                f" {', '.join(sorted(report))}"
+            )
         value = float(report.get(self.key, math.nan))
         if jax.process_count() > 1:
             value = float(distributed.broadcast(repr(value).encode()))
@@ -305,17 +336,22 @@ def train_loop(
     profile: int = 0,
     keep_best: str = "",
 ) -> tuple[TrainState, Seconds]:
-    """Train from the newest checkpoint, or from `first()`, to `steps`. Returns the state and the seconds spent in all.
+    """Train from the newest checkpoint, or from `first()`, to `steps`.
 
-    `like` describes the state: arrays, or ShapeDtypeStructs with their shardings. `first` is called only where there is no checkpoint, and
-    nothing but the loop may hold its result, so that the devices hold one state and not two.
+    Returns the state and the seconds spent in all.
 
-    The step number is the data position and, with the state's key, the randomness: a resumed run ends in the same
-    bits as one that was never stopped.
+    `like` describes the state: arrays, or ShapeDtypeStructs with their shardings. `first` is called
+    only where there is no checkpoint, and nothing but the loop may hold its result, so that the
+    devices hold one state and not two.
 
-    `examples` and `flops` of a step give images a second and MFU beside the loss, on the console and in TensorBoard. `profile`: steps of
-    which a trace is written, from the eleventh of this start on. `checkpoint_folder`: instead of workdir/checkpoints; may be gs://.
-    `keep_best`: a health number; the averages of the step where it was lowest are kept beside the checkpoints and returned as ema_params.
+    The step number is the data position and, with the state's key, the randomness: a resumed run
+    ends in the same bits as one that was never stopped.
+
+    `examples` and `flops` of a step give images a second and MFU beside the loss, on the console
+    and in TensorBoard. `profile`: steps of which a trace is written, from the eleventh of this
+    start on. `checkpoint_folder`: instead of workdir/checkpoints; may be gs://. `keep_best`: a
+    health number; the averages of the step where it was lowest are kept beside the checkpoints and
+    returned as ema_params.
 
     Raises:
       ValueError: `keep_best` is no health number.
@@ -335,14 +371,23 @@ def train_loop(
     best = Best(f"{folder}/{name}-best", keep_best, like.ema_params) if keep_best else None
     start, began = int(state.step), time.perf_counter()
     curve = Curve(workdir / "curves" / f"{name}.jsonl", start)
-    writer = summary_writer()(str(workdir / "tensorboard" / name), purge_step=start + 1, write_to_disk=distributed.writes())
-    meter, trace = Meter(examples, flops, saving=before.saving), Trace(workdir / "tensorboard" / name, start + 10, profile)
+    writer = summary_writer()(
+        str(workdir / "tensorboard" / name),
+        purge_step=start + 1,
+        write_to_disk=distributed.writes(),
+    )
+    meter, trace = (
+        Meter(examples, flops, saving=before.saving),
+        Trace(workdir / "tensorboard" / name, start + 10, profile),
+    )
     watchdog = distributed.Watchdog() if jax.process_count() > 1 else None
     pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
     last_saved = start
 
     def check(until: int) -> dict[str, float]:
-        """Block until the oldest metrics are there, leaving `until` in flight; the newest checked ones."""
+        """Block until the oldest metrics are there, leaving `until` in flight; the newest checked
+        ones.
+        """
         values: dict[str, float] = {}
         while len(pending) > until:
             at, metrics = pending.popleft()
@@ -351,7 +396,10 @@ def train_loop(
                 watchdog.step()
             if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
                 bad = ", ".join(f"{k} = {v:g}" for k, v in values.items() if not np.isfinite(v))
-                raise NonFiniteError(f"{name} step {at}: {bad}; the checkpoint of step {last_saved} is kept; {advice}")
+                raise NonFiniteError(
+                    f"{name} step {at}: {bad}; the checkpoint of step {last_saved} is kept;"
+                    f" {advice}"
+                )
         return values
 
     def rest() -> None:
@@ -363,7 +411,8 @@ def train_loop(
         nonlocal last_saved
         if not all_finite((state.params, state.ema_params)):
             raise NonFiniteError(
-                f"{name} step {step - 1}: parameters are not finite; the checkpoint of step {last_saved} is kept; {advice}"
+                f"{name} step {step - 1}: parameters are not finite; the checkpoint of step"
+                f" {last_saved} is kept; {advice}"
             )
         checkpoints.save(step, state, {"seconds": spent().total, "save_seconds": meter.saving})
         last_saved = step
@@ -384,7 +433,10 @@ def train_loop(
     )
     try:
         if stop.begin(start) and start < steps:
-            raise Stopped(f"{name} stopped by {stop.received} at step {start} of {steps}; the same command resumes it")
+            raise Stopped(
+                f"{name} stopped by {stop.received} at step {start} of {steps}; the same command"
+                " resumes it"
+            )
         for i in range(start, steps):
             with meter.spent("input"):
                 batch = batches(i)
@@ -399,7 +451,11 @@ def train_loop(
             bar.update()
             if done % log_every == 0 or done == steps:
                 speed = meter.read()
-                shown = {key: f"{speed[key]:.3g}" for key in ("images_per_second_a_chip", "mfu", "save_seconds") if speed.get(key)}
+                shown = {
+                    key: f"{speed[key]:.3g}"
+                    for key in ("images_per_second_a_chip", "mfu", "save_seconds")
+                    if speed.get(key)
+                }
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False, **shown)
                 curve.add(done, values)
                 for key, value in (values | {f"speed/{k}": v for k, v in speed.items()}).items():
@@ -424,13 +480,20 @@ def train_loop(
             if received and done < steps:
                 with meter.spent("save"):
                     checkpoints.wait()
-                raise Stopped(f"{name} stopped by {received} and saved at step {done} of {steps}; the same command resumes it")
+                raise Stopped(
+                    f"{name} stopped by {received} and saved at step {done} of {steps}; the same"
+                    " command resumes it"
+                )
         if best is not None:
             with meter.spent("save"):
                 best.wait()
             state = state._replace(ema_params=best.restore(state.ema_params))
             if distributed.is_main() and best.step is not None:
-                print(f"{name}: its best averages are those of step {best.step} ({keep_best} {best.value:g})", flush=True)
+                print(
+                    f"{name}: its best averages are those of step {best.step} ({keep_best}"
+                    f" {best.value:g})",
+                    flush=True,
+                )
     finally:
         if watchdog is not None:
             watchdog.close()
@@ -444,5 +507,8 @@ def train_loop(
                 best.close()
         found = spent()
         if start < steps and distributed.is_main():
-            print(f"{name}: {found.total:.1f} s, of them {found.saving:.1f} s lost to saving", flush=True)
+            print(
+                f"{name}: {found.total:.1f} s, of them {found.saving:.1f} s lost to saving",
+                flush=True,
+            )
     return state, found

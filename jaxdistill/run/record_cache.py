@@ -1,4 +1,6 @@
-"""Arrays computed once and streamed for ever: sharded ArrayRecord files on disk, read in shuffled batches by Grain."""
+"""Arrays computed once and streamed for ever: sharded ArrayRecord files on disk, read in shuffled
+batches by Grain.
+"""
 
 import hashlib
 import json
@@ -28,11 +30,14 @@ def key_of(*parts: Any) -> str:
 class Writer:
     """Fills a folder with records, block by block. It appears whole or not at all.
 
-    Whoever closes it before its end keeps what was written: the next one goes on after it, in the same blocks.
+    Whoever closes it before its end keeps what was written: the next one goes on after it, in the
+    same blocks.
     """
 
     def __init__(self, folder: Path, count: int, *, block: int, shard: int = 4096) -> None:
-        """Of `count` records, `block` a call of `add` (the last one's may be fewer), at most `shard` a file."""
+        """Of `count` records, `block` a call of `add` (the last one's may be fewer), at most
+        `shard` a file.
+        """
         self._folder, self._count, self._shard = folder, count, shard
         self._temporary = folder.with_name(folder.name + ".tmp")
         self._writer: Any = None
@@ -46,8 +51,14 @@ class Writer:
         self._temporary.mkdir(parents=True, exist_ok=True)
         try:
             known = json.loads((self._temporary / META).read_text())
-            self.done, self._fields, self._names = int(known["count"]), dict(known["fields"]), list(known["files"])
-            if (self.done % block and self.done != count) or not all((self._temporary / name).is_file() for name in self._names):
+            self.done, self._fields, self._names = (
+                int(known["count"]),
+                dict(known["fields"]),
+                list(known["files"]),
+            )
+            if (self.done % block and self.done != count) or not all(
+                (self._temporary / name).is_file() for name in self._names
+            ):
                 raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
             shutil.rmtree(self._temporary)
@@ -55,23 +66,35 @@ class Writer:
             self.done, self._fields, self._names = 0, {}, []
 
     def add(self, values: Mapping[str, np.ndarray]) -> None:
-        """Fields [n, ...] of the next records, in all calls with the same shapes and types but for the first axis."""
+        """Fields [n, ...] of the next records, in all calls with the same shapes and types but for
+        the first axis.
+        """
         size = len(next(iter(values.values())))
-        self._fields = self._fields or {name: {"shape": list(v.shape[1:]), "dtype": v.dtype.str} for name, v in sorted(values.items())}
+        self._fields = self._fields or {
+            name: {"shape": list(v.shape[1:]), "dtype": v.dtype.str}
+            for name, v in sorted(values.items())
+        }
         if self._held + size > self._shard:
             self._end_file()
         if self._writer is None:
             self._names.append(f"records-{len(self._names):05d}.array_record")
-            self._writer = array_record_module.ArrayRecordWriter(str(self._temporary / self._names[-1]), "group_size:1")
+            self._writer = array_record_module.ArrayRecordWriter(
+                str(self._temporary / self._names[-1]), "group_size:1"
+            )
         for i in range(size):
-            self._writer.write(b"".join(np.ascontiguousarray(values[name][i]).tobytes() for name in self._fields))
+            self._writer.write(
+                b"".join(np.ascontiguousarray(values[name][i]).tobytes() for name in self._fields)
+            )
         self.done, self._held = self.done + size, self._held + size
 
     def _end_file(self) -> None:
         """What is in the open file counts from now on."""
         if self._writer is not None:
             self._writer.close()
-            checkpoint.write_json(self._temporary / META, {"count": self.done, "fields": self._fields, "files": self._names})
+            checkpoint.write_json(
+                self._temporary / META,
+                {"count": self.done, "fields": self._fields, "files": self._names},
+            )
         self._writer, self._held = None, 0
 
     def close(self) -> None:
@@ -89,13 +112,20 @@ class Cache:
             meta = json.loads((folder / META).read_text())
             self.fields, files = dict(meta["fields"]), list(meta["files"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise CacheError(f"{folder} holds no whole cache; remove it, and it is made again") from None
+            raise CacheError(
+                f"{folder} holds no whole cache; remove it, and it is made again"
+            ) from None
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
-            raise CacheError(f"{folder / missing[0]} is missing; remove {folder}, and it is made again")
+            raise CacheError(
+                f"{folder / missing[0]} is missing; remove {folder}, and it is made again"
+            )
         self.source = grain.sources.ArrayRecordDataSource([str(folder / name) for name in files])
         if len(self.source) != meta["count"]:
-            raise CacheError(f"{folder} holds {len(self.source)} of {meta['count']} records; remove it, and it is made again")
+            raise CacheError(
+                f"{folder} holds {len(self.source)} of {meta['count']} records; remove it, and it"
+                " is made again"
+            )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -112,7 +142,9 @@ class Cache:
             at += count * dtype.itemsize
         return found
 
-    def batches(self, batch_size: int, seed: int, rows: np.ndarray | None = None) -> Callable[[int], dict[str, np.ndarray]]:
+    def batches(
+        self, batch_size: int, seed: int, rows: np.ndarray | None = None
+    ) -> Callable[[int], dict[str, np.ndarray]]:
         """An endless shuffled stream: i -> {field: [n, ...]}; batch i is a function of (seed, i).
 
         `rows` are those of a batch that are read (a process's part); all by default.

@@ -26,7 +26,10 @@ COLUMNS = {
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of this size in inches. Matplotlib is imported here: it takes a second, and most commands draw nothing."""
+    """An empty figure of this size in inches.
+
+    Matplotlib is imported here: it takes a second, and most commands draw nothing.
+    """
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -49,15 +52,21 @@ def image_grid(rows: np.ndarray, *, scale: int = 4, gap: int = 2) -> np.ndarray:
     return (canvas * 255.0 + 0.5).astype(np.uint8)
 
 
-def save_grid(path: str | Path, images: np.ndarray, *, columns: int | None = None, scale: int = 4) -> None:
+def save_grid(
+    path: str | Path, images: np.ndarray, *, columns: int | None = None, scale: int = 4
+) -> None:
     """Save images [n, h, w, c] in [0, 1] as a PNG of rows of `columns` (default: about square)."""
     if not distributed.writes():
         return
     n = len(images)
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = int(np.ceil(n / columns))
-    padded = np.concatenate([images, np.ones((rows * columns - n, *images.shape[1:]), images.dtype)])
-    Image.fromarray(image_grid(padded.reshape(rows, columns, *images.shape[1:]), scale=scale)).save(path, format="PNG")
+    padded = np.concatenate(
+        [images, np.ones((rows * columns - n, *images.shape[1:]), images.dtype)]
+    )
+    Image.fromarray(image_grid(padded.reshape(rows, columns, *images.shape[1:]), scale=scale)).save(
+        path, format="PNG"
+    )
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -66,12 +75,17 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["model"], str(row["steps"]), f"{row['guidance']:g}"]
-        cells += [form.format(row[key]) if row.get(key) is not None else "" for key, (_, form) in COLUMNS.items()]
+        cells += [
+            form.format(row[key]) if row.get(key) is not None else ""
+            for key, (_, form) in COLUMNS.items()
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def results_picture(path: Path, results: Mapping[str, Any], pictures: Mapping[tuple[str, int], np.ndarray]) -> None:
+def results_picture(
+    path: Path, results: Mapping[str, Any], pictures: Mapping[tuple[str, int], np.ndarray]
+) -> None:
     """Teacher and student on the same noise, one row a sampler, beside FD against network calls.
 
     Args:
@@ -95,7 +109,14 @@ def results_picture(path: Path, results: Mapping[str, Any], pictures: Mapping[tu
     texts = [[COLUMNS[key][1].format(r[key]) for key in shown] for r in results["rows"]]
     labels = [f"{r['model']}, {counted(r['steps'])}" for r in results["rows"]]
     right.axis("off")
-    table = right.table(texts, rowLabels=labels, colLabels=[*shown], loc="center right", cellLoc="center", edges="horizontal")
+    table = right.table(
+        texts,
+        rowLabels=labels,
+        colLabels=[*shown],
+        loc="center right",
+        cellLoc="center",
+        edges="horizontal",
+    )
     table.auto_set_font_size(False)
     table.set_fontsize(9)
     table.scale(0.8, 1.4)
@@ -123,7 +144,12 @@ def fd_curve(axes: Any, results: Mapping[str, Any]) -> None:
     guidances = (1.0, reference["guidance"]) if reference else (1.0,)
     for model, marker in (("teacher", "s"), ("student", "o")):
         rows = sorted(
-            (r for r in results["rows"] if r["model"] == model and r["guidance"] == guidances[-1 if model == "teacher" else 0]),
+            (
+                r
+                for r in results["rows"]
+                if r["model"] == model
+                and r["guidance"] == guidances[-1 if model == "teacher" else 0]
+            ),
             key=lambda r: r["steps"],
         )
         axes.errorbar(
@@ -135,10 +161,23 @@ def fd_curve(axes: Any, results: Mapping[str, Any]) -> None:
             label=model,
         )
     if reference:
-        axes.axhline(reference["fd"], ls="--", c="tab:blue", lw=1, label=f"teacher, {reference['steps']} steps")
+        axes.axhline(
+            reference["fd"],
+            ls="--",
+            c="tab:blue",
+            lw=1,
+            label=f"teacher, {reference['steps']} steps",
+        )
     if results.get("train_fd") is not None:
-        axes.axhline(results["train_fd"], ls=":", c="gray", lw=1, label="the training images themselves")
-    axes.set(xscale="log", yscale="log", xlabel="network calls an image (guided calls count once)", ylabel="Fréchet distance (test)")
+        axes.axhline(
+            results["train_fd"], ls=":", c="gray", lw=1, label="the training images themselves"
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="network calls an image (guided calls count once)",
+        ylabel="Fréchet distance (test)",
+    )
     ticks = sorted({r["steps"] for r in results["rows"]})
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
@@ -146,7 +185,10 @@ def fd_curve(axes: Any, results: Mapping[str, Any]) -> None:
     axes.legend(fontsize=8)
 
 
-LINES = [f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")]
+LINES = [
+    f"tab:{name}"
+    for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")
+]
 """Colours of the methods' curves: all but gray, which is the teacher's."""
 
 
@@ -164,7 +206,8 @@ def methods_picture(
       results: as in a benchmark's results.json.
       captions: of the columns.
       pictures: {(method, steps): images [c, h, w, ch]} in row order.
-      chart: {"kind", "axis", "label"}: one of CHARTS, and of an axis its name within the methods' names and its title. Default: "methods".
+      chart: {"kind", "axis", "label"}: one of CHARTS, and of an axis its name within the methods'
+        names and its title. Default: "methods".
     """
     chart = chart or {"kind": "methods"}
     names = list(pictures)
@@ -193,18 +236,35 @@ def methods_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, s
     for axes, (key, title) in zip(figure.subplots(1, 2), SCORES.items(), strict=True):
         method_curves(axes, results, key)
         axes.set_ylabel(title)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        fontsize=8,
+        frameon=False,
+    )
 
 
 def variants_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, str]) -> None:
-    """FD of each variant as a multiple of the first one's mean, a point a seed, a panel a step count."""
+    """FD of each variant as a multiple of the first one's mean, a point a seed, a panel a step
+    count.
+    """
     rows = [r for r in results["rows"] if r["method"] != "teacher"]
-    methods, counts = list(dict.fromkeys(r["method"] for r in rows)), sorted({r["steps"] for r in rows})
-    for axes, n in zip(figure.subplots(1, len(counts), sharey=True, squeeze=False)[0], counts, strict=True):
-        values = {m: [r["fd"] for r in rows if (r["method"], r["steps"]) == (m, n)] for m in methods}
+    methods, counts = (
+        list(dict.fromkeys(r["method"] for r in rows)),
+        sorted({r["steps"] for r in rows}),
+    )
+    for axes, n in zip(
+        figure.subplots(1, len(counts), sharey=True, squeeze=False)[0], counts, strict=True
+    ):
+        values = {
+            m: [r["fd"] for r in rows if (r["method"], r["steps"]) == (m, n)] for m in methods
+        }
         first = np.mean(values[methods[0]])
         for place, found in enumerate(values.values()):
-            axes.plot(np.asarray(found) / first, [place] * len(found), "o", ms=4, alpha=0.6, c="tab:blue")
+            axes.plot(
+                np.asarray(found) / first, [place] * len(found), "o", ms=4, alpha=0.6, c="tab:blue"
+            )
             axes.plot(np.mean(found) / first, place, "|", ms=12, c="k")
         axes.axvline(1.0, ls="--", c="k", lw=1)
         axes.set(xscale="log", xlabel=f"FD / that of {methods[0]}", title=counted(n))
@@ -218,12 +278,16 @@ def on_axis(name: str, axis: str) -> tuple[str, float]:
     """("CURVE", 100.0) of a method called CURVE_AXIS_100. Raises ValueError for another form."""
     found = re.fullmatch(rf"(.*)_{re.escape(axis)}_(\d+\.?\d*|\.\d+)", name)
     if not found:
-        raise ValueError(f"config.methods holds {name!r}; a chart by an axis needs names like CURVE_{axis}_100")
+        raise ValueError(
+            f"config.methods holds {name!r}; a chart by an axis needs names like CURVE_{axis}_100"
+        )
     return found[1], float(found[2])
 
 
 def axis_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, str]) -> None:
-    """Scores at the most steps against a number in the methods' names, a curve a CURVE of `on_axis`, a point a seed."""
+    """Scores at the most steps against a number in the methods' names, a curve a CURVE of
+    `on_axis`, a point a seed.
+    """
     rows = [r for r in results["rows"] if r["method"] != "teacher"]
     most = max(r["steps"] for r in rows)
     curves: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
@@ -235,9 +299,22 @@ def axis_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, str]
     for axes, (key, title) in zip(figure.subplots(1, 2), SCORES.items(), strict=True):
         for place, (curve, points) in enumerate(curves.items()):
             at = sorted(points)
-            axes.plot(at, [np.mean([r[key] for r in points[x]]) for x in at], c=LINES[place], lw=1.2, label=curve)
-            axes.plot(*zip(*((x, r[key]) for x in at for r in points[x]), strict=True), "o", ms=4, c=LINES[place])
-        axes.axhline(reference[key], ls="--", c="k", lw=1, label=f"teacher, {reference['steps']} steps")
+            axes.plot(
+                at,
+                [np.mean([r[key] for r in points[x]]) for x in at],
+                c=LINES[place],
+                lw=1.2,
+                label=curve,
+            )
+            axes.plot(
+                *zip(*((x, r[key]) for x in at for r in points[x]), strict=True),
+                "o",
+                ms=4,
+                c=LINES[place],
+            )
+        axes.axhline(
+            reference[key], ls="--", c="k", lw=1, label=f"teacher, {reference['steps']} steps"
+        )
         ticks = sorted({x for points in curves.values() for x in points})
         axes.set(xscale="log", xlabel=chart["label"], ylabel=f"{title}, {counted(most)}")
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
@@ -261,19 +338,36 @@ CHARTS = {"methods": methods_chart, "variants": variants_chart, "axis": axis_cha
 
 
 def method_curves(axes: Any, results: Mapping[str, Any], key: str) -> None:
-    """One score against steps: mean over seeds, its spread as bars, the reference and the ceiling as lines."""
+    """One score against steps: mean over seeds, its spread as bars, the reference and the ceiling
+    as lines.
+    """
     reference = results["reference"]
     for i, method in enumerate(dict.fromkeys(r["method"] for r in results["rows"])):
         rows = [
-            r for r in results["rows"] if r["method"] == method and r["guidance"] == (reference["guidance"] if method == "teacher" else 1.0)
+            r
+            for r in results["rows"]
+            if r["method"] == method
+            and r["guidance"] == (reference["guidance"] if method == "teacher" else 1.0)
         ]
         counts = sorted({r["steps"] for r in rows if r["steps"] < reference["steps"]})
         values = [[r[key] for r in rows if r["steps"] == n] for n in counts]
         spread = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
-        style = {"ls": ":", "c": "gray"} if method == "teacher" else {"c": LINES[(i - 1) % len(LINES)]}
+        style = (
+            {"ls": ":", "c": "gray"} if method == "teacher" else {"c": LINES[(i - 1) % len(LINES)]}
+        )
         # Side by side, or the bars hide each other.
         at = [n + 0.02 * (i - 4) for n in counts]
-        axes.errorbar(at, [np.mean(v) for v in values], yerr=spread, marker="o", ms=4, lw=1.2, capsize=2, label=method, **style)
+        axes.errorbar(
+            at,
+            [np.mean(v) for v in values],
+            yerr=spread,
+            marker="o",
+            ms=4,
+            lw=1.2,
+            capsize=2,
+            label=method,
+            **style,
+        )
     axes.axhline(reference[key], ls="--", c="k", lw=1, label=f"teacher, {reference['steps']} steps")
     if key in results["ceiling"]:
         axes.axhline(results["ceiling"][key], ls="-.", c="gray", lw=1)
@@ -290,7 +384,11 @@ PANELS = {
     "regression loss": ("mse", "reconstruction"),
     "adversarial term": ("generator", "discriminator", "logit_"),
     "Fréchet distance on validation": ("health/fd",),
-    "against the teacher (1 = the same)": ("health/diversity", "health/contrast", "health/saturation"),
+    "against the teacher (1 = the same)": (
+        "health/diversity",
+        "health/contrast",
+        "health/saturation",
+    ),
 }
 
 
@@ -308,12 +406,17 @@ def curves_picture(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]
             for key in shown:
                 points = [(r["step"], r[key]) for r in records if key in r]
                 axis.plot(
-                    *zip(*points, strict=True), marker="." if key.startswith("health/") else None, lw=1, label=key.removeprefix("health/")
+                    *zip(*points, strict=True),
+                    marker="." if key.startswith("health/") else None,
+                    lw=1,
+                    label=key.removeprefix("health/"),
                 )
             if title in ("regression loss", "Fréchet distance on validation"):
                 axis.set_yscale("log")
             axis.set_title(f"{phase}: {title}", fontsize=9)
             axis.set_xlabel("step")
             axis.grid(alpha=0.3, which="both")
-            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+            axis.legend(
+                fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False
+            )
     figure.savefig(path, dpi=90)

@@ -1,4 +1,6 @@
-"""A run's folder and what its commands share: one config a folder, one line for what the user can mend."""
+"""A run's folder and what its commands share: one config a folder, one line for what the user can
+mend.
+"""
 
 import importlib.metadata
 import json
@@ -29,18 +31,24 @@ class UserError(Exception):
 
 def missing_extra(error: ModuleNotFoundError) -> str:
     """What to install for text to image, in one line."""
-    return f'{error.name} is not installed; text to image needs: pip install "jaxdistill[text-to-image]" (".[text-to-image]" in a checkout)'
+    return (
+        f"{error.name} is not installed; text to image needs: pip install"
+        ' "jaxdistill[text-to-image]" (".[text-to-image]" in a checkout)'
+    )
 
 
 def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Make the folder, check that it can be written, and that it belongs to this config. Raises UserError.
+    """Make the folder, check that it can be written, and that it belongs to this config. Raises
+    UserError.
 
     Several processes may see one folder, or each its own under the same name.
     """
     failure = ""
     if distributed.is_main():
         failure = check_workdir(workdir, config)
-    failure = distributed.broadcast(failure.encode()).decode() if jax.process_count() > 1 else failure
+    failure = (
+        distributed.broadcast(failure.encode()).decode() if jax.process_count() > 1 else failure
+    )
     if not failure and not distributed.share_folder(workdir) and not distributed.is_main():
         failure = check_workdir(workdir, config)
     if failure:
@@ -50,7 +58,10 @@ def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
 def check_workdir(workdir: Path, config: ConfigDict) -> str:
     """What `prepare_workdir` does, in one process; what is wrong, or nothing."""
     if re.match(r"\w+:/", str(workdir)):
-        return f"--workdir={workdir} must be a folder of this machine; checkpoints may go to a bucket: --config.log.checkpoints=gs://..."
+        return (
+            f"--workdir={workdir} must be a folder of this machine; checkpoints may go to a bucket:"
+            " --config.log.checkpoints=gs://..."
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".write-test-{os.getpid()}"
@@ -72,8 +83,8 @@ def check_workdir(workdir: Path, config: ConfigDict) -> str:
         ]
         if differences:
             return (
-                f"--workdir={workdir} holds a run of another config ({'; '.join(differences[:5])}); "
-                "choose another workdir or repeat that run's flags"
+                f"--workdir={workdir} holds a run of another config ({'; '.join(differences[:5])});"
+                " choose another workdir or repeat that run's flags"
             )
     else:
         checkpoint.write_json(path, wanted)
@@ -83,7 +94,8 @@ def check_workdir(workdir: Path, config: ConfigDict) -> str:
 class Programs(NamedTuple):
     """What a phase compiles, and the shapes of its arguments with their places.
 
-    start: (params, key=) -> state, each array made where it lives. step: (state, batch, teacher_params) -> (state, metrics).
+    start: (params, key=) -> state, each array made where it lives. step: (state, batch,
+    teacher_params) -> (state, metrics).
     """
 
     start: Callable[..., TrainState]
@@ -103,12 +115,23 @@ def programs(
     ema_of: Callable[[Any], Any] = everything,
     accumulate: int = 1,
 ) -> Programs:
-    """The jitted programs of a phase on a mesh, from parameters or their shapes: what a run trains with and `jaxdistill.aot` plans."""
+    """The jitted programs of a phase on a mesh, from parameters or their shapes: what a run trains
+    with and `jaxdistill.aot` plans.
+    """
     init = partial(init_state, tx=tx, ema_of=ema_of)
     state = layout.describe(jax.eval_shape(init, params, key=jax.random.key(0)))
     teacher = None if teacher_params is None else layout.describe(teacher_params)
-    state_places, teacher_places = (jax.tree.map(lambda a: a.sharding, tree) for tree in (state, teacher))
-    step = partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=ema_decay, ema_of=ema_of, accumulate=accumulate)
+    state_places, teacher_places = (
+        jax.tree.map(lambda a: a.sharding, tree) for tree in (state, teacher)
+    )
+    step = partial(
+        train_step,
+        loss_fn=loss_fn,
+        tx=tx,
+        ema_decay=ema_decay,
+        ema_of=ema_of,
+        accumulate=accumulate,
+    )
     jitted = partition.jit_train_step(step, layout.mesh, state_places, teacher_places)
     return Programs(jax.jit(init, out_shardings=state_places), jitted, state, teacher)
 
@@ -138,14 +161,25 @@ def train_phase(
     own: partition.Layout | None = None,
     **options: Any,
 ) -> tuple[TrainState, loop.Seconds]:
-    """`loop.train_loop` of a loss on a mesh, from `params()` or the newest checkpoint: the last state and the seconds spent in all.
+    """`loop.train_loop` of a loss on a mesh, from `params()` or the newest checkpoint: the last
+    state and the seconds spent in all.
 
-    `shapes` are those of the parameters (or any arrays like them); `params` is not called where there is a checkpoint.
-    `compiled`: the step where it need not be compiled.
-    `log` gives "every" and "checkpoint_every"; batches: i -> this process's rows of batch i on the host; `options` go to the loop.
-    The averages, of the health lines too, are arrays of this process alone: on its first device, or on the devices of `own`.
+    `shapes` are those of the parameters (or any arrays like them); `params` is not called where
+    there is a checkpoint. `compiled`: the step where it need not be compiled. `log` gives "every"
+    and "checkpoint_every"; batches: i -> this process's rows of batch i on the host; `options` go
+    to the loop. The averages, of the health lines too, are arrays of this process alone: on its
+    first device, or on the devices of `own`.
     """
-    made = programs(layout, loss_fn, tx, shapes, teacher_params, ema_decay=ema_decay, ema_of=ema_of, accumulate=accumulate)
+    made = programs(
+        layout,
+        loss_fn,
+        tx,
+        shapes,
+        teacher_params,
+        ema_decay=ema_decay,
+        ema_of=ema_of,
+        accumulate=accumulate,
+    )
     local = partial(partition.local, mesh=own.mesh if own else None)
     state, seconds = loop.train_loop(
         name,
@@ -184,5 +218,8 @@ def versions(*, machine: bool = True) -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in packages}
     about = {"jaxdistill": jaxdistill.__version__, "python": platform.python_version(), **found}
     if machine:
-        about["machine"] = f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.device_count()} {jax.default_backend()} device(s)"
+        about["machine"] = (
+            f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.device_count()}"
+            f" {jax.default_backend()} device(s)"
+        )
     return about

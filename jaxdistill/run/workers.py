@@ -1,6 +1,7 @@
 """Several processes of one command on one machine, each on cores of its own.
 
-XLA's CPU backend gains little from a second core on small networks: two processes with a core each get through almost twice the work.
+XLA's CPU backend gains little from a second core on small networks: two processes with a core each
+get through almost twice the work.
 """
 
 import os
@@ -15,20 +16,26 @@ from pathlib import Path
 from jaxdistill.run.loop import StopSignal
 
 MOST = 4
-"""Processes that are started where nobody says how many: each holds data and programs of its own."""
+"""Processes that are started where nobody says how many: each holds data and programs of its own.
+"""
 
 
 def cores() -> list[int]:
     """The cores that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
 
 
 def run(command: Sequence[str], count: int, logs: Path, stop: StopSignal) -> list[int]:
     """Run `count` processes of a command to their end; their exit codes.
 
-    The cores are divided among them, the i-th and every `count`-th after it. The first writes where this process does, the others into
-    logs/process_1.log and so on. A signal that `stop` receives is handed on once, as SIGTERM; one of the terminal's does not reach them
-    directly. A process that ends by itself leaves the others going.
+    The cores are divided among them, the i-th and every `count`-th after it. The first writes where
+    this process does, the others into logs/process_1.log and so on. A signal that `stop` receives
+    is handed on once, as SIGTERM; one of the terminal's does not reach them directly. A process
+    that ends by itself leaves the others going.
     """
     mine, started = cores(), list[subprocess.Popen[bytes]]()
     logs.mkdir(parents=True, exist_ok=True)
@@ -38,7 +45,9 @@ def run(command: Sequence[str], count: int, logs: Path, stop: StopSignal) -> lis
                 log = files.enter_context((logs / f"process_{i}.log").open("ab")) if i else None
                 if hasattr(os, "sched_setaffinity"):
                     os.sched_setaffinity(0, mine[i::count] or mine)  # which a process hands down
-                started.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+                started.append(
+                    subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+                )
         finally:
             if hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(0, mine)
@@ -53,7 +62,9 @@ def run(command: Sequence[str], count: int, logs: Path, stop: StopSignal) -> lis
 
 
 def end_with(parent: int, every: float = 1.0) -> None:
-    """SIGTERM to this process as soon as `parent` is its parent no longer, so that none outlives the command that started it."""
+    """SIGTERM to this process as soon as `parent` is its parent no longer, so that none outlives
+    the command that started it.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,9 +1,11 @@
-"""What the folded upsampling and the shared rows of guidance save, counted at the real sizes of `configs/tpu_v4.py`; nothing is computed.
+"""What the folded upsampling and the shared rows of guidance save, counted at the real sizes of
+`configs/tpu_v4.py`; nothing is computed.
 
     python tests/benchmarks/flops.py --out=docs/results/flops.json
 
-FLOPs of the products and convolutions of one call on one latent, of a guided one, of decoding it, and of a training step a row: as they
-are, and with each upsampling made before its convolution and a guided call of two whole rows.
+FLOPs of the products and convolutions of one call on one latent, of a guided one, of decoding it,
+and of a training step a row: as they are, and with each upsampling made before its convolution and
+a guided call of two whole rows.
 """
 
 import argparse
@@ -36,7 +38,11 @@ def after_resize(x: Array, kernel: Array) -> Array:
 
 
 def counts(setup: TextSetup) -> dict[str, float]:
-    found = {"call": setup.call_flops(), "guided": setup.call_flops(copies=2), "decode": setup.decode_flops()}
+    found = {
+        "call": setup.call_flops(),
+        "guided": setup.call_flops(copies=2),
+        "decode": setup.decode_flops(),
+    }
     return found | {"step_a_row": setup.step_flops() / setup.config.student.batch_size}
 
 
@@ -51,9 +57,17 @@ def main() -> None:
         now = counts(TextSetup(config, open_teacher(config)))
         with mock.patch.object(latent_layers, "doubled_convolution", after_resize):
             plain = counts(Plain(config, open_teacher(config)))
-        found[name] = {"now": now, "plain": plain, "percent_fewer": {key: round(100 * (1 - now[key] / plain[key]), 2) for key in now}}
+        found[name] = {
+            "now": now,
+            "plain": plain,
+            "percent_fewer": {key: round(100 * (1 - now[key] / plain[key]), 2) for key in now},
+        }
         print(name, json.dumps(found[name], indent=2), flush=True)
-    written = {"command": shlex.join(["python", *sys.argv]), **found, "versions": {"jax": jax.__version__}}
+    written = {
+        "command": shlex.join(["python", *sys.argv]),
+        **found,
+        "versions": {"jax": jax.__version__},
+    }
     Path(out).write_text(json.dumps(written, indent=2) + "\n")
 
 

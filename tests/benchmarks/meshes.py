@@ -1,8 +1,11 @@
-"""The text-to-image step on eight CPU devices against one: values, FLOPs and memory on every kind of mesh.
+"""The text-to-image step on eight CPU devices against one: values, FLOPs and memory on every kind
+of mesh.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/benchmarks/meshes.py --out=docs/results/meshes.json
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/benchmarks/meshes.py
+    --out=docs/results/meshes.json
 
-A tiny UNet of the 1.x layout, float32, with guidance, adversary and noise correction; 16 rows. About five minutes on 2 CPU cores.
+A tiny UNet of the 1.x layout, float32, with guidance, adversary and noise correction; 16 rows.
+About five minutes on 2 CPU cores.
 """
 
 import argparse
@@ -29,7 +32,12 @@ UNET = {
     "attention_head_dim": 2, "cross_attention_dim": 16,
 }  # fmt: skip
 PIPELINE = {"unet": UNET, "scheduler": architectures.PIPELINES["sd15"]["scheduler"]}
-MESHES = ({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2})
+MESHES = (
+    {"data": 8},
+    {"data": 1, "fsdp": 8},
+    {"data": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+)
 
 
 def run(mesh: dict[str, int], steps: int, devices: Any = None) -> dict[str, Any]:
@@ -38,7 +46,9 @@ def run(mesh: dict[str, int], steps: int, devices: Any = None) -> dict[str, Any]
     config.mesh.update({**mesh, "smallest": 256})
     config.student.update({"batch_size": 16, "learning_rate": 1e-4})
     setup = TextSetup(config, architectures.folder(PIPELINE), devices=devices)
-    network = setup.unet.init(jax.random.key(0), *diffusers_folder.example_inputs(setup.folder.unet))
+    network = setup.unet.init(
+        jax.random.key(0), *diffusers_folder.example_inputs(setup.folder.unet)
+    )
     params = jax.tree.map(np.asarray, {"student": network, "discriminator": setup.fresh_heads()})
     made = setup.programs()
     state = made.start(setup.layout.place(params), key=jax.random.key(1))
@@ -58,7 +68,10 @@ def run(mesh: dict[str, int], steps: int, devices: Any = None) -> dict[str, Any]
         "params": jax.tree.map(np.asarray, state.params),
         "flops": counts.flops,
         "collectives": counts.collectives,
-        "bytes": {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes},
+        "bytes": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+        },
     }
 
 
@@ -75,15 +88,24 @@ def main() -> None:
         rows.append(
             {
                 "mesh": mesh,
-                "largest_relative_difference_of_losses": max(abs(a / b - 1) for a, b in zip(found["losses"], one["losses"], strict=True)),
-                "largest_difference_of_parameters": max(float(np.abs(a - b).max()) for a, b in pairs),
+                "largest_relative_difference_of_losses": max(
+                    abs(a / b - 1) for a, b in zip(found["losses"], one["losses"], strict=True)
+                ),
+                "largest_difference_of_parameters": max(
+                    float(np.abs(a - b).max()) for a, b in pairs
+                ),
                 "flops_a_device_times_8": found["flops"] * 8 / one["flops"],
                 "bytes_a_device": found["bytes"],
                 "collective_bytes_a_device": found["collectives"],
             }
         )
         print(json.dumps(rows[-1]), flush=True)
-    about = {"command": shlex.join(["python", *sys.argv]), "steps": args.steps, "one_device_bytes": one["bytes"], "jax": jax.__version__}
+    about = {
+        "command": shlex.join(["python", *sys.argv]),
+        "steps": args.steps,
+        "one_device_bytes": one["bytes"],
+        "jax": jax.__version__,
+    }
     Path(args.out).write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
 
 

@@ -1,8 +1,11 @@
-"""The page of a running `jaxdistill.serve`: milliseconds from a key to its picture, and pictures once the teacher has finished.
+"""The page of a running `jaxdistill.serve`: milliseconds from a key to its picture, and pictures
+once the teacher has finished.
 
-Beside --out, page.png for instance: page_four.png (four seeds of both) and page_phone.png (a narrow dark screen).
+Beside --out, page.png for instance: page_four.png (four seeds of both) and page_phone.png (a narrow
+dark screen).
 
-python tests/benchmarks/page_picture.py --url=http://127.0.0.1:8000 --prompt="a red bag above a blue boot" --out=docs/results/page.png
+python tests/benchmarks/page_picture.py --url=http://127.0.0.1:8000 --prompt="a red bag above a blue
+boot" --out=docs/results/page.png
 """
 
 import argparse
@@ -40,21 +43,37 @@ def main() -> None:
     p.add_argument("--out", required=True)
     args = p.parse_args()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
         page = browser.new_page(viewport={"width": 1280, "height": 720})
-        page.goto(f"{args.url}/#{urllib.parse.urlencode({'prompt': args.prompt, 'seed': args.seed, 'lock': 1})}")
+        page.goto(
+            f"{args.url}/#{urllib.parse.urlencode({'prompt': args.prompt, 'seed': args.seed, 'lock': 1})}"
+        )
         page.wait_for_selector("#student img[data-request]")
         page.uncheck("#with-teacher")
         page.fill("#caption", "")
         times = []
         for letter in args.prompt:
             before = page.evaluate("document.querySelector('#student img').dataset.request")
-            page.keyboard.type(letter) if times else page.locator("#caption").press_sequentially(letter)
+            (
+                page.keyboard.type(letter)
+                if times
+                else page.locator("#caption").press_sequentially(letter)
+            )
             if letter != " ":  # a space at the end asks for the same picture
-                page.wait_for_function("(b) => document.querySelector('#student img').dataset.request !== b", arg=before)
-                times.append(float(page.locator("#student .time").inner_text().split(", ")[2].split()[0]))
+                page.wait_for_function(
+                    "(b) => document.querySelector('#student img').dataset.request !== b",
+                    arg=before,
+                )
+                times.append(
+                    float(page.locator("#student .time").inner_text().split(", ")[2].split()[0])
+                )
             page.wait_for_timeout(80)
-        print(f"{len(times)} keys, 3 steps: median {statistics.median(times):g} ms from key to picture, at most {max(times):g} ms")
+        print(
+            f"{len(times)} keys, 3 steps: median {statistics.median(times):g} ms from key to"
+            f" picture, at most {max(times):g} ms"
+        )
         page.check("#with-teacher")
         drawn(page, 1)
         page.wait_for_selector("#history button")
@@ -62,7 +81,9 @@ def main() -> None:
         page.check("#counts-4")
         drawn(page, 4)
         page.screenshot(path=beside(args.out, "four"))
-        phone = browser.new_page(viewport={"width": 390, "height": 780}, color_scheme="dark", device_scale_factor=2)
+        phone = browser.new_page(
+            viewport={"width": 390, "height": 780}, color_scheme="dark", device_scale_factor=2
+        )
         phone.goto(page.url.replace("count=4", "count=1"))
         drawn(phone, 1)
         phone.screenshot(path=beside(args.out, "phone"))

@@ -1,6 +1,8 @@
-"""Load on `jaxdistill.serve` from 1 to 64 pages at once, batched and one image at a time: rate, latency, wrong images; memory over minutes.
+"""Load on `jaxdistill.serve` from 1 to 64 pages at once, batched and one image at a time: rate,
+latency, wrong images; memory over minutes.
 
-python tests/benchmarks/serve.py --model=runs/benchmark/students/imagine_flash-0 --out=docs/results/serve.json
+python tests/benchmarks/serve.py --model=runs/benchmark/students/imagine_flash-0
+--out=docs/results/serve.json
 
 Each of `--parts` (load, memory) replaces its own part of the file.
 """
@@ -37,7 +39,16 @@ def server(flags: list[str], sizes: str) -> Iterator[tuple[int, int]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-m", "jaxdistill.serve", *flags, f"--batch_sizes={sizes}", f"--port={port}"])
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "jaxdistill.serve",
+            *flags,
+            f"--batch_sizes={sizes}",
+            f"--port={port}",
+        ]
+    )
     try:
         while True:
             try:
@@ -55,7 +66,9 @@ def server(flags: list[str], sizes: str) -> Iterator[tuple[int, int]]:
 
 def resident(pid: int) -> float:
     """Resident memory in MiB."""
-    line = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS"))
+    line = next(
+        x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS")
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -81,7 +94,12 @@ async def ask(ws: Any, number: int, prompt: str, seed: int, steps: int) -> tuple
 
 
 async def load(
-    port: int, sessions: int, seconds: float, wanted: list[tuple[str, int]], expected: list[np.ndarray], steps: int
+    port: int,
+    sessions: int,
+    seconds: float,
+    wanted: list[tuple[str, int]],
+    expected: list[np.ndarray],
+    steps: int,
 ) -> dict[str, Any]:
     """What `sessions` pages get in `seconds`, each asking again as soon as it has its image."""
     end, times, wrong = time.perf_counter() + seconds, list[float](), 0
@@ -101,7 +119,13 @@ async def load(
     await asyncio.gather(*(page(i) for i in range(sessions)))
     rate = len(times) / (time.perf_counter() - began)
     found = {"images_per_second": round(rate, 1), "median_ms": round(float(np.median(times)), 1)}
-    return {"sessions": sessions, "images": len(times), "wrong": wrong, **found, "p95_ms": round(float(np.quantile(times, 0.95)), 1)}
+    return {
+        "sessions": sessions,
+        "images": len(times),
+        "wrong": wrong,
+        **found,
+        "p95_ms": round(float(np.quantile(times, 0.95)), 1),
+    }
 
 
 async def learn(port: int, wanted: list[tuple[str, int]], steps: int) -> list[np.ndarray]:
@@ -121,19 +145,34 @@ def main() -> None:
     p.add_argument("--sizes", default="1,4,16", help="batch sizes of the batching server")
     p.add_argument("--out", required=True)
     args = p.parse_args()
-    flags = [f"--model={args.model}"] + ([f"--text_encoder={args.text_encoder}"] if args.text_encoder else [])
+    flags = [f"--model={args.model}"] + (
+        [f"--text_encoder={args.text_encoder}"] if args.text_encoder else []
+    )
     scenes = itertools.product(COLOURS, GARMENTS, COLOURS[:2])
-    wanted = [(f"a {first} {garment} above a {second} bag", i) for i, (first, garment, second) in enumerate(scenes)]
+    wanted = [
+        (f"a {first} {garment} above a {second} bag", i)
+        for i, (first, garment, second) in enumerate(scenes)
+    ]
     out = Path(args.out)
     results = json.loads(out.read_text()) if out.exists() else {}
-    about = {"command": shlex.join(["python", "tests/benchmarks/serve.py", *(f for f in sys.argv[1:] if "text_encoder" not in f)])}
+    about = {
+        "command": shlex.join(
+            [
+                "python",
+                "tests/benchmarks/serve.py",
+                *(f for f in sys.argv[1:] if "text_encoder" not in f),
+            ]
+        )
+    }
     for part in args.parts.split(","):
         found = {"load": load_part, "memory": memory_part}[part](flags, wanted, args)
         results[part] = {**about, "steps": args.steps, **found, "versions": versions()}
         out.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def load_part(flags: list[str], wanted: list[tuple[str, int]], args: argparse.Namespace) -> dict[str, Any]:
+def load_part(
+    flags: list[str], wanted: list[tuple[str, int]], args: argparse.Namespace
+) -> dict[str, Any]:
     """Rates of 1 to 64 pages, of a server that draws one image at a time and of one that batches."""
     rows, expected = list[dict[str, Any]](), list[np.ndarray]()
     for sizes in ("1", args.sizes):
@@ -143,15 +182,22 @@ def load_part(flags: list[str], wanted: list[tuple[str, int]], args: argparse.Na
             for sessions in (1, 4, 16, 64):
                 before = resident(pid)
                 row = asyncio.run(load(port, sessions, args.seconds, wanted, expected, args.steps))
-                rows.append({"batch_sizes": sizes, **row, "grown_mib": round(resident(pid) - before, 1)})
+                rows.append(
+                    {"batch_sizes": sizes, **row, "grown_mib": round(resident(pid) - before, 1)}
+                )
                 print(rows[-1], flush=True)
-    best = {s: max(r["images_per_second"] for r in rows if r["batch_sizes"] == s) for s in ("1", args.sizes)}
+    best = {
+        s: max(r["images_per_second"] for r in rows if r["batch_sizes"] == s)
+        for s in ("1", args.sizes)
+    }
     ratio = round(best[args.sizes] / best["1"], 2)
     print(json.dumps(best), ratio)
     return {"rows": rows, "batched_over_one_by_one": ratio}
 
 
-def memory_part(flags: list[str], wanted: list[tuple[str, int]], args: argparse.Namespace) -> dict[str, Any]:
+def memory_part(
+    flags: list[str], wanted: list[tuple[str, int]], args: argparse.Namespace
+) -> dict[str, Any]:
     """Resident memory of the batching server after each minute under 16 pages."""
     images = wrong = 0
     with server(flags, args.sizes) as (port, pid):
@@ -160,7 +206,9 @@ def memory_part(flags: list[str], wanted: list[tuple[str, int]], args: argparse.
         for minute in range(1, args.minutes + 1):
             row = asyncio.run(load(port, 16, 60.0, wanted, expected, args.steps))
             images, wrong = images + row["images"], wrong + row["wrong"]
-            minutes.append({"minute": minute, "images": images, "resident_mib": round(resident(pid), 1)})
+            minutes.append(
+                {"minute": minute, "images": images, "resident_mib": round(resident(pid), 1)}
+            )
             print(minutes[-1], flush=True)
     return {"sessions": 16, "wrong": wrong, "minutes": minutes}
 

@@ -2,8 +2,8 @@
 
     python tests/golden/make_diffusers_goldens.py
 
-Needs an environment of its own with torch==2.13.0 and diffusers==0.42.1; the tests read only the JSON file.
-Times in the file are diffusers' timesteps: one below ours, and -1 is clean data.
+Needs an environment of its own with torch==2.13.0 and diffusers==0.42.1; the tests read only the
+JSON file. Times in the file are diffusers' timesteps: one below ours, and -1 is clean data.
 """
 
 import json
@@ -47,7 +47,11 @@ def alphas_cumprod() -> dict:
     tables = {}
     for name, betas in BETAS.items():
         for rescale in (False, True):
-            options = {**betas, "num_train_timesteps": TRAIN_STEPS, "rescale_betas_zero_snr": rescale}
+            options = {
+                **betas,
+                "num_train_timesteps": TRAIN_STEPS,
+                "rescale_betas_zero_snr": rescale,
+            }
             table = DDPMScheduler(**options).alphas_cumprod
             assert torch.equal(table, DDIMScheduler(**options).alphas_cumprod)
             tables[f"{name}{'_zero_snr' if rescale else ''}"] = numbers(table[PROBES])
@@ -73,7 +77,11 @@ def timesteps() -> dict:
 
 def forward_process() -> dict:
     scheduler = DDPMScheduler(**SD_BETAS)
-    x0, noise, t = waves((4, 2, 2, 1), 0.1, 1.0), waves((4, 2, 2, 1), 1.3, 1.5), torch.tensor([0, 250, 700, 999])
+    x0, noise, t = (
+        waves((4, 2, 2, 1), 0.1, 1.0),
+        waves((4, 2, 2, 1), 1.3, 1.5),
+        torch.tensor([0, 250, 700, 999]),
+    )
     return {
         "x0": numbers(x0),
         "noise": numbers(noise),
@@ -95,7 +103,9 @@ def ddim_steps() -> dict:
             (8, 124, False, False),
             (8, 499, True, True),
         ]:
-            scheduler = DDIMScheduler(**SD_BETAS, prediction_type=prediction, set_alpha_to_one=to_one, clip_sample=clip)
+            scheduler = DDIMScheduler(
+                **SD_BETAS, prediction_type=prediction, set_alpha_to_one=to_one, clip_sample=clip
+            )
             scheduler.set_timesteps(count)
             out = scheduler.step(output, timestep, sample, use_clipped_model_output=clip)
             steps.append(
@@ -124,21 +134,43 @@ def trajectories() -> list:
     x, runs = waves((1, 4, 4, 1), 0.9, 1.5), []
     ddim = {
         "ddim trailing": {"timestep_spacing": "trailing", "set_alpha_to_one": True},
-        "ddim leading": {"timestep_spacing": "leading", "set_alpha_to_one": False, "steps_offset": 1},
-        "ddim zero snr": {"timestep_spacing": "trailing", "set_alpha_to_one": True, "rescale_betas_zero_snr": True},
+        "ddim leading": {
+            "timestep_spacing": "leading",
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        },
+        "ddim zero snr": {
+            "timestep_spacing": "trailing",
+            "set_alpha_to_one": True,
+            "rescale_betas_zero_snr": True,
+        },
     }
     # Only the last step is of first order in ours, and only if it goes to t = 0.
     dpm = {
-        "dpm trailing": {"timestep_spacing": "trailing", "final_sigmas_type": "zero", "lower_order_final": True},
-        "dpm linspace": {"timestep_spacing": "linspace", "final_sigmas_type": "zero", "lower_order_final": True},
-        "dpm to sigma_min": {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min", "lower_order_final": False},
+        "dpm trailing": {
+            "timestep_spacing": "trailing",
+            "final_sigmas_type": "zero",
+            "lower_order_final": True,
+        },
+        "dpm linspace": {
+            "timestep_spacing": "linspace",
+            "final_sigmas_type": "zero",
+            "lower_order_final": True,
+        },
+        "dpm to sigma_min": {
+            "timestep_spacing": "trailing",
+            "final_sigmas_type": "sigma_min",
+            "lower_order_final": False,
+        },
     }
     for prediction in ("epsilon", "v_prediction"):
         for name, options in ddim.items():
             zero_snr = options.get("rescale_betas_zero_snr", False)
             if zero_snr and prediction == "epsilon":
                 continue
-            scheduler = DDIMScheduler(**SD_BETAS, **options, prediction_type=prediction, clip_sample=False)
+            scheduler = DDIMScheduler(
+                **SD_BETAS, **options, prediction_type=prediction, clip_sample=False
+            )
             t_end = 0 if options["set_alpha_to_one"] else 1
             runs.append(
                 {
@@ -152,7 +184,12 @@ def trajectories() -> list:
             )
         for name, options in dpm.items():
             scheduler = DPMSolverMultistepScheduler(
-                **SD_BETAS, **options, prediction_type=prediction, solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint"
+                **SD_BETAS,
+                **options,
+                prediction_type=prediction,
+                solver_order=2,
+                algorithm_type="dpmsolver++",
+                solver_type="midpoint",
             )
             t_end = 0 if options["final_sigmas_type"] == "zero" else 1
             runs.append(
@@ -180,7 +217,9 @@ def main() -> None:
         "trajectories": trajectories(),
     }
     path = Path(__file__).parent / "diffusers.json"
-    lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in goldens.items())
+    lines = ",\n".join(
+        f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in goldens.items()
+    )
     path.write_text("{\n" + lines + "\n}\n")
 
 

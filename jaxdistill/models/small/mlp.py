@@ -9,7 +9,9 @@ from jaxtyping import Array
 
 
 def fourier_features(t: Array, dim: int, max_period: float = 10_000.0) -> Array:
-    """Sines and cosines of t [b] at `dim`/2 frequencies, geometric from 1 to 1/max_period: [b, dim]."""
+    """Sines and cosines of t [b] at `dim`/2 frequencies, geometric from 1 to 1/max_period: [b,
+    dim].
+    """
     frequencies = np.exp(-np.log(max_period) * np.arange(dim // 2) / (dim // 2)).astype(np.float32)
     angle = t[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
@@ -38,7 +40,8 @@ class ResidualMLP(nn.Module):
       depth: number of blocks.
       num_classes: classes 0..num_classes-1; num_classes itself is the null class.
       time_scale: factor on t, such that t * time_scale spans about [0, 1000].
-      cond_width: of the vector of time and class, None for `width`. Every block's norm reads it: at `width` it costs more than the blocks.
+      cond_width: of the vector of time and class, None for `width`. Every block's norm reads it: at
+        `width` it costs more than the blocks.
     """
 
     width: int = 512
@@ -53,8 +56,12 @@ class ResidualMLP(nn.Module):
         return jnp.full_like(cond, self.num_classes)
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, cond: Array, features: bool = False) -> Array | Sequence[Array]:
-        """X [b, ...], t [b], cond int [b] -> output of x's shape; or with `features` the state after each block."""
+    def __call__(
+        self, x: Array, t: Array, cond: Array, features: bool = False
+    ) -> Array | Sequence[Array]:
+        """X [b, ...], t [b], cond int [b] -> output of x's shape; or with `features` the state
+        after each block.
+        """
         c = Conditioning(self.cond_width or self.width, self.num_classes, self.time_scale)(t, cond)
         h, states = nn.Dense(self.width)(x.reshape(x.shape[0], -1)), []
         for _ in range(self.depth):
@@ -62,7 +69,9 @@ class ResidualMLP(nn.Module):
             states.append(h)
         if features:
             return states
-        out = nn.Dense(int(np.prod(x.shape[1:])), kernel_init=nn.initializers.zeros)(AdaptiveNorm()(h, c))
+        out = nn.Dense(int(np.prod(x.shape[1:])), kernel_init=nn.initializers.zeros)(
+            AdaptiveNorm()(h, c)
+        )
         return out.reshape(x.shape)
 
 
@@ -73,7 +82,9 @@ class AdaptiveNorm(nn.Module):
     def __call__(self, h: Array, c: Array) -> Array:
         """States h [b, ..., w] and conditioning c [b, d] -> h's shape."""
         modulation = nn.Dense(2 * h.shape[-1], kernel_init=nn.initializers.zeros)(c)
-        scale, shift = jnp.split(modulation.reshape(c.shape[0], *(1,) * (h.ndim - 2), -1), 2, axis=-1)
+        scale, shift = jnp.split(
+            modulation.reshape(c.shape[0], *(1,) * (h.ndim - 2), -1), 2, axis=-1
+        )
         return nn.LayerNorm(use_bias=False, use_scale=False)(h) * (1 + scale) + shift
 
 

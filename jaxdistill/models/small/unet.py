@@ -11,7 +11,9 @@ from jaxdistill.models.small.mlp import Conditioning
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, silu, 3x3 convolution, scale and shift by c [b, d], twice, around a skip (Dhariwal & Nichol 2021)."""
+    """GroupNorm, silu, 3x3 convolution, scale and shift by c [b, d], twice, around a skip (Dhariwal
+    & Nichol 2021).
+    """
 
     channels: int
 
@@ -20,11 +22,15 @@ class ResBlock(nn.Module):
         """States x [b, h, w, k] and conditioning c [b, d] -> [b, h, w, channels]."""
         groups = max(1, self.channels // 16)
         h = nn.Conv(self.channels, (3, 3))(nn.silu(nn.GroupNorm(max(1, x.shape[-1] // 16))(x)))
-        modulation = nn.Dense(2 * self.channels, kernel_init=nn.initializers.zeros)(c)[:, None, None, :]
+        modulation = nn.Dense(2 * self.channels, kernel_init=nn.initializers.zeros)(c)[
+            :, None, None, :
+        ]
         scale, shift = jnp.split(modulation, 2, axis=-1)
         h = nn.GroupNorm(groups, use_bias=False, use_scale=False)(h) * (1 + scale) + shift
         h = nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros)(nn.silu(h))
-        return h + (x if x.shape[-1] == self.channels else nn.Dense(self.channels, use_bias=False)(x))
+        return h + (
+            x if x.shape[-1] == self.channels else nn.Dense(self.channels, use_bias=False)(x)
+        )
 
 
 class Attention(nn.Module):
@@ -37,7 +43,13 @@ class Attention(nn.Module):
         """States x [b, h, w, c] -> x's shape."""
         b, h, w, c = x.shape
         tokens = nn.GroupNorm(max(1, c // 16))(x).reshape(b, h * w, c)
-        q, k, v = jnp.split(nn.Dense(3 * c, use_bias=False)(tokens).reshape(b, h * w, 3 * self.heads, c // self.heads), 3, axis=2)
+        q, k, v = jnp.split(
+            nn.Dense(3 * c, use_bias=False)(tokens).reshape(
+                b, h * w, 3 * self.heads, c // self.heads
+            ),
+            3,
+            axis=2,
+        )
         out = jax.nn.dot_product_attention(q, k, v).reshape(b, h * w, c)
         return x + nn.Dense(c, kernel_init=nn.initializers.zeros)(out).reshape(x.shape)
 
@@ -46,16 +58,29 @@ Block = Callable[[Array, int, int], Array]
 """(states [b, h, w, c], channels, level) -> states [b, h, w, channels]."""
 
 
-def u_net(x: Array, *, channels: Sequence[int], blocks: int, patch: int, down: Block, up: Block, features: bool) -> Array | Sequence[Array]:
-    """The frame of a U-Net on patches, for use inside a compact module: x [b, h, w, c] -> x's shape, or the states going down.
+def u_net(
+    x: Array,
+    *,
+    channels: Sequence[int],
+    blocks: int,
+    patch: int,
+    down: Block,
+    up: Block,
+    features: bool,
+) -> Array | Sequence[Array]:
+    """The frame of a U-Net on patches, for use inside a compact module: x [b, h, w, c] -> x's
+    shape, or the states going down.
 
-    `down` is the block on the way down, `up` the one in the middle and on the way up. Raises ValueError where the
-    sides are no multiples of patch * 2^(levels - 1).
+    `down` is the block on the way down, `up` the one in the middle and on the way up. Raises
+    ValueError where the sides are no multiples of patch * 2^(levels - 1).
     """
     b, height, width, image_channels = x.shape
     p, unit = patch, patch * 2 ** (len(channels) - 1)
     if height % unit or width % unit:
-        raise ValueError(f"a U-Net of patch={p} and {len(channels)} levels needs sides that are multiples of {unit}, got {height}x{width}")
+        raise ValueError(
+            f"a U-Net of patch={p} and {len(channels)} levels needs sides that are multiples of"
+            f" {unit}, got {height}x{width}"
+        )
     h = x.reshape(b, height // p, p, width // p, p, image_channels).transpose(0, 1, 3, 2, 4, 5)
     h = nn.Conv(channels[0], (3, 3))(h.reshape(b, height // p, width // p, -1))
     skips, states = [h], []
@@ -106,8 +131,12 @@ class SmallUNet(nn.Module):
         return jnp.full_like(cond, self.num_classes)
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, cond: Array, features: bool = False) -> Array | Sequence[Array]:
-        """X [b, h, w, c], t [b], cond int [b] -> output of x's shape; or with `features` the states going down."""
+    def __call__(
+        self, x: Array, t: Array, cond: Array, features: bool = False
+    ) -> Array | Sequence[Array]:
+        """X [b, h, w, c], t [b], cond int [b] -> output of x's shape; or with `features` the states
+        going down.
+        """
         c = Conditioning(4 * self.channels[0], self.num_classes, self.time_scale)(t, cond)
 
         def up(h: Array, channels: int, level: int) -> Array:
@@ -117,4 +146,12 @@ class SmallUNet(nn.Module):
             h = up(h, channels, level)
             return Attention()(h) if level == len(self.channels) - 1 else h
 
-        return u_net(x, channels=self.channels, blocks=self.blocks, patch=self.patch, down=down, up=up, features=features)
+        return u_net(
+            x,
+            channels=self.channels,
+            blocks=self.blocks,
+            patch=self.patch,
+            down=down,
+            up=up,
+            features=features,
+        )

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from jaxdistill.models.stable_diffusion.latent_layers import Attention, Conv, Dtype, GroupNorm, ResnetBlock
+from jaxdistill.models.stable_diffusion.latent_layers import (
+    Attention,
+    Conv,
+    Dtype,
+    GroupNorm,
+    ResnetBlock,
+)
 
 EPS = 1e-6
 
@@ -27,7 +33,9 @@ class MidBlock(nn.Module):
         x = ResnetBlock(c, self.groups, EPS, self.dtype, name="resnets.0")(x)
         if self.attend:
             y = GroupNorm(self.groups, EPS, name="attentions.0.group_norm")(x).reshape(b, h * w, c)
-            x = x + Attention(1, True, self.attention, self.dtype, name="attentions.0")(y).reshape(x.shape)
+            x = x + Attention(1, True, self.attention, self.dtype, name="attentions.0")(y).reshape(
+                x.shape
+            )
         return ResnetBlock(c, self.groups, EPS, self.dtype, name="resnets.1")(x)
 
 
@@ -48,7 +56,9 @@ class Half(nn.Module):
 
     def middle(self, h: Array) -> Array:
         """The middle block."""
-        return MidBlock(self.groups, self.mid_attention, self.attention, self.dtype, name="mid_block")(h)
+        return MidBlock(
+            self.groups, self.mid_attention, self.attention, self.dtype, name="mid_block"
+        )(h)
 
     def last(self, h: Array) -> Array:
         """Norm, silu and the convolution to out_channels."""
@@ -68,7 +78,14 @@ class Encoder(Half):
                 h = self.block(channels, f"down_blocks.{level}.resnets.{i}", h)
             if level < len(self.channels) - 1:
                 # One row and column of zeros after the image only, as the original was trained.
-                h = Conv(channels, 3, 2, ((0, 1), (0, 1)), self.dtype, name=f"down_blocks.{level}.downsamplers.0.conv")(h)
+                h = Conv(
+                    channels,
+                    3,
+                    2,
+                    ((0, 1), (0, 1)),
+                    self.dtype,
+                    name=f"down_blocks.{level}.downsamplers.0.conv",
+                )(h)
         return self.last(self.middle(h))
 
 
@@ -77,19 +94,25 @@ class Decoder(Half):
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        """Latents [b, h, w, c] -> images [b, f h, f w, out_channels], f = 2^(levels - 1), not clipped."""
+        """Latents [b, h, w, c] -> images [b, f h, f w, out_channels], f = 2^(levels - 1), not
+        clipped.
+        """
         h = self.middle(Conv(self.channels[-1], dtype=self.dtype, name="conv_in")(z))
         for number, channels in enumerate(reversed(self.channels)):
             for i in range(self.layers + 1):
                 h = self.block(channels, f"up_blocks.{number}.resnets.{i}", h)
             if number < len(self.channels) - 1:
                 doubled = (2 * h.shape[1], 2 * h.shape[2])
-                h = Conv(channels, dtype=self.dtype, name=f"up_blocks.{number}.upsamplers.0.conv")(h, doubled)
+                h = Conv(channels, dtype=self.dtype, name=f"up_blocks.{number}.upsamplers.0.conv")(
+                    h, doubled
+                )
         return self.last(h)
 
 
 class AutoencoderKL(nn.Module):
-    """Diffusers' AutoencoderKL, NHWC. `encode` and `decode` speak the latents that the diffusion network sees.
+    """Diffusers' AutoencoderKL, NHWC.
+
+    `encode` and `decode` speak the latents that the diffusion network sees.
 
     Attributes:
       in_channels, out_channels: of the images.
@@ -98,7 +121,8 @@ class AutoencoderKL(nn.Module):
       layers: residual blocks a level.
       groups: of the group norms.
       scaling_factor, shift_factor: network latents = (latents - shift_factor) scaling_factor.
-      use_quant_conv, use_post_quant_conv: whether there is a 1x1 convolution after the encoder and before the decoder.
+      use_quant_conv, use_post_quant_conv: whether there is a 1x1 convolution after the encoder and
+        before the decoder.
       mid_attention: whether the middle attends.
       attention: a key of `latent_layers.ATTENTION`.
       dtype: of the computation.
@@ -125,7 +149,14 @@ class AutoencoderKL(nn.Module):
 
     def setup(self) -> None:
         """Name the parts as diffusers does."""
-        common = (tuple(self.channels), self.layers, self.groups, self.mid_attention, self.attention, self.dtype)
+        common = (
+            tuple(self.channels),
+            self.layers,
+            self.groups,
+            self.mid_attention,
+            self.attention,
+            self.dtype,
+        )
         self.encoder = Encoder(2 * self.latent_channels, *common)
         self.decoder = Decoder(self.out_channels, *common)
         if self.use_quant_conv:
@@ -138,7 +169,9 @@ class AutoencoderKL(nn.Module):
         return self.decode(self.encode(x))
 
     def moments(self, x: Array) -> tuple[Array, Array]:
-        """Images [b, h, w, c] in [-1, 1] -> mean and log-variance of the unscaled latents, the latter in [-30, 20]."""
+        """Images [b, h, w, c] in [-1, 1] -> mean and log-variance of the unscaled latents, the
+        latter in [-30, 20].
+        """
         h = self.encoder(x)
         if self.use_quant_conv:
             h = self.quant_conv(h)
@@ -153,7 +186,9 @@ class AutoencoderKL(nn.Module):
         return (z - self.shift_factor) * self.scaling_factor
 
     def decode(self, z: Array) -> Array:
-        """Scaled latents [b, h, w, c] -> images [b, f h, f w, out_channels] around [-1, 1], not clipped."""
+        """Scaled latents [b, h, w, c] -> images [b, f h, f w, out_channels] around [-1, 1], not
+        clipped.
+        """
         z = z / self.scaling_factor + self.shift_factor
         if self.use_post_quant_conv:
             z = self.post_quant_conv(z)

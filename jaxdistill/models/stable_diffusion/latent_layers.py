@@ -1,6 +1,8 @@
-"""Layers of latent diffusion networks: bf16 compute over f32 parameters, low-rank updates, attention by a chosen kernel.
+"""Layers of latent diffusion networks: bf16 compute over f32 parameters, low-rank updates,
+attention by a chosen kernel.
 
-Modules are named as diffusers names its own ("down_blocks.0", "to_out.0"), so that a parameter's path is its name in a checkpoint.
+Modules are named as diffusers names its own ("down_blocks.0", "to_out.0"), so that a parameter's
+path is its name in a checkpoint.
 """
 
 import functools
@@ -14,7 +16,9 @@ from flax import linen as nn
 from jaxtyping import Array
 
 LORA = "lora"
-"""The collection of low-rank updates: at a layer's path, {"down", "up"}, whose product is added to its kernel."""
+"""The collection of low-rank updates: at a layer's path, {"down", "up"}, whose product is added to
+its kernel.
+"""
 
 Dtype = Any
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -22,7 +26,10 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Linear(nn.Module):
-    """y = x W + b, plus (x down) up where the `lora` collection holds an update of this layer. Computes in `dtype`."""
+    """y = x W + b, plus (x down) up where the `lora` collection holds an update of this layer.
+
+    Computes in `dtype`.
+    """
 
     features: int
     use_bias: bool = True
@@ -43,7 +50,9 @@ class Linear(nn.Module):
 
 
 def _xla_convolution(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -64,31 +73,48 @@ def _convolution_backward(pads: Pads, kept: Any, cotangent: Array) -> tuple[Arra
     by_xla = jax.linear_transpose(lambda kernel: _xla_convolution(x, kernel, 1, pads), kernel)
 
     def by_product(cotangent: Array) -> Array:
-        """One matrix product over all positions: up to five times as fast as XLA's, whose CPU backend has no kernel for it."""
+        """One matrix product over all positions: up to five times as fast as XLA's, whose CPU
+        backend has no kernel for it.
+        """
         _, h, w, features = cotangent.shape
         states = jnp.pad(x.transpose(3, 0, 1, 2), ((0, 0), (0, 0), *pads))
-        shifted = [states[:, :, i : i + h, j : j + w] for i in range(size[0]) for j in range(size[1])]
-        product = jnp.stack(shifted).reshape(-1, cotangent[..., 0].size) @ cotangent.reshape(-1, features)
+        shifted = [
+            states[:, :, i : i + h, j : j + w] for i in range(size[0]) for j in range(size[1])
+        ]
+        product = jnp.stack(shifted).reshape(-1, cotangent[..., 0].size) @ cotangent.reshape(
+            -1, features
+        )
         return product.reshape(kernel.shape)
 
-    return to_x, jax.lax.platform_dependent(cotangent, cpu=by_product, default=lambda g: by_xla(g)[0])
+    return to_x, jax.lax.platform_dependent(
+        cotangent, cpu=by_product, default=lambda g: by_xla(g)[0]
+    )
 
 
 _convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
-def convolution(x: Array, kernel: Array, *, stride: int = 1, pads: Pads = ((0, 0), (0, 0))) -> Array:
-    """States [b, h, w, c] with a kernel [n, m, c, f] -> [b, h', w', f]. It has no forward-mode derivative at stride 1."""
+def convolution(
+    x: Array, kernel: Array, *, stride: int = 1, pads: Pads = ((0, 0), (0, 0))
+) -> Array:
+    """States [b, h, w, c] with a kernel [n, m, c, f] -> [b, h', w', f].
+
+    It has no forward-mode derivative at stride 1.
+    """
     if kernel.shape[:2] == (1, 1) and stride == 1 and pads == ((0, 0), (0, 0)):
         return x @ kernel[0, 0]
-    return _convolution(x, kernel, pads) if stride == 1 else _xla_convolution(x, kernel, stride, pads)
+    return (
+        _convolution(x, kernel, pads) if stride == 1 else _xla_convolution(x, kernel, stride, pads)
+    )
 
 
 def doubled_convolution(x: Array, kernel: Array) -> Array:
-    """A 3x3 convolution of the nearest-neighbour double of x, without making it: 4/9 of the multiplications.
+    """A 3x3 convolution of the nearest-neighbour double of x, without making it: 4/9 of the
+    multiplications.
 
-    Of the nine taps on doubled positions two or more meet the same pixel. Output row 2i is k_0 x_{i-1} + (k_1 + k_2) x_i and row 2i + 1 is
-    (k_0 + k_1) x_i + k_2 x_{i+1}, columns likewise: four kernels of 2x2 on x itself.
+    Of the nine taps on doubled positions two or more meet the same pixel. Output row 2i is k_0
+    x_{i-1} + (k_1 + k_2) x_i and row 2i + 1 is (k_0 + k_1) x_i + k_2 x_{i+1}, columns likewise:
+    four kernels of 2x2 on x itself.
 
     Args:
       x: [b, h, w, c].
@@ -102,17 +128,26 @@ def doubled_convolution(x: Array, kernel: Array) -> Array:
     def fold(k: Array, axis: int) -> Array:
         """Three taps along `axis` -> two, and in front the two phases."""
         first, middle, last = jnp.split(k, 3, axis=axis)
-        return jnp.stack([jnp.concatenate(pair, axis=axis) for pair in ((first, middle + last), (first + middle, last))])
+        return jnp.stack(
+            [
+                jnp.concatenate(pair, axis=axis)
+                for pair in ((first, middle + last), (first + middle, last))
+            ]
+        )
 
     folded = fold(fold(kernel.astype(jnp.float32), 1), 1)  # [row phase, column phase, 2, 2, c, f]
     taps = folded.transpose(2, 3, 4, 0, 1, 5).reshape(2, 2, c, -1).astype(x.dtype)
     y = convolution(x, taps, pads=((1, 1), (1, 1))).reshape(b, h + 1, w + 1, 2, 2, -1)
-    phases = [jnp.stack([y[:, r : r + h, s : s + w, r, s] for s in range(2)], axis=3) for r in range(2)]
+    phases = [
+        jnp.stack([y[:, r : r + h, s : s + w, r, s] for s in range(2)], axis=3) for r in range(2)
+    ]
     return jnp.stack(phases, axis=2).reshape(b, 2 * h, 2 * w, -1)
 
 
 class Conv(nn.Module):
-    """A square convolution of NHWC states with symmetric padding (or `padding` pairs), plus a low-rank update like `Linear`'s."""
+    """A square convolution of NHWC states with symmetric padding (or `padding` pairs), plus a
+    low-rank update like `Linear`'s.
+    """
 
     features: int
     size: int = 3
@@ -122,17 +157,33 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, resized: tuple[int, int] | None = None) -> Array:
-        """X [b, h, w, c] -> [b, h', w', features]. Padding None keeps the size at stride 1; `resized` is (h', w') of a resize before."""
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.size, self.size, x.shape[-1], self.features))
+        """X [b, h, w, c] -> [b, h', w', features].
+
+        Padding None keeps the size at stride 1; `resized` is (h', w') of a resize before.
+        """
+        kernel = self.param(
+            "kernel",
+            nn.initializers.lecun_normal(),
+            (self.size, self.size, x.shape[-1], self.features),
+        )
         around = self.size // 2 if self.padding is None else self.padding
         pads = ((around, around), (around, around)) if isinstance(around, int) else around
         x = x.astype(self.dtype)
-        doubled = resized == (2 * x.shape[1], 2 * x.shape[2]) and self.size == 3 and self.stride == 1 and around == 1
+        doubled = (
+            resized == (2 * x.shape[1], 2 * x.shape[2])
+            and self.size == 3
+            and self.stride == 1
+            and around == 1
+        )
         if resized is not None and not doubled:
             x = nearest(x, resized)
 
         def convolve(x: Array, kernel: Array) -> Array:
-            return doubled_convolution(x, kernel) if doubled else convolution(x, kernel.astype(self.dtype), stride=self.stride, pads=pads)
+            return (
+                doubled_convolution(x, kernel)
+                if doubled
+                else convolution(x, kernel.astype(self.dtype), stride=self.stride, pads=pads)
+            )
 
         y = convolve(x, kernel)
         if self.has_variable(LORA, "down"):
@@ -153,12 +204,16 @@ class GroupNorm(nn.Module):
         b, c = x.shape[0], x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
-        # Channels first sum over positions, then over the few of a group: both reductions run over contiguous memory.
+        # Channels first sum over positions, then over the few of a group: both reductions run over
+        # contiguous memory.
         flat = x.astype(jnp.float32).reshape(b, -1, c)
         mean = flat.mean(axis=1).reshape(b, self.groups, -1).mean(axis=-1)
         centre = jnp.repeat(mean, c // self.groups, axis=-1)[:, None]
         variance = jnp.square(flat - centre).mean(axis=1).reshape(b, self.groups, -1).mean(axis=-1)
-        factor = jnp.repeat(jax.lax.rsqrt(variance + self.eps), c // self.groups, axis=-1)[:, None] * scale
+        factor = (
+            jnp.repeat(jax.lax.rsqrt(variance + self.eps), c // self.groups, axis=-1)[:, None]
+            * scale
+        )
         return ((flat - centre) * factor + bias).reshape(x.shape).astype(x.dtype)
 
 
@@ -178,7 +233,7 @@ class LayerNorm(nn.Module):
         return (centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(x.dtype)
 
 
-# ------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
 AttentionFn = Callable[[Array, Array, Array], Array]
 """(q [b, l, h, d], k [b, m, h, d], v [b, m, h, d]) -> [b, l, h, d]: softmax(q kᵀ/√d) v."""
@@ -200,7 +255,9 @@ def _scores(q: Array, k: Array) -> Array:
 
 
 def _rows_forward(q: Array, k: Array, v: Array, size: int) -> tuple[Array, Any]:
-    """The result, and what the gradient needs: all arguments, the result and the logarithm of each query's sum [l]."""
+    """The result, and what the gradient needs: all arguments, the result and the logarithm of each
+    query's sum [l].
+    """
     length, d = q.shape
 
     def rows(part: Array) -> tuple[Array, Array]:
@@ -208,7 +265,9 @@ def _rows_forward(q: Array, k: Array, v: Array, size: int) -> tuple[Array, Any]:
         highest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = weights.sum(axis=-1, keepdims=True)
-        return ((weights.astype(v.dtype) @ v) / total).astype(q.dtype), (highest + jnp.log(total))[:, 0]
+        return ((weights.astype(v.dtype) @ v) / total).astype(q.dtype), (highest + jnp.log(total))[
+            :, 0
+        ]
 
     out, log_sum = jax.lax.map(rows, q.reshape(length // size, size, d))
     out = out.reshape(length, d)
@@ -216,22 +275,32 @@ def _rows_forward(q: Array, k: Array, v: Array, size: int) -> tuple[Array, Any]:
 
 
 def _rows_backward(size: int, kept: Any, cotangent: Array) -> tuple[Array, Array, Array]:
-    """The gradients (Dao et al. 2022, app. B.4): the weights again from log_sum, without looking for the highest score or the sum."""
+    """The gradients (Dao et al. 2022, app. B.4): the weights again from log_sum, without looking
+    for the highest score or the sum.
+    """
     q, k, v, out, log_sum = kept
     length, d = q.shape
     own = jnp.sum((cotangent * out).astype(jnp.float32), axis=-1)
 
-    def rows(carry: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+    def rows(
+        carry: tuple[Array, Array], part: tuple[Array, ...]
+    ) -> tuple[tuple[Array, Array], Array]:
         q, g, log_sum, own = part
         weights = jnp.exp(_scores(q, k) - log_sum[:, None])
         into = weights * (jnp.dot(g, v.T, preferred_element_type=jnp.float32) - own[:, None])
         weights, into = weights.astype(v.dtype), into.astype(q.dtype)
-        # k's and v's gradients transposed, [d, m]: a product that transposes its large factor takes XLA's CPU backend six times as long.
-        to_k, to_v = (jnp.dot(a.T, b, preferred_element_type=jnp.float32) for a, b in ((q, into), (g, weights)))
+        # k's and v's gradients transposed, [d, m]: a product that transposes its large factor takes
+        # XLA's CPU backend six times as long.
+        to_k, to_v = (
+            jnp.dot(a.T, b, preferred_element_type=jnp.float32)
+            for a, b in ((q, into), (g, weights))
+        )
         return (carry[0] + to_k, carry[1] + to_v), into @ k
 
     zeros = jnp.zeros(k.T.shape, jnp.float32)
-    blocks = tuple(a.reshape(length // size, size, *a.shape[1:]) for a in (q, cotangent, log_sum, own))
+    blocks = tuple(
+        a.reshape(length // size, size, *a.shape[1:]) for a in (q, cotangent, log_sum, own)
+    )
     (to_k, to_v), to_q = jax.lax.scan(rows, (zeros, zeros), blocks)
     scale = d**-0.5
     return scale * to_q.reshape(length, d), (scale * to_k.T).astype(k.dtype), to_v.T.astype(v.dtype)
@@ -241,13 +310,16 @@ _attend_in_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def looped_attention(q: Array, k: Array, v: Array, *, scores: int = 2**23) -> Array:
-    """One head and a chunk of queries after the other, at most `scores` numbers at a time; they are computed again for the gradient.
+    """One head and a chunk of queries after the other, at most `scores` numbers at a time; they are
+    computed again for the gradient.
 
-    On CPU ten times faster than XLA's own for 4,096 positions, and its memory does not grow with their square. It has no forward-mode
-    derivative.
+    On CPU ten times faster than XLA's own for 4,096 positions, and its memory does not grow with
+    their square. It has no forward-mode derivative.
     """
     b, length, h, d = q.shape
-    size = next(n for n in range(max(1, min(scores // k.shape[1], length)), 0, -1) if length % n == 0)
+    size = next(
+        n for n in range(max(1, min(scores // k.shape[1], length)), 0, -1) if length % n == 0
+    )
     if size < min(length, 128):  # a length without a fitting divisor
         size = length
     folded = tuple(jnp.moveaxis(a, 2, 1).reshape(b * h, a.shape[1], d) for a in (q, k, v))
@@ -263,7 +335,8 @@ def auto_attention(q: Array, k: Array, v: Array) -> Array:
 
 
 def flash_attention(q: Array, k: Array, v: Array) -> Array:
-    """The TPU flash kernel, where its tiling fits (lengths multiples of 128, and heads wider than 128 too); XLA's own elsewhere.
+    """The TPU flash kernel, where its tiling fits (lengths multiples of 128, and heads wider than
+    128 too); XLA's own elsewhere.
 
     On several devices it must run within a mesh (`jax.sharding.use_abstract_mesh`).
     """
@@ -285,7 +358,8 @@ def flash_attention(q: Array, k: Array, v: Array) -> Array:
 def chunked_attention(q: Array, k: Array, v: Array, *, queries: int = 512) -> Array:
     """All heads, `queries` positions at a time; the scores are computed again for the gradient.
 
-    For a TPU where the flash kernel does not fit: memory grows with the length, not with its square.
+    For a TPU where the flash kernel does not fit: memory grows with the length, not with its
+    square.
     """
     b, length, h, d = q.shape
     if length <= queries or length % queries:
@@ -305,7 +379,8 @@ ATTENTION: dict[str, AttentionFn] = {
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to itself or to a context, with diffusers' names: to_q, to_k, to_v, to_out.0.
+    """Multi-head attention of x to itself or to a context, with diffusers' names: to_q, to_k, to_v,
+    to_out.0.
 
     Attributes:
       heads: number of heads, which divide the channels.
@@ -326,16 +401,21 @@ class Attention(nn.Module):
         source = x if context is None else context
         linear = functools.partial(Linear, c, self.qkv_bias, self.dtype)
         q = linear(name="to_q")(x).reshape(b, length, self.heads, -1)
-        k, v = (linear(name=name)(source).reshape(b, source.shape[1], self.heads, -1) for name in ("to_k", "to_v"))
+        k, v = (
+            linear(name=name)(source).reshape(b, source.shape[1], self.heads, -1)
+            for name in ("to_k", "to_v")
+        )
         out = ATTENTION[self.kernel](q, k, v).reshape(b, length, c)
         return Linear(c, True, self.dtype, name="to_out.0")(out)
 
 
-# ---------------------------------------------------------------------------------------- convolutional
+# ------------------------------------------------------------------------------------ convolutional
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, silu, convolution, twice, with the time embedding added between, around a skip (diffusers' ResnetBlock2D)."""
+    """GroupNorm, silu, convolution, twice, with the time embedding added between, around a skip
+    (diffusers' ResnetBlock2D).
+    """
 
     channels: int
     groups: int
@@ -348,7 +428,12 @@ class ResnetBlock(nn.Module):
         h = nn.silu(GroupNorm(self.groups, self.eps, name="norm1")(x))
         h = Conv(self.channels, dtype=self.dtype, name="conv1")(h)
         if time is not None:
-            h = h + Linear(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))[:, None, None, :]
+            h = (
+                h
+                + Linear(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))[
+                    :, None, None, :
+                ]
+            )
         h = nn.silu(GroupNorm(self.groups, self.eps, name="norm2")(h))
         h = Conv(self.channels, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.channels:
@@ -357,20 +442,28 @@ class ResnetBlock(nn.Module):
 
 
 def nearest(x: Array, size: tuple[int, int]) -> Array:
-    """Nearest-neighbour resize of [b, h, w, c] to `size`, with torch's rounding: source index ⌊i h/h'⌋."""
+    """Nearest-neighbour resize of [b, h, w, c] to `size`, with torch's rounding: source index ⌊i
+    h/h'⌋.
+    """
     b, h, w, c = x.shape
     if size == (2 * h, 2 * w):
-        return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(
+            b, 2 * h, 2 * w, c
+        )
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, (h, w), strict=True))
     return x[:, rows][:, :, columns]
 
 
 def sinusoidal(t: Array, dim: int, *, flip: bool, shift: float) -> Array:
-    """Sines and cosines of t [n] at dim/2 frequencies 10000^(-i/(dim/2 - shift)): float32 [n, dim]; cosines first with `flip`."""
+    """Sines and cosines of t [n] at dim/2 frequencies 10000^(-i/(dim/2 - shift)): float32 [n, dim];
+    cosines first with `flip`.
+    """
     half = dim // 2
     frequencies = np.exp(-np.log(10_000.0) * np.arange(half) / (half - shift)).astype(np.float32)
     angle = t.astype(jnp.float32)[:, None] * frequencies
-    parts: Sequence[Array] = (jnp.cos(angle), jnp.sin(angle)) if flip else (jnp.sin(angle), jnp.cos(angle))
+    parts: Sequence[Array] = (
+        (jnp.cos(angle), jnp.sin(angle)) if flip else (jnp.sin(angle), jnp.cos(angle))
+    )
     return jnp.concatenate(parts, axis=-1)
 
 

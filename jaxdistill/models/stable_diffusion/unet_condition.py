@@ -1,4 +1,6 @@
-"""UNet2DConditionModel of Stable Diffusion 1.x, 2.x and SDXL: one module, configured by the checkpoint's config."""
+"""UNet2DConditionModel of Stable Diffusion 1.x, 2.x and SDXL: one module, configured by the
+checkpoint's config.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +24,9 @@ from jaxdistill.models.stable_diffusion.latent_layers import (
 )
 
 STACK = "transformer_blocks"
-"""The path segment whose parameters may be stacked: one array of a whole scanned level, its first axis the block."""
+"""The path segment whose parameters may be stacked: one array of a whole scanned level, its first
+axis the block.
+"""
 
 REMAT_POLICIES = {
     "none": None,
@@ -47,7 +51,9 @@ class FeedForward(nn.Module):
         """X [b, l, c] -> its shape."""
         c = x.shape[-1]
         value, gate = jnp.split(Linear(8 * c, dtype=self.dtype, name="net.0.proj")(x), 2, axis=-1)
-        return Linear(c, dtype=self.dtype, name="net.2")(value * jax.nn.gelu(gate, approximate=False))
+        return Linear(c, dtype=self.dtype, name="net.2")(
+            value * jax.nn.gelu(gate, approximate=False)
+        )
 
 
 class TransformerBlock(nn.Module):
@@ -59,11 +65,15 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, context: Array) -> Array:
-        """X [b, l, c], context [r b, m, d] -> [r b, l, c]: row i of x meets the rows r i to r i + r - 1 of the context."""
+        """X [b, l, c], context [r b, m, d] -> [r b, l, c]: row i of x meets the rows r i to r i + r
+        - 1 of the context.
+        """
         attention = {"kernel": self.attention, "dtype": self.dtype}
         x = x + Attention(self.heads, name="attn1", **attention)(LayerNorm(name="norm1")(x))
         x = like(x, context)
-        x = x + Attention(self.heads, name="attn2", **attention)(LayerNorm(name="norm2")(x), context)
+        x = x + Attention(self.heads, name="attn2", **attention)(
+            LayerNorm(name="norm2")(x), context
+        )
         return x + FeedForward(self.dtype, name="ff")(LayerNorm(name="norm3")(x))
 
 
@@ -77,7 +87,9 @@ class ScannedBlock(TransformerBlock):
 
 
 class Transformer(nn.Module):
-    """`depth` transformer blocks over the positions of a feature map, around a skip (diffusers' Transformer2DModel)."""
+    """`depth` transformer blocks over the positions of a feature map, around a skip (diffusers'
+    Transformer2DModel).
+    """
 
     depth: int
     heads: int
@@ -100,13 +112,23 @@ class Transformer(nn.Module):
         policy = REMAT_POLICIES[self.remat]
         sizes = (self.heads, self.attention, self.dtype)
         if self.scan and self.depth > 1:
-            body: Any = ScannedBlock if policy is None else nn.remat(ScannedBlock, policy=policy, prevent_cse=False)
+            body: Any = (
+                ScannedBlock
+                if policy is None
+                else nn.remat(ScannedBlock, policy=policy, prevent_cse=False)
+            )
             scanned = nn.scan(
-                body, variable_axes={"params": 0, LORA: 0}, split_rngs={"params": True}, length=self.depth, in_axes=nn.broadcast
+                body,
+                variable_axes={"params": 0, LORA: 0},
+                split_rngs={"params": True},
+                length=self.depth,
+                in_axes=nn.broadcast,
             )
             y = scanned(*sizes, name=STACK)(like(y, context), context)[0]
         else:
-            block: Any = TransformerBlock if policy is None else nn.remat(TransformerBlock, policy=policy)
+            block: Any = (
+                TransformerBlock if policy is None else nn.remat(TransformerBlock, policy=policy)
+            )
             for i in range(self.depth):
                 y = block(*sizes, name=f"{STACK}.{i}")(y, context)
         if self.linear_projection:
@@ -117,15 +139,19 @@ class Transformer(nn.Module):
 
 
 class UNetCondition(nn.Module):
-    """Diffusers' UNet2DConditionModel, NHWC. Attributes are the fields of its config, checked in `interop.diffusers_folder`.
+    """Diffusers' UNet2DConditionModel, NHWC.
+
+    Attributes are the fields of its config, checked in `interop.diffusers_folder`.
 
     Attributes:
       in_channels, out_channels: of the latents.
       channels: of each level.
       layers: residual blocks of each level going down; one more going up.
       heads: attention heads of each level.
-      depth: transformer blocks of each attention layer going down, by level; 0 where the level has none.
-      depth_up: the same going up, by level again (the first number is the level of full resolution).
+      depth: transformer blocks of each attention layer going down, by level; 0 where the level has
+        none.
+      depth_up: the same going up, by level again (the first number is the level of full
+        resolution).
       mid_depth: of the middle.
       linear_projection: proj_in and proj_out are linear (2.x, XL), not 1x1 convolutions (1.x).
       groups, eps: of the group norms.
@@ -133,7 +159,8 @@ class UNetCondition(nn.Module):
       addition_time_width: width of each embedded time id (XL), 0 without the text_time addition.
       attention: a key of `latent_layers.ATTENTION`.
       remat: a key of REMAT_POLICIES, for residual and transformer blocks.
-      scan: run the transformer blocks of one attention layer as a `lax.scan` over stacked parameters.
+      scan: run the transformer blocks of one attention layer as a `lax.scan` over stacked
+        parameters.
       dtype: of the computation; parameters and norms stay float32.
     """
 
@@ -157,27 +184,36 @@ class UNetCondition(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, cond: Any, features: bool = False) -> Array | list[Array]:
+    def __call__(
+        self, x: Array, t: Array, cond: Any, features: bool = False
+    ) -> Array | list[Array]:
         """One call of the network.
 
-        `cond` may have r rows for each of x, as guidance has two: what does not depend on it is then computed once. In 1.x and 2.x that is
-        all up to the first cross-attention; XL's `pooled` enters with the time.
+        `cond` may have r rows for each of x, as guidance has two: what does not depend on it is
+        then computed once. In 1.x and 2.x that is all up to the first cross-attention; XL's
+        `pooled` enters with the time.
 
         Args:
           x: latents [b, h, w, in_channels].
           t: the training step of each example, float [b].
-          cond: {"context" [r b, m, d]}; with the text_time addition also "pooled" [r b, p] and "time_ids" [r b, 6].
-          features: return the hidden states at the end of each level going down and of the middle instead, for a discriminator.
+          cond: {"context" [r b, m, d]}; with the text_time addition also "pooled" [r b, p] and
+            "time_ids" [r b, 6].
+          features: return the hidden states at the end of each level going down and of the middle
+            instead, for a discriminator.
 
         Returns:
           [r b, h, w, out_channels] in x's dtype, or the list of states.
         """
         embed: dict[str, Any] = {"flip": self.flip_sin_to_cos, "shift": self.freq_shift}
         width = 4 * self.channels[0]
-        time = Embedding(width, self.dtype, name="time_embedding")(sinusoidal(t, self.channels[0], **embed))
+        time = Embedding(width, self.dtype, name="time_embedding")(
+            sinusoidal(t, self.channels[0], **embed)
+        )
         if self.addition_time_width:
             ids = cond["time_ids"]
-            embedded = sinusoidal(ids.reshape(-1), self.addition_time_width, **embed).reshape(ids.shape[0], -1)
+            embedded = sinusoidal(ids.reshape(-1), self.addition_time_width, **embed).reshape(
+                ids.shape[0], -1
+            )
             added = jnp.concatenate([cond["pooled"].astype(jnp.float32), embedded], axis=-1)
             time = like(time, added) + Embedding(width, self.dtype, name="add_embedding")(added)
         context = cond["context"].astype(self.dtype)
@@ -185,11 +221,21 @@ class UNetCondition(nn.Module):
         resnet_module: Any = ResnetBlock if policy is None else nn.remat(ResnetBlock, policy=policy)
 
         def resnet(name: str, channels: int, h: Array) -> Array:
-            return resnet_module(channels, self.groups, self.eps, self.dtype, name=name)(like(h, time), like(time, h))
+            return resnet_module(channels, self.groups, self.eps, self.dtype, name=name)(
+                like(h, time), like(time, h)
+            )
 
         def attend(name: str, level: int, depth: int, h: Array) -> Array:
             return Transformer(
-                depth, self.heads[level], self.groups, self.linear_projection, self.attention, self.remat, self.scan, self.dtype, name=name
+                depth,
+                self.heads[level],
+                self.groups,
+                self.linear_projection,
+                self.attention,
+                self.remat,
+                self.scan,
+                self.dtype,
+                name=name,
             )(h, context)
 
         h = Conv(self.channels[0], dtype=self.dtype, name="conv_in")(x)
@@ -214,10 +260,16 @@ class UNetCondition(nn.Module):
         for number, level in enumerate(reversed(range(last + 1))):
             at = f"up_blocks.{number}"
             for i in range(self.layers[level] + 1):
-                h = resnet(f"{at}.resnets.{i}", self.channels[level], jnp.concatenate([h, like(skips.pop(), h)], axis=-1))
+                h = resnet(
+                    f"{at}.resnets.{i}",
+                    self.channels[level],
+                    jnp.concatenate([h, like(skips.pop(), h)], axis=-1),
+                )
                 if self.depth_up[level]:
                     h = attend(f"{at}.attentions.{i}", level, self.depth_up[level], h)
             if level > 0:
-                h = Conv(self.channels[level], dtype=self.dtype, name=f"{at}.upsamplers.0.conv")(h, skips[-1].shape[1:3])
+                h = Conv(self.channels[level], dtype=self.dtype, name=f"{at}.upsamplers.0.conv")(
+                    h, skips[-1].shape[1:3]
+                )
         h = nn.silu(GroupNorm(self.groups, self.eps, name="conv_norm_out")(h))
         return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(h).astype(x.dtype)

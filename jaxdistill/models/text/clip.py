@@ -27,7 +27,9 @@ class CLIPAttention(nn.Module):
         """X [b, l, d] -> its shape."""
         b, length, d = x.shape
         split = (b, length, self.heads, d // self.heads)
-        q, k, v = (Linear(d, dtype=self.dtype, name=f"{name}_proj")(x).reshape(split) for name in "qkv")
+        q, k, v = (
+            Linear(d, dtype=self.dtype, name=f"{name}_proj")(x).reshape(split) for name in "qkv"
+        )
         out = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal).reshape(x.shape)
         return Linear(d, dtype=self.dtype, name="out_proj")(out)
 
@@ -45,16 +47,23 @@ class CLIPLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """X [b, l, d] -> its shape."""
-        x = x + CLIPAttention(self.heads, self.causal, self.dtype, name="self_attn")(LayerNorm(self.eps, name="layer_norm1")(x))
-        h = Linear(self.intermediate, dtype=self.dtype, name="mlp.fc1")(LayerNorm(self.eps, name="layer_norm2")(x))
-        return x + Linear(x.shape[-1], dtype=self.dtype, name="mlp.fc2")(ACTIVATIONS[self.activation](h))
+        x = x + CLIPAttention(self.heads, self.causal, self.dtype, name="self_attn")(
+            LayerNorm(self.eps, name="layer_norm1")(x)
+        )
+        h = Linear(self.intermediate, dtype=self.dtype, name="mlp.fc1")(
+            LayerNorm(self.eps, name="layer_norm2")(x)
+        )
+        return x + Linear(x.shape[-1], dtype=self.dtype, name="mlp.fc2")(
+            ACTIVATIONS[self.activation](h)
+        )
 
 
 class TextStates(NamedTuple):
     """What the encoder gives.
 
-    last: states after the final norm [b, l, d]; penultimate: before the last layer, not normed [b, l, d]; pooled: last's state at
-    the end token, projected where the encoder has a projection [b, p].
+    last: states after the final norm [b, l, d]; penultimate: before the last layer, not normed [b,
+    l, d]; pooled: last's state at the end token, projected where the encoder has a projection [b,
+    p].
     """
 
     last: Array
@@ -63,11 +72,14 @@ class TextStates(NamedTuple):
 
 
 class CLIPText(nn.Module):
-    """CLIPTextModel and, with `projection`, CLIPTextModelWithProjection. Attributes are those of its config.
+    """CLIPTextModel and, with `projection`, CLIPTextModelWithProjection.
+
+    Attributes are those of its config.
 
     Attributes:
       projection: width of the pooled projection, 0 for none.
-      end_token: id of the end of a text; 2 means a config of before transformers 4.31, where the largest id of a row is the end.
+      end_token: id of the end of a text; 2 means a config of before transformers 4.31, where the
+        largest id of a row is the end.
     """
 
     vocab_size: int
@@ -85,13 +97,23 @@ class CLIPText(nn.Module):
     @nn.compact
     def __call__(self, ids: Array) -> TextStates:
         """Token ids int [b, l] -> TextStates."""
-        tokens = nn.Embed(self.vocab_size, self.hidden_size, name="text_model.embeddings.token_embedding")(ids)
-        places = nn.Embed(self.positions, self.hidden_size, name="text_model.embeddings.position_embedding")(jnp.arange(ids.shape[1]))
+        tokens = nn.Embed(
+            self.vocab_size, self.hidden_size, name="text_model.embeddings.token_embedding"
+        )(ids)
+        places = nn.Embed(
+            self.positions, self.hidden_size, name="text_model.embeddings.position_embedding"
+        )(jnp.arange(ids.shape[1]))
         x = penultimate = (tokens + places).astype(self.dtype)
         for i in range(self.layers):
             penultimate = x
             layer = CLIPLayer(
-                self.heads, self.intermediate, self.activation, self.eps, True, self.dtype, name=f"text_model.encoder.layers.{i}"
+                self.heads,
+                self.intermediate,
+                self.activation,
+                self.eps,
+                True,
+                self.dtype,
+                name=f"text_model.encoder.layers.{i}",
             )
             x = layer(x)
         last = LayerNorm(self.eps, name="text_model.final_layer_norm")(x)

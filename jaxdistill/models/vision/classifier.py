@@ -1,4 +1,6 @@
-"""A small convolutional classifier, whose penultimate layer serves as feature extractor for the metrics."""
+"""A small convolutional classifier, whose penultimate layer serves as feature extractor for the
+metrics.
+"""
 
 from collections.abc import Sequence
 
@@ -9,7 +11,9 @@ from jaxtyping import Array
 
 
 class ConvClassifier(nn.Module):
-    """Stride-2 convolutions, a dense layer of `features` units, logits. Images [b, h, w, c] in [0, 1].
+    """Stride-2 convolutions, a dense layer of `features` units, logits.
+
+    Images [b, h, w, c] in [0, 1].
 
     Attributes:
       num_classes: number of logits.

@@ -1,8 +1,9 @@
-"""InceptionV3 as the Fréchet Inception distance uses it: the graph of TensorFlow's inception-2015-12-05.
+"""InceptionV3 as the Fréchet Inception distance uses it: the graph of TensorFlow's
+inception-2015-12-05.
 
-It differs from torchvision's network of that name: averages leave the padding out of their count, the last block pools by maximum,
-and there are 1,008 classes. Modules are named as in pytorch-fid and torch-fidelity, so that a parameter's path is its name in their
-state dict.
+It differs from torchvision's network of that name: averages leave the padding out of their count,
+the last block pools by maximum, and there are 1,008 classes. Modules are named as in pytorch-fid
+and torch-fidelity, so that a parameter's path is its name in their state dict.
 """
 
 from functools import partial
@@ -23,7 +24,9 @@ CLASSES = 1008
 
 
 class Features(NamedTuple):
-    """pooled: means over positions of the last block [b, 2048]; logits: of its classifier [b, 1008]."""
+    """pooled: means over positions of the last block [b, 2048]; logits: of its classifier [b,
+    1008].
+    """
 
     pooled: Array
     logits: Array
@@ -66,7 +69,8 @@ class Block(nn.Module):
 
     Attributes:
       kind: A (35 x 35 positions), B (35 to 17), C (17 x 17), D (17 to 8) or E (8 x 8).
-      width: features of A's pooled branch, or of C's inner 7 x 7 convolutions; the others have none to choose.
+      width: features of A's pooled branch, or of C's inner 7 x 7 convolutions; the others have none
+        to choose.
       max_pool: E's pooled branch takes the maximum, not the mean.
     """
 
@@ -79,7 +83,16 @@ class Block(nn.Module):
         """X [b, h, w, c] -> [b, h', w', c']."""
         return jnp.concatenate(getattr(self, f"_{self.kind}")(x), axis=-1)
 
-    def _unit(self, x: Array, name: str, features: int, height: int = 1, width: int = 0, *, stride: int = 1) -> Array:
+    def _unit(
+        self,
+        x: Array,
+        name: str,
+        features: int,
+        height: int = 1,
+        width: int = 0,
+        *,
+        stride: int = 1,
+    ) -> Array:
         # Only convolutions with a stride leave the border out.
         return ConvUnit(features, (height, width or height), stride, stride == 1, name=name)(x)
 
@@ -96,21 +109,29 @@ class Block(nn.Module):
     def _B(self, x: Array) -> list[Array]:
         double = self._unit(self._unit(x, "branch3x3dbl_1", 64), "branch3x3dbl_2", 96, 3)
         double = self._unit(double, "branch3x3dbl_3", 96, 3, stride=2)
-        return [self._unit(x, "branch3x3", 384, 3, stride=2), double, nn.max_pool(x, (3, 3), (2, 2))]
+        return [
+            self._unit(x, "branch3x3", 384, 3, stride=2),
+            double,
+            nn.max_pool(x, (3, 3), (2, 2)),
+        ]
 
     def _C(self, x: Array) -> list[Array]:
         c = self.width
         seven = self._unit(self._unit(x, "branch7x7_1", c), "branch7x7_2", c, 1, 7)
         seven = self._unit(seven, "branch7x7_3", 192, 7, 1)
         double = self._unit(self._unit(x, "branch7x7dbl_1", c), "branch7x7dbl_2", c, 7, 1)
-        double = self._unit(self._unit(double, "branch7x7dbl_3", c, 1, 7), "branch7x7dbl_4", c, 7, 1)
+        double = self._unit(
+            self._unit(double, "branch7x7dbl_3", c, 1, 7), "branch7x7dbl_4", c, 7, 1
+        )
         double = self._unit(double, "branch7x7dbl_5", 192, 1, 7)
         return [self._unit(x, "branch1x1", 192), seven, double, self._around(x, 192)]
 
     def _D(self, x: Array) -> list[Array]:
         three = self._unit(self._unit(x, "branch3x3_1", 192), "branch3x3_2", 320, 3, stride=2)
         seven = self._unit(self._unit(x, "branch7x7x3_1", 192), "branch7x7x3_2", 192, 1, 7)
-        seven = self._unit(self._unit(seven, "branch7x7x3_3", 192, 7, 1), "branch7x7x3_4", 192, 3, stride=2)
+        seven = self._unit(
+            self._unit(seven, "branch7x7x3_3", 192, 7, 1), "branch7x7x3_4", 192, 3, stride=2
+        )
         return [three, seven, nn.max_pool(x, (3, 3), (2, 2))]
 
     def _E(self, x: Array) -> list[Array]:
@@ -127,7 +148,9 @@ class Block(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """The network of FID (Szegedy et al. 2016, as TensorFlow shipped it in December 2015), in float32 and for inference only."""
+    """The network of FID (Szegedy et al. 2016, as TensorFlow shipped it in December 2015), in
+    float32 and for inference only.
+    """
 
     @nn.compact
     def __call__(self, x: Array) -> Features:
@@ -146,7 +169,8 @@ class InceptionV3(nn.Module):
             x = Block("C", width, name=f"Mixed_{name}")(x)
         x = Block("D", name="Mixed_7a")(x)
         x = Block("E", name="Mixed_7b")(x)
-        # Probably a slip of that graph (its own first E block averages), but all published numbers have it.
+        # Probably a slip of that graph (its own first E block averages), but all published numbers
+        # have it.
         x = Block("E", max_pool=True, name="Mixed_7c")(x)
         pooled = x.mean(axis=(1, 2))
         return Features(pooled, Linear(CLASSES, name="fc")(pooled))

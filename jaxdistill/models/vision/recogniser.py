@@ -1,4 +1,7 @@
-"""What stands in a scene: axis, and colour and garment of both places. Its hidden layer is the feature space of the metrics."""
+"""What stands in a scene: axis, and colour and garment of both places.
+
+Its hidden layer is the feature space of the metrics.
+"""
 
 from collections.abc import Sequence
 
@@ -8,7 +11,8 @@ from jaxtyping import Array
 
 
 class Recogniser(nn.Module):
-    """Strided 3x3 convolutions, one hidden layer of `features`, one linear head for each of the scene's labels.
+    """Strided 3x3 convolutions, one hidden layer of `features`, one linear head for each of the
+    scene's labels.
 
     Attributes:
       classes: of each head.
@@ -22,7 +26,9 @@ class Recogniser(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[tuple[Array, ...], Array]:
-        """Images x [b, h, w, c] in [0, 1] -> (logits [b, classes[i]] of each head, features [b, features])."""
+        """Images x [b, h, w, c] in [0, 1] -> (logits [b, classes[i]] of each head, features [b,
+        features]).
+        """
         h = 2.0 * x - 1.0
         for channels in self.channels:
             h = nn.silu(nn.GroupNorm(8)(nn.Conv(channels, (3, 3))(h)))

@@ -1,4 +1,6 @@
-"""From a config to the objects of an experiment: the one place where a config's names become the method's functions."""
+"""From a config to the objects of an experiment: the one place where a config's names become the
+method's functions.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -23,8 +25,17 @@ from jaxdistill.schedule import NoiseSchedule
 from jaxdistill.tasks.labelled_images import data
 from jaxdistill.train import gradient_of
 
-NOISE_SOURCES = {"trajectory": flash.trajectory_noise, "initial": flash.initial_noise, "fresh": flash.fresh_noise}
-SHIFTS = {"none": lambda T: flash.no_shift, "power": flash.power_shift, "linear": flash.linear_shift, "table": flash.table_shift}
+NOISE_SOURCES = {
+    "trajectory": flash.trajectory_noise,
+    "initial": flash.initial_noise,
+    "fresh": flash.fresh_noise,
+}
+SHIFTS = {
+    "none": lambda T: flash.no_shift,
+    "power": flash.power_shift,
+    "linear": flash.linear_shift,
+    "table": flash.table_shift,
+}
 GAN_LOSSES = {"hinge": adversarial.hinge, "non_saturating": adversarial.non_saturating}
 
 
@@ -65,7 +76,9 @@ class Experiment(NamedTuple):
         if self.adversarial_on:
             key, labels = jax.random.key(self.config.seed + 2), jnp.zeros((1,), jnp.int32)
             inputs = teacher_params, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,)), labels
-            params["discriminator"] = fresh_heads(self.heads, key, partial(self.model.apply, features=True), *inputs, cond=labels)
+            params["discriminator"] = fresh_heads(
+                self.heads, key, partial(self.model.apply, features=True), *inputs, cond=labels
+            )
         return params
 
 
@@ -79,16 +92,26 @@ def make_dataset(block: ConfigDict) -> data.Dataset:
 
 
 def make_optimizer(block: ConfigDict | Mapping[str, Any]) -> optax.GradientTransformation:
-    """AdamW, clipped, warmed up, cosine to `decay_to` of the rate (default: a fiftieth): {"iterations", "learning_rate", "warmup", ...}."""
+    """AdamW, clipped, warmed up, cosine to `decay_to` of the rate (default: a fiftieth):
+    {"iterations", "learning_rate", "warmup", ...}.
+    """
     top, end = block["learning_rate"], block.get("decay_to", 1 / 50)
-    rate = optax.warmup_cosine_decay_schedule(0.0, top, block["warmup"], max(block["iterations"], block["warmup"] + 1), end * top)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=block["adam_b2"], weight_decay=block["weight_decay"]))
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, top, block["warmup"], max(block["iterations"], block["warmup"] + 1), end * top
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b2=block["adam_b2"], weight_decay=block["weight_decay"]),
+    )
 
 
 def make_student_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """Of {"student", "discriminator"}: each player its own."""
     return optax.multi_transform(
-        {"student": make_optimizer(config.student), "discriminator": optax.adam(config.adversarial.learning_rate, b1=0.5)},
+        {
+            "student": make_optimizer(config.student),
+            "discriminator": optax.adam(config.adversarial.learning_rate, b1=0.5),
+        },
         {"student": "student", "discriminator": "discriminator"},
     )
 
@@ -99,7 +122,9 @@ def make_reconstruction(config: ConfigDict, T: float) -> flash.Reconstruction:
     shift_block = config.shifts[method.shift].to_dict() if method.shift in config.shifts else {}
     return flash.Reconstruction(
         shift=card.choose(SHIFTS, method.shift, "method.shift")(T, **shift_block),
-        noise_source=card.choose(NOISE_SOURCES, method.noise, "method.noise") if method.srl else None,
+        noise_source=(
+            card.choose(NOISE_SOURCES, method.noise, "method.noise") if method.srl else None
+        ),
         steps=method.teacher_steps,
         guidance_scale=method.guidance,
         solver=card.choose(card.SOLVERS, method.teacher_solver, "method.teacher_solver"),
@@ -107,26 +132,49 @@ def make_reconstruction(config: ConfigDict, T: float) -> flash.Reconstruction:
 
 
 def from_student(config: ConfigDict) -> bool:
-    """Whether config.method.name asks for a student of one step that learns from one of several (`endpoint`), not for Imagine Flash.
+    """Whether config.method.name asks for a student of one step that learns from one of several
+    (`endpoint`), not for Imagine Flash.
 
-    Raises ValueError for a name that is not known, and for settings that such a student cannot have.
+    Raises ValueError for a name that is not known, and for settings that such a student cannot
+    have.
     """
-    if not card.choose({"imagine_flash": False, "endpoint": True}, config.method.get("name", "imagine_flash"), "method.name"):
+    if not card.choose(
+        {"imagine_flash": False, "endpoint": True},
+        config.method.get("name", "imagine_flash"),
+        "method.name",
+    ):
         return False
-    about = "config.method.name = 'endpoint' trains a student of one step on where another student ends"
+    about = (
+        "config.method.name = 'endpoint' trains a student of one step on where another student ends"
+    )
     if tuple(config.student.steps) != (1,):
-        raise ValueError(f'{about}; set config.student.steps="(1,)", got {tuple(config.student.steps)}')
+        raise ValueError(
+            f'{about}; set config.student.steps="(1,)", got {tuple(config.student.steps)}'
+        )
     if config.teacher.steps < 2:
-        raise ValueError(f"{about}; set config.teacher.steps to the several steps of that one, got {config.teacher.steps}")
+        raise ValueError(
+            f"{about}; set config.teacher.steps to the several steps of that one, got"
+            f" {config.teacher.steps}"
+        )
     if config.teacher.guidance != 1.0:
-        raise ValueError(f"{about}, which needs no guidance; set config.teacher.guidance=1, got {config.teacher.guidance:g}")
+        raise ValueError(
+            f"{about}, which needs no guidance; set config.teacher.guidance=1, got"
+            f" {config.teacher.guidance:g}"
+        )
     if config.adversarial.weight > 0:
-        raise ValueError(f"{about}, without a discriminator; set config.adversarial.weight=0, got {config.adversarial.weight:g}")
+        raise ValueError(
+            f"{about}, without a discriminator; set config.adversarial.weight=0, got"
+            f" {config.adversarial.weight:g}"
+        )
     return True
 
 
 def make_adversary(
-    block: ConfigDict, features: adversarial.FeatureFn, heads: nn.Module, schedule: NoiseSchedule, constrain: Constrain
+    block: ConfigDict,
+    features: adversarial.FeatureFn,
+    heads: nn.Module,
+    schedule: NoiseSchedule,
+    constrain: Constrain,
 ) -> adversarial.Adversary | None:
     """The adversarial block -> the term, or None where its weight is 0. Raises ValueError."""
     gan_loss = card.choose(GAN_LOSSES, block.loss, "adversarial.loss")
@@ -156,14 +204,21 @@ def make_student_loss(
     adversary_states: str = "all",
     unroll: bool = False,
 ) -> LossFn:
-    """Of config.method.name: Imagine Flash on `grids`, or `endpoint` from a student's steps, at the times `several` gives for their number.
+    """Of config.method.name: Imagine Flash on `grids`, or `endpoint` from a student's steps, at the
+    times `several` gives for their number.
 
     Raises ValueError.
     """
     method = config.method
     if from_student(config):
         grid = several(config.teacher.steps)
-        return endpoint(network, grid=grid, correct_noise=method.noise_correction, constrain=constrain, unroll=unroll)
+        return endpoint(
+            network,
+            grid=grid,
+            correct_noise=method.noise_correction,
+            constrain=constrain,
+            unroll=unroll,
+        )
     return flash.imagine_flash(
         network,
         network,
@@ -232,16 +287,25 @@ def make_cards(config: ConfigDict, dataset: data.Dataset) -> tuple[dict[str, Any
 
 
 def build(config: ConfigDict) -> Experiment:
-    """Check the whole config and make its functions. Raises ValueError with one clear line for what cannot be."""
+    """Check the whole config and make its functions.
+
+    Raises ValueError with one clear line for what cannot be.
+    """
     check_numbers(config)
     if from_student(config) and not config.teacher.path:
-        raise ValueError("config.teacher.path is empty: config.method.name = 'endpoint' needs the student/ folder of a finished run")
+        raise ValueError(
+            "config.teacher.path is empty: config.method.name = 'endpoint' needs the student/"
+            " folder of a finished run"
+        )
     dataset = make_dataset(config.data)
     check_counts(config, dataset)
     layout = partition.layout(config.mesh.to_dict())
     mesh = layout.mesh
     teacher_card, student_card = make_cards(config, dataset)
-    teacher_sampler, student_sampler = card.build_sampler(teacher_card), card.build_sampler(student_card)
+    teacher_sampler, student_sampler = (
+        card.build_sampler(teacher_card),
+        card.build_sampler(student_card),
+    )
     model, schedule = teacher_sampler.model, teacher_sampler.schedule
     parameterization, target = card.PREDICTIONS[config.prediction]
     check_pair(schedule, parameterization)
@@ -250,13 +314,20 @@ def build(config: ConfigDict) -> Experiment:
     for phase in ("teacher", "student"):
         partition.check_batch(config[phase].batch_size, mesh, f"config.{phase}.batch_size")
     teacher_sampler.grid(config.teacher.steps)
-    grids = {n: check_grid(student_sampler.grid(n), schedule.T) for n in sorted(config.student.steps)}
+    grids = {
+        n: check_grid(student_sampler.grid(n), schedule.T) for n in sorted(config.student.steps)
+    }
     check_keep_best(config.student.keep_best, ("fd", "distance"), grids)
 
     constrain = partition.constrain_batch(mesh)
     null_cond: Any = model.null_cond
     teacher_loss = denoising(
-        model.apply, schedule=schedule, target=target, null_cond=null_cond, drop_cond=config.teacher.drop_cond, constrain=constrain
+        model.apply,
+        schedule=schedule,
+        target=target,
+        null_cond=null_cond,
+        drop_cond=config.teacher.drop_cond,
+        constrain=constrain,
     )
     heads = FeatureHeads(config.adversarial.width)
     network = flash.Model(model.apply, schedule, parameterization)
@@ -266,7 +337,9 @@ def build(config: ConfigDict) -> Experiment:
         grids=list(grids.values()),
         several=teacher_sampler.grid,
         null_cond=null_cond,
-        adversary=make_adversary(config.adversarial, partial(model.apply, features=True), heads, schedule, constrain),
+        adversary=make_adversary(
+            config.adversarial, partial(model.apply, features=True), heads, schedule, constrain
+        ),
         constrain=constrain,
         unroll=config.method.unroll,
     )
@@ -290,10 +363,15 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def check_keep_best(name: str, numbers: Sequence[str], steps: Iterable[int]) -> None:
-    """Raise ValueError where config.student.keep_best is none of the health numbers that are lower for a better student."""
+    """Raise ValueError where config.student.keep_best is none of the health numbers that are lower
+    for a better student.
+    """
     known = [f"{number}_{n}" for number in numbers for n in steps]
     if name and name not in known:
-        raise ValueError(f"config.student.keep_best = {name!r} is not known; use one of {', '.join(known)}, or '' for the last averages")
+        raise ValueError(
+            f"config.student.keep_best = {name!r} is not known; use one of {', '.join(known)}, or"
+            " '' for the last averages"
+        )
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -333,20 +411,37 @@ def check_numbers(config: ConfigDict) -> None:
         if name in flat and not 0 <= flat[name] < 1:
             raise ValueError(f"config.{name} must be in [0, 1), got {flat[name]}")
     if not 0 <= flat.get("student.decay_to", 0.0) <= 1:
-        raise ValueError(f"config.student.decay_to must be in [0, 1] (1: no decay), got {flat['student.decay_to']:g}")
+        raise ValueError(
+            "config.student.decay_to must be in [0, 1] (1: no decay), got"
+            f" {flat['student.decay_to']:g}"
+        )
     if not config.student.steps or min(config.student.steps) < 1:
-        raise ValueError(f"config.student.steps must hold step counts of at least 1, got {tuple(config.student.steps)}")
-    drop_cond = flat.get("teacher.drop_cond", 1.0)  # a given teacher is taken to know the null conditioning
+        raise ValueError(
+            "config.student.steps must hold step counts of at least 1, got"
+            f" {tuple(config.student.steps)}"
+        )
+    drop_cond = flat.get(
+        "teacher.drop_cond", 1.0
+    )  # a given teacher is taken to know the null conditioning
     if not 0 <= drop_cond <= 1:
         raise ValueError(f"config.teacher.drop_cond must be in [0, 1], got {drop_cond}")
-    scales = [("method.guidance", config.method.guidance), ("teacher.guidance", config.teacher.guidance)]
+    scales = [
+        ("method.guidance", config.method.guidance),
+        ("teacher.guidance", config.teacher.guidance),
+    ]
     for name, scale in [*scales, *(("eval.guidances", g) for g in flat.get("eval.guidances", ()))]:
         if scale < 0:
             raise ValueError(f"config.{name} must be at least 0 (1 = none), got {scale:g}")
         if scale != 1.0 and drop_cond == 0:
-            raise ValueError(f"config.{name} = {scale:g} needs a teacher trained with config.teacher.drop_cond > 0")
+            raise ValueError(
+                f"config.{name} = {scale:g} needs a teacher trained with"
+                " config.teacher.drop_cond > 0"
+            )
     if config.adversarial.weight < 0:
-        raise ValueError(f"config.adversarial.weight must be at least 0 (0 switches the term off), got {config.adversarial.weight:g}")
+        raise ValueError(
+            "config.adversarial.weight must be at least 0 (0 switches the term off), got"
+            f" {config.adversarial.weight:g}"
+        )
     if not 0 <= config.adversarial.low < config.adversarial.high <= 1:
         raise ValueError(
             "config.adversarial needs 0 <= low < high <= 1 (shares of T), "
@@ -355,7 +450,9 @@ def check_numbers(config: ConfigDict) -> None:
     if "eval" not in config:
         return
     if not config.eval.models:
-        raise ValueError("config.eval.models must name what to score: 'teacher', 'student' or both, got ()")
+        raise ValueError(
+            "config.eval.models must name what to score: 'teacher', 'student' or both, got ()"
+        )
     nested = ("nested",)
     for phase, extra in (("teacher", nested if from_student(config) else ()), ("student", nested)):
         card.choose(dict.fromkeys((*extra, *card.GRIDS)), config[phase].grid, f"{phase}.grid")
@@ -366,14 +463,16 @@ def check_numbers(config: ConfigDict) -> None:
         block, key = name.split(".")
         if config[block][key] <= features:
             raise ValueError(
-                f"config.{name} = {config[block][key]} is too few for a Frechet distance of {features} features; "
-                f"at least {features + 1} are needed"
+                f"config.{name} = {config[block][key]} is too few for a Frechet distance of"
+                f" {features} features; at least {features + 1} are needed"
             )
 
 
 def scored_split(config: ConfigDict, dataset: data.Dataset) -> data.Split:
     """The split that config.eval.split names. Raises ValueError."""
-    return card.choose({"test": dataset.test, "validation": dataset.validation}, config.eval.split, "eval.split")
+    return card.choose(
+        {"test": dataset.test, "validation": dataset.validation}, config.eval.split, "eval.split"
+    )
 
 
 def check_counts(config: ConfigDict, dataset: data.Dataset) -> None:
@@ -381,8 +480,8 @@ def check_counts(config: ConfigDict, dataset: data.Dataset) -> None:
     count, features = len(scored_split(config, dataset).labels), config.eval.features
     if features >= count // 2:
         raise ValueError(
-            f"config.eval.features = {features} is too many for halves of the {count} {config.eval.split} images; "
-            f"at most {count // 2 - 1} can be used"
+            f"config.eval.features = {features} is too many for halves of the {count}"
+            f" {config.eval.split} images; at most {count // 2 - 1} can be used"
         )
 
 
@@ -390,19 +489,30 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
 def check_student_step(experiment: Experiment) -> None:
-    """Trace the student's gradient as training will take it, so that a mistake shows before the teacher is trained."""
+    """Trace the student's gradient as training will take it, so that a mistake shows before the
+    teacher is trained.
+    """
     layout, size = experiment.layout, experiment.config.student.batch_size
     x0, labels = jnp.zeros((1, *experiment.image_shape)), jnp.zeros((1,), jnp.int32)
     teacher = jax.eval_shape(experiment.model.init, jax.random.key(0), x0, jnp.zeros((1,)), labels)
-    trees = jax.eval_shape(experiment.student_params, teacher), teacher, jax.eval_shape(jax.random.key, 0)
+    trees = (
+        jax.eval_shape(experiment.student_params, teacher),
+        teacher,
+        jax.eval_shape(jax.random.key, 0),
+    )
     params, teacher, key = (layout.describe(tree) for tree in trees)
     place = partition.batch_sharding(layout.mesh)
     batch = {
-        name: jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype, sharding=place) for name, array in (("x0", x0), ("cond", labels))
+        name: jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype, sharding=place)
+        for name, array in (("x0", x0), ("cond", labels))
     }
     gradient_of(experiment.student_loss).trace(params, teacher, batch, key)

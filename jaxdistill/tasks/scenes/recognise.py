@@ -1,7 +1,9 @@
-"""Scores of generated scenes: recognisers trained on real train scenes say whether the image holds what its caption says.
+"""Scores of generated scenes: recognisers trained on real train scenes say whether the image holds
+what its caption says.
 
-One network has a head for each of a scene's labels; its hidden layer is the feature space of the Fréchet distance. It is trained
-here, frozen, and named by a hash: numbers of different hashes must not be compared.
+One network has a head for each of a scene's labels; its hidden layer is the feature space of the
+Fréchet distance. It is trained here, frozen, and named by a hash: numbers of different hashes must
+not be compared.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,20 +15,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdistill.metrics.evaluate import class_spread, fd_noise, frechet_distance, precision_recall, weights_hash
+from jaxdistill.metrics.evaluate import (
+    class_spread,
+    fd_noise,
+    frechet_distance,
+    precision_recall,
+    weights_hash,
+)
 from jaxdistill.models.vision.recogniser import Recogniser
 from jaxdistill.tasks.scenes import scenes
 
-CLASSES = (len(scenes.AXES), len(scenes.COLOURS), len(scenes.GARMENTS), len(scenes.COLOURS), len(scenes.GARMENTS))
+CLASSES = (
+    len(scenes.AXES),
+    len(scenes.COLOURS),
+    len(scenes.GARMENTS),
+    len(scenes.COLOURS),
+    len(scenes.GARMENTS),
+)
 
 SCALE_IMAGES = 5000
 """Train scenes that fix the scale of the features."""
 
 
 class SceneRecogniser:
-    """A frozen recogniser: images [n, h, w, 3] in [0, 1] -> labels int [n, 5] as of `Scene.labels`, and features [n, d]."""
+    """A frozen recogniser: images [n, h, w, 3] in [0, 1] -> labels int [n, 5] as of `Scene.labels`,
+    and features [n, d].
+    """
 
-    def __init__(self, params: Any, train_images: np.ndarray, *, channels: Sequence[int], features: int) -> None:
+    def __init__(
+        self, params: Any, train_images: np.ndarray, *, channels: Sequence[int], features: int
+    ) -> None:
         self.params = params
         self._apply = jax.jit(Recogniser(CLASSES, tuple(channels), features).apply)
         self.hash = weights_hash(params)
@@ -40,9 +58,13 @@ class SceneRecogniser:
         size = 500 if len(images) >= 500 else 50
         for i in range(0, len(images), size):
             block = np.asarray(images[i : i + size], np.float32)
-            padded = np.concatenate([block, np.zeros((size - len(block), *block.shape[1:]), np.float32)])
+            padded = np.concatenate(
+                [block, np.zeros((size - len(block), *block.shape[1:]), np.float32)]
+            )
             logits, hidden = self._apply(self.params, padded)
-            labels.append(np.stack([np.asarray(head).argmax(-1) for head in logits], axis=-1)[: len(block)])
+            labels.append(
+                np.stack([np.asarray(head).argmax(-1) for head in logits], axis=-1)[: len(block)]
+            )
             features.append(np.asarray(hidden)[: len(block)] / self._scale)
         return np.concatenate(labels), np.concatenate(features)
 
@@ -59,14 +81,16 @@ def train_recogniser(
     learning_rate: float,
     noise: float = 0.1,
 ) -> SceneRecogniser:
-    """Train on scenes of real garments, all compositions among them, with pixel noise as augmentation.
+    """Train on scenes of real garments, all compositions among them, with pixel noise as
+    augmentation.
 
     The seed is fixed: all runs on one kind of machine share one recogniser.
 
     Args:
       images: uint8 [n, h, w, 3].
       labels: int [n, 5] as of `Scene.labels`.
-      scale_images: train scenes, float32 [m, h, w, 3] in [0, 1], that fix the scale of the features.
+      scale_images: train scenes, float32 [m, h, w, 3] in [0, 1], that fix the scale of the
+        features.
       channels: as of `Recogniser`.
       features: as of `Recogniser`.
       steps: of AdamW.
@@ -81,7 +105,10 @@ def train_recogniser(
 
     def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         heads = model.apply(params, x)[0]
-        losses = [optax.softmax_cross_entropy_with_integer_labels(logits, y[:, i]).mean() for i, logits in enumerate(heads)]
+        losses = [
+            optax.softmax_cross_entropy_with_integer_labels(logits, y[:, i]).mean()
+            for i, logits in enumerate(heads)
+        ]
         return jnp.sum(jnp.stack(losses))
 
     @partial(jax.jit, donate_argnums=0)
@@ -89,7 +116,9 @@ def train_recogniser(
         params, opt_state = state
         key_level, key_noise = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
         x = x.astype(jnp.float32) / 255.0
-        x = x + noise * jax.random.uniform(key_level, (len(x), 1, 1, 1)) * jax.random.normal(key_noise, x.shape)
+        x = x + noise * jax.random.uniform(key_level, (len(x), 1, 1, 1)) * jax.random.normal(
+            key_noise, x.shape
+        )
         updates, opt_state = tx.update(jax.grad(loss_fn)(params, x, y), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
@@ -108,8 +137,8 @@ def unit(images: np.ndarray) -> np.ndarray:
 def compare(found: np.ndarray, asked: np.ndarray) -> dict[str, float]:
     """Shares of images that are right, by recognised labels and asked labels, both int [n, 5].
 
-    colour and garment: of the two garments in their asked places. relation: the axis is right, and the garments match their
-    places no worse than exchanged. all_right: all five labels.
+    colour and garment: of the two garments in their asked places. relation: the axis is right, and
+    the garments match their places no worse than exchanged. all_right: all five labels.
     """
     same = found == asked
     straight = same[:, 1:].sum(1)
@@ -123,7 +152,9 @@ def compare(found: np.ndarray, asked: np.ndarray) -> dict[str, float]:
 
 
 class SceneScores(NamedTuple):
-    """Scores of one sampler; shares in [0, 1], `diversity` relative to real scenes of the same captions."""
+    """Scores of one sampler; shares in [0, 1], `diversity` relative to real scenes of the same
+    captions.
+    """
 
     fd: float
     fd_noise: float
@@ -176,10 +207,15 @@ class SceneEvaluator:
     def quick(self, images: np.ndarray) -> dict[str, float]:
         """FD and all_right alone, for health lines: images of the first captions."""
         found, features = self.recogniser(images)
-        return {"fd": frechet_distance(features, self._real), "all_right": compare(found, self.labels[: len(images)])["all_right"]}
+        return {
+            "fd": frechet_distance(features, self._real),
+            "all_right": compare(found, self.labels[: len(images)])["all_right"],
+        }
 
     def __call__(self, images: np.ndarray, unseen: np.ndarray, repeated: np.ndarray) -> SceneScores:
-        """Score images of the first captions, of the unseen ones, and `repeats` in a row for each caption of the diversity set."""
+        """Score images of the first captions, of the unseen ones, and `repeats` in a row for each
+        caption of the diversity set.
+        """
         found, features = self.recogniser(images)
         n = min(len(features), len(self._real), 2000)
         precision, recall = precision_recall(self._real[:n], features[:n])
@@ -190,7 +226,9 @@ class SceneEvaluator:
             fd_noise=fd_noise(features, self._real),
             precision=precision,
             recall=recall,
-            unseen_all_right=compare(self.recogniser(unseen)[0], self.unseen_labels[: len(unseen)])["all_right"],
+            unseen_all_right=compare(self.recogniser(unseen)[0], self.unseen_labels[: len(unseen)])[
+                "all_right"
+            ],
             diversity=class_spread(repeated, groups) / self._spread,
             **shares,
         )

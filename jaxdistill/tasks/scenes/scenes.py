@@ -1,7 +1,10 @@
-"""Scenes: two tinted Fashion-MNIST garments side by side or one above the other, with a caption. Text to image on two CPU cores.
+"""Scenes: two tinted Fashion-MNIST garments side by side or one above the other, with a caption.
 
-A TFDS dataset of 32x32 RGB images, made from the idx files alone (no TensorFlow). A caption names what is there; a fifth of the
-(colour, garment) pairs never occurs in training, so that unseen compositions can be asked for.
+Text to image on two CPU cores.
+
+A TFDS dataset of 32x32 RGB images, made from the idx files alone (no TensorFlow). A caption names
+what is there; a fifth of the (colour, garment) pairs never occurs in training, so that unseen
+compositions can be asked for.
 """
 
 import itertools
@@ -18,8 +21,20 @@ from PIL import Image
 from jaxdistill.tasks.labelled_images.data import DataError, fashion_mnist
 
 SIDE, SPRITE = 32, 14
-GARMENTS = {"t-shirt": 0, "trousers": 1, "dress": 3, "coat": 4, "sandal": 5, "sneaker": 7, "bag": 8, "boot": 9}
-"""Name -> Fashion-MNIST's class. Pullover and shirt are left out: at 14x14 nobody tells them from coat and T-shirt."""
+GARMENTS = {
+    "t-shirt": 0,
+    "trousers": 1,
+    "dress": 3,
+    "coat": 4,
+    "sandal": 5,
+    "sneaker": 7,
+    "bag": 8,
+    "boot": 9,
+}
+"""Name -> Fashion-MNIST's class.
+
+Pullover and shirt are left out: at 14x14 nobody tells them from coat and T-shirt.
+"""
 COLOURS = {
     "red": (1.0, 0.1, 0.1),
     "green": (0.1, 0.9, 0.1),
@@ -33,7 +48,11 @@ AXES = ("horizontal", "vertical")
 
 PAIRS = tuple(itertools.product(COLOURS, GARMENTS))
 """All (colour, garment) pairs."""
-HELD_OUT = frozenset((c, g) for (i, c), (j, g) in itertools.product(enumerate(COLOURS), enumerate(GARMENTS)) if (i + j) % 5 == 0)
+HELD_OUT = frozenset(
+    (c, g)
+    for (i, c), (j, g) in itertools.product(enumerate(COLOURS), enumerate(GARMENTS))
+    if (i + j) % 5 == 0
+)
 """The pairs that training never shows: each colour and each garment loses at least one."""
 
 # {a} is the left or upper garment, {b} the other.
@@ -79,7 +98,9 @@ def phrase(colour: str, garment: str) -> str:
 def captions(scene: Scene) -> list[str]:
     """Every wording of a scene."""
     a, b = phrase(*scene.first), phrase(*scene.second)
-    return [prefix + wording.format(a=a, b=b) for prefix in PREFIXES for wording in WORDINGS[scene.axis]]
+    return [
+        prefix + wording.format(a=a, b=b) for prefix in PREFIXES for wording in WORDINGS[scene.axis]
+    ]
 
 
 def parse(caption: str) -> Scene:
@@ -87,11 +108,19 @@ def parse(caption: str) -> Scene:
 
     Raises DataError, naming the caption, where it is none: the recognisers know only these words.
     """
-    thing = rf"(?:a pair of ({'|'.join(COLOURS)}) (trousers)|a ({'|'.join(COLOURS)}) ({'|'.join(g for g in GARMENTS if g != 'trousers')}))"
+    thing = (
+        rf"(?:a pair of ({'|'.join(COLOURS)}) (trousers)|a ({'|'.join(COLOURS)})"
+        rf" ({'|'.join(g for g in GARMENTS if g != 'trousers')}))"
+    )
     text = caption.strip().lower()
     for axis, wordings in WORDINGS.items():
         for wording in wordings:
-            pattern = re.escape(wording).replace(r"\{a\}", "{a}").replace(r"\{b\}", "{b}").format(a=thing, b=thing)
+            pattern = (
+                re.escape(wording)
+                .replace(r"\{a\}", "{a}")
+                .replace(r"\{b\}", "{b}")
+                .format(a=thing, b=thing)
+            )
             match = re.fullmatch(f"(?:{'|'.join(PREFIXES)})" + pattern, text)
             if match:
                 words = [w for w in match.groups() if w]
@@ -100,18 +129,25 @@ def parse(caption: str) -> Scene:
                     pairs.reverse()
                 return Scene(axis, *pairs)
     raise DataError(
-        f"caption {caption!r} is outside the vocabulary; colours {', '.join(COLOURS)}; garments {', '.join(GARMENTS)}; "
-        f"wordings such as {WORDINGS['horizontal'][0].format(a='a red bag', b='a pair of blue trousers')!r}"
+        f"caption {caption!r} is outside the vocabulary; colours {', '.join(COLOURS)}; garments"
+        f" {', '.join(GARMENTS)}; wordings such as"
+        f" {WORDINGS['horizontal'][0].format(a='a red bag', b='a pair of blue trousers')!r}"
     )
 
 
 def draw_scene(rng: np.random.Generator, *, unseen: bool | None) -> Scene:
-    """A random scene: with `unseen` at least one pair is held out, with False none is, with None any may be."""
+    """A random scene: with `unseen` at least one pair is held out, with False none is, with None
+    any may be.
+    """
     allowed = [p for p in PAIRS if p not in HELD_OUT] if unseen is False else PAIRS
     first, second = (allowed[rng.integers(len(allowed))] for _ in range(2))
     if unseen and not {first, second} & HELD_OUT:
         held = sorted(HELD_OUT)
-        first, second = (held[rng.integers(len(held))], second) if rng.random() < 0.5 else (first, held[rng.integers(len(held))])
+        first, second = (
+            (held[rng.integers(len(held))], second)
+            if rng.random() < 0.5
+            else (first, held[rng.integers(len(held))])
+        )
     return Scene(AXES[rng.integers(2)], first, second)
 
 
@@ -123,12 +159,18 @@ def render(scene: Scene, sprites: dict[str, np.ndarray], rng: np.random.Generato
         top, left = (across, along) if scene.axis == "horizontal" else (along, across)
         choices = sprites[garment]
         grey = choices[rng.integers(len(choices))]
-        canvas[top : top + SPRITE, left : left + SPRITE] += grey[..., None] * np.asarray(COLOURS[colour], np.float32)
+        canvas[top : top + SPRITE, left : left + SPRITE] += grey[..., None] * np.asarray(
+            COLOURS[colour], np.float32
+        )
     return np.round(canvas * 255).astype(np.uint8)
 
 
-def every_composition(sprites: dict[str, np.ndarray], count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scenes of any pairs, held-out ones too: images uint8 [count, 32, 32, 3], labels int32 [count, 5]. What a recogniser must know."""
+def every_composition(
+    sprites: dict[str, np.ndarray], count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scenes of any pairs, held-out ones too: images uint8 [count, 32, 32, 3], labels int32 [count,
+    5]. What a recogniser must know.
+    """
     images, labels = [], []
     for i in range(count):
         rng = np.random.default_rng((seed, len(SPLITS), i))
@@ -139,7 +181,9 @@ def every_composition(sprites: dict[str, np.ndarray], count: int, seed: int) -> 
 
 
 def make_sprites(images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Garments [n, 28, 28, 1] in [0, 1] halved to 14x14, each stretched to a maximum of 1: {name: float32 [m, 14, 14]}."""
+    """Garments [n, 28, 28, 1] in [0, 1] halved to 14x14, each stretched to a maximum of 1: {name:
+    float32 [m, 14, 14]}.
+    """
     small = images[..., 0].reshape(-1, SPRITE, 2, SPRITE, 2).mean(axis=(2, 4))
     small = small / np.maximum(small.max(axis=(1, 2), keepdims=True), 1e-6)
     return {name: small[labels == label].astype(np.float32) for name, label in GARMENTS.items()}
@@ -147,14 +191,18 @@ def make_sprites(images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray
 
 @dataclass
 class SceneConfig(tfds.core.BuilderConfig):
-    """source: folder of Fashion-MNIST's idx files; scale: factor on the number of scenes (tests use less)."""
+    """source: folder of Fashion-MNIST's idx files; scale: factor on the number of scenes (tests use
+    less).
+    """
 
     source: str = ""
     scale: float = 1.0
 
 
 class FashionScenes(tfds.core.GeneratorBasedBuilder):
-    """{"image" uint8 [32, 32, 3], "caption", "labels" int32 [5] as of `Scene.labels`} by seed 0; see the module."""
+    """{"image" uint8 [32, 32, 3], "caption", "labels" int32 [5] as of `Scene.labels`} by seed 0;
+    see the module.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -180,18 +228,28 @@ class FashionScenes(tfds.core.GeneratorBasedBuilder):
         sprites = {name: make_sprites(part.images, part.labels) for name, part in parts.items()}
         return {name: self._generate_examples(name, sprites[name]) for name in SPLITS}
 
-    def _generate_examples(self, split: str, sprites: dict[str, np.ndarray]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(
+        self, split: str, sprites: dict[str, np.ndarray]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         for i in range(max(1, round(SPLITS[split] * self.builder_config.scale))):
             rng = np.random.default_rng((0, list(SPLITS).index(split), i))
             scene = draw_scene(rng, unseen=split == "unseen")
             wordings = captions(scene)
             # PIL images: the writer would want TensorFlow to encode arrays.
             image = Image.fromarray(render(scene, sprites, rng))
-            yield i, {"image": image, "caption": wordings[rng.integers(len(wordings))], "labels": scene.labels()}
+            yield (
+                i,
+                {
+                    "image": image,
+                    "caption": wordings[rng.integers(len(wordings))],
+                    "labels": scene.labels(),
+                },
+            )
 
 
 def open_scenes(source: str | Path, folder: str | Path, *, scale: float = 1.0) -> dict[str, Any]:
-    """The random-access data sources {split: [{"image", "caption", "labels"}]} in `folder`, made there at the first call.
+    """The random-access data sources {split: [{"image", "caption", "labels"}]} in `folder`, made
+    there at the first call.
 
     Raises DataError where the idx files in `source` are missing or damaged.
     """

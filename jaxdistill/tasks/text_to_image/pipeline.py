@@ -20,7 +20,9 @@ from jaxdistill.interop.diffusers_scheduler import Scheduler
 from jaxdistill.run import checkpoint
 
 SETTINGS = "jaxdistill.json"
-"""What a student's folder says beyond diffusers' own files: {"steps", "guidance", "noise_correction"}."""
+"""What a student's folder says beyond diffusers' own files: {"steps", "guidance",
+"noise_correction"}.
+"""
 
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE = {False: 7.5, True: 5.0}
@@ -32,13 +34,18 @@ class PromptError(ValueError):
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """The prompts of a .txt file (one a line) or a .jsonl file ({"prompt" or "caption", ...} a line), empty lines left out.
+    """The prompts of a .txt file (one a line) or a .jsonl file ({"prompt" or "caption", ...} a
+    line), empty lines left out.
 
-    Raises PromptError naming the file and the line that is not UTF-8, no JSON object or without a prompt, or a file without prompts.
+    Raises PromptError naming the file and the line that is not UTF-8, no JSON object or without a
+    prompt, or a file without prompts.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
-        raise PromptError(f'prompt file {path} must end in .txt (a prompt a line) or .jsonl (an object with "prompt" a line)')
+        raise PromptError(
+            f"prompt file {path} must end in .txt (a prompt a line) or .jsonl (an object with"
+            ' "prompt" a line)'
+        )
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -49,7 +56,9 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
             text = line.decode("utf-8").strip().removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             bad = f"byte {error.start + 1} is 0x{line[error.start]:02x}"
-            raise PromptError(f"prompt file {path}, line {number} is not UTF-8 ({bad}); save it as UTF-8") from None
+            raise PromptError(
+                f"prompt file {path}, line {number} is not UTF-8 ({bad}); save it as UTF-8"
+            ) from None
         if not text:
             continue
         if path.suffix == ".txt":
@@ -61,14 +70,16 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
             raise PromptError(f"prompt file {path}, line {number} is no JSON") from None
         found = item.get("prompt", item.get("caption")) if isinstance(item, dict) else None
         if not isinstance(found, str):
-            raise PromptError(f'prompt file {path}, line {number} has no text under "prompt" or "caption"')
+            raise PromptError(
+                f'prompt file {path}, line {number} has no text under "prompt" or "caption"'
+            )
         prompts.append({**item, "prompt": found})
     if not prompts:
         raise PromptError(f"prompt file {path} holds no prompt")
     return prompts
 
 
-# ---------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 class Tokens(NamedTuple):
@@ -79,19 +90,27 @@ class Tokens(NamedTuple):
 
 
 def load_tokenizer(folder: Path, length: int) -> Callable[[Sequence[str]], Tokens]:
-    """A CLIP tokenizer from its folder: prompts -> Tokens of `length`. Raises FolderError where its files cannot be read."""
+    """A CLIP tokenizer from its folder: prompts -> Tokens of `length`.
+
+    Raises FolderError where its files cannot be read.
+    """
     from transformers import CLIPTokenizer
 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever the library raises for a damaged file
-        raise FolderError(f"the tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}); copy the folder anew") from None
+        raise FolderError(
+            f"the tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}); copy the"
+            " folder anew"
+        ) from None
 
     def tokens(prompts: Sequence[str]) -> Tokens:
         whole = [tokenizer(p, truncation=False).input_ids for p in prompts]
         # The end token keeps its place: what is cut lies before it.
         cut = [tokenizer.decode(ids[length - 1 : -1]) if len(ids) > length else "" for ids in whole]
-        ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids
+        ids = tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True
+        ).input_ids
         return Tokens(np.asarray(ids, np.int32).reshape(len(prompts), length), cut)
 
     return tokens
@@ -101,7 +120,10 @@ def say_cut(prompts: Sequence[str], cut: Sequence[str], length: int) -> None:
     """A line on stderr for each prompt that is longer than the encoder takes, one for equal ones."""
     for prompt, rest in dict(zip(prompts, cut, strict=True)).items():
         if rest:
-            print(f"warning: prompt {prompt[:40]!r}... has more than {length} tokens; cut: {rest!r}", file=sys.stderr)
+            print(
+                f"warning: prompt {prompt[:40]!r}... has more than {length} tokens; cut: {rest!r}",
+                file=sys.stderr,
+            )
 
 
 class TextEncoders:
@@ -111,7 +133,9 @@ class TextEncoders:
         self.folder = folder
         self.length = min(part.module.positions for part in folder.text_encoders)
         self.tokenizers = [load_tokenizer(path, self.length) for path in folder.tokenizers]
-        self.params = [diffusers_folder.load_params(part, dtype=dtype) for part in folder.text_encoders]
+        self.params = [
+            diffusers_folder.load_params(part, dtype=dtype) for part in folder.text_encoders
+        ]
         modules = [part.module for part in folder.text_encoders]
         xl = folder.xl
 
@@ -120,35 +144,61 @@ class TextEncoders:
             if not xl:
                 return {"context": states[0].last.astype(jnp.float32)}
             context = jnp.concatenate([s.penultimate for s in states], axis=-1)
-            return {"context": context.astype(jnp.float32), "pooled": states[-1].pooled.astype(jnp.float32)}
+            return {
+                "context": context.astype(jnp.float32),
+                "pooled": states[-1].pooled.astype(jnp.float32),
+            }
 
         self._encode = jax.jit(encode)
 
     def __call__(self, prompts: Sequence[str], *, batch_size: int = 16) -> dict[str, np.ndarray]:
-        """{"context" float32 [n, l, d]} and for XL "pooled" [n, p]; says on stderr what of a long prompt is cut."""
+        """{"context" float32 [n, l, d]} and for XL "pooled" [n, p]; says on stderr what of a long
+        prompt is cut.
+        """
         found = [tokenizer(prompts) for tokenizer in self.tokenizers]
         say_cut(prompts, found[0].cut, self.length)
         parts = []
         for i in range(0, len(prompts), batch_size):
-            ids = [np.resize(t.ids[i : i + batch_size], (min(batch_size, len(prompts)), self.length)) for t in found]
+            ids = [
+                np.resize(t.ids[i : i + batch_size], (min(batch_size, len(prompts)), self.length))
+                for t in found
+            ]
             count = len(found[0].ids[i : i + batch_size])
-            for part, given, path in zip(self.folder.text_encoders, ids, self.folder.tokenizers, strict=True):
+            for part, given, path in zip(
+                self.folder.text_encoders, ids, self.folder.tokenizers, strict=True
+            ):
                 if given.max() >= part.module.vocab_size:
                     raise ValueError(
-                        f"{path} gives the token {given.max()}, but its encoder knows {part.module.vocab_size}; copy the folder anew"
+                        f"{path} gives the token {given.max()}, but its encoder knows"
+                        f" {part.module.vocab_size}; copy the folder anew"
                     )
-            parts.append({k: np.asarray(v)[:count] for k, v in self._encode(self.params, ids).items()})
+            parts.append(
+                {k: np.asarray(v)[:count] for k, v in self._encode(self.params, ids).items()}
+            )
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
     def negative(self, prompt: str | None) -> dict[str, np.ndarray]:
-        """The conditioning of one negative prompt, [1, ...]; None is the pipeline's own: zeros for XL where its index says so."""
+        """The conditioning of one negative prompt, [1, ...]; None is the pipeline's own: zeros for
+        XL where its index says so.
+        """
         encoded = self([prompt or ""])
-        return {k: np.zeros_like(v) for k, v in encoded.items()} if prompt is None and self.folder.zero_empty_prompt else encoded
+        return (
+            {k: np.zeros_like(v) for k, v in encoded.items()}
+            if prompt is None and self.folder.zero_empty_prompt
+            else encoded
+        )
 
 
-def with_null(null: Mapping[str, Array | np.ndarray], cond: Mapping[str, Array]) -> dict[str, Array]:
-    """A batch's conditioning with the negative prompt's [1, ...] in the place of its own; what `null` does not name, as time ids, stays."""
-    return {name: jnp.broadcast_to(null[name], value.shape) if name in null else value for name, value in cond.items()}
+def with_null(
+    null: Mapping[str, Array | np.ndarray], cond: Mapping[str, Array]
+) -> dict[str, Array]:
+    """A batch's conditioning with the negative prompt's [1, ...] in the place of its own; what
+    `null` does not name, as time ids, stays.
+    """
+    return {
+        name: jnp.broadcast_to(null[name], value.shape) if name in null else value
+        for name, value in cond.items()
+    }
 
 
 def time_ids(height: int, width: int) -> np.ndarray:
@@ -156,14 +206,17 @@ def time_ids(height: int, width: int) -> np.ndarray:
     return np.asarray([height, width, 0, 0, height, width], np.float32)
 
 
-# ---------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
-def decode_tiled(decode: Callable[[Array], Array], z: Array, *, tile: int, overlap: int, factor: int) -> Array:
-    """Decode latents [b, h, w, c] in overlapping tiles of `tile` latents a side, blended linearly over `overlap` latents.
+def decode_tiled(
+    decode: Callable[[Array], Array], z: Array, *, tile: int, overlap: int, factor: int
+) -> Array:
+    """Decode latents [b, h, w, c] in overlapping tiles of `tile` latents a side, blended linearly
+    over `overlap` latents.
 
-    All tiles have one shape; the last of a row or column is moved inside. Memory grows with a tile, not with the image.
-    Raises ValueError unless 0 < overlap <= tile / 2.
+    All tiles have one shape; the last of a row or column is moved inside. Memory grows with a tile,
+    not with the image. Raises ValueError unless 0 < overlap <= tile / 2.
     """
     if not 0 < overlap <= tile // 2:
         raise ValueError(f"overlap must be in 1..{tile // 2} for tiles of {tile}, got {overlap}")
@@ -175,28 +228,48 @@ def decode_tiled(decode: Callable[[Array], Array], z: Array, *, tile: int, overl
 
     def ramp(size: int) -> np.ndarray:
         pixels = min(tile, size) * factor
-        edge = np.minimum(np.arange(pixels) + 0.5, pixels - np.arange(pixels) - 0.5) / (overlap * factor)
+        edge = np.minimum(np.arange(pixels) + 0.5, pixels - np.arange(pixels) - 0.5) / (
+            overlap * factor
+        )
         return np.clip(edge, 1e-3, 1.0).astype(np.float32)
 
     weight = jnp.asarray(ramp(h)[:, None] * ramp(w)[None, :])[..., None]
-    total, weights = jnp.zeros((b, h * factor, w * factor, 3)), jnp.zeros((1, h * factor, w * factor, 1))
+    total, weights = (
+        jnp.zeros((b, h * factor, w * factor, 3)),
+        jnp.zeros((1, h * factor, w * factor, 1)),
+    )
     for y in starts(h):
         for x in starts(w):
             part = decode(z[:, y : y + tile, x : x + tile])
-            area = (slice(None), slice(y * factor, y * factor + part.shape[1]), slice(x * factor, x * factor + part.shape[2]))
+            area = (
+                slice(None),
+                slice(y * factor, y * factor + part.shape[1]),
+                slice(x * factor, x * factor + part.shape[2]),
+            )
             total, weights = total.at[area].add(part * weight), weights.at[area].add(weight)
     return total / weights
 
 
 def image_size(folder: Folder, height: int | None, width: int | None) -> tuple[int, int]:
-    """Pixels; None is the checkpoint's own. Raises ValueError where a side is no multiple of 8 or does not divide into latents."""
+    """Pixels; None is the checkpoint's own.
+
+    Raises ValueError where a side is no multiple of 8 or does not divide into latents.
+    """
     native = folder.unet.config.get("sample_size") or 64
-    version = tuple(int(n) for n in re.findall(r"\d+", str(folder.unet.config.get("_diffusers_version", "")))[:3])
+    version = tuple(
+        int(n)
+        for n in re.findall(r"\d+", str(folder.unet.config.get("_diffusers_version", "")))[:3]
+    )
     if not folder.xl and version and version < (0, 9, 0) and isinstance(native, int):
-        native = max(native, 64)  # as diffusers does: folders of that age give the training size of 1.x wrongly
+        native = max(
+            native, 64
+        )  # as diffusers does: folders of that age give the training size of 1.x wrongly
     sides = native if isinstance(native, (list, tuple)) else (native, native)
     factor = folder.vae.module.factor
-    found = [given if given is not None else side * factor for given, side in zip((height, width), sides, strict=True)]
+    found = [
+        given if given is not None else side * factor
+        for given, side in zip((height, width), sides, strict=True)
+    ]
     for name, side in zip(("height", "width"), found, strict=True):
         multiple = max(8, factor)
         if side < multiple or side % multiple:
@@ -219,7 +292,10 @@ def guided_step(
     *,
     guided: bool,
 ) -> Any:
-    """One network call and the solver's step. The loop over the times is Python's: one program serves every number of steps."""
+    """One network call and the solver's step.
+
+    The loop over the times is Python's: one program serves every number of steps.
+    """
     if layout is not None:
         params = layout.gathered(params, unet.dtype)
     denoiser = sampling.guided_denoiser(
@@ -239,7 +315,8 @@ def guided_step(
 class TextToImage:
     """A loaded pipeline. Programs are compiled once a shape and kept.
 
-    With a `layout`, on whose mesh `unet_params` are, it draws on all of its devices, each `batch_size` images at once.
+    With a `layout`, on whose mesh `unet_params` are, it draws on all of its devices, each
+    `batch_size` images at once.
     """
 
     def __init__(
@@ -254,14 +331,27 @@ class TextToImage:
         share: "TextToImage | None" = None,
         layout: partition.Layout | None = None,
     ) -> None:
-        self.folder, self.params, self.scheduler, self.layout = folder, unet_params, scheduler, layout
+        self.folder, self.params, self.scheduler, self.layout = (
+            folder,
+            unet_params,
+            scheduler,
+            layout,
+        )
         self.settings, self.tile = dict(settings or {}), tile
         self.unet, self.vae = folder.unet.module, folder.vae.module
         self.text: TextEncoders = share.text if share else TextEncoders(folder, dtype=param_dtype)
-        self.vae_params: Any = share.vae_params if share else diffusers_folder.load_params(folder.vae, dtype=param_dtype)
+        self.vae_params: Any = (
+            share.vae_params
+            if share
+            else diffusers_folder.load_params(folder.vae, dtype=param_dtype)
+        )
         self.advance = jax.jit(self._step, static_argnames="guided")
-        self._decode: Callable[..., Array] = share._decode if share else jax.jit(partial(self._vae, "decode"))
-        self._encode: Callable[..., Array] = share._encode if share else jax.jit(partial(self._vae, "encode"))
+        self._decode: Callable[..., Array] = (
+            share._decode if share else jax.jit(partial(self._vae, "decode"))
+        )
+        self._encode: Callable[..., Array] = (
+            share._encode if share else jax.jit(partial(self._vae, "encode"))
+        )
 
     # -- settings
 
@@ -284,7 +374,9 @@ class TextToImage:
         width: int | None = None,
         batch_size: int = 1,
     ) -> tuple[int, int]:
-        """Height and width of the images that a call with these settings draws; nothing is computed. Raises ValueError as the call."""
+        """Height and width of the images that a call with these settings draws; nothing is
+        computed. Raises ValueError as the call.
+        """
         self.scheduler.run(self.steps if steps is None else steps)
         guidance = self.guidance if guidance is None else guidance
         card.check_guidance(guidance)
@@ -301,7 +393,11 @@ class TextToImage:
 
     def place(self, rows: np.ndarray) -> Array:
         """Rows, a multiple of `parts`, divided among the devices."""
-        return jnp.asarray(rows) if self.layout is None else jax.device_put(rows, partition.batch_sharding(self.layout.mesh))
+        return (
+            jnp.asarray(rows)
+            if self.layout is None
+            else jax.device_put(rows, partition.batch_sharding(self.layout.mesh))
+        )
 
     # -- programs
 
@@ -315,21 +411,31 @@ class TextToImage:
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images float32 [b, h, w, 3] in [-1, 1] -> scaled latents float32 [b, h / f, w / f, c]."""
         rows = np.arange(-(-len(images) // self.parts) * self.parts) % len(images)
-        return np.asarray(self._encode(self.vae_params, self.place(images[rows])), np.float32)[: len(images)]
+        return np.asarray(self._encode(self.vae_params, self.place(images[rows])), np.float32)[
+            : len(images)
+        ]
 
     def decode(self, latents: Array) -> np.ndarray:
-        """Latents [b, h, w, c] -> images float32 [b, f h, f w, 3] in [0, 1]; in tiles where that was asked for."""
+        """Latents [b, h, w, c] -> images float32 [b, f h, f w, 3] in [0, 1]; in tiles where that
+        was asked for.
+        """
         tile = self.tile
         if tile and max(latents.shape[1:3]) > tile:
             images = decode_tiled(
-                lambda z: self._decode(self.vae_params, z), latents, tile=tile, overlap=max(1, tile // 4), factor=self.vae.factor
+                lambda z: self._decode(self.vae_params, z),
+                latents,
+                tile=tile,
+                overlap=max(1, tile // 4),
+                factor=self.vae.factor,
             )
         else:
             images = self._decode(self.vae_params, latents)
         return np.asarray(card.to_unit(images))
 
     def draw(self, seed: int, start: int, count: int, height: int, width: int) -> np.ndarray:
-        """Standard normal latents [count, h, w, c]; the one of image i is a function of (seed, start + i)."""
+        """Standard normal latents [count, h, w, c]; the one of image i is a function of (seed,
+        start + i).
+        """
         shape = (height // self.vae.factor, width // self.vae.factor, self.unet.in_channels)
         return np.asarray(card.draw_noise(seed, start, count, shape))
 
@@ -348,7 +454,8 @@ class TextToImage:
         latents: np.ndarray | None = None,
         decode: bool = True,
     ) -> np.ndarray:
-        """Images float32 [n, height, width, 3] in [0, 1], one a prompt; or the scaled latents [n, h, w, c] that the decoder would get.
+        """Images float32 [n, height, width, 3] in [0, 1], one a prompt; or the scaled latents [n,
+        h, w, c] that the decoder would get.
 
         Args:
           prompts: n texts.
@@ -360,7 +467,8 @@ class TextToImage:
           seed: image i is a function of (seed, start + i) and its prompt.
           start: number of the first image.
           batch_size: images at once, on each device.
-          latents: starts float32 [n, c, h, w] as diffusers has them, standard normal, instead of the seed's.
+          latents: starts float32 [n, c, h, w] as diffusers has them, standard normal, instead of
+            the seed's.
           decode: False leaves the decoder out.
 
         Raises:
@@ -368,13 +476,26 @@ class TextToImage:
         """
         if not prompts:
             raise ValueError("at least one prompt is needed")
-        height, width = self.check(steps=steps, guidance=guidance, height=height, width=width, batch_size=batch_size)
-        steps, guidance = self.steps if steps is None else steps, self.guidance if guidance is None else guidance
+        height, width = self.check(
+            steps=steps, guidance=guidance, height=height, width=width, batch_size=batch_size
+        )
+        steps, guidance = (
+            self.steps if steps is None else steps,
+            (self.guidance if guidance is None else guidance),
+        )
         run = self.scheduler.run(steps)
         if latents is None:
             noise = self.draw(seed, start, len(prompts), height, width)
         else:
-            noise = check_latents(latents, (len(prompts), self.unet.in_channels, height // self.vae.factor, width // self.vae.factor))
+            noise = check_latents(
+                latents,
+                (
+                    len(prompts),
+                    self.unet.in_channels,
+                    height // self.vae.factor,
+                    width // self.vae.factor,
+                ),
+            )
         cond = self.text(prompts)
         guided = guidance > 1.0
         null = self.text.negative(negative_prompt) if guided else {}
@@ -382,20 +503,38 @@ class TextToImage:
             cond["time_ids"] = np.tile(time_ids(height, width), (len(prompts), 1))
         found, block = [], min(batch_size, len(prompts)) * self.parts
         for i in range(0, len(prompts), block):
-            rows = np.arange(i, i + block) % len(prompts)  # the last block is filled up, so that one program serves all
+            rows = np.arange(i, i + block) % len(
+                prompts
+            )  # the last block is filled up, so that one program serves all
             part = {k: self.place(v[rows]) for k, v in cond.items()}
             starts = self.place(noise[rows])
             state = self.scheduler.begin(starts, run)
             for t, t_next in zip(run.times, run.next_times, strict=True):
-                state = self.advance(self.params, state, starts, part, null, t, t_next, np.float32(guidance), guided=guided)
+                state = self.advance(
+                    self.params,
+                    state,
+                    starts,
+                    part,
+                    null,
+                    t,
+                    t_next,
+                    np.float32(guidance),
+                    guided=guided,
+                )
             found.append(self.decode(state.x) if decode else np.asarray(state.x))
         return np.concatenate(found)[: len(prompts)]
 
 
 def check_latents(latents: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
-    """NCHW starts as NHWC float32. Raises ValueError where they are no finite float array of `shape` [n, c, h, w]."""
+    """NCHW starts as NHWC float32.
+
+    Raises ValueError where they are no finite float array of `shape` [n, c, h, w].
+    """
     if latents.dtype.kind != "f" or latents.shape != shape:
-        raise ValueError(f"latents must be float32 of shape {list(shape)} [n, c, h, w], got {latents.dtype} {list(latents.shape)}")
+        raise ValueError(
+            f"latents must be float32 of shape {list(shape)} [n, c, h, w], got {latents.dtype}"
+            f" {list(latents.shape)}"
+        )
     if not np.isfinite(latents).all():
         raise ValueError("latents must be finite")
     return latents.astype(np.float32).transpose(0, 2, 3, 1)
@@ -419,7 +558,8 @@ def load(
     scan: bool = False,
     layout: partition.Layout | None = None,
 ) -> TextToImage:
-    """A pipeline from a diffusers folder, or from a student's export whose card names the folder of its other components.
+    """A pipeline from a diffusers folder, or from a student's export whose card names the folder of
+    its other components.
 
     Args:
       path: the folder.
@@ -441,7 +581,10 @@ def load(
         params, exported = checkpoint.load_export(root)
         if "components" not in exported:
             role = exported.get("role", "thing")
-            raise FolderError(f"{root} holds a {role} that reads no text; give a pipeline folder or a text-to-image student")
+            raise FolderError(
+                f"{root} holds a {role} that reads no text; give a pipeline folder or a"
+                " text-to-image student"
+            )
         settings, scan = exported["sampler"], bool(exported.get("stacked"))
         root = (root / exported["components"]).resolve()
     folder = diffusers_folder.open_folder(root, attention=attention, dtype=dtype, scan=scan)
@@ -450,8 +593,18 @@ def load(
     if noise_correction is None:
         noise_correction = settings.get("noise_correction")
     # Read first: a scheduler that is not supported should not cost the reading of the weights.
-    scheduler = diffusers_scheduler.of_folder(folder, grid=grid, solver=solver, noise_correction=noise_correction)
+    scheduler = diffusers_scheduler.of_folder(
+        folder, grid=grid, solver=solver, noise_correction=noise_correction
+    )
     if params is None:
         params = diffusers_folder.load_params(folder.unet, dtype=param_dtype)
     params = params if layout is None else layout.place(params)
-    return TextToImage(folder, params, scheduler, settings=settings, param_dtype=param_dtype, tile=tile, layout=layout)
+    return TextToImage(
+        folder,
+        params,
+        scheduler,
+        settings=settings,
+        param_dtype=param_dtype,
+        tile=tile,
+        layout=layout,
+    )
