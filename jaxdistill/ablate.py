@@ -15,7 +15,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from jaxdistill import main
-from jaxdistill.metrics.evaluate import Metrics
+from jaxdistill.metrics.distances import Metrics
 from jaxdistill.run import checkpoint, loop
 from jaxdistill.run.report import COLUMNS
 

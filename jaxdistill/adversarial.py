@@ -107,6 +107,13 @@ def players(
     return AdversarialTerms(generator, discriminator, metrics)
 
 
+def pair_states(first: Any, second: Any) -> list[Array]:
+    """Two lists of hidden states [b, ..., c] -> one of [b, ..., 2c]: what the discriminator of a
+    jump sees.
+    """
+    return [jnp.concatenate(pair, axis=-1) for pair in zip(first, second, strict=True)]
+
+
 def adversary(
     features: FeatureFn,
     heads: HeadsFn,

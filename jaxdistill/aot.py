@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from jaxdistill import main, partition
 from jaxdistill.costs import hlo
 from jaxdistill.costs.chips import CHIPS, Chip
+from jaxdistill.errors import UserError
 from jaxdistill.run import checkpoint, saved_program
 from jaxdistill.run.workdir import missing_extra
 
@@ -44,7 +45,7 @@ WRITTEN = "*after_optimizations.txt"
 """Of the files that the compiler writes when told to dump: the text of what it made."""
 
 
-class AotError(ValueError):
+class AotError(UserError):
     """What cannot be planned, in one line."""
 
 

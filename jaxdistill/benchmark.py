@@ -31,7 +31,7 @@ from jaxdistill.interop import card, sentence_encoder
 from jaxdistill.methods.contenders import METHODS, Method, Pairs, Setting, Stage
 from jaxdistill.methods.denoising import denoising
 from jaxdistill.methods.lightning import pair_states
-from jaxdistill.metrics.evaluate import class_spread
+from jaxdistill.metrics.distances import class_spread
 from jaxdistill.models.discriminator import fresh_heads
 from jaxdistill.prediction import Denoiser, LossFn
 from jaxdistill.run import checkpoint, loop, report, workers

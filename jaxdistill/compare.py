@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from jaxdistill.errors import UserError
 from jaxdistill.interop import card, diffusers_folder
 from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.image_metrics import CLIP, METRICS, PROTOCOLS, Inception, Reference
@@ -47,7 +48,7 @@ COLUMNS = {
 }
 
 
-class CompareError(ValueError):
+class CompareError(UserError):
     """A comparison that cannot be made, in one line."""
 
 

@@ -291,6 +291,27 @@ def clip(
     return transform
 
 
+def consistency_function(T: float, *, sigma_data: float = 0.5, scale: float = 10.0) -> Transform:
+    """f(x, t) = c_skip x + c_out x̂0, a transform: c_skip = σ²/(τ² + σ²), c_out = τ/√(τ² + σ²), τ =
+    1000 scale t/T.
+
+    f(x, 0) = x (Luo et al., app. C; Song et al. 2023, eq. 5 with σ = sigma_data).
+    """
+
+    def transform(denoiser: Denoiser) -> Denoiser:
+        def function(x: Array, t: Array) -> Prediction:
+            prediction = denoiser(x, t)
+            tau = expand(jnp.asarray(t), x) / T * 1000.0 * scale
+            x0 = (sigma_data**2 * x + tau * jnp.sqrt(tau**2 + sigma_data**2) * prediction.x0) / (
+                tau**2 + sigma_data**2
+            )
+            return prediction._replace(x0=x0)
+
+        return function
+
+    return transform
+
+
 # -------------------------------------------------------------------------------------------- steps
 
 

@@ -16,10 +16,11 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxdistill import prediction, sampling, schedule
-from jaxdistill.methods.lcm import consistency_function
+from jaxdistill.methods.recipe import SamplerSpec
 from jaxdistill.models.small.mlp import ResidualMLP
 from jaxdistill.models.small.text_unet import TextUNet
 from jaxdistill.models.small.unet import SmallUNet
+from jaxdistill.names import choose
 
 FORMAT = "jaxdistill-export/1"
 
@@ -49,15 +50,6 @@ GRIDS = {
     "leading": sampling.leading_grid,
     "linspace": sampling.linspace_grid,
 }
-
-
-def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
-    """table[name]; raises ValueError naming the key, the value and what is allowed."""
-    if name not in table:
-        raise ValueError(
-            f"{key} = {name!r} is not known; choose one of {', '.join(map(repr, table))}"
-        )
-    return table[name]
 
 
 def build_schedule(block: Mapping[str, Any]) -> schedule.NoiseSchedule:
@@ -107,32 +99,40 @@ def build_model(block: Mapping[str, Any]) -> nn.Module:
     return module(**attributes)
 
 
-def init_params(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> Any:
-    """Fresh parameters of a class-conditional model for images of `image_shape` [h, w, c]."""
-    return jax.jit(model.init)(jax.random.key(seed), *_example(image_shape))
+def check_model(model: nn.Module, x: Any, cond: Any) -> Any:
+    """Shapes of the model's parameters for inputs of these shapes ([1, ...]). Nothing is computed.
 
-
-def check_model(model: nn.Module, image_shape: tuple[int, ...]) -> None:
-    """Raise ValueError if the model cannot take the images or does not give back their shape.
-
-    Nothing is computed.
+    Raises ValueError if it cannot take them or does not give back x's shape.
     """
-    x, t, cond = _example(image_shape)
+
+    def first(key: Array, x: Array, cond: Any) -> Any:
+        return model.init_with_output(key, x, jnp.zeros(x.shape[:1]), cond)
+
     try:
-        out = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), x, t, cond)[0])
+        out, params = jax.eval_shape(first, jax.random.key(0), x, cond)
     except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"the model does not take images of shape {image_shape}: {str(error).splitlines()[0]}"
+            f"the model does not take images of shape {x.shape[1:]}: {reason}"
         ) from None
     if out.shape != x.shape:
         raise ValueError(
             f"the model returns shape {out.shape} for images of shape {x.shape}; it must keep the"
             " shape"
         )
+    return params
 
 
-def _example(image_shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    return jnp.zeros((1, *image_shape)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
+def sampler_block(spec: SamplerSpec, *, steps: int, guidance: float = 1.0) -> dict[str, Any]:
+    """The "sampler" of a card."""
+    return {
+        "solver": spec.solver,
+        "grid": spec.grid,
+        "times": [list(t) if isinstance(t, (list, tuple)) else t for t in spec.times],
+        "steps": steps,
+        "guidance": guidance,
+        "noise_correction": spec.noise_correction,
+    }
 
 
 def build_grid(block: Mapping[str, Any], steps: int, T: float) -> sampling.TimeGrid:
@@ -184,7 +184,7 @@ class Sampler(NamedTuple):
             scale=guidance,
         )
         if self.card["sampler"]["solver"] == "consistency":
-            network = consistency_function(self.schedule.T)(network)
+            network = sampling.consistency_function(self.schedule.T)(network)
         if correct_noise is False:
             return network
         correct = sampling.noise_correction(noise, self.schedule.T)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxdistill.errors import UserError
 from jaxdistill.interop import torch_weights
 from jaxdistill.interop.torch_weights import WeightFiles
 from jaxdistill.models.stable_diffusion.autoencoder_kl import AutoencoderKL
@@ -27,7 +28,7 @@ PIPELINES = {"StableDiffusionPipeline": False, "StableDiffusionXLPipeline": True
 """Known pipeline classes, and whether they are XL."""
 
 
-class FolderError(ValueError):
+class FolderError(UserError):
     """A pipeline folder that cannot be used, in one line."""
 
 

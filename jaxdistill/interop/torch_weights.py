@@ -16,13 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxdistill import partition
+from jaxdistill.errors import UserError
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 SHARD_BYTES = 10 * 2**30
 """Files larger than this are written in shards, as diffusers does."""
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that cannot be used, in one line."""
 
 

@@ -3,6 +3,7 @@ the teacher's denoising.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdistill.adversarial import Adversary
-from jaxdistill.methods.imagine_flash import Model
+from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
+from jaxdistill.model import Model
 from jaxdistill.prediction import LossFn, diffuse, expand
 from jaxdistill.sampling import Constrain, TimeGrid, check_grid, unconstrained
 
@@ -81,3 +83,33 @@ def add(
         return value, {"distillation": distillation, **terms.metrics}
 
     return loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """As in the paper, but for the discriminator."""
+
+    learning_rate: float = 5e-4
+    guidance: float = 1.0
+    distillation_weight: float = 2.5
+    adversarial_weight: float = 0.05
+
+
+def recipe(kit: Kit, settings: Settings) -> Recipe:
+    """One stage on images. Raises ValueError."""
+    sampler = SamplerSpec("renoise")
+    adversary = kit.adversary(settings.adversarial_weight)
+    if adversary is None:
+        raise ValueError("adversarial_weight must be above 0: add is nothing without its adversary")
+    loss = add(
+        kit.network,
+        kit.network,
+        grid=kit.grid(sampler, max(kit.steps)),
+        adversary=adversary,
+        null_cond=kit.null_cond,
+        guidance_scale=settings.guidance,
+        distillation_weight=settings.distillation_weight,
+        constrain=kit.constrain,
+    )
+    optimizers = kit.optimizers(settings.learning_rate, discriminator=True)
+    return Recipe([Stage("", loss, optimizers, serves=kit.steps, data="images")], sampler)

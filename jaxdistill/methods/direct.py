@@ -6,13 +6,16 @@ for one step). The pairs are made once; no teacher runs during training.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxdistill.methods.imagine_flash import Model, unique_grids
+from jaxdistill.methods.imagine_flash import unique_grids
+from jaxdistill.methods.recipe import Kit, Pairs, Recipe, Stage
+from jaxdistill.model import Model
 from jaxdistill.prediction import LossFn
 from jaxdistill.sampling import (
     Constrain,
@@ -78,3 +81,32 @@ def direct(
         return value, {"reconstruction": jax.lax.stop_gradient(value), **metrics}
 
     return loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """pairs_share: of a budget in network calls, which makes the pairs; pairs: their number where
+    the budget is in iterations (0: the adversary's pool).
+    """
+
+    learning_rate: float = 1e-3
+    pairs_share: float = 0.5
+    pairs: int = 0
+    pairs_solver: str = "ddim"
+    pairs_steps: int = 50
+
+
+def recipe(kit: Kit, settings: Settings) -> Recipe:
+    """One stage on pairs. Raises ValueError."""
+    if not 0 < settings.pairs_share < 1:
+        raise ValueError(f"pairs_share must be above 0 and below 1, got {settings.pairs_share:g}")
+    if settings.pairs < 0 or settings.pairs_steps < 1:
+        raise ValueError(
+            "pairs must be at least 0 and pairs_steps at least 1, got"
+            f" {settings.pairs} and {settings.pairs_steps}"
+        )
+    sampler = kit.trajectory(noise_correction=True)
+    loss = direct(kit.network, grids=kit.grids(sampler), constrain=kit.constrain, unroll=kit.unroll)
+    stage = Stage("", loss, kit.optimizers(settings.learning_rate), serves=kit.steps, data="pairs")
+    pairs = Pairs(settings.pairs_share, settings.pairs, settings.pairs_solver, settings.pairs_steps)
+    return Recipe([stage], sampler, pairs)

@@ -2,17 +2,27 @@
 through two scores and a GAN.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdistill.adversarial import Adversary
-from jaxdistill.methods.imagine_flash import Model
+from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
+from jaxdistill.model import Model
 from jaxdistill.prediction import LossFn, diffuse, expand
-from jaxdistill.sampling import Constrain, TimeGrid, check_grid, unconstrained
+from jaxdistill.sampling import (
+    Constrain,
+    TimeGrid,
+    check_grid,
+    renoise,
+    rollout,
+    start,
+    unconstrained,
+)
 
 
 def matching_gradient(x0: Array, real: Array, fake: Array) -> Array:
@@ -21,6 +31,13 @@ def matching_gradient(x0: Array, real: Array, fake: Array) -> Array:
     """
     axes = tuple(range(1, x0.ndim))
     return (fake - real) / jnp.maximum(jnp.mean(jnp.abs(x0 - real), axis=axes, keepdims=True), 1e-3)
+
+
+class Losses(NamedTuple):
+    """The loss of a student beside its critics, and that of the critics alone."""
+
+    loss: LossFn
+    critic: LossFn
 
 
 def dmd2(
@@ -36,7 +53,8 @@ def dmd2(
     adversary: Adversary | None = None,
     fake_weight: float = 1.0,
     constrain: Constrain = unconstrained,
-) -> LossFn:
+    unroll: bool = False,
+) -> Losses:
     """½‖x̂0 - stopgrad(x̂0 - g)‖² with g of `matching_gradient` at a random time, and the fake
     score's own denoising loss.
 
@@ -57,11 +75,12 @@ def dmd2(
         score's encoder).
       fake_weight: of the fake score's loss.
       constrain: sharding constraint of random batches.
+      unroll: as of `rollout`.
 
     Returns:
-      loss(params, teacher_params, batch, key), params {"student", "fake", "discriminator"}, batch
-      {"x0", "cond"}. Each term pulls on one group only; the paper's several fake steps for one of
-      the student are a matter of learning rates here.
+      The loss of all, of which each term pulls on one network only; and the critic, that of fake
+      score and discriminator alone on images of their own. params {"student", "fake",
+      "discriminator"}, batch {"x0", "cond"}, and "real", "real_cond" where x0 is no data.
 
     Raises:
       ValueError: a bad grid, or not 0 <= low < high <= 1.
@@ -71,65 +90,121 @@ def dmd2(
     if not 0 <= low < high <= 1:
         raise ValueError(f"dmd2 needs 0 <= low < high <= 1, got {low:g} and {high:g}")
 
-    def simulated(params: Any, cond: Any, x_T: Array, key: Array) -> Sequence[Array]:
-        """The states of the student's sampler at the grid's times."""
-        states, denoiser = [x_T], student.denoiser(jax.lax.stop_gradient(params), cond)
-        for i in range(len(times) - 1):
-            x0 = denoiser(states[-1], jnp.asarray(times[i])).x0
-            noise = constrain(jax.random.normal(jax.random.fold_in(key, i), x_T.shape, x_T.dtype))
-            states.append(
-                jax.lax.stop_gradient(diffuse(schedule, x0, noise, jnp.asarray(times[i + 1])))
-            )
-        return states
+    def generated(student_params: Any, batch: Any, key: Array) -> Array:
+        """x̂0 at a random time of the grid, from the student's own sampler's state or from data."""
+        cond, shape = batch["cond"], batch["x0"].shape
+        keys = jax.random.split(key, 3)
+        noise = constrain(jax.random.normal(keys[0], shape, batch["x0"].dtype))
+        index = constrain(jax.random.randint(keys[1], shape[:1], 0, len(times)))
+        t = jnp.asarray(times)[index]
+        denoiser = student.denoiser(student_params, cond)
+        if not backward_simulation:
+            return denoiser(diffuse(schedule, batch["x0"], noise, t), t).x0
+        frozen = student.denoiser(jax.lax.stop_gradient(student_params), cond)
+        step = renoise(schedule, keys[2])
+        last = float(times[-1])
+        end, visited = rollout(step, frozen, start(noise), times[:-1], t_end=last, unroll=unroll)
+        states = jax.lax.stop_gradient(jnp.concatenate([visited.x, end.x[None]]))
+        x_t = jnp.take_along_axis(states, expand(index, noise)[None], axis=0)[0]
+        return denoiser(x_t, t).x0
+
+    def fake_loss(fake_params: Any, x0: Array, cond: Any, key: Array) -> Array:
+        """Of the fake score on the student's images, one stratum of the times an example.
+
+        In the v-like balance ‖x0 error‖² / σ²: the plain x0 loss forgets the low noise levels.
+        """
+        n, (key_u, key_eps) = len(x0), jax.random.split(key)
+        u = (jnp.arange(n) + jax.random.uniform(key_u, (n,))) / n
+        tau = constrain(T * (low + (high - low) * u))
+        eps = constrain(jax.random.normal(key_eps, x0.shape, x0.dtype))
+        denoised = student.denoiser(fake_params, cond)(diffuse(schedule, x0, eps, tau), tau).x0
+        return jnp.mean((denoised - x0) ** 2 / expand(schedule.sigma(tau), x0) ** 2)
+
+    def judged(params: Any, teacher_params: Any, batch: Any, x0: Array, key: Array) -> Any:
+        """The adversarial terms of the student's images."""
+        assert adversary is not None
+        real, real_cond = batch.get("real", batch["x0"]), batch.get("real_cond", batch["cond"])
+        return adversary(
+            params["discriminator"], teacher_params, x0, batch["cond"], real, real_cond, key
+        )
 
     def loss(
         params: Any, teacher_params: Any, batch: Any, key: Array
     ) -> tuple[Array, dict[str, Array]]:
-        cond, shape = batch["cond"], batch["x0"].shape
-        keys = jax.random.split(key, 7)
-        noise = constrain(jax.random.normal(keys[0], shape, batch["x0"].dtype))
-        index = constrain(jax.random.randint(keys[1], shape[:1], 0, len(times)))
-        t = jnp.asarray(times)[index]
-        if backward_simulation:
-            states = jnp.stack(simulated(params["student"], cond, noise, keys[2]))
-            x_t = jnp.take_along_axis(states, expand(index, noise)[None], axis=0)[0]
-        else:
-            x_t = diffuse(schedule, batch["x0"], noise, t)
-        x0 = student.denoiser(params["student"], cond)(x_t, t).x0
+        cond, keys = batch["cond"], jax.random.split(key, 5)
+        x0 = generated(params["student"], batch, keys[0])
         fixed = jax.lax.stop_gradient(x0)
-
-        tau = T * (low + (high - low) * constrain(jax.random.uniform(keys[3], shape[:1])))
-        x_tau = diffuse(schedule, fixed, constrain(jax.random.normal(keys[4], shape)), tau)
-        real = teacher.guided(teacher_params, cond, null_cond, guidance_scale)(x_tau, tau).x0
-        fake = student.denoiser(jax.lax.stop_gradient(params["fake"]), cond)(x_tau, tau).x0
-        gradient = jax.lax.stop_gradient(matching_gradient(fixed, real, fake))
+        tau = T * (low + (high - low) * constrain(jax.random.uniform(keys[1], x0.shape[:1])))
+        eps = constrain(jax.random.normal(keys[2], x0.shape, x0.dtype))
+        x_tau = diffuse(schedule, fixed, eps, tau)
+        real = teacher.guided(teacher_params, cond, null_cond, guidance_scale)(x_tau, tau)
+        fake = student.denoiser(jax.lax.stop_gradient(params["fake"]), cond)(x_tau, tau)
+        gradient = jax.lax.stop_gradient(matching_gradient(fixed, real.x0, fake.x0))
         matching = 0.5 * jnp.mean((x0 - (fixed - gradient)) ** 2)
-
-        u = (jnp.arange(shape[0]) + jax.random.uniform(keys[5], shape[:1])) / shape[0]
-        eps = constrain(jax.random.normal(keys[6], shape))
-        tau = constrain(T * (low + (high - low) * u))
-        denoised = student.denoiser(params["fake"], cond)(diffuse(schedule, fixed, eps, tau), tau)
-        # In the v-like balance ‖x0 error‖² / σ²: the plain x0 loss forgets the low noise levels.
-        scale = expand(schedule.sigma(tau), x0) ** 2
-        fake_loss = jnp.mean((denoised.x0 - fixed) ** 2 / scale)
-        value = matching + fake_weight * fake_loss
-        metrics = {
-            "matching": matching,
-            "fake": fake_loss,
-            "gradient": jnp.sqrt(jnp.mean(gradient**2)),
-        }
+        of_fake = fake_loss(params["fake"], fixed, cond, keys[3])
+        value = matching + fake_weight * of_fake
+        size = jnp.sqrt(jnp.mean(gradient**2))
+        metrics = {"matching": matching, "fake": of_fake, "gradient": size}
         if adversary is not None:
-            terms = adversary(
-                params["discriminator"],
-                teacher_params,
-                x0,
-                cond,
-                batch["x0"],
-                batch["cond"],
-                jax.random.fold_in(key, 7),
-            )
+            terms = judged(params, teacher_params, batch, x0, keys[4])
             value += terms.generator + terms.discriminator
             metrics |= terms.metrics
         return value, metrics
 
-    return loss
+    def critic(
+        params: Any, teacher_params: Any, batch: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        keys = jax.random.split(key, 3)
+        student_params = jax.lax.stop_gradient(params["student"])
+        x0 = jax.lax.stop_gradient(generated(student_params, batch, keys[0]))
+        value = of_fake = fake_weight * fake_loss(params["fake"], x0, batch["cond"], keys[1])
+        if adversary is not None:
+            value += judged(params, teacher_params, batch, x0, keys[2]).discriminator
+        return value, {"fake": of_fake}
+
+    return Losses(loss, critic)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """fake_updates: of the fake score and the discriminator for one of the student (5 in the
+    paper).
+    """
+
+    learning_rate: float = 1e-4
+    fake_learning_rate: float = 5e-4
+    fake_updates: int = 1
+    guidance: float = 1.0
+    adversarial_weight: float = 0.003
+
+
+def recipe(kit: Kit, settings: Settings) -> Recipe:
+    """One stage. Raises ValueError."""
+    if settings.fake_updates < 1:
+        raise ValueError(f"fake_updates must be at least 1, got {settings.fake_updates}")
+    sampler = SamplerSpec("renoise")
+    adversary = kit.adversary(settings.adversarial_weight)
+    losses = dmd2(
+        kit.network,
+        kit.network,
+        grid=kit.grid(sampler, max(kit.steps)),
+        null_cond=kit.null_cond,
+        guidance_scale=settings.guidance,
+        adversary=adversary,
+        constrain=kit.constrain,
+        unroll=kit.unroll,
+    )
+    optimizers = kit.optimizers(
+        settings.learning_rate,
+        fake=settings.fake_learning_rate,
+        discriminator=adversary is not None,
+    )
+    stage = Stage(
+        "",
+        losses.loss,
+        optimizers,
+        serves=kit.steps,
+        critic=losses.critic,
+        critic_updates=settings.fake_updates - 1,
+    )
+    return Recipe([stage], sampler)

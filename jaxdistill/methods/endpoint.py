@@ -7,13 +7,16 @@ each is used once. Progressive distillation (Salimans & Ho 2022, arXiv 2202.0051
 steps to one by halves in the same way.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxdistill.methods.imagine_flash import Model, shortcut_distance
+from jaxdistill.methods.imagine_flash import shortcut_distance
+from jaxdistill.methods.recipe import Kit, Recipe, Stage
+from jaxdistill.model import Model
 from jaxdistill.prediction import Denoiser, LossFn
 from jaxdistill.sampling import (
     Constrain,
@@ -74,3 +77,31 @@ def endpoint(
         return value, {"shortcut": value}
 
     return loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """steps: of the finished student that stands in the teacher's place."""
+
+    learning_rate: float = 1e-3
+    steps: int = 3
+    noise_correction: bool = True
+
+
+def recipe(kit: Kit, settings: Settings) -> Recipe:
+    """One stage for a student of one step, from a finished one of several. Raises ValueError."""
+    if kit.steps != (1,):
+        raise ValueError(
+            "endpoint trains a student of one step on where a finished student of several ends; set"
+            f' config.student.steps="(1,)", got {kit.steps}'
+        )
+    sampler = kit.trajectory(noise_correction=settings.noise_correction)
+    loss = endpoint(
+        kit.network,
+        grid=kit.grid(sampler, settings.steps),
+        correct_noise=settings.noise_correction,
+        constrain=kit.constrain,
+        unroll=kit.unroll,
+    )
+    stage = Stage("", loss, kit.optimizers(settings.learning_rate), serves=(1,))
+    return Recipe([stage], sampler, learns_from=settings.steps)

@@ -5,7 +5,8 @@ reconstruction loss.
 passed in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +15,13 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill.adversarial import Adversary
+from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
+from jaxdistill.model import Model
+from jaxdistill.names import choose
 from jaxdistill.prediction import (
-    ApplyFn,
     Batch,
     Denoiser,
     LossFn,
-    Parameterization,
-    as_denoiser,
     diffuse,
     expand,
 )
@@ -31,7 +32,7 @@ from jaxdistill.sampling import (
     Trajectory,
     check_grid,
     ddim,
-    guided_denoiser,
+    dpm_solver_pp_2m,
     noise_correction,
     rollout,
     scan,
@@ -151,39 +152,6 @@ def mixed_noise(fraction: float) -> NoiseSource:
 
 
 # ----------------------------------------------------------------------------------------- the loss
-
-
-class Model(NamedTuple):
-    """A network with what its output means.
-
-    `shares`: it takes several rows of conditioning for one of x (see `guided_denoiser`).
-    """
-
-    apply: ApplyFn
-    schedule: NoiseSchedule
-    parameterization: Parameterization
-    shares: bool = False
-
-    def denoiser(self, params: Any, cond: Any) -> Denoiser:
-        """`as_denoiser` of these parameters for one batch."""
-        return as_denoiser(
-            self.apply, params, cond, schedule=self.schedule, parameterization=self.parameterization
-        )
-
-    def guided(
-        self, params: Any, cond: Any, null_cond: Callable[[Any], Any], scale: float
-    ) -> Denoiser:
-        """`guided_denoiser` of these parameters for one batch."""
-        return guided_denoiser(
-            self.apply,
-            params,
-            cond,
-            schedule=self.schedule,
-            parameterization=self.parameterization,
-            null_cond=null_cond,
-            scale=scale,
-            shared=self.shares,
-        )
 
 
 class Reconstruction(NamedTuple):
@@ -426,10 +394,10 @@ def imagine_flash(
         if not whole_trajectory:
             t = t[constrain(jax.random.randint(key, (b,), 0, len(grid))), jnp.arange(b)][None]
         n = t.shape[0]
-        flat = _flat(t)
-        x = diffuse(student.schedule, _tile(x0, n), _tile(noise, n), flat)
-        prediction = student_denoiser(params, _tile(cond, n), _tile(noise, n))(x, flat)
-        return Trajectory(t, *(_states(a, n) for a in (x, *prediction)))
+        times = flat(t)
+        x = diffuse(student.schedule, tile(x0, n), tile(noise, n), times)
+        prediction = student_denoiser(params, tile(cond, n), tile(noise, n))(x, times)
+        return Trajectory(t, *(states_of(a, n) for a in (x, *prediction)))
 
     def parts_of(params: Any, batch: Any, key_noise: Array, key_state: Array) -> list[Visited]:
         """What the student visits: all grids in one part, or a part for each grid."""
@@ -458,13 +426,13 @@ def imagine_flash(
     def teacher_start(part: Visited, key: Array) -> tuple[Array, Array]:
         """Where the teacher starts: (x [b n, ...], t [b n])."""
         fixed: Trajectory = jax.lax.stop_gradient(part.trajectory)
-        t = _flat(fixed.t)
+        t = flat(fixed.t)
         if reconstruction.noise_source is None:
-            return _flat(fixed.x), t
+            return flat(fixed.x), t
         eps = reconstruction.noise_source(key, fixed, part.x_T)
         t_teacher = reconstruction.shift(t)
         return (
-            diffuse(teacher.schedule, _flat(fixed.x0), constrain(_flat(eps)), t_teacher),
+            diffuse(teacher.schedule, flat(fixed.x0), constrain(flat(eps)), t_teacher),
             t_teacher,
         )
 
@@ -483,15 +451,15 @@ def imagine_flash(
         ]
         # One call of the teacher for all that was visited: one copy of its network in the program.
         x, t = jax.tree.map(lambda *a: jnp.concatenate(a), *starts)
-        x0 = jnp.concatenate([_flat(part.trajectory.x0) for part in parts])
+        x0 = jnp.concatenate([flat(part.trajectory.x0) for part in parts])
         cond = jax.tree.map(
             lambda *c: jnp.concatenate(c),
-            *(_tile(part.cond, part.trajectory.t.shape[0]) for part in parts),
+            *(tile(part.cond, part.trajectory.t.shape[0]) for part in parts),
         )
         target = jax.lax.stop_gradient(teacher_x0(teacher_params, x, t, cond))
         error = jnp.mean((target - x0) ** 2, axis=tuple(range(1, target.ndim)))
         value = jnp.mean(
-            weight(jnp.concatenate([_flat(part.trajectory.t) for part in parts])) * error
+            weight(jnp.concatenate([flat(part.trajectory.t) for part in parts])) * error
         )
         metrics = {"reconstruction": value}
         if whole_trajectory:
@@ -518,7 +486,7 @@ def imagine_flash(
         at = 0
         for part in parts:
             n, b = part.trajectory.t.shape
-            errors = _states(error[at : at + n * b], n)
+            errors = states_of(error[at : at + n * b], n)
             at += n * b
             for i, grid in enumerate(part.grids):
                 found |= {
@@ -561,16 +529,123 @@ def imagine_flash(
 # states, and nothing travels.
 
 
-def _tile(tree: Any, n: int) -> Any:
+def tile(tree: Any, n: int) -> Any:
     """[b, ...] -> [b n, ...], each row n times."""
     return jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), tree)
 
 
-def _flat(x: Array) -> Array:
+def flat(x: Array) -> Array:
     """[n, b, ...] -> [b n, ...], the n states of a row together."""
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
-def _states(x: Array, n: int) -> Array:
-    """[b n, ...] -> [n, b, ...]: `_flat` undone."""
+def states_of(x: Array, n: int) -> Array:
+    """[b n, ...] -> [n, b, ...]: `flat` undone."""
     return jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1)
+
+
+# -------------------------------------------------------------------------------------- the recipe
+
+NOISE_SOURCES = {"trajectory": trajectory_noise, "initial": initial_noise, "fresh": fresh_noise}
+SHIFTS: dict[str, Callable[..., Shift]] = {
+    "none": lambda T: no_shift,
+    "power": power_shift,
+    "linear": linear_shift,
+    "table": table_shift,
+}
+SOLVERS = {"ddim": ddim, "dpm_solver_pp_2m": dpm_solver_pp_2m}
+
+TABLE = {"times": (0.3, 0.5, 0.75, 1.0), "values": (0.52, 0.65, 0.77, 0.87)}
+"""Shares of T; tuned on scenes."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every part of the method.
+
+    Attributes:
+      learning_rate: of the student.
+      guidance: scale of the teacher that is distilled.
+      backward: False is forward distillation on data.
+      whole_trajectory: False draws one random state an example.
+      noise_correction: in training and sampling.
+      srl: False lets the teacher start from the student's own state.
+      noise: SRL's noise: "trajectory", "initial" or "fresh".
+      shift: SRL's γ: "none", "power", "linear" or "table", with its arguments in `shifts`.
+      shifts: {name: arguments}.
+      weight_power: w(t) = (t/T)^power.
+      teacher_steps: k.
+      teacher_solver: "ddim" or "dpm_solver_pp_2m".
+      adversarial_weight: 0 switches the discriminator off.
+      shortcut: ours: weight of the first state's distance to the end of its trajectory.
+    """
+
+    learning_rate: float = 1e-3
+    guidance: float = 1.0
+    backward: bool = True
+    whole_trajectory: bool = True
+    noise_correction: bool = True
+    srl: bool = True
+    noise: str = "trajectory"
+    shift: str = "table"
+    shifts: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "power": {"strength": 0.3, "power": 3.0},
+            "linear": {"low": 0.1, "high": 0.9},
+            "table": dict(TABLE),
+        }
+    )
+    weight_power: float = 0.0
+    teacher_steps: int = 2
+    teacher_solver: str = "ddim"
+    adversarial_weight: float = 0.05
+    shortcut: float = 0.0
+
+
+def reconstruction_of(settings: Settings, T: float) -> Reconstruction:
+    """What the teacher corrects. Raises ValueError."""
+    shift = choose(SHIFTS, settings.shift, "shift")(T, **settings.shifts.get(settings.shift, {}))
+    source = choose(NOISE_SOURCES, settings.noise, "noise")
+    return Reconstruction(
+        shift=shift,
+        noise_source=source if settings.srl else None,
+        steps=settings.teacher_steps,
+        guidance_scale=settings.guidance,
+        solver=choose(SOLVERS, settings.teacher_solver, "teacher_solver"),
+    )
+
+
+def loss_of(
+    kit: Kit, settings: Settings, sampler: SamplerSpec, steps: Sequence[int] = ()
+) -> LossFn:
+    """The loss on the sampler's grids of these step counts, by default of all that are served;
+    with some of them alone there is no adversary. Raises ValueError.
+    """
+    T = kit.network.schedule.T
+    return imagine_flash(
+        kit.network,
+        kit.network,
+        grids=kit.grids(sampler, steps),
+        null_cond=kit.null_cond,
+        reconstruction=reconstruction_of(settings, T),
+        weight=power_weight(T, power=settings.weight_power),
+        backward=settings.backward,
+        whole_trajectory=settings.whole_trajectory,
+        correct_noise=settings.noise_correction,
+        adversary=None if steps else kit.adversary(settings.adversarial_weight),
+        adversary_states=kit.adversarial.states,
+        shortcut=0.0 if steps else settings.shortcut,
+        constrain=kit.constrain,
+        unroll=kit.unroll,
+    )
+
+
+def recipe(kit: Kit, settings: Settings) -> Recipe:
+    """One stage. Raises ValueError."""
+    sampler = kit.trajectory(noise_correction=settings.noise_correction)
+    optimizers = kit.optimizers(
+        settings.learning_rate, discriminator=settings.adversarial_weight > 0
+    )
+    data = "noise" if settings.backward else "images"
+    stage = Stage("", loss_of(kit, settings, sampler), optimizers, serves=kit.steps, data=data)
+    return Recipe([stage], sampler)

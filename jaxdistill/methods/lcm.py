@@ -6,38 +6,17 @@ sees.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxdistill.methods.imagine_flash import Model
-from jaxdistill.prediction import Denoiser, LossFn, Prediction, diffuse, expand
-from jaxdistill.sampling import Constrain, ddim, start, unconstrained
-
-
-def consistency_function(
-    T: float, *, sigma_data: float = 0.5, scale: float = 10.0
-) -> Callable[[Denoiser], Denoiser]:
-    """f(x, t) = c_skip x + c_out x̂0, a transform: c_skip = σ²/(τ² + σ²), c_out = τ/√(τ² + σ²), τ =
-    1000 scale t/T.
-
-    f(x, 0) = x (Luo et al., app. C; Song et al. 2023, eq. 5 with σ = sigma_data).
-    """
-
-    def transform(denoiser: Denoiser) -> Denoiser:
-        def function(x: Array, t: Array) -> Prediction:
-            prediction = denoiser(x, t)
-            tau = expand(jnp.asarray(t), x) / T * 1000.0 * scale
-            x0 = (sigma_data**2 * x + tau * jnp.sqrt(tau**2 + sigma_data**2) * prediction.x0) / (
-                tau**2 + sigma_data**2
-            )
-            return prediction._replace(x0=x0)
-
-        return function
-
-    return transform
+from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
+from jaxdistill.model import Model
+from jaxdistill.prediction import LossFn, diffuse
+from jaxdistill.sampling import Constrain, consistency_function, ddim, start, unconstrained
 
 
 def consistency_distillation(
@@ -48,7 +27,6 @@ def consistency_distillation(
     guidance_scale: float,
     intervals: int = 50,
     huber: float = 0.001,
-    target_decay: float = 0.95,
     constrain: Constrain = unconstrained,
 ) -> LossFn:
     """E d(f_Θ(x_t, t), f_Θ⁻(x̂_s, s)), x̂_s a guided DDIM step of the teacher from x_t = q(x_0, ε,
@@ -57,8 +35,7 @@ def consistency_distillation(
     t is one of `intervals` even times and s the one below it (the paper's skipping, T/intervals); d
     is the pseudo-Huber distance √(‖a - b‖² + c²) - c by element; Θ⁻ is the moving average of Θ.
 
-    Θ⁻ is params["target"]: its term ½‖Θ⁻ - Θ‖² makes `optax.sgd(1 - target_decay)` exactly the
-    moving average, so give that group this optimizer (`target_optimizer`).
+    Θ⁻ is params["target"], which the training step moves (`Objective.averages`).
 
     Args:
       student: the network that learns.
@@ -67,7 +44,6 @@ def consistency_distillation(
       guidance_scale: distilled into the student.
       intervals: T divided into so many.
       huber: c.
-      target_decay: checked only.
       constrain: sharding constraint of random batches.
 
     Returns:
@@ -75,12 +51,12 @@ def consistency_distillation(
       {"x0", "cond"}.
 
     Raises:
-      ValueError: intervals below 2, huber below 0 or target_decay outside [0, 1).
+      ValueError: intervals below 2 or huber below 0.
     """
-    if intervals < 2 or huber < 0 or not 0 <= target_decay < 1:
+    if intervals < 2 or huber < 0:
         raise ValueError(
-            "consistency distillation needs intervals >= 2, huber >= 0 and target_decay in [0, 1), "
-            f"got {intervals}, {huber:g} and {target_decay:g}"
+            "consistency distillation needs intervals >= 2 and huber >= 0, got"
+            f" {intervals} and {huber:g}"
         )
     T, schedule = student.schedule.T, student.schedule
     function = consistency_function(T)
@@ -105,11 +81,41 @@ def consistency_distillation(
         target = jax.lax.stop_gradient(f(params["target"], cond, x_s, s))
         difference = f(params["student"], cond, x_t, t) - target
         distance = jnp.mean(jnp.sqrt(difference**2 + huber**2) - huber)
-        followed = jax.lax.stop_gradient(params["student"])
-        average = jax.tree.map(lambda a, b: 0.5 * jnp.sum((a - b) ** 2), params["target"], followed)
-        # The average's term is added at its value 0: it has a gradient, and the loss stays
-        # readable.
-        pull = sum(jax.tree.leaves(average), start=jnp.zeros(()))
-        return distance + pull - jax.lax.stop_gradient(pull), {"consistency": distance}
+        return distance, {"consistency": distance}
 
     return loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """As in the paper."""
+
+    learning_rate: float = 5e-4
+    guidance: float = 1.0
+    intervals: int = 50
+    huber: float = 0.001
+    target_decay: float = 0.95
+
+
+def recipe(kit: Kit, settings: Settings) -> Recipe:
+    """One stage on images, its target a moving average of the student. Raises ValueError."""
+    loss = consistency_distillation(
+        kit.network,
+        kit.network,
+        null_cond=kit.null_cond,
+        guidance_scale=settings.guidance,
+        intervals=settings.intervals,
+        huber=settings.huber,
+        constrain=kit.constrain,
+    )
+    if not 0 <= settings.target_decay < 1:
+        raise ValueError(f"target_decay must be in [0, 1), got {settings.target_decay:g}")
+    stage = Stage(
+        "",
+        loss,
+        kit.optimizers(settings.learning_rate),
+        serves=kit.steps,
+        data="images",
+        averages={"target": ("student", settings.target_decay)},
+    )
+    return Recipe([stage], SamplerSpec("consistency"))

@@ -2,24 +2,22 @@
 discriminator.
 """
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxdistill.adversarial import FeatureFn, GanLoss, HeadsFn, non_saturating, players
-from jaxdistill.methods.imagine_flash import Model
+from jaxdistill.adversarial import FeatureFn, GanLoss, HeadsFn, non_saturating, pair_states, players
+from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
+from jaxdistill.methods.step_distillation import step_distillation
 from jaxdistill.methods.tdm import diffuse_on
+from jaxdistill.model import Model
 from jaxdistill.prediction import LossFn, diffuse
 from jaxdistill.sampling import Constrain, ddim, rollout, start, unconstrained
-
-
-def pair_states(first: Any, second: Any) -> list[Array]:
-    """Two lists of hidden states [b, ..., c] -> one of [b, ..., 2c]: what the discriminator of a
-    jump sees.
-    """
-    return [jnp.concatenate(pair, axis=-1) for pair in zip(first, second, strict=True)]
 
 
 def lightning(
@@ -115,3 +113,84 @@ def lightning(
         }
 
     return loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """first: steps of the student that is trained by squared error, in `substeps` teacher steps
+    each; counts: steps of the adversarial stages; first_share: of the budget.
+    """
+
+    learning_rate: float = 3e-4
+    adversarial_learning_rate: float = 1e-5
+    guidance: float = 1.0
+    first: int = 16
+    substeps: int = 4
+    first_share: float = 0.25
+    counts: Sequence[int] = (4, 2, 1)
+    regression: float = 0.0
+
+
+def recipe(kit: Kit, settings: Settings) -> Recipe:
+    """Squared error with guidance down to `first` steps, then adversarial stages of `counts` steps.
+
+    Each adversarial stage has a half that keeps the flow and a relaxed one. Raises ValueError.
+    """
+    counts = tuple(settings.counts)
+    if not counts or any(a % b for a, b in itertools.pairwise((settings.first, *counts))):
+        raise ValueError(
+            f"each of counts must divide the one before it, and first = {settings.first} the"
+            f" first; got {counts}"
+        )
+    if not 0 < settings.first_share < 1:
+        raise ValueError(f"first_share must be in (0, 1), got {settings.first_share:g}")
+    squared = step_distillation(
+        kit.network,
+        kit.network,
+        steps=settings.first,
+        null_cond=kit.null_cond,
+        guidance_scale=settings.guidance,
+        substeps=settings.substeps,
+        constrain=kit.constrain,
+        unroll=kit.unroll,
+    )
+    stages = [
+        Stage(
+            f"{settings.first}",
+            squared,
+            kit.optimizers(settings.learning_rate),
+            share=settings.first_share,
+            data="images",
+        )
+    ]
+    optimizers = kit.optimizers(settings.adversarial_learning_rate, discriminator=True)
+    for i, count in enumerate(counts):
+        larger = settings.first if i == 0 else counts[i - 1]
+        smaller = counts[i + 1] if i + 1 < len(counts) else 0
+        served = [n for n in kit.steps if smaller < n and (n <= count or i == 0)]
+        for keep_flow in (True, False):
+            loss = lightning(
+                kit.network,
+                kit.network,
+                steps=count,
+                features=kit.features,
+                heads=kit.heads,
+                substeps=larger // count,
+                keep_flow=keep_flow,
+                regression=settings.regression,
+                constrain=kit.constrain,
+                unroll=kit.unroll,
+            )
+            stages.append(
+                Stage(
+                    f"{count}-{'flow' if keep_flow else 'relaxed'}",
+                    loss,
+                    optimizers,
+                    share=(1 - settings.first_share) / (2 * len(counts)),
+                    serves=() if keep_flow else served,
+                    teacher="both",
+                    data="images",
+                    pair_states=keep_flow,
+                )
+            )
+    return Recipe(stages, SamplerSpec())

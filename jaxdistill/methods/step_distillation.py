@@ -6,13 +6,15 @@ Salimans & Ho 2022 (arXiv 2202.00512), with the guidance distilled in by the fir
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxdistill.methods.imagine_flash import Model
+from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
+from jaxdistill.model import Model
 from jaxdistill.prediction import LossFn, diffuse, expand
 from jaxdistill.sampling import Constrain, ddim, rollout, start, unconstrained
 
@@ -84,3 +86,51 @@ def step_distillation(
         return value, {"distillation": value}
 
     return loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """first: steps of the first stage's student, a power of two."""
+
+    learning_rate: float = 5e-4
+    guidance: float = 1.0
+    first: int = 16
+
+
+def recipe(kit: Kit, settings: Settings) -> Recipe:
+    """A stage for each halving from `first` steps to 1; a step count that is no power of two is
+    served by the next larger student. Raises ValueError.
+    """
+    if settings.first < 1:
+        raise ValueError(f"first must be at least 1, got {settings.first}")
+    if max(kit.steps) > settings.first:
+        raise ValueError(
+            f"first = {settings.first} must be at least the most steps that are served,"
+            f" {max(kit.steps)}"
+        )
+    counts = [settings.first]
+    while counts[-1] > 1:
+        counts.append(counts[-1] // 2)
+    optimizers, stages = kit.optimizers(settings.learning_rate), []
+    for i, count in enumerate(counts):
+        loss = step_distillation(
+            kit.network,
+            kit.network,
+            steps=count,
+            null_cond=kit.null_cond,
+            guidance_scale=1.0 if i else settings.guidance,
+            constrain=kit.constrain,
+            unroll=kit.unroll,
+        )
+        stages.append(
+            Stage(
+                f"{count}",
+                loss,
+                optimizers,
+                share=1 / len(counts),
+                serves=[n for n in kit.steps if count // 2 < n <= count],
+                teacher="previous" if i else "teacher",
+                data="images",
+            )
+        )
+    return Recipe(stages, SamplerSpec())

@@ -3,16 +3,19 @@ distribution, interval by interval.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdistill.methods.dmd2 import matching_gradient
-from jaxdistill.methods.imagine_flash import Model, shortcut_distance
-from jaxdistill.prediction import LossFn, expand
+from jaxdistill.methods.dmd2 import Losses, matching_gradient
+from jaxdistill.methods.imagine_flash import flat, shortcut_distance, tile
+from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
+from jaxdistill.model import Model
+from jaxdistill.prediction import expand
 from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, rollout, start, unconstrained
 from jaxdistill.schedule import NoiseSchedule
 
@@ -34,6 +37,19 @@ def diffuse_on(
     return a * x_s + b * eps, b
 
 
+class Intervals(NamedTuple):
+    """Intervals t -> s of trajectories: the state x_s where one ends, the x̂0 of its start, and the
+    rows' conditioning, all [m, ...]; of trajectories of several steps the (first x̂0, end).
+    """
+
+    x_s: Array
+    x0: Array
+    t: Array
+    s: Array
+    cond: Any
+    ends: Any = ()
+
+
 def tdm(
     student: Model,
     teacher: Model,
@@ -47,7 +63,7 @@ def tdm(
     shortcut: float = 0.0,
     constrain: Constrain = unconstrained,
     unroll: bool = False,
-) -> LossFn:
+) -> Losses:
     """½‖x_s - stopgrad(x_s - g)‖² over the intervals t -> s of the student's own DDIM trajectory,
     and the fake score's loss.
 
@@ -80,8 +96,8 @@ def tdm(
       unroll: as of `rollout`.
 
     Returns:
-      loss(params, teacher_params, batch, key), params {"student", "fake"}, batch {"x0" (its shape
-      alone), "cond"}.
+      The loss of both, and the critic: that of the fake score alone, on a trajectory of its own.
+      params {"student", "fake"}, batch {"x0" (its shape alone), "cond"}.
 
     Raises:
       ValueError: no grid or a bad one, not 0 < low < high < 1, a shortcut below 0 or without a grid
@@ -100,89 +116,120 @@ def tdm(
         )
     step = ddim(schedule)
 
-    def ends(
-        params: Any, cond: Any, x_T: Array, grid: TimeGrid
-    ) -> tuple[Array, Array, Array, Array, Array]:
-        """Of every interval of one trajectory, in one batch: x_s and x̂0 with gradient, t and s;
-        and the trajectory's end.
-        """
-        end, visited = rollout(
-            step,
-            student.denoiser(params, cond),
-            start(x_T),
-            grid,
-            stop_gradient=True,
-            unroll=unroll,
-        )
-        n, b = visited.x.shape[:2]
-        t, s = (
-            jnp.repeat(jnp.asarray(times, jnp.float32), b)
-            for times in (grid, np.append(grid[1:], 0.0))
-        )
-        x0, eps = (a.reshape(n * b, *x_T.shape[1:]) for a in (visited.x0, visited.eps))
-        return (
-            expand(schedule.alpha(s), x0) * x0 + expand(schedule.sigma(s), x0) * eps,
-            x0,
-            t,
-            s,
-            end.x,
-        )
-
-    def loss(
-        params: Any, teacher_params: Any, batch: Any, key: Array
-    ) -> tuple[Array, dict[str, Array]]:
+    def intervals(student_params: Any, batch: Any, key: Array) -> Intervals:
+        """Every interval of one trajectory a row; x_s and x0 carry the gradient."""
         n = batch["x0"].shape[0]
         if n % len(kept):
             raise ValueError(
                 f"batch size {n} must be a multiple of the {len(kept)} grids that share it"
             )
-        keys = jax.random.split(key, 5)
-        noise = constrain(jax.random.normal(keys[0], batch["x0"].shape, batch["x0"].dtype))
-        parts, conds = [], []
+        noise = constrain(jax.random.normal(key, batch["x0"].shape, batch["x0"].dtype))
+        parts, ends = [], []
         for i, grid in enumerate(kept):
-            cond = jax.tree.map(lambda a, i=i: a[i :: len(kept)], batch["cond"])
-            parts.append(ends(params["student"], cond, noise[i :: len(kept)], grid))
-            copies = len(grid)
-            conds.append(jax.tree.map(lambda a, copies=copies: jnp.concatenate([a] * copies), cond))
-        x_s, x0, t, s, _ = (jnp.concatenate(column) for column in zip(*parts, strict=True))
-        cond = jax.tree.map(lambda *c: jnp.concatenate(c), *conds)
-        fixed = jax.lax.stop_gradient(x_s)
-
-        def diffused(key_u: Array, key_eps: Array) -> tuple[Array, Array, Array, Array]:
-            tau = jnp.clip(
-                s + (t - s) * constrain(jax.random.uniform(key_u, t.shape)), low * T, high * T
+            # Strided, not blocked: with a sharded batch each device keeps its own rows.
+            x_T, cond = jax.tree.map(lambda a, i=i: a[i :: len(kept)], (noise, batch["cond"]))
+            denoiser = student.denoiser(student_params, cond)
+            end, visited = rollout(
+                step, denoiser, start(x_T), grid, stop_gradient=True, unroll=unroll
             )
-            eps = constrain(jax.random.normal(key_eps, fixed.shape, fixed.dtype))
-            x_tau, b = diffuse_on(schedule, fixed, eps, s, tau)
-            return x_tau, tau, b, eps
+            times = jnp.asarray(np.append(grid, 0.0), jnp.float32)
+            t, s = (jnp.repeat(part[:, None], len(x_T), axis=1) for part in (times[:-1], times[1:]))
+            x0, eps, t, s = (flat(a) for a in (visited.x0, visited.eps, t, s))
+            x_s = expand(schedule.alpha(s), x0) * x0 + expand(schedule.sigma(s), x0) * eps
+            parts.append(Intervals(x_s, x0, t, s, tile(cond, len(grid))))
+            if len(grid) > 1:
+                ends.append((visited.x0[0], end.x))
+        together = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+        return together._replace(ends=ends)
 
-        x_tau, tau, _, _ = diffused(keys[1], keys[2])
-        real = teacher.guided(teacher_params, cond, null_cond, guidance_scale)(x_tau, tau).x0
-        fake = student.denoiser(jax.lax.stop_gradient(params["fake"]), cond)(x_tau, tau).x0
-        gradient = jax.lax.stop_gradient(matching_gradient(x0, real, fake))
-        matching = 0.5 * jnp.mean((x_s - (fixed - gradient)) ** 2)
+    def diffused(found: Intervals, key: Array) -> tuple[Array, Array, Array, Array]:
+        """x_s on to a random τ of its interval: (x_τ, τ, b, ε) of `diffuse_on`."""
+        key_u, key_eps = jax.random.split(key)
+        t, s, x_s = found.t, found.s, jax.lax.stop_gradient(found.x_s)
+        tau = s + (t - s) * constrain(jax.random.uniform(key_u, t.shape))
+        tau = jnp.clip(tau, low * T, high * T)
+        eps = constrain(jax.random.normal(key_eps, x_s.shape, x_s.dtype))
+        x_tau, b = diffuse_on(schedule, x_s, eps, s, tau)
+        return x_tau, tau, b, eps
 
-        x_tau, tau, b, eps = diffused(keys[3], keys[4])
-        scale = b / expand(schedule.sigma(tau), fixed) ** 2
-        denoised = student.denoiser(params["fake"], cond)(x_tau, tau).x0
-        fake_loss = jnp.mean(
-            (scale * denoised - (scale * x_tau - eps) / expand(schedule.alpha(tau), fixed)) ** 2
-        )
-        total = matching + fake_weight * fake_loss
-        metrics = {
-            "matching": matching,
-            "fake": fake_loss,
-            "gradient": jnp.sqrt(jnp.mean(gradient**2)),
-        }
+    def fake_loss(fake_params: Any, found: Intervals, key: Array) -> Array:
+        """Of the fake score on these intervals."""
+        x_tau, tau, b, eps = diffused(found, key)
+        scale = b / expand(schedule.sigma(tau), x_tau) ** 2
+        denoised = student.denoiser(fake_params, found.cond)(x_tau, tau).x0
+        target = (scale * x_tau - eps) / expand(schedule.alpha(tau), x_tau)
+        return jnp.mean((scale * denoised - target) ** 2)
+
+    def loss(
+        params: Any, teacher_params: Any, batch: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        keys = jax.random.split(key, 3)
+        found = intervals(params["student"], batch, keys[0])
+        x_tau, tau, _, _ = diffused(found, keys[1])
+        real = teacher.guided(teacher_params, found.cond, null_cond, guidance_scale)(x_tau, tau)
+        fake = student.denoiser(jax.lax.stop_gradient(params["fake"]), found.cond)(x_tau, tau)
+        gradient = jax.lax.stop_gradient(matching_gradient(found.x0, real.x0, fake.x0))
+        matching = 0.5 * jnp.mean((found.x_s - jax.lax.stop_gradient(found.x_s) + gradient) ** 2)
+        of_fake = fake_loss(params["fake"], found, keys[2])
+        total = matching + fake_weight * of_fake
+        size = jnp.sqrt(jnp.mean(gradient**2))
+        metrics = {"matching": matching, "fake": of_fake, "gradient": size}
         if shortcut > 0:
-            # Of each trajectory of several steps: x̂0 of its first state beside its end.
-            firsts = [
-                (x0[: len(end)], end)
-                for grid, (_, x0, _, _, end) in zip(kept, parts, strict=True)
-                if len(grid) > 1
-            ]
-            metrics["shortcut"] = shortcut_distance(firsts)
+            metrics["shortcut"] = shortcut_distance(found.ends)
             total = total + shortcut * metrics["shortcut"]
         return total, metrics
 
-    return loss
+    def critic(
+        params: Any, teacher_params: Any, batch: Any, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        del teacher_params
+        key_states, key_fake = jax.random.split(key)
+        student_params = jax.lax.stop_gradient(params["student"])
+        found = jax.lax.stop_gradient(intervals(student_params, batch, key_states))
+        value = fake_weight * fake_loss(params["fake"], found, key_fake)
+        return value, {"fake": value}
+
+    return Losses(loss, critic)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """fake_updates: of the fake score for one of the student."""
+
+    learning_rate: float = 1e-4
+    fake_learning_rate: float = 5e-4
+    fake_updates: int = 1
+    guidance: float = 1.0
+
+
+def objectives(
+    kit: Kit, settings: Settings, grids: Sequence[TimeGrid], *, shortcut: float = 0.0
+) -> Losses:
+    """Its losses on these grids. Raises ValueError."""
+    if settings.fake_updates < 1:
+        raise ValueError(f"fake_updates must be at least 1, got {settings.fake_updates}")
+    return tdm(
+        kit.network,
+        kit.network,
+        grids=grids,
+        null_cond=kit.null_cond,
+        guidance_scale=settings.guidance,
+        shortcut=shortcut,
+        constrain=kit.constrain,
+        unroll=kit.unroll,
+    )
+
+
+def recipe(kit: Kit, settings: Settings) -> Recipe:
+    """One stage, without data. Raises ValueError."""
+    sampler = SamplerSpec()
+    losses = objectives(kit, settings, kit.grids(sampler))
+    stage = Stage(
+        "",
+        losses.loss,
+        kit.optimizers(settings.learning_rate, fake=settings.fake_learning_rate),
+        serves=kit.steps,
+        critic=losses.critic,
+        critic_updates=settings.fake_updates - 1,
+    )
+    return Recipe([stage], sampler)

@@ -33,10 +33,11 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from jaxdistill.errors import UserError
 from jaxdistill.interop import diffusers_folder, torch_weights
 from jaxdistill.interop.torch_weights import WeightFiles
-from jaxdistill.metrics import evaluate
-from jaxdistill.metrics.evaluate import gaussian_distance as frechet_distance
+from jaxdistill.metrics.distances import gaussian_distance as frechet_distance
+from jaxdistill.metrics.distances import precision_recall, weights_hash
 from jaxdistill.models.text.clip import ACTIVATIONS
 from jaxdistill.models.vision import inception
 from jaxdistill.models.vision.clip_vision import CLIPVision
@@ -54,7 +55,7 @@ NEIGHBOURS = 3
 """k of precision and recall."""
 
 
-class MetricError(ValueError):
+class MetricError(UserError):
     """Images, weights or statistics that cannot be used, in one line."""
 
 
@@ -289,7 +290,7 @@ def load_inception(
     chosen = PROTOCOLS[protocol]
     said = {
         "features": "inception-2015-12-05, 2048 pooled",
-        "weights": evaluate.weights_hash(params),
+        "weights": weights_hash(params),
         "protocol": protocol,
         "resize": f"to 299 x 299, {chosen.resize}",
         "pixel_range": f"{chosen.pixel_range} of 8-bit x",
@@ -416,7 +417,7 @@ def load_clip(folder: str | Path, *, batch_size: int = 32) -> CLIP:
         texts,
         {
             "name": folder.resolve().name,
-            "weights": evaluate.weights_hash((vision_params, text_params)),
+            "weights": weights_hash((vision_params, text_params)),
             **said,
         },
     )
@@ -783,7 +784,7 @@ def feature_scores(
                 "kernel": "(x.y / features + 1)^3", "subsets": KID_SUBSETS, "subset_size": subset_size, "seed": KID_SEED
             }  # fmt: skip
         if "precision_recall" in metrics:
-            scores["precision"], scores["recall"] = evaluate.precision_recall(
+            scores["precision"], scores["recall"] = precision_recall(
                 reference.features, features, k=NEIGHBOURS
             )
             protocol["precision_recall"] = {

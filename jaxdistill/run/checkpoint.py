@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from fsspec.implementations.local import LocalFileSystem
 
+from jaxdistill.errors import UserError
 from jaxdistill.run import distributed
 
 FULL = "the disk is full"
@@ -27,7 +28,7 @@ FULL = "the disk is full"
 T = TypeVar("T")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint or export that cannot be used, in one line."""
 
 
@@ -445,6 +446,14 @@ def swap_in(temporary: Path, folder: Path) -> None:
             os.rename(older, folder)
         raise
     shutil.rmtree(older, ignore_errors=True)
+
+
+def tree_hash(tree: Any) -> str:
+    """First 12 hex digits of the SHA-256 of all arrays of a tree, in order."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def hash_files(paths: Iterable[Path]) -> str:

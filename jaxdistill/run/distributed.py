@@ -22,7 +22,10 @@ HEARTBEAT_SECONDS = 20
 _own_folder = False
 
 
-class DistributedError(ValueError):
+from jaxdistill.errors import UserError
+
+
+class DistributedError(UserError):
     """Processes that cannot work together, in one line."""
 
 
@@ -134,6 +137,11 @@ def _wait_for(host: str, port: int, timeout: int) -> None:
     )
 
 
+def count() -> int:
+    """Of the processes."""
+    return jax.process_count()
+
+
 def is_main() -> bool:
     """Whether this process speaks for all."""
     return jax.process_index() == 0
@@ -231,6 +239,14 @@ def broadcast(text: bytes) -> bytes:
     if is_main():
         buffer[:] = np.frombuffer(text, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(buffer), np.uint8).tobytes()
+
+
+def agreed(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Process 0's numbers, on all, to the bit."""
+    if jax.process_count() == 1:
+        return dict(numbers)
+    sent = json.dumps({name: repr(float(value)) for name, value in numbers.items()})
+    return {name: float(text) for name, text in json.loads(broadcast(sent.encode())).items()}
 
 
 def check_same(values: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ Knows nothing of the method.
 """
 
 import collections
+import dataclasses
 import json
 import math
 import signal
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from jaxdistill.costs import chips
+from jaxdistill.partition import Layout
 from jaxdistill.run import distributed
 from jaxdistill.run.checkpoint import Checkpoints
 from jaxdistill.train import TrainState
@@ -57,6 +59,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: str | None = None
         self._last = 0
+        self._old: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.received is not None:
@@ -95,12 +98,17 @@ class StopSignal:
     def installed(self) -> Iterator["StopSignal"]:
         """Handle both signals inside the block. Of several processes each leaves SIGTERM to JAX."""
         numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        old = {number: signal.signal(number, self._handle) for number in numbers}
+        self._old = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield self
         finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+            self.release()
+
+    def release(self) -> None:
+        """From here on a signal ends the process at once: all that matters is on disk."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old = {}
 
 
 def prepare(what: str, work: Iterable[Any], stop: StopSignal) -> None:
@@ -247,9 +255,13 @@ class Trace:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 
+    def ends(self, step: int) -> bool:
+        """Whether the trace is written after this step."""
+        return self._running and step + 1 >= self._last
+
     def after(self, step: int, result: Any) -> None:
         """Stop where the step was the last."""
-        if self._running and step + 1 >= self._last:
+        if self.ends(step):
             jax.block_until_ready(result)
             self.close()
 
@@ -267,39 +279,37 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 class Best:
-    """The averages of the step whose health number `key` was the lowest, kept as a checkpoint of
-    their own. Survives restarts.
+    """The averages of the step whose health number `key` was the lowest, with all numbers of that
+    line, kept as a checkpoint of their own. Survives restarts.
 
     Raises CheckpointError where what is there does not fit `like`, the averages of this run.
     """
 
     def __init__(self, folder: str, key: str, like: Any) -> None:
         self.key, self.value = key, math.inf
+        self.health: dict[str, float] = {}
         self._checkpoints = Checkpoints(folder, keep=1)
         if self._checkpoints.latest is not None:
-            self.value = float(self._checkpoints.restore(like)[1]["value"])
+            meta = self._checkpoints.restore(like)[1]
+            self.value, self.health = float(meta["value"]), numbers_of(meta["health"])
 
     @property
     def step(self) -> int | None:
         """Of the averages that are kept."""
         return self._checkpoints.latest
 
-    def offer(self, step: int, averages: Any, report: Mapping[str, float]) -> None:
-        """Keep these where they are better. Of many processes the first one's report counts.
-
-        Raises ValueError for an unknown key.
-        """
-        if distributed.is_main() and self.key not in report:
+    def offer(self, step: int, averages: Any, health: Mapping[str, float]) -> None:
+        """Keep these where they are better. Raises ValueError for an unknown key."""
+        if self.key not in health:
             raise ValueError(
                 f"keep_best = {self.key!r} is no health number; use one of"
-                f" {', '.join(sorted(report))}"
+                f" {', '.join(sorted(health))}"
             )
-        value = float(report.get(self.key, math.nan))
-        if jax.process_count() > 1:
-            value = float(distributed.broadcast(repr(value).encode()))
-        if value < self.value:
-            self.value = value
-            self._checkpoints.save(step, averages, {"value": value})
+        if health[self.key] < self.value:
+            self.value, self.health = health[self.key], dict(health)
+            self._checkpoints.save(
+                step, averages, {"value": self.value, "health": texts_of(health)}
+            )
 
     def wait(self) -> None:
         """Until all is on disk."""
@@ -314,201 +324,278 @@ class Best:
         self._checkpoints.close()
 
 
-def train_loop(
-    name: str,
-    first: Callable[[], TrainState],
-    step_fn: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]],
-    batches: Callable[[int], Any],
-    teacher_params: Any,
-    *,
-    like: TrainState,
-    steps: int,
-    workdir: Path,
-    log_every: int,
-    health_every: int,
-    checkpoint_every: int,
-    health: HealthFn,
-    stop: StopSignal,
-    advice: str,
-    checkpoint_folder: str | Path | None = None,
-    examples: int = 0,
-    flops: float = 0.0,
-    profile: int = 0,
-    keep_best: str = "",
-) -> tuple[TrainState, Seconds]:
-    """Train from the newest checkpoint, or from `first()`, to `steps`.
+def texts_of(numbers: Mapping[str, float]) -> dict[str, str]:
+    """Numbers as a checkpoint's JSON holds them: NaN and infinity are none of JSON's."""
+    return {name: repr(float(value)) for name, value in numbers.items()}
 
-    Returns the state and the seconds spent in all.
 
-    `like` describes the state: arrays, or ShapeDtypeStructs with their shardings. `first` is called
-    only where there is no checkpoint, and nothing but the loop may hold its result, so that the
-    devices hold one state and not two.
+def numbers_of(texts: Mapping[str, str]) -> dict[str, float]:
+    """`texts_of` undone, to the bit."""
+    return {name: float(text) for name, text in texts.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a run's trainings happen, and how often they are looked at.
+
+    Attributes:
+      workdir: of curves, TensorBoard's files and, by default, of the checkpoints.
+      stop: the signal to heed.
+      layout: the mesh and where arrays live on it.
+      every: steps between losses in the curve.
+      checkpoint_every: steps.
+      checkpoints: their folder, instead of workdir/checkpoints; may be gs://.
+      profile: steps of which a trace is written, from the eleventh of a start on.
+      own: where this process draws by itself; its first device by default.
+    """
+
+    workdir: Path
+    stop: StopSignal
+    layout: Layout
+    every: int = 50
+    checkpoint_every: int = 500
+    checkpoints: str = ""
+    profile: int = 0
+    own: Layout | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What `train_loop` repeats.
+
+    Attributes:
+      name: of the phase.
+      first: the state before the first step. Called only where there is no checkpoint; nothing but
+        the loop may hold its result, so that the devices hold one state and not two.
+      like: describes the state: arrays, or ShapeDtypeStructs with their shardings.
+      step: (state, batch, given) -> (state, metrics).
+      batches: step -> its batch.
+      given: the loss's second argument.
+      health: (averages, step) -> numbers.
+      steps: where to end.
+      health_every: steps.
+      keep_best: a health number; the averages of the step where it was lowest are returned.
+      advice: what to do where a loss is no number.
+      examples: of a step, for images a second.
+      flops: of a step on all devices, for MFU.
+    """
+
+    name: str
+    first: Callable[[], TrainState]
+    like: TrainState
+    step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]
+    batches: Callable[[int], Any]
+    given: Any
+    health: HealthFn
+    steps: int
+    health_every: int
+    keep_best: str = ""
+    advice: str = ""
+    examples: int = 0
+    flops: float = 0.0
+
+
+class Trained(NamedTuple):
+    """The last state; the seconds spent in all; the health numbers of its averages."""
+
+    state: TrainState
+    seconds: Seconds
+    health: dict[str, float]
+
+
+def train_loop(loop: Loop, place: Place) -> Trained:
+    """Train from the newest checkpoint, or from `loop.first()`, to `loop.steps`.
 
     The step number is the data position and, with the state's key, the randomness: a resumed run
-    ends in the same bits as one that was never stopped.
-
-    `examples` and `flops` of a step give images a second and MFU beside the loss, on the console
-    and in TensorBoard. `profile`: steps of which a trace is written, from the eleventh of this
-    start on. `checkpoint_folder`: instead of workdir/checkpoints; may be gs://. `keep_best`: a
-    health number; the averages of the step where it was lowest are kept beside the checkpoints and
-    returned as ema_params.
+    ends in the same bits as one that was never stopped. A checkpoint holds all that results need:
+    the newest health numbers with it, and those of the best averages beside them.
 
     Raises:
       ValueError: `keep_best` is no health number.
       NonFiniteError: a loss is not finite; names step and terms. Nothing non-finite is ever saved.
       Stopped: after SIGTERM or SIGINT, once the state is saved.
     """
-    folder = checkpoint_folder or workdir / "checkpoints"
-    checkpoints = Checkpoints(f"{folder}/{name}")
-    before = Seconds(0.0, 0.0)
-    if checkpoints.latest is None:
-        state = first()
-    else:
-        state, meta = checkpoints.restore(like)
-        before = Seconds(float(meta["seconds"]), float(meta.get("save_seconds", 0.0)))
-        if distributed.is_main():
-            print(f"{name}: resumes at step {int(state.step)} of {steps}")
-    best = Best(f"{folder}/{name}-best", keep_best, like.ema_params) if keep_best else None
-    start, began = int(state.step), time.perf_counter()
-    curve = Curve(workdir / "curves" / f"{name}.jsonl", start)
-    writer = summary_writer()(
-        str(workdir / "tensorboard" / name),
-        purge_step=start + 1,
-        write_to_disk=distributed.writes(),
-    )
-    meter, trace = (
-        Meter(examples, flops, saving=before.saving),
-        Trace(workdir / "tensorboard" / name, start + 10, profile),
-    )
-    watchdog = distributed.Watchdog() if jax.process_count() > 1 else None
-    pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
-    last_saved = start
+    running = _Running(loop, place)
+    try:
+        running.go()
+        return running.result()
+    finally:
+        running.close()
 
-    def check(until: int) -> dict[str, float]:
-        """Block until the oldest metrics are there, leaving `until` in flight; the newest checked
-        ones.
-        """
+
+class _Running:
+    """One start of a loop: its state, and what has to be closed."""
+
+    def __init__(self, loop: Loop, place: Place) -> None:
+        self.loop, self.place, self.stop = loop, place, place.stop
+        folder = f"{place.checkpoints or place.workdir / 'checkpoints'}/{loop.name}"
+        self.checkpoints = Checkpoints(folder)
+        self.before, self.health = Seconds(0.0, 0.0), dict[str, float]()
+        if self.checkpoints.latest is None:
+            self.state = loop.first()
+        else:
+            self.state, meta = self.checkpoints.restore(loop.like)
+            self.before = Seconds(float(meta["seconds"]), float(meta["save_seconds"]))
+            self.health = numbers_of(meta["health"])
+            if distributed.is_main():
+                print(f"{loop.name}: resumes at step {int(self.state.step)} of {loop.steps}")
+        keep = loop.keep_best
+        self.best = Best(f"{folder}-best", keep, loop.like.ema_params) if keep else None
+        self.start, self.began = int(self.state.step), time.perf_counter()
+        self.curve = Curve(place.workdir / "curves" / f"{loop.name}.jsonl", self.start)
+        board = place.workdir / "tensorboard" / loop.name
+        writes, purged = distributed.writes(), self.start + 1
+        self.writer = summary_writer()(str(board), purge_step=purged, write_to_disk=writes)
+        self.meter = Meter(loop.examples, loop.flops, saving=self.before.saving)
+        self.trace = Trace(board, self.start + 10, place.profile)
+        self.watchdog = distributed.Watchdog() if jax.process_count() > 1 else None
+        self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
+        self.last_saved = self.start
+        # Off a terminal, a line every ten seconds is enough.
+        self.bar = tqdm(
+            total=loop.steps,
+            initial=self.start,
+            desc=loop.name,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=not distributed.is_main(),
+        )
+
+    def go(self) -> None:
+        """All steps that are left."""
+        loop, start = self.loop, self.start
+        if self.stop.begin(start) and start < loop.steps:
+            raise Stopped(
+                f"{loop.name} stopped by {self.stop.received} at step {start} of {loop.steps};"
+                " the same command resumes it"
+            )
+        for i in range(start, loop.steps):
+            with self.meter.spent("input"):
+                batch = loop.batches(i)
+            self.trace.before(i)
+            self.state, metrics = loop.step(self.state, batch, loop.given)
+            self.meter.step()
+            if self.trace.ends(i):
+                self.rest()  # a trace may take long to write
+            self.trace.after(i, metrics)
+            self.pending.append((i, metrics))
+            self.after(i + 1)
+
+    def after(self, done: int) -> None:
+        """What is due when so many steps have been started."""
+        loop, place, last = self.loop, self.place, done == self.loop.steps
+        logged = done % place.every == 0 or last
+        # A few steps stay in flight, so that checking their numbers does not stall the device.
+        values = self.check(0 if logged else 8)
+        self.bar.update()
+        if logged:
+            self.log(done, values)
+        if done % loop.health_every == 0 or last:
+            self.look(done)
+        received = self.stop.at(done)
+        if done % place.checkpoint_every == 0 or last or received:
+            self.check(0)  # the steps in flight are training, and not lost to saving
+            self.rest()
+            with self.meter.spent("save"):
+                self.save(done)
+        if received and not last:
+            with self.meter.spent("save"):
+                self.checkpoints.wait()
+            raise Stopped(
+                f"{loop.name} stopped by {received} and saved at step {done} of {loop.steps}; the"
+                " same command resumes it"
+            )
+
+    def check(self, until: int) -> dict[str, float]:
+        """Block until the oldest metrics are there, leaving `until` in flight; the newest ones."""
         values: dict[str, float] = {}
-        while len(pending) > until:
-            at, metrics = pending.popleft()
+        while len(self.pending) > until:
+            at, metrics = self.pending.popleft()
             values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-            if watchdog is not None:
-                watchdog.step()
+            if self.watchdog is not None:
+                self.watchdog.step()
             if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
                 bad = ", ".join(f"{k} = {v:g}" for k, v in values.items() if not np.isfinite(v))
-                raise NonFiniteError(
-                    f"{name} step {at}: {bad}; the checkpoint of step {last_saved} is kept;"
-                    f" {advice}"
-                )
+                self.not_finite(f"step {at}: {bad}")
         return values
 
-    def rest() -> None:
-        """Health lines and saves may take their time."""
-        if watchdog is not None:
-            watchdog.pause()
+    def not_finite(self, what: str) -> NoReturn:
+        """Raise NonFiniteError."""
+        raise NonFiniteError(
+            f"{self.loop.name} {what}; the checkpoint of step {self.last_saved} is kept;"
+            f" {self.loop.advice}"
+        )
 
-    def save(step: int) -> None:
-        nonlocal last_saved
-        if not all_finite((state.params, state.ema_params)):
-            raise NonFiniteError(
-                f"{name} step {step - 1}: parameters are not finite; the checkpoint of step"
-                f" {last_saved} is kept; {advice}"
-            )
-        checkpoints.save(step, state, {"seconds": spent().total, "save_seconds": meter.saving})
-        last_saved = step
+    def log(self, done: int, values: Mapping[str, float]) -> None:
+        """Losses and speed, on the bar, in the curve and for TensorBoard."""
+        speed = self.meter.read()
+        wanted = ("images_per_second_a_chip", "mfu", "save_seconds")
+        shown = {key: f"{speed[key]:.3g}" for key in wanted if speed.get(key)}
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False, **shown)
+        self.curve.add(done, values)
+        for key, value in {**values, **{f"speed/{k}": v for k, v in speed.items()}}.items():
+            self.writer.add_scalar(key, value, done)
 
-    def spent() -> Seconds:
-        return Seconds(before.total + time.perf_counter() - began, meter.saving)
+    def look(self, done: int) -> None:
+        """The health line. Of many processes the first one's numbers count, for all."""
+        self.check(0)
+        self.rest()
+        with self.meter.spent("health"):
+            found = dict(self.loop.health(self.state.ema_params, done))
+        self.health = distributed.agreed(found)
+        self.curve.add(done, {f"health/{k}": v for k, v in self.health.items()})
+        for key, value in self.health.items():
+            self.writer.add_scalar(f"health/{key}", value, done)
+        if self.best is not None:
+            with self.meter.spent("save"):
+                self.best.offer(done, self.state.ema_params, self.health)
 
-    # Off a terminal, a line every ten seconds is enough.
-    bar = tqdm(
-        total=steps,
-        initial=start,
-        desc=name,
-        unit="step",
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-        dynamic_ncols=True,
-        smoothing=0.05,
-        disable=not distributed.is_main(),
-    )
-    try:
-        if stop.begin(start) and start < steps:
-            raise Stopped(
-                f"{name} stopped by {stop.received} at step {start} of {steps}; the same command"
-                " resumes it"
-            )
-        for i in range(start, steps):
-            with meter.spent("input"):
-                batch = batches(i)
-            trace.before(i)
-            state, metrics = step_fn(state, batch, teacher_params)
-            meter.step()
-            trace.after(i, metrics)
-            pending.append((i, metrics))
-            done = i + 1
-            # A few steps stay in flight, so that checking their numbers does not stall the device.
-            values = check(0 if done % log_every == 0 or done == steps else 8)
-            bar.update()
-            if done % log_every == 0 or done == steps:
-                speed = meter.read()
-                shown = {
-                    key: f"{speed[key]:.3g}"
-                    for key in ("images_per_second_a_chip", "mfu", "save_seconds")
-                    if speed.get(key)
-                }
-                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False, **shown)
-                curve.add(done, values)
-                for key, value in (values | {f"speed/{k}": v for k, v in speed.items()}).items():
-                    writer.add_scalar(key, value, done)
-            if done % health_every == 0 or done == steps:
-                check(0)
-                rest()
-                with meter.spent("health"):
-                    report = health(state.ema_params, done)
-                curve.add(done, {f"health/{k}": v for k, v in report.items()})
-                for key, value in report.items():
-                    writer.add_scalar(f"health/{key}", value, done)
-                if best is not None:
-                    with meter.spent("save"):
-                        best.offer(done, state.ema_params, report)
-            received = stop.at(done)
-            if done % checkpoint_every == 0 or done == steps or received:
-                check(0)  # the steps in flight are training, and not lost to saving
-                rest()
-                with meter.spent("save"):
-                    save(done)
-            if received and done < steps:
-                with meter.spent("save"):
-                    checkpoints.wait()
-                raise Stopped(
-                    f"{name} stopped by {received} and saved at step {done} of {steps}; the same"
-                    " command resumes it"
-                )
+    def rest(self) -> None:
+        """What comes now may take its time."""
+        if self.watchdog is not None:
+            self.watchdog.pause()
+
+    def save(self, step: int) -> None:
+        """A checkpoint."""
+        if not all_finite((self.state.params, self.state.ema_params)):
+            self.not_finite(f"step {step - 1}: parameters are not finite")
+        seconds = self.spent()
+        meta = {"seconds": seconds.total, "save_seconds": seconds.saving}
+        self.checkpoints.save(step, self.state, {**meta, "health": texts_of(self.health)})
+        self.last_saved = step
+
+    def spent(self) -> Seconds:
+        """Of all starts."""
+        return Seconds(self.before.total + time.perf_counter() - self.began, self.meter.saving)
+
+    def result(self) -> Trained:
+        """The last state, with the best averages where those were asked for."""
+        state, health, best = self.state, self.health, self.best
         if best is not None:
-            with meter.spent("save"):
+            with self.meter.spent("save"):
                 best.wait()
             state = state._replace(ema_params=best.restore(state.ema_params))
+            health = best.health or health
             if distributed.is_main() and best.step is not None:
-                print(
-                    f"{name}: its best averages are those of step {best.step} ({keep_best}"
-                    f" {best.value:g})",
-                    flush=True,
-                )
-    finally:
-        if watchdog is not None:
-            watchdog.close()
-        bar.close()
+                where = f"step {best.step} ({best.key} {best.value:g})"
+                print(f"{self.loop.name}: its best averages are those of {where}", flush=True)
+        return Trained(state, self.spent(), health)
+
+    def close(self) -> None:
+        """Wait until all is on disk."""
+        if self.watchdog is not None:
+            self.watchdog.close()
+        self.bar.close()
         with suppress(OSError):  # a full disk: the checkpoint says so
-            trace.close()
-            writer.close()
-        with meter.spent("save"):
-            checkpoints.close()
-            if best is not None:
-                best.close()
-        found = spent()
-        if start < steps and distributed.is_main():
-            print(
-                f"{name}: {found.total:.1f} s, of them {found.saving:.1f} s lost to saving",
-                flush=True,
-            )
-    return state, found
+            self.trace.close()
+            self.writer.close()
+        with self.meter.spent("save"):
+            self.checkpoints.close()
+            if self.best is not None:
+                self.best.close()
+        found = self.spent()
+        if self.start < self.loop.steps and distributed.is_main():
+            lost = f"of them {found.saving:.1f} s lost to saving"
+            print(f"{self.loop.name}: {found.total:.1f} s, {lost}", flush=True)

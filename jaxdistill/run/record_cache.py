@@ -13,12 +13,13 @@ import grain
 import numpy as np
 from array_record.python import array_record_module
 
+from jaxdistill.errors import UserError
 from jaxdistill.run import checkpoint
 
 META = "meta.json"
 
 
-class CacheError(ValueError):
+class CacheError(UserError):
     """A cache that cannot be used, in one line."""
 
 

@@ -11,19 +11,6 @@ from PIL import Image
 
 from jaxdistill.run import distributed
 
-COLUMNS = {
-    "fd": ("FD ↓", "{:.3f}"),
-    "fd_noise": ("± FD", "{:.3f}"),
-    "fd_validation": ("FD, validation ↓", "{:.3f}"),
-    "ratio": ("FD / reference ↓", "{:.2f}"),
-    "accuracy": ("accuracy ↑", "{:.3f}"),
-    "precision": ("precision ↑", "{:.3f}"),
-    "recall": ("recall ↑", "{:.3f}"),
-    "diversity": ("diversity (real = 1)", "{:.3f}"),
-    "nearest_neighbour": ("distance to train (real = 1)", "{:.2f}"),
-    "images_per_second": ("images/s", "{:,.0f}"),
-}
-
 
 def new_figure(width: float, height: float) -> Any:
     """An empty figure of this size in inches.
@@ -38,6 +25,11 @@ def new_figure(width: float, height: float) -> Any:
 def counted(steps: int) -> str:
     """A number of steps in words."""
     return f"{steps} step{'s' * (steps > 1)}"
+
+
+def slug(steps: int) -> str:
+    """A number of steps in a folder's name."""
+    return counted(steps).replace(" ", "_")
 
 
 def image_grid(rows: np.ndarray, *, scale: int = 4, gap: int = 2) -> np.ndarray:
@@ -69,29 +61,41 @@ def save_grid(
     )
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of results.json as a markdown table."""
-    head = ["model", "steps", "guidance", *(title for title, _ in COLUMNS.values())]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+def markdown_table(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]
+) -> str:
+    """Rows of results as a markdown table.
+
+    Args:
+      rows: {key: value}; a missing one is left blank.
+      columns: {key: (title, format)}.
+    """
+    titles = [title for title, _ in columns.values()]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in rows:
-        cells = [row["model"], str(row["steps"]), f"{row['guidance']:g}"]
-        cells += [
+        cells = [
             form.format(row[key]) if row.get(key) is not None else ""
-            for key, (_, form) in COLUMNS.items()
+            for key, (_, form) in columns.items()
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def results_picture(
-    path: Path, results: Mapping[str, Any], pictures: Mapping[tuple[str, int], np.ndarray]
+    path: Path,
+    results: Mapping[str, Any],
+    pictures: Mapping[tuple[str, int], np.ndarray],
+    columns: Mapping[str, tuple[str, str]],
+    captions: Sequence[str] = (),
 ) -> None:
-    """Teacher and student on the same noise, one row a sampler, beside FD against network calls.
+    """Teacher and student on the same noise, one row a sampler, above FD against network calls.
 
     Args:
       path: PNG to write.
       results: as in results.json.
       pictures: {(model, steps): images [c, h, w, ch]} in row order, all from one noise.
+      columns: {key of a row: (title, format)} of the table beside the curve.
+      captions: of the pictures' columns.
     """
     names = list(pictures)
     grid = image_grid(np.stack([pictures[name] for name in names]))
@@ -103,10 +107,13 @@ def results_picture(
     top = upper.subplots()
     left, right = lower.subplots(1, 2)
     show_rows(top, grid, names)
-    top.set_title("one noise a column", fontsize=10)
+    if captions:
+        show_captions(top, grid, captions)
+    else:
+        top.set_title("one noise a column", fontsize=10)
     fd_curve(left, results)
-    shown = ("fd", "accuracy", "precision", "recall", "diversity")
-    texts = [[COLUMNS[key][1].format(r[key]) for key in shown] for r in results["rows"]]
+    shown = list(columns)
+    texts = [[columns[key][1].format(r[key]) for key in shown] for r in results["rows"]]
     labels = [f"{r['model']}, {counted(r['steps'])}" for r in results["rows"]]
     right.axis("off")
     table = right.table(
@@ -220,12 +227,17 @@ def methods_picture(
     CHARTS[chart["kind"]](upper, results, chart)
     axes = lower.subplots()
     show_rows(axes, grid, names)
+    show_captions(axes, grid, captions)
+    figure.savefig(path, dpi=100)
+
+
+def show_captions(axes: Any, grid: np.ndarray, captions: Sequence[str]) -> None:
+    """Captions above the columns of a picture of `image_grid`."""
     column = grid.shape[1] / len(captions)
     wrapped = ["\n".join(textwrap.wrap(caption, 17)) for caption in captions]
     axes.set_xticks([column * (i + 0.5) for i in range(len(captions))], wrapped, fontsize=7)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
-    figure.savefig(path, dpi=100)
 
 
 SCORES = {"fd": "Fréchet distance ↓", "all_right": "caption all right ↑"}

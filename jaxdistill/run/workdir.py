@@ -8,32 +8,46 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import optax
 from ml_collections import ConfigDict
 
 import jaxdistill
-from jaxdistill import partition
-from jaxdistill.prediction import LossFn
+from jaxdistill.errors import UserError
 from jaxdistill.run import checkpoint, distributed, loop
-from jaxdistill.tasks.labelled_images.experiment import flatten
-from jaxdistill.train import TrainState, everything, init_state, train_step
 
 
-class UserError(Exception):
-    """What the user can mend, in one line."""
+def user_cache() -> Path:
+    """The folder of what can be made again: $XDG_CACHE_HOME/jaxdistill or ~/.cache/jaxdistill."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxdistill"
 
 
-def missing_extra(error: ModuleNotFoundError) -> str:
-    """What to install for text to image, in one line."""
+EXTRAS = {
+    "tensorflow_datasets": "benchmark",
+    "filelock": "benchmark",
+    "tokenizers": "text-to-image",
+    "transformers": "text-to-image",
+    "safetensors": "text-to-image",
+    "grain": "text-to-image",
+    "array_record": "text-to-image",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "gcsfs": "tpu",
+}
+"""Module -> the extra that brings it."""
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """What to install for a library that is not there, in one line; None where it is a bug."""
+    extra = EXTRAS.get((error.name or "").partition(".")[0])
+    if extra is None:
+        return None
     return (
-        f"{error.name} is not installed; text to image needs: pip install"
-        ' "jaxdistill[text-to-image]" (".[text-to-image]" in a checkout)'
+        f'{error.name} is not installed; run: pip install "jaxdistill[{extra}]" (".[{extra}]" in a'
+        " checkout)"
     )
 
 
@@ -91,116 +105,6 @@ def check_workdir(workdir: Path, config: ConfigDict) -> str:
     return ""
 
 
-class Programs(NamedTuple):
-    """What a phase compiles, and the shapes of its arguments with their places.
-
-    start: (params, key=) -> state, each array made where it lives. step: (state, batch,
-    teacher_params) -> (state, metrics).
-    """
-
-    start: Callable[..., TrainState]
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    state: TrainState
-    teacher: Any
-
-
-def programs(
-    layout: partition.Layout,
-    loss_fn: LossFn,
-    tx: optax.GradientTransformation,
-    params: Any,
-    teacher_params: Any,
-    *,
-    ema_decay: float,
-    ema_of: Callable[[Any], Any] = everything,
-    accumulate: int = 1,
-) -> Programs:
-    """The jitted programs of a phase on a mesh, from parameters or their shapes: what a run trains
-    with and `jaxdistill.aot` plans.
-    """
-    init = partial(init_state, tx=tx, ema_of=ema_of)
-    state = layout.describe(jax.eval_shape(init, params, key=jax.random.key(0)))
-    teacher = None if teacher_params is None else layout.describe(teacher_params)
-    state_places, teacher_places = (
-        jax.tree.map(lambda a: a.sharding, tree) for tree in (state, teacher)
-    )
-    step = partial(
-        train_step,
-        loss_fn=loss_fn,
-        tx=tx,
-        ema_decay=ema_decay,
-        ema_of=ema_of,
-        accumulate=accumulate,
-    )
-    jitted = partition.jit_train_step(step, layout.mesh, state_places, teacher_places)
-    return Programs(jax.jit(init, out_shardings=state_places), jitted, state, teacher)
-
-
-def train_phase(
-    name: str,
-    params: Callable[[], Any],
-    shapes: Any,
-    key: jax.Array,
-    loss_fn: LossFn,
-    tx: optax.GradientTransformation,
-    batches: Callable[[int], Any],
-    teacher_params: Any,
-    health: loop.HealthFn,
-    *,
-    layout: partition.Layout,
-    ema_decay: float,
-    steps: int,
-    health_every: int,
-    log: ConfigDict,
-    workdir: Path,
-    stop: loop.StopSignal,
-    advice: str,
-    ema_of: Callable[[Any], Any] = everything,
-    accumulate: int = 1,
-    compiled: Callable[..., Any] | None = None,
-    own: partition.Layout | None = None,
-    **options: Any,
-) -> tuple[TrainState, loop.Seconds]:
-    """`loop.train_loop` of a loss on a mesh, from `params()` or the newest checkpoint: the last
-    state and the seconds spent in all.
-
-    `shapes` are those of the parameters (or any arrays like them); `params` is not called where
-    there is a checkpoint. `compiled`: the step where it need not be compiled. `log` gives "every"
-    and "checkpoint_every"; batches: i -> this process's rows of batch i on the host; `options` go
-    to the loop. The averages, of the health lines too, are arrays of this process alone: on its
-    first device, or on the devices of `own`.
-    """
-    made = programs(
-        layout,
-        loss_fn,
-        tx,
-        shapes,
-        teacher_params,
-        ema_decay=ema_decay,
-        ema_of=ema_of,
-        accumulate=accumulate,
-    )
-    local = partial(partition.local, mesh=own.mesh if own else None)
-    state, seconds = loop.train_loop(
-        name,
-        lambda: made.start(layout.place(params()), key=key),
-        made.step if compiled is None else compiled,
-        lambda i: partition.put_batch(batches(i), layout.mesh),
-        None if teacher_params is None else layout.place(teacher_params),
-        like=made.state,
-        steps=steps,
-        workdir=workdir,
-        log_every=log.every,
-        health_every=health_every,
-        checkpoint_every=log.checkpoint_every,
-        health=lambda ema, at: health(local(ema), at),
-        stop=stop,
-        advice=advice,
-        **options,
-    )
-    return state._replace(ema_params=local(state.ema_params)), seconds
-
-
 def say(line: str) -> None:
     """Print beside a progress bar. Of many processes one does."""
     if not distributed.is_main():
@@ -223,3 +127,12 @@ def versions(*, machine: bool = True) -> dict[str, str]:
             f" {jax.default_backend()} device(s)"
         )
     return about
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

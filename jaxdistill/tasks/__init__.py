@@ -1,1 +1,25 @@
 """What is distilled and how it is judged: one folder a task."""
+
+import importlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxdistill.names import choose
+
+TASKS = {
+    "labelled_images": ("jaxdistill.tasks.labelled_images.task", "LabelledImages"),
+    "scenes": ("jaxdistill.tasks.scenes.task", "Scenes"),
+    "text_to_image": ("jaxdistill.tasks.text_to_image.task", "TextToImageTask"),
+}
+"""Name in a config -> module and class. Imported on demand: their libraries differ."""
+
+
+def open_task(config: ConfigDict) -> Any:
+    """The task of a config, checked; nothing heavy is computed, nothing is written.
+
+    Raises ValueError in one line for what cannot be, ModuleNotFoundError where an extra is not
+    installed.
+    """
+    module, name = choose(TASKS, config.get("task", ""), "config.task")
+    return getattr(importlib.import_module(module), name)(config)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxdistill.errors import UserError
+
 
 class Split(NamedTuple):
     """images float32 [n, h, w, c] in [0, 1]; labels int32 [n]."""
@@ -30,7 +32,7 @@ class Dataset(NamedTuple):
     class_names: Sequence[str]
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data file that is missing or damaged, in one line."""
 
 

@@ -6,20 +6,16 @@ Fréchet distance. It is trained here, frozen, and named by a hash: numbers of d
 not be compared.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdistill.metrics.evaluate import (
-    class_spread,
-    fd_noise,
-    frechet_distance,
-    precision_recall,
+from jaxdistill.metrics.distances import (
     weights_hash,
 )
 from jaxdistill.models.vision.recogniser import Recogniser
@@ -43,14 +39,17 @@ class SceneRecogniser:
     """
 
     def __init__(
-        self, params: Any, train_images: np.ndarray, *, channels: Sequence[int], features: int
+        self, params: Any, scale: float, *, channels: Sequence[int], features: int
     ) -> None:
-        self.params = params
+        self.params, self.scale = params, scale
         self._apply = jax.jit(Recogniser(CLASSES, tuple(channels), features).apply)
         self.hash = weights_hash(params)
-        self._scale = 1.0
-        # One constant, so that the features' mean variance over train scenes is 1.
-        self._scale = float(np.sqrt(self(train_images)[1].var(axis=0, dtype=np.float64).mean()))
+
+    def scaled(self, train_images: np.ndarray) -> "SceneRecogniser":
+        """With the one scale at which the features' mean variance over these images is 1."""
+        self.scale = 1.0
+        self.scale = float(np.sqrt(self(train_images)[1].var(axis=0, dtype=np.float64).mean()))
+        return self
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labels and features, in blocks of 500, or of 50 where there are fewer."""
@@ -65,7 +64,7 @@ class SceneRecogniser:
             labels.append(
                 np.stack([np.asarray(head).argmax(-1) for head in logits], axis=-1)[: len(block)]
             )
-            features.append(np.asarray(hidden)[: len(block)] / self._scale)
+            features.append(np.asarray(hidden)[: len(block)] / self.scale)
         return np.concatenate(labels), np.concatenate(features)
 
 
@@ -126,7 +125,8 @@ def train_recogniser(
     for i in range(steps):
         rows = rng.integers(0, len(images), batch_size)
         state = update(state, images[rows], labels[rows], jnp.asarray(i))
-    return SceneRecogniser(state[0], scale_images, channels=channels, features=features)
+    made = SceneRecogniser(state[0], 1.0, channels=channels, features=features)
+    return made.scaled(scale_images)
 
 
 def unit(images: np.ndarray) -> np.ndarray:
@@ -149,86 +149,3 @@ def compare(found: np.ndarray, asked: np.ndarray) -> dict[str, float]:
         "relation": float((same[:, 0] & (straight >= exchanged)).mean()),
         "all_right": float(same.all(1).mean()),
     }
-
-
-class SceneScores(NamedTuple):
-    """Scores of one sampler; shares in [0, 1], `diversity` relative to real scenes of the same
-    captions.
-    """
-
-    fd: float
-    fd_noise: float
-    precision: float
-    recall: float
-    colour: float
-    garment: float
-    relation: float
-    all_right: float
-    unseen_all_right: float
-    diversity: float
-
-
-class SceneEvaluator:
-    """Scores images against one split of real scenes.
-
-    Args:
-      recogniser: frozen.
-      real: float32 [n, h, w, 3] in [0, 1] of the split.
-      labels: int [n, 5] of the split's captions, in the order in which images are generated.
-      unseen_labels: int [m, 5] of captions with unseen compositions.
-      repeats: images for each of the first captions that measure the diversity.
-      spread: `class_spread` of real scenes, `repeats` to a caption.
-    """
-
-    def __init__(
-        self,
-        recogniser: SceneRecogniser,
-        real: np.ndarray,
-        labels: np.ndarray,
-        unseen_labels: np.ndarray,
-        *,
-        repeats: int,
-        spread: float,
-    ) -> None:
-        self.recogniser, self.labels, self.unseen_labels = recogniser, labels, unseen_labels
-        self.repeats, self._spread = repeats, spread
-        self._real_labels, self._real = recogniser(real)
-
-    def ceiling(self) -> dict[str, float]:
-        """`compare` on the real scenes themselves: what a perfect generator would score."""
-        return compare(self._real_labels, self.labels[: len(self._real_labels)])
-
-    def floor_fd(self) -> float:
-        """FD between two halves of the real scenes."""
-        order = np.random.default_rng(0).permutation(len(self._real))
-        half = len(order) // 2
-        return frechet_distance(self._real[order[:half]], self._real[order[half:]])
-
-    def quick(self, images: np.ndarray) -> dict[str, float]:
-        """FD and all_right alone, for health lines: images of the first captions."""
-        found, features = self.recogniser(images)
-        return {
-            "fd": frechet_distance(features, self._real),
-            "all_right": compare(found, self.labels[: len(images)])["all_right"],
-        }
-
-    def __call__(self, images: np.ndarray, unseen: np.ndarray, repeated: np.ndarray) -> SceneScores:
-        """Score images of the first captions, of the unseen ones, and `repeats` in a row for each
-        caption of the diversity set.
-        """
-        found, features = self.recogniser(images)
-        n = min(len(features), len(self._real), 2000)
-        precision, recall = precision_recall(self._real[:n], features[:n])
-        shares: Mapping[str, float] = compare(found, self.labels[: len(images)])
-        groups = np.arange(len(repeated)) // self.repeats
-        return SceneScores(
-            fd=frechet_distance(features, self._real),
-            fd_noise=fd_noise(features, self._real),
-            precision=precision,
-            recall=recall,
-            unseen_all_right=compare(self.recogniser(unseen)[0], self.unseen_labels[: len(unseen)])[
-                "all_right"
-            ],
-            diversity=class_spread(repeated, groups) / self._spread,
-            **shares,
-        )

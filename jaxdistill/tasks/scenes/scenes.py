@@ -151,6 +151,16 @@ def draw_scene(rng: np.random.Generator, *, unseen: bool | None) -> Scene:
     return Scene(AXES[rng.integers(2)], first, second)
 
 
+def train_captions(count: int) -> list[str]:
+    """Captions as training has them, without held-out pairs; caption i is a function of i."""
+    found = []
+    for i in range(count):
+        rng = np.random.default_rng((0, len(SPLITS) + 1, i))
+        wordings = captions(draw_scene(rng, unseen=False))
+        found.append(wordings[rng.integers(len(wordings))])
+    return found
+
+
 def render(scene: Scene, sprites: dict[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
     """The scene's image, uint8 [32, 32, 3]: random garments of the right kind, jittered, on black."""
     canvas = np.zeros((SIDE, SIDE, 3), np.float32)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill import partition, sampling
+from jaxdistill.errors import UserError
 from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Scheduler
@@ -29,7 +30,7 @@ DEFAULT_GUIDANCE = {False: 7.5, True: 5.0}
 """Of diffusers' pipelines, without and with XL."""
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A prompt file that cannot be used, in one line."""
 
 

@@ -1,11 +1,9 @@
-"""Metrics of generated images: Fréchet distance, precision and recall, accuracy, diversity, nearest
-neighbours.
+"""Scores of class-conditional images, in the features of a classifier that is trained here.
 
-All take images in [0, 1]. The feature extractor is a classifier trained here on the train split,
-frozen, and named by a hash of its weights: numbers of different hashes must not be compared.
+It is trained on the train split, frozen, and named by a hash of its weights: numbers of different
+hashes must not be compared. Images are in [0, 1].
 """
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,9 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy import linalg
-from scipy.spatial.distance import cdist
 
+from jaxdistill.metrics.distances import (
+    class_spread,
+    fd_noise,
+    frechet_distance,
+    nearest_neighbour_distance,
+    precision_recall,
+    weights_hash,
+)
 from jaxdistill.models.vision.classifier import ConvClassifier
 from jaxdistill.tasks.labelled_images.data import Dataset, Split
 
@@ -62,13 +66,6 @@ def make_extractor(
     return Extractor(
         lambda x: run(x)[1] / scale, lambda x: run(x)[0].argmax(-1), weights_hash(params), params
     )
-
-
-def weights_hash(params: Any) -> str:
-    """First 12 hex digits of the SHA-256 of all weights, to name a feature space."""
-    return hashlib.sha256(
-        b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
-    ).hexdigest()[:12]
 
 
 def train_extractor(
@@ -119,127 +116,6 @@ def train_extractor(
         channels=channels,
         features=features,
     )
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½) of features [n, d] (Heusel et al. 2017).
-
-    Raises ValueError where a set has no more rows than features: its covariance would be singular.
-    """
-    for rows in (a, b):
-        if len(rows) <= rows.shape[1]:
-            raise ValueError(
-                f"the Frechet distance of {rows.shape[1]} features needs more than {rows.shape[1]}"
-                f" images, got {len(rows)}"
-            )
-    return gaussian_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
-
-
-def fd_noise(features: np.ndarray, real: np.ndarray, *, blocks: int = 50) -> float:
-    """Standard error of frechet_distance(features [n, d], real) over samples; nan where n is hardly
-    above d.
-
-    A jackknife (Efron & Stein 1981): √((B-1)/B Σ (FD_b - mean)²) over B blocks, FD_b without block
-    b. With 50 blocks it is known to 10 %.
-    """
-    parts = np.array_split(features, max(2, min(blocks, len(features) // 2)))
-    if len(features) - len(parts[0]) <= features.shape[1]:
-        return float("nan")
-    without = [
-        frechet_distance(np.concatenate(parts[:b] + parts[b + 1 :]), real)
-        for b in range(len(parts))
-    ]
-    return float(np.sqrt((len(parts) - 1) * np.var(without)))
-
-
-def gaussian_distance(
-    mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray
-) -> float:
-    """The Fréchet distance of two Gaussians, means [d] and covariances [d, d], in the precision of
-    its arguments.
-    """
-    # tr (Σ_a Σ_b)^½ by the symmetric form √Σ_a Σ_b √Σ_a: real and non-negative eigenvalues, no
-    # sqrtm of a nearly singular product.
-    values, vectors = linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.sqrt(np.maximum(linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-
-def precision_recall(real: np.ndarray, fake: np.ndarray, *, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall of features (Kynkäänniemi et al. 2019), k nearest neighbours.
-
-    The measures compare sets of one size: fakes beyond len(real) are used in blocks of that size,
-    and the two numbers are means over the blocks, which has less noise than one block; of more
-    reals than fakes the first are used. Raises ValueError for sets of k images or fewer.
-    """
-    n = min(len(real), len(fake))
-    if n <= k:
-        raise ValueError(
-            f"precision and recall with k = {k} need more than {k} images, got {len(real)} real and"
-            f" {len(fake)} generated"
-        )
-    real = real[:n]
-    real_radius = _kth_neighbour(real, k)
-    precisions, recalls = [], []
-    for i in range(len(fake) // n):
-        block = fake[i * n : (i + 1) * n]
-        distance = cdist(real, block)
-        precisions.append((distance <= real_radius[:, None]).any(0).mean())
-        recalls.append((distance <= _kth_neighbour(block, k)[None, :]).any(1).mean())
-    return float(np.mean(precisions)), float(np.mean(recalls))
-
-
-def _neighbours(k: int) -> Any:
-    """A search for the k nearest.
-
-    Scikit-learn is imported here: it takes a second, and most commands score nothing.
-    """
-    from sklearn.neighbors import NearestNeighbors
-
-    return NearestNeighbors(n_neighbors=k)
-
-
-def _kth_neighbour(x: np.ndarray, k: int) -> np.ndarray:
-    return _neighbours(k + 1).fit(x).kneighbors(x)[0][:, -1]
-
-
-def class_spread(images: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over classes of the root-mean-square distance of two images of one class, in pixel
-    space.
-    """
-    spreads = []
-    for label in np.unique(labels):
-        rows = images[labels == label].reshape((labels == label).sum(), -1).astype(np.float64)
-        if len(rows) > 1:
-            spreads.append(np.sqrt(2 * rows.var(axis=0, ddof=1).sum()))
-    return float(np.mean(spreads))
-
-
-def nearest_neighbour_distance(images: np.ndarray, train: np.ndarray) -> float:
-    """Median L2 pixel distance to the nearest training image."""
-    tree = _neighbours(1).fit(train.reshape(len(train), -1))
-    return float(np.median(tree.kneighbors(images.reshape(len(images), -1))[0]))
-
-
-def saturation(images: np.ndarray) -> float:
-    """Share of values within 1/255 of either end of [0, 1]."""
-    return float(((images < 1 / 255) | (images > 254 / 255)).mean())
-
-
-def health(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The student's images against the teacher's from the same noises, both [n, h, w, c] in [0, 1].
-
-    diversity, contrast (standard deviation within an image) and saturation as ratios to the
-    teacher's, where 1 is as the teacher; distance is the root-mean-square pixel difference.
-    """
-    contrast = student.std(axis=(1, 2, 3)).mean() / max(teacher.std(axis=(1, 2, 3)).mean(), 1e-6)
-    return {
-        "diversity": class_spread(student, labels) / max(class_spread(teacher, labels), 1e-6),
-        "contrast": float(contrast),
-        "saturation": saturation(student) / max(saturation(teacher), 1e-6),
-        "distance": float(np.sqrt(((student - teacher) ** 2).mean())),
-    }
 
 
 class Metrics(NamedTuple):

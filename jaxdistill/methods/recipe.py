@@ -1,0 +1,283 @@
+"""What a method is beyond its loss: stages, optimizers, and how its student is sampled."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+from jaxdistill import adversarial
+from jaxdistill.adversarial import Adversary, FeatureFn, HeadsFn
+from jaxdistill.model import Model
+from jaxdistill.names import choose
+from jaxdistill.prediction import LossFn
+from jaxdistill.sampling import Constrain, TimeGrid, unconstrained
+
+GAN_LOSSES = {"hinge": adversarial.hinge, "non_saturating": adversarial.non_saturating}
+
+Optimizers = Callable[[int], dict[str, optax.GradientTransformation]]
+"""Iterations of a stage -> the optimizer of each network that it trains."""
+
+
+# ------------------------------------------------------------------------------------------ recipes
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSpec:
+    """How a student is sampled.
+
+    Attributes:
+      solver: "ddim"; or with fresh noise between the steps "renoise", and "consistency", which
+        reads the network as LCM's f(x, t).
+      grid: "trailing", "leading", "linspace"; "nested": the first N of `times` are the grid of N
+        steps; "listed": `times` holds a list for each number of steps.
+      times: shares of T, decreasing from 1, or lists of them.
+      noise_correction: whether the first step goes on with the noise that was drawn.
+    """
+
+    solver: str = "ddim"
+    grid: str = "trailing"
+    times: Sequence[Any] = ()
+    noise_correction: bool = False
+
+
+class Stage(NamedTuple):
+    """One training of a student.
+
+    Attributes:
+      name: within its method; "" for the only one.
+      loss: (params, teacher_params, batch, key) -> (loss, metrics), params {network: parameters}.
+      optimizers: of the networks that it trains: "student", "fake", "discriminator".
+      share: of the budget that is left for training, in (0, 1].
+      serves: the step counts that its result is for.
+      teacher: what the loss gets as teacher_params: "teacher", "previous" (the student of the stage
+        before) or "both" ({"original", "previous"}).
+      data: "noise" ("x0" gives the shape alone), "images" ("x0" is data) or "pairs" ("noise" and
+        "target" beside "x0").
+      critic: a loss of the other networks alone, lowered `critic_updates` times before `loss`.
+      critic_updates: see above.
+      averages: {network: (source, decay)}: networks that follow others.
+      pair_states: the discriminator sees the hidden states of two inputs side by side.
+    """
+
+    name: str
+    loss: LossFn
+    optimizers: Optimizers
+    share: float = 1.0
+    serves: Sequence[int] = ()
+    teacher: str = "teacher"
+    data: str = "noise"
+    critic: LossFn | None = None
+    critic_updates: int = 0
+    averages: Mapping[str, tuple[str, float]] = {}
+    pair_states: bool = False
+
+    def seen(self, states: Sequence[Any]) -> Sequence[Any]:
+        """Hidden states of one input as its discriminator sees them, for their shapes."""
+        return adversarial.pair_states(states, states) if self.pair_states else states
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """All that the loss wants parameters of."""
+        return (*self.optimizers(1), *self.averages)
+
+    @property
+    def reals(self) -> bool:
+        """Whether a batch needs "real" and "real_cond" beside its noise."""
+        return self.data == "noise" and "discriminator" in self.networks
+
+
+class Pairs(NamedTuple):
+    """Teacher images from stored noises: the share of a budget in network calls that makes them
+    (or their `count`, if it is above 0), the teacher's solver and steps.
+    """
+
+    share: float
+    count: int
+    solver: str
+    steps: int
+
+
+class Recipe(NamedTuple):
+    """Stages in order, each starting from the result of the one before; how the student is sampled.
+
+    `learns_from`: the steps of the student that stands in the teacher's place, 0 for a teacher.
+    """
+
+    stages: Sequence[Stage]
+    sampler: SamplerSpec
+    pairs: Pairs | None = None
+    learns_from: int = 0
+
+
+# ------------------------------------------------------------------------ what a task offers to all
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentSettings:
+    """Of every method's student. `times` and `grid`: of the methods that train on a trajectory."""
+
+    steps: Sequence[int] = (1, 2, 3)
+    grid: str = "trailing"
+    times: Sequence[float] = ()
+    warmup: int = 50
+    decay_to: float = 0.02
+    weight_decay: float = 0.0
+    adam_b2: float = 0.999
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialSettings:
+    """Of every method's discriminator. low, high: its noise levels, shares of T. states: of a row's
+    states, which it judges: "all", or "one" at random.
+    """
+
+    loss: str = "hinge"
+    learning_rate: float = 1e-3
+    low: float = 0.0
+    high: float = 1.0
+    states: str = "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kit:
+    """What a task offers to the methods: its network and what they share.
+
+    Attributes:
+      network: student, teacher and fake score are this one with their own parameters.
+      null_cond: cond -> null conditioning of the same structure.
+      grid: (sampler, steps) -> the times of a student; raises ValueError for what it cannot serve.
+      features: the network's hidden states, for discriminators.
+      heads: (head_params, states, cond) -> logits; their module is the task's.
+      student: settings.
+      adversarial: settings.
+      constrain: sharding constraint of random batches.
+      unroll: programs hold a copy of the network for each step, instead of a loop.
+    """
+
+    network: Model
+    null_cond: Callable[[Any], Any]
+    grid: Callable[[SamplerSpec, int], TimeGrid]
+    features: FeatureFn
+    heads: HeadsFn
+    student: StudentSettings = StudentSettings()
+    adversarial: AdversarialSettings = AdversarialSettings()
+    constrain: Constrain = unconstrained
+    unroll: bool = False
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The step counts that a student serves."""
+        return tuple(sorted(self.student.steps))
+
+    def trajectory(self, *, noise_correction: bool) -> SamplerSpec:
+        """The sampler of a method that trains on the student's own trajectory."""
+        student = self.student
+        return SamplerSpec("ddim", student.grid, tuple(student.times), noise_correction)
+
+    def grids(self, sampler: SamplerSpec, steps: Sequence[int] = ()) -> list[np.ndarray]:
+        """The sampler's grids of these numbers of steps, by default of all that are served."""
+        return [self.grid(sampler, n) for n in steps or self.steps]
+
+    def adversary(self, weight: float) -> Adversary | None:
+        """The adversarial term that the methods share; None for weight 0. Raises ValueError."""
+        block = self.adversarial
+        loss = choose(GAN_LOSSES, block.loss, "adversarial.loss")
+        if weight < 0:
+            raise ValueError(f"adversarial_weight must be at least 0 (0: off), got {weight:g}")
+        if not weight:
+            return None
+        T = self.network.schedule.T
+        return adversarial.adversary(
+            self.features,
+            self.heads,
+            schedule=self.network.schedule,
+            weight=weight,
+            noise_time=adversarial.uniform_time(block.low * T, block.high * T),
+            loss=loss,
+            constrain=self.constrain,
+        )
+
+    def adamw(self, learning_rate: float) -> Callable[[int], optax.GradientTransformation]:
+        """Iterations -> the student's AdamW: clipped, warmed up, with a cosine decay.
+
+        Raises ValueError for a rate that is not above 0.
+        """
+        if not learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {learning_rate:g}")
+        student = self.student
+
+        def optimizer(iterations: int) -> optax.GradientTransformation:
+            warmup = min(student.warmup, iterations // 10)
+            return adamw(
+                learning_rate,
+                iterations,
+                warmup=warmup,
+                decay_to=student.decay_to,
+                b2=student.adam_b2,
+                weight_decay=student.weight_decay,
+            )
+
+        return optimizer
+
+    def optimizers(
+        self, learning_rate: float, *, fake: float = 0.0, discriminator: bool = False
+    ) -> Optimizers:
+        """Of the student, and where asked of a fake score (its rate) and of the discriminator."""
+        student = self.adamw(learning_rate)
+
+        def make(iterations: int) -> dict[str, optax.GradientTransformation]:
+            made = {"student": student(iterations)}
+            if fake:
+                made["fake"] = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(fake))
+            if discriminator:
+                made["discriminator"] = optax.adam(self.adversarial.learning_rate, b1=0.5)
+            return made
+
+        return make
+
+
+def adamw(
+    learning_rate: float,
+    iterations: int,
+    *,
+    warmup: int,
+    decay_to: float = 1 / 50,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW with gradients clipped at norm 1, a linear warm-up, and a cosine to `decay_to` of the
+    rate.
+    """
+    length = max(iterations, warmup + 1)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup, length, decay_to * learning_rate
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=b2, weight_decay=weight_decay)
+    )
+
+
+# ----------------------------------------------------------------------------------------- settings
+
+
+def settings_from(kind: Any, block: Mapping[str, Any], where: str) -> Any:
+    """A settings dataclass from a config's block; nested dataclasses from nested blocks.
+
+    Raises ValueError for a key that it does not have, naming those it has.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := [key for key in block if key not in fields]:
+        raise ValueError(f"{where} has no setting {unknown[0]!r}; it has {', '.join(fields)}")
+    values = {}
+    for key, value in block.items():
+        default = getattr(kind(), key)
+        nested = dataclasses.is_dataclass(default)
+        values[key] = settings_from(type(default), value, f"{where}.{key}") if nested else value
+    return kind(**values)
+
+
+def settings_block(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as a config's block."""
+    return dataclasses.asdict(settings)

@@ -1,0 +1,165 @@
+"""What commands with a config share: their flags, and one line for what the user can mend."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from jaxdistill.errors import UserError
+from jaxdistill.run import checkpoint, distributed
+from jaxdistill.run.loop import NonFiniteError, Stopped
+from jaxdistill.run.workdir import missing_extra, say
+
+PROCESSES = ("distributed", "coordinator", "num_processes", "process_id")
+
+
+class Command:
+    """The flags of one command, defined where it runs.
+
+    Args:
+      doc: what --help says, its first line the example.
+      workdir: whether it writes into one.
+      processes: whether it is one of several processes; without it their flags are refused.
+      define: adds the command's own flags to a FlagValues.
+    """
+
+    def __init__(
+        self,
+        doc: str | None,
+        *,
+        config: bool = True,
+        workdir: bool = True,
+        processes: bool = False,
+        define: Callable[[flags.FlagValues], None] = lambda values: None,
+    ) -> None:
+        self.doc, self.values = doc or "", flags.FlagValues()
+        values = self.values
+        if config:
+            about = "A file with get_config(); --config.key=value sets any key."
+            config_flags.DEFINE_config_file("config", None, about, flag_values=values)
+        if workdir:
+            about = "Folder of checkpoints, exports and results; a second start in it resumes."
+            flags.DEFINE_string("workdir", None, about, flag_values=values)
+        if processes:
+            self._define_processes()
+        define(values)
+        logging.set_verbosity(logging.FATAL)  # Orbax logs with a traceback what it raises as well
+
+    def _define_processes(self) -> None:
+        values = self.values
+        about = "One of several processes, which JAX finds: Cloud TPU pods, GKE, SLURM."
+        flags.DEFINE_bool("distributed", False, about, flag_values=values)
+        about = "HOST:PORT of process 0, where JAX cannot find the processes."
+        flags.DEFINE_string("coordinator", None, about, flag_values=values)
+        about = "Their number, with --coordinator."
+        flags.DEFINE_integer("num_processes", None, about, flag_values=values)
+        about = "This one's, from 0, with --coordinator."
+        flags.DEFINE_integer("process_id", None, about, flag_values=values)
+
+    def parse(self, argv: Sequence[str] | None = None) -> "Command":
+        """Read the flags. Raises UserError; leaves after --help."""
+        given = list(sys.argv if argv is None else argv)
+        if any(word in ("--help", "-h", "-help") for word in given[1:]):
+            print(self.help())
+            sys.exit(0)
+        for word in given[1:]:
+            name = word.lstrip("-").partition("=")[0].removeprefix("no")
+            if name in PROCESSES and name not in self.values:
+                raise UserError(
+                    f"--{name}: this command is one process; only jaxdistill.main runs as several"
+                )
+        try:
+            rest = self.values(given)[1:]
+        except (flags.Error, LookupError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(_flag_error(error)) from None
+        except (OSError, ImportError) as error:
+            raise UserError(f"--config cannot be loaded: {error}") from None
+        if rest:
+            raise UserError(
+                f"unexpected argument {rest[0]!r}; flags look like --config=configs/digits.py"
+                " --workdir=DIR --config.key=value"
+            )
+        return self
+
+    def help(self) -> str:
+        """The docstring and a line a flag."""
+        lines = [self.doc.strip(), ""]
+        for name in self.values:
+            lines.append(f"  --{name}: {self.values[name].help}")
+        return "\n".join(lines)
+
+    def __getattr__(self, name: str) -> Any:
+        """The value of a flag."""
+        values = self.__dict__.get("values")
+        if values is None or name not in values:
+            raise AttributeError(name)
+        return values[name].value
+
+    def given_config(self) -> ConfigDict:
+        """The config of the flags. Raises UserError where it (or the workdir) is missing or the
+        file cannot be loaded.
+        """
+        if "workdir" in self.values and (not self.values["config"].present or not self.workdir):
+            raise UserError("both flags are needed: --config=configs/digits.py --workdir=DIR")
+        if not self.values["config"].present:
+            raise UserError("--config is missing: give a file such as configs/digits.py")
+        try:
+            config: ConfigDict = self.config
+            config.keys()  # a file that could not be loaded fails at its first use
+        except Exception as error:  # whatever the user's file raises
+            cause = error.__cause__ or error
+            said = [line.strip() for line in str(cause).splitlines() if line.strip()]
+            text = said[-1] if said else type(cause).__name__
+            raise UserError(f"--config cannot be loaded: {text}") from None
+        return config
+
+    def folder(self) -> Path:
+        """The workdir."""
+        return Path(self.workdir)
+
+
+def _flag_error(error: Exception) -> str:
+    """A mistake in the flags as one line."""
+    # KeyError's str is the repr of its message, once more for each block it passed through.
+    text = str(error).replace("\\n", " ").replace("\\", "").replace("'", "")
+    text = re.sub(r"\s+", " ", text).strip()
+    key = isinstance(error, (AttributeError, LookupError))
+    return f"unknown config key: {text}" if key else text
+
+
+def fail(line: str) -> NoReturn:
+    """One clear line, exit code 2."""
+    if checkpoint.FULL in line:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # other libraries' exit handlers would write again, and trace back
+    distributed.leave(f"error: {line}", 2)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Leave with one line for what the user can mend (exit code 2), and after a stop (0). What was
+    finished before is kept. A bug keeps its traceback.
+    """
+    try:
+        with distributed.device_errors_are_one_line():
+            yield
+    except Stopped as stopped:
+        say(str(stopped))
+    except (UserError, NonFiniteError) as error:
+        fail(str(error))
+    except ModuleNotFoundError as error:
+        if (line := missing_extra(error)) is None:
+            raise
+        fail(line)
+    except OSError as error:
+        if not checkpoint.disk_is_full(error):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        fail(f"{checkpoint.FULL}{where}; free some space and give the same command again")

@@ -1,0 +1,267 @@
+"""A method on a task: the programs of its stages, what they cost, and the students they leave."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from jaxdistill import partition
+from jaxdistill.costs.flops import flops_of
+from jaxdistill.methods.recipe import Kit, Recipe, Stage
+from jaxdistill.prediction import LossFn
+from jaxdistill.run import distributed
+from jaxdistill.run.loop import HealthFn, Trained
+from jaxdistill.run.phase import Training
+from jaxdistill.run.seeds import key_of
+from jaxdistill.run.task import Task
+from jaxdistill.run.workdir import say
+from jaxdistill.train import Objective, critic_gradient_of, gradient_of, student_of
+
+HEADS = "discriminator"
+"""The one network that is not a copy of the teacher's."""
+
+
+class Student(NamedTuple):
+    """What one stage leaves: the step counts that it serves, its trainable weights (averages), the
+    health numbers of these, and what it cost.
+    """
+
+    stage: Stage
+    trained: Any
+    health: dict[str, float]
+    iterations: int
+
+
+class Runner(Protocol):
+    """What trains: `run.Run`."""
+
+    def train(self, training: Training) -> Trained:
+        """One training to its end."""
+
+
+class Distillation:
+    """The stages of one method on one task, as programs. Making it computes nothing heavy."""
+
+    def __init__(self, task: Task, build: Callable[[Kit], Recipe]) -> None:
+        self.task, self._build = task, build
+        self.recipe = build(task.kit({}))
+        self._losses: dict[tuple[int, str], LossFn] = {}
+
+    # -- programs
+
+    def loss(self, i: int, part: str = "loss") -> LossFn:
+        """A stage's "loss" or "critic" on trainable weights.
+
+        Its second argument is {"teacher", "null"} and, where the stage asks for it, "previous": the
+        trainable weights of the stage before. A null conditioning in the program would tie it to
+        one text encoder's weights.
+        """
+        if (i, part) not in self._losses:
+            self._losses[i, part] = self._adapted(i, part)
+        return self._losses[i, part]
+
+    def _adapted(self, i: int, part: str) -> LossFn:
+        task = self.task
+
+        def loss(params: Any, given: Any, batch: Any, key: jax.Array) -> Any:
+            with jax.ensure_compile_time_eval():  # tables of the method are numbers
+                stage = self._build(task.kit(given["null"])).stages[i]
+            base = task.inside(given["teacher"])
+
+            def whole(trained: Any) -> Any:
+                return task.weights.variables(task.inside(trained), base)
+
+            networks = {n: p if n == HEADS else whole(p) for n, p in params.items()}
+            teacher = base
+            if stage.teacher != "teacher":
+                previous = jax.lax.stop_gradient(whole(given["previous"]))
+                both = {"original": base, "previous": previous}
+                teacher = previous if stage.teacher == "previous" else both
+            with partition.on_mesh(task.layout):
+                return getattr(stage, part)(networks, teacher, batch, key)
+
+        return loss
+
+    def objective(self, i: int, iterations: int) -> Objective:
+        """Losses and optimizers of a stage of so many iterations."""
+        stage = self.recipe.stages[i]
+        repeated = stage.critic_updates > 0
+        return Objective(
+            loss=self.loss(i),
+            tx=stage.optimizers(iterations),
+            critic=self.loss(i, "critic") if repeated else None,
+            critic_updates=stage.critic_updates,
+            averages=stage.averages,
+            unroll=self.task.kit({}).unroll,
+        )
+
+    # -- shapes
+
+    @cached_property
+    def trained_shapes(self) -> Any:
+        """Of one network's trainable weights."""
+        return jax.eval_shape(self.task.weights.fresh, self.task.abstract)
+
+    def shapes(self, i: int) -> dict[str, Any]:
+        """Of all networks of a stage."""
+        stage = self.recipe.stages[i]
+        return {
+            name: jax.eval_shape(lambda: self.task.heads(stage))
+            if name == HEADS
+            else self.trained_shapes
+            for name in stage.networks
+        }
+
+    def given_shapes(self, i: int) -> dict[str, Any]:
+        """Of the loss's second argument."""
+        task, stage = self.task, self.recipe.stages[i]
+        found = {"teacher": task.frozen(task.abstract), "null": task.null_shapes()}
+        if stage.teacher != "teacher":
+            found["previous"] = task.frozen(self.trained_shapes)
+        return found
+
+    def check(self) -> None:
+        """Trace the stages' losses, the first one's gradient as training will take it, so that a
+        mistake shows before the teacher is trained.
+        """
+        layout = self.task.layout
+        for i, stage in enumerate(self.recipe.stages):
+            shapes = self.shapes(i), self.given_shapes(i)
+            params, given = (layout.describe(tree) for tree in shapes)
+            key = layout.describe(jax.eval_shape(jax.random.key, 0))
+            batch = self.task.batch_shapes(stage)
+            if i:
+                jax.eval_shape(self.loss(i), params, given, batch, key)
+            else:
+                gradient_of(self.loss(i)).trace(params, given, batch, key)
+
+    # -- budget
+
+    def flops(self, i: int) -> float:
+        """Of one iteration: dots and convolutions of all losses and gradients, as written."""
+        stage = self.recipe.stages[i]
+        key = jax.eval_shape(jax.random.key, 0)
+        params, batch = self.shapes(i), self.task.batch_shapes(stage)
+        inputs = (params, self.given_shapes(i), batch, key)
+        found = flops_of(gradient_of(self.loss(i)), *inputs)
+        if stage.critic_updates:
+            critic = critic_gradient_of(self.loss(i, "critic"))
+            found += stage.critic_updates * flops_of(critic, *inputs)
+        return found
+
+    def calls(self, i: int) -> float:
+        """An iteration's cost in network calls on its batch (a gradient costs two more)."""
+        task = self.task
+        batch = task.batch_shapes(self.recipe.stages[i])
+        network = task.kit({}).network
+
+        def call(params: Any, x: Any, cond: Any) -> Any:
+            return network.apply(params, x, jax.numpy.zeros(x.shape[:1]), cond)
+
+        return self.flops(i) / flops_of(call, task.abstract, batch["x0"], batch["cond"])
+
+    def iterations(self, i: int) -> int:
+        """Of a stage: its share of config.student.iterations, or of the budget in network calls."""
+        student, stage = self.task.config.student, self.recipe.stages[i]
+        if student.iterations:
+            return max(1, round(stage.share * student.iterations))
+        pairs = self.recipe.pairs.share if self.recipe.pairs else 0.0
+        calls = self.calls(i)
+        count = max(1, int(stage.share * (1 - pairs) * student.budget / calls))
+        say(f"{self.phase(i)}: {calls:.1f} network calls an iteration, {count} iterations")
+        return count
+
+    # -- training
+
+    def phase(self, i: int) -> str:
+        """The name of a stage's phase."""
+        name = self.recipe.stages[i].name
+        return f"student-{name}" if name else "student"
+
+    def first_params(self, i: int, teacher: Any, current: Any) -> dict[str, Any]:
+        """Where a stage begins: the student where it stands, its target with it, a fake score as
+        the teacher, fresh heads.
+        """
+        stage, task = self.recipe.stages[i], self.task
+        starts: dict[str, Any] = {}
+        for name in stage.networks:
+            if name == HEADS:
+                starts[name] = task.heads(stage)
+            elif name == "fake" or current is None:
+                starts[name] = task.student(teacher)
+            else:
+                starts[name] = jax.tree.map(np.array, current)
+        return starts
+
+    def training(self, i: int, teacher: Any, null: Any, current: Any, health: HealthFn) -> Training:
+        """One stage as a training; `current` is the student before it, None at the first."""
+        task, stage, config = self.task, self.recipe.stages[i], self.task.config
+        student, name, iterations = config.student, self.phase(i), self.iterations(i)
+        given = {"teacher": teacher, "null": null}
+        if stage.teacher != "teacher":
+            dtype = jax.tree.leaves(task.frozen(self.trained_shapes))[0].dtype
+            given["previous"] = jax.tree.map(lambda a: np.asarray(a).astype(dtype), current)
+        method = config.method.name
+        return Training(
+            name=name,
+            objective=self.objective(i, iterations),
+            params=lambda: self.first_params(i, teacher, current),
+            shapes=self.shapes(i),
+            key=key_of(config.seed, name),
+            batches=task.batches(stage, name),
+            given=given,
+            health=health,
+            steps=iterations,
+            health_every=min(student.health_every, max(1, iterations)),
+            ema_decay=student.ema_decay,
+            ema_of=student_of,
+            accumulate=student.accumulate,
+            keep_best=keep_best_of(student.keep_best, self.watched(i)),
+            advice=f"lower config.methods.{method}'s learning rate and start in a new workdir",
+            examples=student.batch_size,
+        )
+
+    def watched(self, i: int) -> Sequence[int]:
+        """The step counts that a stage's health line shows."""
+        return tuple(self.recipe.stages[i].serves) or (max(self.task.config.student.steps),)
+
+    def students(
+        self,
+        run: Runner,
+        teacher: Any,
+        null: Any,
+        health: Callable[[str, Sequence[int]], HealthFn],
+    ) -> list[Student]:
+        """Train all stages; what serves some number of steps, that of the most steps first.
+
+        `health`: (phase, step counts) -> the phase's health function.
+        """
+        found, current = [], None
+        for i, stage in enumerate(self.recipe.stages):
+            line = health(self.phase(i), self.watched(i))
+            training = self.training(i, teacher, null, current, line)
+            trained = run.train(training)
+            current = jax.tree.map(np.asarray, trained.state.ema_params)
+            if stage.serves:
+                found.append(Student(stage, current, trained.health, training.steps))
+        distributed.barrier("students are trained")
+        return sorted(found, key=lambda student: -max(student.stage.serves))
+
+
+def keep_best_of(name: str, steps: Sequence[int]) -> str:
+    """config.student.keep_best, where its number of steps is one of these; else nothing."""
+    return name if name and int(name.rpartition("_")[2]) in steps else ""
+
+
+def check_keep_best(name: str, numbers: Sequence[str], steps: Sequence[int]) -> None:
+    """Raise ValueError where config.student.keep_best is none of the health numbers that are lower
+    for a better student.
+    """
+    known = [f"{number}_{n}" for number in numbers for n in steps]
+    if name and name not in known:
+        raise ValueError(
+            f"config.student.keep_best = {name!r} is not known; use one of {', '.join(known)}, or"
+            " '' for the last averages"
+        )

@@ -1,0 +1,172 @@
+"""A run: a task and a method in a workdir. Phases, caches, seconds, and the files of its results."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxdistill.partition import Layout
+from jaxdistill.run import checkpoint, distributed, report
+from jaxdistill.run.loop import Place, StopSignal, Trained, prepare, read_curve
+from jaxdistill.run.phase import Training, train
+from jaxdistill.run.workdir import say, versions
+
+
+class Run:
+    """One workdir at work. `caches`: the folder of its record caches."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        stop: StopSignal,
+        layout: Layout,
+        *,
+        caches: Path | None = None,
+    ) -> None:
+        self.config, self.workdir, self.layout = config, workdir, layout
+        self.caches = caches or workdir / "cache"
+        log = config.log
+        self.place = Place(
+            workdir=workdir,
+            stop=stop,
+            layout=layout,
+            every=log.every,
+            checkpoint_every=log.checkpoint_every,
+            checkpoints=log.get("checkpoints", ""),
+            profile=log.get("profile", 0),
+        )
+        (workdir / "samples").mkdir(exist_ok=True)
+        seconds = workdir / "seconds.json"
+        self.seconds: dict[str, float] = json.loads(seconds.read_text()) if seconds.exists() else {}
+
+    # -- time
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Record the wall seconds of a block that is not resumed."""
+        began = time.perf_counter()
+        yield
+        self.record(phase, time.perf_counter() - began)
+
+    def record(self, phase: str, seconds: float) -> None:
+        """Keep a phase's wall seconds across restarts."""
+        self.seconds[phase] = round(seconds, 1)
+        checkpoint.write_json(self.workdir / "seconds.json", self.seconds)
+
+    # -- work
+
+    def train(self, training: Training) -> Trained:
+        """One training to its end; resumes where a checkpoint is."""
+        found = train(training, self.place)
+        self.record(training.name, found.seconds.total)
+        self.record(f"saving the {training.name}", found.seconds.saving)
+        return found
+
+    def cache(
+        self,
+        name: str,
+        key: str,
+        count: int,
+        make: Callable[[list[int]], Mapping[str, np.ndarray]],
+        what: str,
+        *,
+        rows: int,
+    ) -> Any:
+        """A record cache below config.data.cache (the workdir's cache/ by default), made where it
+        is missing.
+
+        All processes make it together, `rows` records each at a time. `make`: their numbers, of
+        which the last may stand several times so that one program serves all -> fields [rows, ...].
+        """
+        from jaxdistill.run import record_cache  # its libraries take a second to import
+
+        folder = self.caches / f"{name}-{key}"
+        block = rows * distributed.count()
+
+        def part(first: int, last: int) -> dict[str, np.ndarray]:
+            numbers = [min(i, last - 1) for i in range(first, first + rows)]
+            return {field: values[: last - first] for field, values in make(numbers).items()}
+
+        def work() -> Iterator[None]:
+            writes = distributed.writes()
+            writer = record_cache.Writer(folder, count, block=block) if writes else None
+            # A machine that is new here has none of it.
+            start = distributed.least(writer.done if writer else count)
+            told = Progress(what, start, count, block)
+            try:
+                for first in range(start, count, block):
+                    last = min(first + block, count)
+                    values = distributed.divided_rows(first, last, part)
+                    if writer and first >= writer.done:
+                        writer.add(values)
+                    told.at(last)
+                    yield
+            finally:
+                if writer:
+                    writer.close()
+
+        prepare(what, work(), self.place.stop)
+        distributed.barrier("a cache is written")
+        return record_cache.Cache(folder)
+
+    # -- results
+
+    def write_results(
+        self,
+        results: Mapping[str, Any],
+        *,
+        title: str,
+        notes: str,
+        columns: Mapping[str, tuple[str, str]],
+    ) -> dict[str, Any]:
+        """results.json, results.md and curves.png; returns what results.json holds.
+
+        Args:
+          results: {"rows": [{"model", "steps", ...}], ...} without what every run has.
+          title: of results.md.
+          notes: below its table.
+          columns: {key of a row: (title, format)}.
+        """
+        whole = {
+            **results,
+            "seed": self.config.seed,
+            "seconds": self.seconds,
+            "config": json.loads(self.config.to_json()),
+            "versions": versions(),
+        }
+        checkpoint.write_json(self.workdir / "results.json", whole)
+        table = report.markdown_table(whole["rows"], columns)
+        seconds = ", ".join(f"{k} {v:.0f} s" for k, v in self.seconds.items())
+        text = f"# {title}\n\n{table}\n{notes}\n\nWall time: {seconds}; {whole['versions']['machine']}.\n"
+        (self.workdir / "results.md").write_text(text)
+        files = sorted((self.workdir / "curves").glob("*.jsonl"), reverse=True)
+        curves = {path.stem: read_curve(path) for path in files}
+        if curves:
+            report.curves_picture(self.workdir / "curves.png", curves)
+        return whole
+
+
+class Progress:
+    """Says from time to time how far a preparation is, and how long the rest takes."""
+
+    def __init__(self, what: str, start: int, count: int, block: int) -> None:
+        self._what, self._start, self._count, self._block = what, start, count, block
+        self._began, self._said = 0.0, start
+
+    def at(self, done: int) -> None:
+        """So many are there."""
+        first = self._began == 0.0
+        if first:  # its time is that of compiling
+            self._began = time.perf_counter()
+        if first or done == self._count or done - self._said >= 1000:
+            made = max(done - self._start - self._block, 1)
+            rate = made / max(time.perf_counter() - self._began, 1e-6)
+            left = "" if first else f", {(self._count - done) / rate:.0f} s to go"
+            say(f"{self._what}: {done} of {self._count}{left}")
+            self._said = done

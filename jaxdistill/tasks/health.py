@@ -1,0 +1,84 @@
+"""The health line: the student's images on fixed noises against the teacher's on the same."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxdistill.metrics import distances
+from jaxdistill.run import report
+from jaxdistill.run.loop import HealthFn
+from jaxdistill.run.report import counted
+from jaxdistill.run.workdir import say
+
+COLLAPSE = 0.8
+"""A diversity below this share of the teacher's is told."""
+
+MEND = (
+    "use config.methods.imagine_flash.noise=trajectory, a stronger shift or a lower"
+    " adversarial_weight"
+)
+
+
+class Health(NamedTuple):
+    """What the health lines of a run compare.
+
+    Attributes:
+      reference: the teacher's images [n, h, w, c] in [0, 1].
+      groups: int [n], of which those of one group differ by their noise alone, or should differ.
+      draw: (trainable weights, step counts) -> {steps: images} of the same noises.
+      folder: of the pictures.
+      quick: images -> further numbers, as a Fréchet distance on validation.
+      columns: of the picture.
+      scale: of its pixels.
+    """
+
+    reference: np.ndarray
+    groups: np.ndarray
+    draw: Callable[[Any, Sequence[int]], Mapping[int, np.ndarray]]
+    folder: Path
+    quick: Callable[[np.ndarray], Mapping[str, float]] = lambda images: {}
+    columns: int = 20
+    scale: int = 4
+
+    def of(self, phase: str, steps: Sequence[int]) -> HealthFn:
+        """The line of a phase: it prints, warns of a collapse, saves a picture, and returns the
+        numbers as {name_steps: value}.
+        """
+        before: dict[int, float] = {}
+
+        def line(trained: Any, step: int) -> dict[str, float]:
+            numbers: dict[str, float] = {}
+            images = self.draw(trained, steps)
+            for n, drawn in images.items():
+                found = distances.health(drawn, self.reference, self.groups)
+                found |= self.quick(drawn)
+                text = ", ".join(f"{k} {v:.3f}" for k, v in found.items())
+                say(f"health  {phase} {step}, {counted(n)}: {text}")
+                numbers |= {f"{k}_{n}": v for k, v in found.items()}
+            self.warn(phase, step, {n: numbers[f"diversity_{n}"] for n in images}, before)
+            columns = min(self.columns, len(self.reference))
+            rows = [self.reference[:columns], *(drawn[:columns] for drawn in images.values())]
+            path = self.folder / f"{phase}_{step:07d}.png"
+            report.save_grid(path, np.concatenate(rows), columns=columns, scale=self.scale)
+            return numbers
+
+        return line
+
+    def warn(
+        self, phase: str, step: int, diversity: Mapping[int, float], before: dict[int, float]
+    ) -> None:
+        """Tell of a diversity that is low and does not rise.
+
+        Few steps of the teacher are blurred, and so is the student at its start: while it recovers
+        it is no collapse.
+        """
+        low = {n: v for n, v in diversity.items() if v < COLLAPSE and v < before.get(n, 0.0) + 0.02}
+        before.update(diversity)
+        if low:
+            where = ", ".join(f"{counted(n)} ({v:.2f})" for n, v in low.items())
+            say(
+                f"WARNING {phase} {step}: diversity below {COLLAPSE} of the teacher's at {where}; if"
+                f" it stays there the student collapses: {MEND}"
+            )
