@@ -1,6 +1,6 @@
 """FLOPs counted from jaxprs: laws, windows one by one, and XLA's own count where no loop is."""
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ ONE = 2 * 8 * 16 * 16
 def test_products_count_two_for_each_multiply_add():
     assert flops_of(dot, shape(3, 5), shape(5, 7)) == 2 * 3 * 5 * 7
     assert flops_of(dot, np.ones((3, 5)), shape(5, dtype=jnp.bfloat16)) == 2 * 3 * 5
-    scores = functools.partial(jnp.einsum, "bqhd,bkhd->bhqk")
+    scores = partial(jnp.einsum, "bqhd,bkhd->bhqk")
     assert flops_of(scores, shape(2, 7, 3, 5), shape(2, 11, 3, 5)) == 2 * 2 * 3 * 7 * 11 * 5
     assert flops_of(lambda x: jnp.tanh(x) * jnp.sum(x), X) == 0
 
@@ -67,39 +67,40 @@ def attend(q, k, v):
     return jnp.einsum("bhqk,bkhd->bqhd", jnp.einsum("bqhd,bkhd->bhqk", q, k), v)
 
 
-IMAGE, KERNEL = shape(2, 8, 8, 12), shape(3, 3, 12, 20)
+IMAGE, KERNEL = shape(2, 16, 16, 128), shape(3, 3, 128, 192)
 WITHOUT_LOOPS = {
-    "attention": (attend, shape(2, 24, 3, 40), shape(2, 17, 3, 40), shape(2, 17, 3, 40)),
-    "convolution": (conv, IMAGE, KERNEL),
-    "strided": (functools.partial(conv, stride=2), IMAGE, KERNEL),
-    "one-sided": (functools.partial(conv, stride=2, padding=((0, 1), (0, 1))), IMAGE, KERNEL),
-    "valid": (functools.partial(conv, padding="VALID"), IMAGE, KERNEL),
-    "cropped": (functools.partial(conv, padding=((-1, 2), (3, -2))), IMAGE, KERNEL),
-    "dilated": (functools.partial(conv, rhs_dilation=(2, 3)), IMAGE, KERNEL),
-    "transposed": (
-        functools.partial(conv, padding=((2, 2), (1, 2)), lhs_dilation=(2, 2)),
-        IMAGE,
-        KERNEL,
-    ),
-    "grouped": (functools.partial(conv, feature_group_count=4), IMAGE, shape(3, 3, 3, 20)),
-    "of a batch's groups": (functools.partial(conv, batch_group_count=2), IMAGE, KERNEL),
+    "dot": (dot, [shape(64, 96), shape(96, 32)]),
+    "attention": (attend, [shape(2, 24, 3, 40), shape(2, 17, 3, 40), shape(2, 17, 3, 40)]),
+    "convolution": (conv, [IMAGE, KERNEL]),
+    "strided": (partial(conv, stride=2), [IMAGE, KERNEL]),
+    "one-sided": (partial(conv, stride=2, padding=((0, 1), (0, 1))), [IMAGE, KERNEL]),
+    "valid": (partial(conv, padding="VALID"), [IMAGE, KERNEL]),
+    "cropped": (partial(conv, padding=((-1, 2), (3, -2))), [IMAGE, KERNEL]),
+    "dilated": (partial(conv, rhs_dilation=(2, 3)), [IMAGE, KERNEL]),
+    "resized": (partial(conv, padding=((2, 2), (1, 2)), lhs_dilation=(2, 2)), [IMAGE, KERNEL]),
+    "grouped": (partial(conv, feature_group_count=4), [IMAGE, shape(3, 3, 32, 192)]),
 }
+
+
+def transposed(function, *shapes):
+    """(arrays, cotangent) -> the cotangents of the arrays, and their shapes; all functions here are
+    linear in each array, so there is no arithmetic but that of the function's transpose.
+    """
+    out = jax.eval_shape(function, *shapes)
+    return lambda *a: jax.vjp(function, *a[:-1])[1](a[-1]), [*shapes, out]
 
 
 @pytest.mark.parametrize("name", WITHOUT_LOOPS)
 def test_without_loops_the_count_is_that_of_xla(name):
-    function, *shapes = WITHOUT_LOOPS[name]
-
-    def transposed(*arrays):
-        # Linear in each: no arithmetic but that of the function and its transpose.
-        return jax.vjp(function, *arrays[:-1])[1](arrays[-1])
-
-    for f, arguments in (
-        (function, shapes),
-        (transposed, (*shapes, jax.eval_shape(function, *shapes))),
-    ):
+    function, shapes = WITHOUT_LOOPS[name]
+    for f, arguments in ((function, shapes), transposed(function, *shapes)):
         expected = jax.jit(f).lower(*arguments).cost_analysis()["flops"]
-        np.testing.assert_allclose(flops_of(f, *arguments), expected, rtol=1e-6)
+        assert flops_of(f, *arguments) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_batch_of_several_groups_divides_the_work():
+    grouped = partial(conv, batch_group_count=2, padding="VALID")
+    assert flops_of(grouped, shape(6, 4, 4, 2), shape(1, 1, 2, 8)) == 2 * 3 * 16 * 8 * 2
 
 
 def layer(x, w):
@@ -143,7 +144,7 @@ def test_a_scan_counts_its_body_as_often_as_it_runs():
 @pytest.mark.parametrize("run", [chain, unrolled])
 def test_a_gradient_costs_two_more_but_the_first_inputs(run):
     """Forward, and backward to weights and inputs; the first layer's input has no gradient."""
-    steps = functools.partial(loss, run=run)
+    steps = partial(loss, run=run)
     first = 0 if run is chain else ONE  # a scan's body is the same in every round
     assert flops_of(jax.value_and_grad(steps, 1), X, STACK) == 15 * ONE - first
     assert flops_of(jax.jit(jax.value_and_grad(steps, (0, 1))), X, STACK) == 15 * ONE
@@ -152,11 +153,11 @@ def test_a_gradient_costs_two_more_but_the_first_inputs(run):
 def test_rematerialization_counts_what_is_computed_again():
     # Backward needs each layer's input and tanh: all products of a layer run again. Of two layers
     # the same, where both are saved together.
-    again = functools.partial(loss, run=functools.partial(chain, body=jax.checkpoint(layer)))
+    again = partial(loss, run=partial(chain, body=jax.checkpoint(layer)))
     assert flops_of(jax.grad(again, (0, 1)), X, STACK) == 20 * ONE
     # A last product that is linear is not needed backward.
     linear = jax.checkpoint(lambda x, w: layer(x, w) @ w)
-    again = functools.partial(loss, run=functools.partial(chain, body=linear))
+    again = partial(loss, run=partial(chain, body=linear))
     assert flops_of(jax.grad(again, (0, 1)), X, STACK) == 5 * (6 + 1) * ONE
 
 
@@ -194,7 +195,7 @@ def test_a_loop_that_data_end_is_refused_where_it_has_products():
 def test_a_shard_map_counts_each_device():
     mesh = jax.sharding.AbstractMesh((2, 3), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     rows = PartitionSpec("a")
-    split = functools.partial(jax.shard_map, mesh=mesh, in_specs=(rows, PartitionSpec()))
+    split = partial(jax.shard_map, mesh=mesh, in_specs=(rows, PartitionSpec()))
     whole = split(dot, out_specs=rows, check_vma=False)
     assert flops_of(whole, X, W) == 3 * ONE  # half of the rows on each of 6
     part = split(dot, out_specs=rows, axis_names={"a"})

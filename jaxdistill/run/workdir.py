@@ -157,7 +157,6 @@ def train_phase(
     advice: str,
     ema_of: Callable[[Any], Any] = everything,
     accumulate: int = 1,
-    compiled: Callable[..., Any] | None = None,
     own: partition.Layout | None = None,
     **options: Any,
 ) -> tuple[TrainState, loop.Seconds]:
@@ -165,10 +164,9 @@ def train_phase(
     state and the seconds spent in all.
 
     `shapes` are those of the parameters (or any arrays like them); `params` is not called where
-    there is a checkpoint. `compiled`: the step where it need not be compiled. `log` gives "every"
-    and "checkpoint_every"; batches: i -> this process's rows of batch i on the host; `options` go
-    to the loop. The averages, of the health lines too, are arrays of this process alone: on its
-    first device, or on the devices of `own`.
+    there is a checkpoint. `log` gives "every" and "checkpoint_every"; batches: i -> this process's
+    rows of batch i on the host; `options` go to the loop. The averages, of the health lines too,
+    are arrays of this process alone: on its first device, or on the devices of `own`.
     """
     made = programs(
         layout,
@@ -184,7 +182,7 @@ def train_phase(
     state, seconds = loop.train_loop(
         name,
         lambda: made.start(layout.place(params()), key=key),
-        made.step if compiled is None else compiled,
+        made.step,
         lambda i: partition.put_batch(batches(i), layout.mesh),
         None if teacher_params is None else layout.place(teacher_params),
         like=made.state,
