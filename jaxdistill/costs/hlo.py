@@ -378,21 +378,21 @@ class _Program:
             return _in_main(*shapes[1:]) + (moves * _size(update) if _in_main(result) else 0.0)
         return _in_main(*shapes, result)
 
-    def read(self, fused: _Computation, name: str) -> float:
+    def read(self, fused: _Computation, name: str, behind: float = 0.0) -> float:
         """The bytes of a fusion's value that its users read: of slices only what they take, nothing
-        of what they hand on, update in place or exchange.
+        of what they hand on, update in place or exchange; of the root those that are read `behind`.
         """
-        whole, total = _size(fused[name].shape), 0.0
+        whole, total = _size(fused[name].shape), behind if name == fused.root else 0.0
         for user, position in fused.users.get(name, []):
-            if user.op in ("bitcast", "get-tuple-element") or (
-                user.op == "dynamic-update-slice" and position == 0
-            ):
+            if user.op in ("bitcast", "get-tuple-element"):
+                total += self.read(fused, user.name, behind)
+            elif user.op == "dynamic-update-slice" and position == 0:
                 total += self.read(fused, user.name)
             elif user.op in _SLICES and position == 0:
                 total += _size(user.shape)
             elif user.op == "fusion":
                 inner = self.called(user)
-                total += self.read(inner, inner.parameters[position]) or whole
+                total += self.read(inner, inner.parameters[position], _size(user.shape))
             elif user.op not in COLLECTIVES and not _is_still(user):
                 total += whole
         return min(whole, total)
@@ -416,11 +416,10 @@ class _Program:
     # -- rounds of a loop
 
     def rounds(self, loop: _Instruction, inside: _Computation) -> int | None:
-        """How often a loop's body runs, as the compiler noted it or by running the loop's counters;
-        None where data decide.
+        """How often a loop's body runs, by running its counters; None where data decide.
+
+        The CPU's compiler notes it (`known_trip_count`), the TPU's does not.
         """
-        if known := _text(loop, r'known_trip_count\\?":\s*\{\\?"n\\?":\s*\\?"(\d+)'):
-            return int(known)
         body, condition = (self.computations[name] for name in _names(loop, "body", "condition"))
         counters = {
             int(_attribute(of, "index"))
@@ -445,8 +444,7 @@ class _Program:
         of = inside[name]
         if of.op == "constant":
             literal = of.literal.strip("{} ")
-            known = int(literal) if re.fullmatch(r"-?\d+", literal) else None
-            return {"true": 1, "false": 0}.get(literal, known)
+            return int(literal) if re.fullmatch(r"-?\d+", literal) else None
         if of.op == "parameter":
             return arguments[int(of.literal)] if arguments else None
         if of.op not in (*_INTEGERS, "compare", "get-tuple-element", "fusion", "call"):
