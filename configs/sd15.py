@@ -47,7 +47,6 @@ def get_config(name: str = "") -> ConfigDict:
             "attention": "auto",  # auto (looped on CPU, else plain) | plain | looped | chunked, flash (TPU)
             "remat": "full",  # none | dots | full: what is computed again in the backward pass
             "compilation_cache": "",  # folder or gs://bucket/path of compiled programs: a restart need not compile again
-            "program": "",  # file of `jaxdistill.aot --save`: a compiled training step that fits this run and its devices
             "scan": False,  # loop over the transformer blocks of a level: compiles sooner where there are many (XL)
         }
     )

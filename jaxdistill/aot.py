@@ -1,513 +1,26 @@
 """`python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2`: does the job fit, and
 how fast can it be?
 
-Compiles the run's own train step, or the student's sampler, for a TPU slice that is not here, with
-the compiler of the TPU (libtpu), and reports memory, arithmetic and communication. No TPU, no
-weights and no prompts are needed; without config.teacher.folder the published architecture
-config.teacher.architecture stands for the teacher.
+Compiles the run's own train step, or the student's sampler, for a TPU slice that is not here, and
+reports memory, arithmetic and communication (`costs.plan`). No TPU, no weights and no prompts are
+needed; without config.teacher.folder the published architecture config.teacher.architecture stands
+for the teacher.
 """
 
-import importlib.metadata
-import importlib.util
 import json
-import os
 import shlex
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from jaxdistill import main, partition
-from jaxdistill.costs import hlo
-from jaxdistill.costs.chips import CHIPS, Chip
-from jaxdistill.errors import UserError
-from jaxdistill.run import checkpoint, saved_program
+from jaxdistill import main
+from jaxdistill.costs import plan
+from jaxdistill.run import checkpoint
 from jaxdistill.run.workdir import missing_extra
 
-KNOWN = (
-    "v4:2x2x1, v4:2x2x2, v4:2x2x4, v4:4x4x4, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v5p:2x2x2,"
-    " v5p:4x4x4, v6e:2x2, v6e:4x4, v6e:8x8"
-)
-"""Topologies that the compiler describes; others of these chips work alike."""
-
-RESERVED = 0.03
-"""Share of a chip's memory that the runtime keeps, as an allowance."""
-
-WRITTEN = "*after_optimizations.txt"
-"""Of the files that the compiler writes when told to dump: the text of what it made."""
-
-
-class AotError(UserError):
-    """What cannot be planned, in one line."""
-
-
-class DoesNotFit(AotError):
-    """The program needs more memory than a chip has; `report` is what the compiler said."""
-
-    def __init__(self, line: str, report: str) -> None:
-        super().__init__(line)
-        self.report = report
-
-
-def topology(name: str, *, slices: int = 1) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of a slice, one device a chip.
-
-    Raises AotError for an unknown name or a missing compiler.
-    """
-    kind, _, shape = name.partition(":")
-    if kind not in CHIPS or not all(part.isdigit() and int(part) > 0 for part in shape.split("x")):
-        raise AotError(f"--topology = {name!r} is not known; use CHIP:SHAPE, as {KNOWN}")
-    if importlib.util.find_spec("libtpu") is None:
-        raise AotError(
-            'the compiler of the TPU is not installed: pip install "jaxdistill[tpu]" (".[tpu]" in a'
-            " checkout)"
-        )
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else it complains at length
-    options: dict[str, Any] = {"topology_name": name}
-    if kind in ("v4", "v5p"):
-        options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
-    if slices > 1:
-        options["num_slices"] = slices
-    try:
-        found = topologies.get_topology_desc(platform="tpu", **options)
-    except Exception as error:  # the library has several
-        raise AotError(
-            f"--topology = {name!r} cannot be described ({_first(error)}); known are {KNOWN}"
-        ) from None
-    return CHIPS[kind], list(found.devices)
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-class Program(NamedTuple):
-    """What is compiled: a jitted function, its abstract arguments by kind, and the FLOPs it must
-    spend on all devices.
-    """
-
-    function: Any
-    arguments: tuple[Any, ...]
-    kinds: Mapping[str, Any]
-    analytic_flops: float
-    rows: int
-
-
-def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
-    """The train step of a text-to-image config. Raises ValueError."""
-    from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
-
-    setup = TextSetup(config, open_teacher(config), devices=devices)
-    made, batch = setup.programs(), setup.abstract_batch()
-    state = made.state
-    kinds = {
-        "student": state.params["student"],
-        "average": state.ema_params,
-        "optimizer": state.opt_state,
-        "discriminator": state.params["discriminator"],
-        "teacher": made.teacher,
-        "batch": batch,
-    }
-    return Program(
-        made.step,
-        (state, batch, made.teacher),
-        kinds,
-        setup.step_flops(),
-        config.student.batch_size,
-    )
-
-
-def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
-    """The student's sampler with the decoder: config.student.batch_size images, in the most of
-    config.student.steps. Raises ValueError.
-    """
-    from jaxdistill.interop import diffusers_folder
-    from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
-
-    rows = config.student.batch_size
-    setup = TextSetup(config, open_teacher(config), devices=devices)
-    layout, steps = setup.layout, max(setup.grids)
-    place = partition.batch_sharding(layout.mesh)
-
-    noise = jax.ShapeDtypeStruct((rows, *setup.latent_shape), np.float32)
-    batch = partition.described((noise, setup.abstract_cond(rows)), place)
-
-    def sample(unet: Any, vae: Any, noise: Any, cond: Any) -> Any:
-        with partition.on_mesh(layout):
-            return setup.sample(unet, vae, noise, cond, steps=steps)
-
-    unet = layout.describe(setup.frozen(setup.abstract))
-    vae = layout.describe(setup.frozen(diffusers_folder.abstract_params(setup.folder.vae)))
-    flops = rows * (steps * setup.call_flops() + setup.decode_flops())
-    kinds = {"student": unet, "decoder": vae, "batch": batch}
-    return Program(jax.jit(sample, out_shardings=place), (unet, vae, *batch), kinds, flops, rows)
-
-
-def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
-    """A step of the teacher's own images, config.log.batch_size a chip: what a run's preparation
-    and health lines draw with.
-
-    Of several hosts each draws by itself, so that it is compiled for the chips of one. Raises
-    ValueError.
-    """
-    from jaxdistill.interop import diffusers_scheduler
-    from jaxdistill.tasks.text_to_image import pipeline
-    from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
-
-    setup = TextSetup(config, open_teacher(config), devices=devices)
-    layout = partition.own_layout(setup.layout, process=devices[0].process_index)
-    scheduler = diffusers_scheduler.of_folder(
-        setup.folder, solver=config.teacher.get("solver") or None
-    )
-    rows, guided = (
-        config.log.batch_size * partition.parts(layout.mesh),
-        config.teacher.guidance > 1.0,
-    )
-    place, whole = partition.batch_sharding(layout.mesh), partition.replicated(layout.mesh)
-    teacher = layout.describe(setup.frozen(setup.abstract))
-    noise, cond = partition.described(
-        (jax.ShapeDtypeStruct((rows, *setup.latent_shape), np.float32), setup.abstract_cond(rows)),
-        place,
-    )
-    null, scalar = partition.described(
-        (setup.abstract_null(), jax.ShapeDtypeStruct((), np.float32)), whole
-    )
-    begin = partial(scheduler.begin, run=scheduler.run(config.teacher.steps))
-    # The first step's arguments as the run has them: the solver's state follows the start.
-    state = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=place if a.shape == noise.shape else whole
-        ),
-        jax.eval_shape(begin, noise),
-    )
-    function = jax.jit(partial(pipeline.guided_step, setup.unet, scheduler, layout, guided=guided))
-    flops = rows * setup.call_flops(copies=2 if guided else 1)
-    return Program(
-        function,
-        (teacher, state, noise, cond, null, scalar, scalar, scalar),
-        {"teacher": teacher, "batch": cond},
-        flops,
-        rows,
-    )
-
-
-PROGRAMS: Mapping[str, Callable[[ConfigDict, Sequence[Any]], Program]] = {
-    "step": text_program,
-    "sampler": sampler_program,
-    "teacher": teacher_program,
-}
-"""What can be planned: the train step, the student's sampler, or a step of the teacher's images."""
-
-
-def bytes_a_device(tree: Any) -> int:
-    """Of abstract arrays with shardings."""
-
-    def one(leaf: Any) -> int:
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        width = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-        return int(np.prod(shape)) * width
-
-    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
-
-
-class Compiled(NamedTuple):
-    """A program for a slice, compiled."""
-
-    lowered: Any
-    executable: Any
-    text: str
-    """The optimized HLO of one chip; empty where neither jaxlib nor the compiler gave it."""
-    unread: str
-    """Why not, in one line, or empty."""
-    seconds: float
-    """That lowering and compiling took."""
-
-
-def compiled(program: Program) -> Compiled:
-    """Lower and compile the program. Raises DoesNotFit, AotError."""
-    with tempfile.TemporaryDirectory(prefix="jaxdistill-aot-") as folder:
-        began = time.perf_counter()
-        lowered = program.function.lower(*program.arguments)
-        executable = _compile(lowered, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        seconds = time.perf_counter() - began
-        try:
-            return Compiled(lowered, executable, executable.as_text(), "", seconds)
-        except jax.errors.JaxRuntimeError as error:
-            # jaxlib has the program parsed anew for its text, and a libtpu of another time may
-            # write what it does not know. The compiler's own text needs no parser.
-            found = [path.read_text() for path in Path(folder).glob(WRITTEN)]
-            text = max(found, key=len, default="")
-            return Compiled(lowered, executable, text, "" if text else _first(error), seconds)
-
-
-def _compile(lowered: Any, options: Mapping[str, Any]) -> Any:
-    try:
-        return lowered.compile(compiler_options=dict(options))
-    except jax.errors.JaxRuntimeError as error:
-        text = str(error)
-        if "RESOURCE_EXHAUSTED" not in text and "memory" not in text.lower():
-            raise AotError(f"the compiler refused the program: {_first(error)}") from None
-        raise DoesNotFit(f"the program does not fit: {_first(error)}", text) from None
-
-
-def measure(
-    program: Program, chip: Chip, devices: int, *, keep: Callable[[Any, Any], None] | None = None
-) -> dict[str, Any]:
-    """Compile the program and count it: the report as JSON values.
-
-    `keep` is given what is lowered and what is compiled.
-
-    Raises DoesNotFit, AotError.
-    """
-    lowered, executable, text, unread, seconds = compiled(program)
-    if keep is not None:
-        keep(lowered, executable)
-    memory = executable.memory_analysis()
-    arguments = {kind: bytes_a_device(tree) for kind, tree in program.kinds.items()}
-    # Results that are written over donated arguments cost nothing.
-    needed = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-    return {
-        "chip": chip.name,
-        "chips": devices,
-        "rows": program.rows,
-        "rows_a_chip": program.rows / devices,
-        "memory_gib": {
-            **{kind: round(size / 2**30, 4) for kind, size in arguments.items()},
-            "temporaries": round(memory.temp_size_in_bytes / 2**30, 4),
-            "program": round(memory.generated_code_size_in_bytes / 2**30, 4),
-            "needed": round(needed / 2**30, 4),
-            "chip": round(chip.hbm / 2**30, 4),
-        },
-        "fits": needed <= chip.hbm * (1 - RESERVED),
-        "analytic_flops_a_chip": program.analytic_flops / devices,
-        **(counted(hlo.count(text), program, chip, devices) if text else {"unread": unread}),
-        "compile_seconds": round(seconds, 1),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
-    }
-
-
-def counted(counts: hlo.Counts, program: Program, chip: Chip, devices: int) -> dict[str, Any]:
-    """What the compiled text of one chip says, as JSON values: FLOPs, bytes and the times that they
-    take at least.
-    """
-    times = {
-        "compute": counts.flops / chip.flops,
-        "memory": counts.main_bytes / chip.bandwidth,
-        "interconnect": (
-            sum(size for kind, size in counts.collectives.items() if kind != hlo.NETWORK)
-            / chip.interconnect
-        ),
-    }
-    if hlo.NETWORK in counts.collectives:
-        times["network"] = counts.collectives[hlo.NETWORK] / chip.network
-    bound = max(times, key=lambda name: times[name])
-    analytic = program.analytic_flops / devices
-    return {
-        "flops_a_chip": counts.flops,
-        "flops_ratio": round(counts.flops / analytic, 4),
-        "bytes_a_chip": counts.main_bytes,
-        "collective_bytes_a_chip": dict(counts.collectives),
-        "gathered": gathered(counts),
-        "unknown_loops": counts.unknown_loops,
-        "roofline_ms": {name: round(1e3 * value, 3) for name, value in times.items()},
-        "bound": bound,
-        "step_ms_at_least": round(1e3 * times[bound], 3),
-        "rows_a_second_a_chip_at_most": round(program.rows / devices / times[bound], 3),
-        "mfu_at_most": round(analytic / chip.flops / times[bound], 4),
-    }
-
-
-def gathered(counts: hlo.Counts) -> list[dict[str, Any]]:
-    """The all-gathers, largest first: what is gathered, and where it comes from."""
-    ranked = sorted(counts.gathers, key=lambda g: -g.bytes * g.times)[:8]
-    return [
-        {
-            "shape": g.shape,
-            "mib": round(g.bytes / 2**20, 3),
-            "times": g.times,
-            "op": g.op_name[-120:],
-        }
-        for g in ranked
-    ]
-
-
-def kinds_of(report: Mapping[str, Any]) -> list[str]:
-    """The kinds that make up the memory of a report."""
-    return [kind for kind in report["memory_gib"] if kind not in ("needed", "chip")]
-
-
-def text_of(report: Mapping[str, Any]) -> str:
-    """The report as lines for a reader."""
-    memory = report["memory_gib"]
-    gib = ", ".join(f"{kind} {memory[kind]:.2f}" for kind in kinds_of(report))
-    verdict = "fits" if report["fits"] else "DOES NOT FIT"
-    lines = [
-        (
-            f"{report['topology']}: {report['compiled']}, {report['chips']} chips, {report['rows']}"
-            f" rows, {report['rows_a_chip']:g} a chip"
-        ),
-        f"  memory a chip, GiB   {gib}",
-        f"                       {memory['needed']:.2f} of {memory['chip']:.0f}: {verdict}",
-    ]
-    compile_line = f"  compiled in          {report['compile_seconds']:.0f} s"
-    if "unread" in report:
-        note = (
-            f"  note                 jaxlib cannot read what libtpu compiled ({report['unread']}):"
-            " no counts and times, only the memory"
-        )
-        return "\n".join(
-            [
-                *lines,
-                f"  analytic FLOPs       {report['analytic_flops_a_chip']:.4g} a chip",
-                compile_line,
-                note,
-            ]
-        )
-    collectives = (
-        ", ".join(
-            f"{kind} {size / 2**20:.1f} MiB"
-            for kind, size in sorted(report["collective_bytes_a_chip"].items())
-        )
-        or "none"
-    )
-    roofline = ", ".join(f"{name} {value:.1f}" for name, value in report["roofline_ms"].items())
-    lines += [
-        (
-            f"  FLOPs a chip         {report['flops_a_chip']:.4g}, {report['flops_ratio']:.3f} x"
-            " the analytic count"
-        ),
-        (
-            f"  bytes a chip         {report['bytes_a_chip']:.4g} through main memory; collectives:"
-            f" {collectives}"
-        ),
-        f"  roofline, ms         {roofline}: bound by {report['bound']}",
-        (
-            f"  at most              {report['rows_a_second_a_chip_at_most']:g} rows a second a"
-            f" chip, MFU {report['mfu_at_most']:.2f}"
-        ),
-        compile_line,
-    ]
-    if report["unknown_loops"]:
-        lines.append(
-            f"  note                 {report['unknown_loops']} loops of unknown length were counted"
-            " once"
-        )
-    for gather in report["gathered"][:3]:
-        lines.append(
-            f"  gathered             {gather['shape']} {gather['mib']:.1f} MiB x"
-            f" {gather['times']:g}"
-        )
-    return "\n".join(lines)
-
-
-def knobs(config: ConfigDict) -> str:
-    """What makes the program smaller, in the order to try it."""
-    found = []
-    if config.compute.remat != "full":
-        found.append("config.compute.remat=full")
-    found.append(
-        f"config.student.batch_size below {config.student.batch_size}, or config.student.accumulate"
-        f" above {config.student.accumulate}"
-    )
-    found.append("config.mesh.fsdp above " + str(config.mesh.fsdp))
-    if config.compute.attention in ("auto", "plain"):
-        found.append("config.compute.attention=flash")
-    if not config.student.lora_rank:
-        found.append("config.student.lora_rank=64")
-    return "; ".join(found)
-
-
-def search(
-    make: Callable[[int], Program], chip: Chip, devices: int, step: int, limit: int = 1024
-) -> tuple[int, dict[str, Any] | None]:
-    """The most rows a chip, in multiples of `step`, that fit, with their report; (0, None) where
-    not even `step` do.
-    """
-
-    def attempt(rows: int) -> dict[str, Any] | None:
-        try:
-            report = measure(make(rows * devices), chip, devices)
-        except DoesNotFit:
-            print(f"{rows} rows a chip: does not fit", flush=True)
-            return None
-        fits = "fits" if report["fits"] else "does not fit"
-        print(f"{rows} rows a chip: {report['memory_gib']['needed']:.2f} GiB, {fits}", flush=True)
-        return report if report["fits"] else None
-
-    best, found, rows = 0, None, step
-    while rows <= limit and (report := attempt(rows)):
-        best, found, rows = rows, report, rows * 2
-    low, high = best // step, rows // step
-    while high - low > 1:
-        middle = (low + high) // 2
-        if report := attempt(middle * step):
-            low, best, found = middle, middle * step, report
-        else:
-            high = middle
-    return best, found
-
-
-def plan(
-    config: ConfigDict, name: str, *, find: bool, slices: int, program: str = "step", save: str = ""
-) -> dict[str, Any]:
-    """The report of one of PROGRAMS on a topology; `save` is a file for the program.
-
-    Raises ValueError, AotError, DoesNotFit, OSError.
-    """
-    if config.get("task") != "text_to_image":
-        raise AotError(
-            "jaxdistill.aot plans text-to-image configs, as configs/tpu_v4.py or configs/sd15.py"
-        )
-    chip, devices = topology(name, slices=slices)
-
-    def make(rows: int) -> Program:
-        changed = config.copy_and_resolve_references()
-        changed.student.batch_size = rows
-        return PROGRAMS[program](changed, devices)
-
-    if find:
-        step = int(config.student.accumulate)  # a micro-batch then has a row a chip
-        rows, report = search(make, chip, len(devices), step)
-        if report is None:
-            raise DoesNotFit(f"not even {step} rows a chip fit on {name}", "")
-        print(
-            f"the largest batch: {rows} rows a chip, config.student.batch_size ="
-            f" {rows * len(devices)}"
-        )
-    else:
-        found = make(config.student.batch_size)
-        mesh = jax.tree.leaves(found.arguments)[0].sharding.mesh
-
-        def keep(lowered: Any, executable: Any) -> None:
-            saved_program.save(save, lowered, executable, mesh, json.loads(config.to_json()))
-
-        report = measure(found, chip, mesh.size, keep=keep if save else None)
-    return {
-        "topology": name if slices == 1 else f"{slices} x {name}",
-        "compiled": program,
-        **report,
-    }
-
-
-TOPOLOGY = flags.DEFINE_string("topology", None, f"CHIP:SHAPE, as {KNOWN}.")
+TOPOLOGY = flags.DEFINE_string("topology", None, f"CHIP:SHAPE, as {plan.KNOWN}.")
 SLICES = flags.DEFINE_integer(
     "slices", 1, "Slices of that topology, joined by the data-center network."
 )
@@ -515,31 +28,21 @@ JSON = flags.DEFINE_string("json", None, "File for the report as JSON.")
 PROGRAM = flags.DEFINE_enum(
     "program",
     "step",
-    list(PROGRAMS),
+    list(plan.PROGRAMS),
     "The train step; the student's sampler of config.student.batch_size images, decoded; or a step"
     " of the teacher's images, config.log.batch_size a chip, of the chips of one host.",
-)
-SAVE = flags.DEFINE_string(
-    "save",
-    None,
-    "File for the compiled train step, which runs on such a slice take as config.compute.program.",
 )
 SEARCH = flags.DEFINE_bool(
     "search", False, "Find the largest batch a chip that fits; compiles several times."
 )
 
 
-def cli() -> None:
-    """Parse the flags, print the report; exit code 1 where the job does not fit, 2 for a mistake."""
-    main.parse_flags()
+def check_flags() -> None:
+    """End with one line where flags are missing or do not go together."""
     if TOPOLOGY.value is None:
-        main.fail(f"--topology is missing: CHIP:SHAPE, as {KNOWN}")
-    in_bucket = bool(SAVE.value) and "://" in SAVE.value
-    for flag, path in (("json", JSON.value), ("save", None if in_bucket else SAVE.value)):
-        if path and not Path(path).resolve().parent.is_dir():
-            main.fail(f"--{flag}={path}: the folder {Path(path).parent} does not exist")
-    if SAVE.value and (SEARCH.value or PROGRAM.value != "step"):
-        main.fail("--save keeps a run's train step: leave out --search and --program")
+        main.fail(f"--topology is missing: CHIP:SHAPE, as {plan.KNOWN}")
+    if JSON.value and not Path(JSON.value).resolve().parent.is_dir():
+        main.fail(f"--json={JSON.value}: the folder {Path(JSON.value).parent} does not exist")
     if SEARCH.value and PROGRAM.value == "teacher":
         main.fail(
             "--search looks for config.student.batch_size: leave it out, and set"
@@ -547,69 +50,41 @@ def cli() -> None:
         )
     if SLICES.value < 1:
         main.fail(f"--slices must be at least 1, got {SLICES.value}")
+
+
+def cli() -> None:
+    """Print the report; exit code 1 where the job does not fit, 2 for a mistake."""
+    main.parse_flags()
+    check_flags()
     config = main.given_config(workdir=False)
     jax.config.update("jax_platforms", "cpu")  # the devices of this machine play no part
     try:
-        if in_bucket:
-            checkpoint.reach(SAVE.value.rpartition("/")[0], f"--save={SAVE.value}")
-        report = plan(
-            config,
-            TOPOLOGY.value,
-            find=SEARCH.value,
-            slices=SLICES.value,
-            program=PROGRAM.value,
-            save=SAVE.value or "",
+        report = plan.plan(
+            config, TOPOLOGY.value, find=SEARCH.value, slices=SLICES.value, program=PROGRAM.value
         )
-    except DoesNotFit as error:
-        print(f"error: {error}; {knobs(config)}", file=sys.stderr)
-        print("\n".join(largest_buffers(error.report)), file=sys.stderr)
+    except plan.DoesNotFit as error:
+        lines = plan.largest_buffers(error.report)
+        print(f"error: {error}; {plan.knobs(config)}", *lines, sep="\n", file=sys.stderr)
         sys.exit(1)
     except ModuleNotFoundError as error:
         main.fail(missing_extra(error))
     except (ValueError, OSError) as error:
         main.fail(str(error))
-    print(text_of(report))
+    print(plan.text_of(report))
     if JSON.value:
-        whole = {
-            "command": shlex.join(["python", "-m", "jaxdistill.aot", *sys.argv[1:]]),
-            **report,
-            "config": json.loads(config.to_json()),
-        }
+        command = shlex.join(["python", "-m", "jaxdistill.aot", *sys.argv[1:]])
+        whole = {"command": command, **report, "config": json.loads(config.to_json())}
         checkpoint.write_json(Path(JSON.value), whole)
     if not report["fits"]:
-        largest = sorted(kinds_of(report), key=lambda kind: -report["memory_gib"][kind])
+        memory = report["memory_gib"]
+        largest = sorted(plan.kinds_of(report), key=lambda kind: -memory[kind])
+        lines = [f"  {kind}: {memory[kind]:.2f} GiB" for kind in largest]
+        print(*lines, sep="\n", file=sys.stderr)
         print(
-            "\n".join(f"  {kind}: {report['memory_gib'][kind]:.2f} GiB" for kind in largest),
-            file=sys.stderr,
-        )
-        print(
-            f"error: {report['memory_gib']['needed']} GiB a chip do not fit; {knobs(config)}",
+            f"error: {memory['needed']} GiB a chip do not fit; {plan.knobs(config)}",
             file=sys.stderr,
         )
         sys.exit(1)
-
-
-def largest_buffers(report: str, count: int = 8) -> list[str]:
-    """The lines of the compiler's out-of-memory report that name the largest buffers; its first
-    lines where it names none.
-    """
-    lines = [line.strip() for line in report.splitlines() if line.strip()]
-    sizes = [i for i, line in enumerate(lines) if line.startswith("Size:")]
-    if not sizes:
-        return [
-            f"  {line[:200]}"
-            for line in lines[1 : 1 + count]
-            if "Traceback" not in line and "traceback" not in line
-        ]
-    found = []
-    for i in sizes[:count]:
-        near = lines[i : i + 8]
-        shape, source = (
-            next((line for line in near if line.startswith(word)), "")
-            for word in ("Shape:", "Operator:")
-        )
-        found.append("  " + "  ".join(part[:120] for part in (lines[i], shape, source) if part))
-    return found
 
 
 if __name__ == "__main__":

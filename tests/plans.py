@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from jaxdistill import aot
+from jaxdistill.costs import plan
 from jaxdistill.costs.chips import CHIPS
 
 for name in sys.argv[1:]:
@@ -30,7 +30,7 @@ for name in sys.argv[1:]:
         report["roofline_ms"].values()
     ), name
     assert report["memory_gib"]["chip"] * 2**30 == CHIPS[report["topology"].split(":")[0]].hbm, name
-    text = aot.text_of(report)
+    text = plan.text_of(report)
     assert (
         f"{report['topology']}: step, {report['chips']} chips, {rows} rows,"
         f" {rows // report['chips']} a chip" in text

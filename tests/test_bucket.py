@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import gcs_server
 import jax
@@ -23,9 +22,8 @@ from small import SHAPE, flash, make
 from test_distributed import finish, losses, start
 
 from jaxdistill import partition
-from jaxdistill.run import checkpoint, loop, saved_program
+from jaxdistill.run import checkpoint, loop
 from jaxdistill.run.checkpoint import CheckpointError, Checkpoints
-from jaxdistill.run.saved_program import ProgramError
 from jaxdistill.run.workdir import UserError
 from jaxdistill.tasks.text_to_image import distil
 from jaxdistill.train import init_state
@@ -300,46 +298,7 @@ def test_a_checkpoint_that_may_not_be_read_is_one_line(bucket, saved, monkeypatc
             checkpoints.restore(jax.eval_shape(lambda: state_of(0)))
 
 
-# ------------------------------------------------------------------------- programs and JAX's cache
-
-
-def test_a_program_in_a_bucket_is_loaded_and_a_damaged_one_refused(bucket, monkeypatch, caplog):
-    lowered, mesh = (
-        jax.jit(lambda x: jnp.tanh(x @ x.T)).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32)),
-        ALONE.mesh,
-    )
-    compiled, x = lowered.compile(), jnp.arange(64.0).reshape(8, 8) / 64
-    saved_program.save("gs://bucket/programs/step", lowered, compiled, mesh, {})
-    assert bucket.objects("programs").keys() == {"step"}
-
-    def load(name="step"):
-        return saved_program.load(f"gs://bucket/programs/{name}", lambda: lowered, mesh, {})
-
-    np.testing.assert_array_equal(load()(x), compiled(x))
-    raw = bucket.read("programs/step")
-    bucket.write("programs/step", raw[:-1] + bytes([raw[-1] ^ 1]))
-    with pytest.raises(
-        ProgramError, match=r"^config\.compute\.program = gs://bucket/programs/step is damaged"
-    ):
-        load()
-    with pytest.raises(ProgramError, match=r"programs/nothing cannot be read \("):
-        load("nothing")
-    with pytest.raises(CheckpointError, match=r"^cannot write gs://typo/step \(.*typo"):
-        saved_program.save("gs://typo/step", lowered, compiled, mesh, {})
-    with gcs_server.refusing(bucket.url, 400, ("GET", "/")) as url:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        with pytest.raises(
-            ProgramError, match=r"step cannot be read \(a-worker does not have the right, 400\)"
-        ):
-            load()
-    assert not [
-        record for record in caplog.records if record.name == "gcsfs" and record.exc_info
-    ]  # a traceback before our line
-    monkeypatch.setattr(checkpoint, "REACH_SECONDS", 1)
-    with gcs_server.refusing(bucket.url, 0, ("GET", "/")) as url:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        with pytest.raises(ProgramError, match=r"step cannot be read \(no answer within 1 s\)"):
-            load()
+# ------------------------------------------------------------------------------------- JAX's cache
 
 
 def test_an_object_of_several_requests_is_written_whole(bucket):
@@ -354,12 +313,6 @@ class Bare(distil.TextRun):
     def __init__(self, config, workdir):
         self.config, self.workdir, self.layout = config, workdir, ALONE
 
-    def programs(self):
-        return SimpleNamespace(step=SimpleNamespace(lower=print), state=None, teacher=None)
-
-    def abstract_batch(self):
-        return None
-
     def weights(self, dtype, **_):
         raise AssertionError("weights are read")
 
@@ -372,7 +325,6 @@ class Bare(distil.TextRun):
             "compute.compilation_cache",
             r"^config\.compute\.compilation_cache = gs://typo/x cannot be opened \(.*typo",
         ),
-        ("compute.program", r"^config\.compute\.program = gs://typo/x cannot be read \(.*typo"),
     ],
 )
 def test_a_run_names_its_bucket_before_it_reads_weights(

@@ -20,7 +20,6 @@ SHELL = (
     "workers",
     "experiment",
     "workdir",
-    "saved_program",
     "pipeline",
     "record_cache",
     "image_metrics",

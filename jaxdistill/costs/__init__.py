@@ -1,4 +1,3 @@
-"""Counts of compiled programs, and the chips they run on: FLOPs, bytes, collectives, peaks.
-
-Planning and MFU.
+"""What programs cost: FLOPs of functions (`flops`), counts of compiled programs (`hlo`), plans for
+slices that are not here (`plan`), and the chips' peaks (`chips`).
 """

@@ -20,7 +20,7 @@ from jaxdistill.costs import chips
 from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.metrics import evaluate, image_metrics
-from jaxdistill.run import checkpoint, distributed, loop, record_cache, report, saved_program
+from jaxdistill.run import checkpoint, distributed, loop, record_cache, report
 from jaxdistill.run.workdir import UserError, prepare_workdir, say, train_phase, versions
 from jaxdistill.tasks.labelled_images.experiment import student_of
 from jaxdistill.tasks.text_to_image import pipeline
@@ -219,24 +219,6 @@ class TextRun(TextSetup):
         if part.folder not in self.hashes:
             self.hashes[part.folder] = checkpoint.hash_files(part.files())
         return self.hashes[part.folder]
-
-    def saved_program(self) -> Any:
-        """The training step of config.compute.program, None where it is empty.
-
-        Raises ValueError where it does not fit.
-        """
-        path = self.config.compute.program
-        if not path:
-            return None
-        began = time.perf_counter()
-        made: Any = self.programs()
-        lower = partial(made.step.lower, made.state, self.abstract_batch(), made.teacher)
-        found = saved_program.load(path, lower, self.layout.mesh, json.loads(self.config.to_json()))
-        say(
-            f"the training step of {path} fits, and is not compiled again"
-            f" ({time.perf_counter() - began:.0f} s)"
-        )
-        return found
 
     def agree(self) -> None:
         """Raise ValueError where the processes were given different prompts, images or weights:
@@ -465,7 +447,6 @@ class TextRun(TextSetup):
             config.log.checkpoints
         ):  # a bucket that cannot be opened is told before the weights are read
             checkpoint.Checkpoints(f"{config.log.checkpoints}/student").close()
-        compiled = self.saved_program()
         began = time.perf_counter()
         teacher = self.weights(config.compute.teacher_dtype)
         pipe = self.teacher_pipe(teacher)
@@ -491,7 +472,6 @@ class TextRun(TextSetup):
             ema_decay=config.student.ema_decay,
             ema_of=student_of,
             accumulate=config.student.accumulate,
-            compiled=compiled,
             steps=config.student.iterations,
             health_every=config.student.health_every,
             log=config.log,

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill import partition
-from jaxdistill.costs import hlo
+from jaxdistill.costs.flops import flops_of
 from jaxdistill.interop import architectures, card, diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.interop.diffusers_folder import Folder
 from jaxdistill.methods import imagine_flash as flash
@@ -65,12 +65,6 @@ def open_teacher(config: ConfigDict) -> Folder:
     return architectures.folder(
         card.choose(architectures.PIPELINES, name, "config.teacher.architecture"), **options
     )
-
-
-def _flops(function: Any, *arguments: Any) -> float:
-    """Of the dots and convolutions of a function as it is written."""
-    program: Any = jax.jit(function).lower(*arguments).compiler_ir(dialect="hlo")
-    return hlo.count(program.as_hlo_text()).flops
 
 
 class TextSetup:
@@ -327,7 +321,7 @@ class TextSetup:
         """FLOPs of the dots and convolutions of decoding one image."""
         decode = partial(self.folder.vae.module.clone(attention="plain").apply, method="decode")
         z = jax.ShapeDtypeStruct((1, *self.latent_shape), np.float32)
-        return _flops(decode, diffusers_folder.abstract_params(self.folder.vae), z)
+        return flops_of(decode, diffusers_folder.abstract_params(self.folder.vae), z)
 
     def call_flops(self, *, features: bool = False, copies: int = 1) -> float:
         """FLOPs of the dots and convolutions of one call on one example (with `copies` rows of
@@ -341,7 +335,7 @@ class TextSetup:
                 jax.random.key(0), *diffusers_folder.example_inputs(self.folder.unet)
             )
         )
-        return _flops(
+        return flops_of(
             partial(plain.apply, features=features), abstract, x, t, self.abstract_cond(copies)
         )
 
