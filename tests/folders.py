@@ -13,8 +13,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-from diffusers.schedulers import scheduling_euler_ancestral_discrete  # noqa: E402
-from transformers import (
+from diffusers.schedulers import (  # noqa: E402
+    scheduling_euler_ancestral_discrete,
+    scheduling_lcm,
+)
+from transformers import (  # noqa: E402
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -253,11 +256,10 @@ def rescheduled(variant: str, target: Path, name: str, **settings) -> Path:
 
 
 def give_noise(monkeypatch, drawn) -> None:
-    """Diffusers' ancestral steps take these arrays, one a step, instead of noise of their own."""
+    """Diffusers' steps take these arrays, one a step, instead of fresh noise of their own."""
     rest = iter([torch.tensor(np.array(noise)) for noise in drawn])
-    monkeypatch.setattr(
-        scheduling_euler_ancestral_discrete, "randn_tensor", lambda *shape, **more: next(rest)
-    )
+    for module in (scheduling_euler_ancestral_discrete, scheduling_lcm):
+        monkeypatch.setattr(module, "randn_tensor", lambda *shape, **more: next(rest))
 
 
 @functools.cache

@@ -14,7 +14,8 @@ import torch
 from jaxdistill import sampling
 from jaxdistill.interop import diffusers_scheduler
 from jaxdistill.interop.diffusers_folder import FolderError
-from jaxdistill.prediction import as_denoiser
+from jaxdistill.methods.lcm import consistency_function
+from jaxdistill.prediction import Prediction, as_denoiser
 
 WHERE = Path("scheduler_config.json")
 LEADING = {**folders.BETAS, "steps_offset": 1, "timestep_spacing": "leading"}
@@ -31,7 +32,7 @@ DDIM, PNDM, EULER, ANCESTRAL = (
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
 )
-DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
+DPM, UNIPC, LCM = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler"
 BY_RATIO = tuple(diffusers_scheduler.RATIOS)
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 COSINE, MIN = {"beta_schedule": "squaredcos_cap_v2"}, {"final_sigmas_type": "sigma_min"}
@@ -69,6 +70,10 @@ CASES = [
         (UNIPC, {**MIN, "solver_type": "bh1", **more})
         for more in ({}, {**V, "timestep_spacing": "trailing"})
     ),
+    *((LCM, more) for more in ({}, V, V_ZERO, {"prediction_type": "sample"})),
+    (LCM, {"clip_sample": True, "set_alpha_to_one": False, "original_inference_steps": 20}),
+    # c_skip counts: 0.2 at the first timestep, 0.99 at the last.
+    (LCM, {"timestep_scaling": 1e-3, **COSINE}),
 ]
 NOISE = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 4), np.float32))
 
@@ -130,7 +135,13 @@ def same_noise(monkeypatch):
             diffusers_scheduler.read(config, WHERE, **options).run(steps).next_times,
         )
         folders.give_noise(
-            monkeypatch, [sampling.fresh_noise(keys, t, NOISE) for t in jnp.asarray(times)]
+            # Nothing is drawn after LCM's last step: one array too many would be missing here.
+            monkeypatch,
+            [
+                sampling.fresh_noise(keys, t, NOISE)
+                for t in jnp.asarray(times)
+                if t > 0 or config["_class_name"] != LCM
+            ],
         )
 
     return give
@@ -140,7 +151,7 @@ def same_noise(monkeypatch):
 def test_a_run_is_diffusers(name, changes, same_noise):
     scheduler, config = config_of(name, changes)
     for steps in (20, 5, 3, 2, 1):
-        if name == ANCESTRAL:
+        if name in (ANCESTRAL, LCM):
             same_noise(config, steps, xl=True)
         found, expected = ours(config, steps, xl=True), theirs(scheduler, steps)
         # Diffusers' Euler carries x/alpha, of which float32 keeps fewer digits where sigma/alpha
@@ -202,6 +213,117 @@ def test_noise_correction_is_the_class_that_travels_with_a_student(tmp_path, mon
         assert np.abs(ours(config, 3) - plain).max() > 1e-3
 
 
+# --------------------------------------------------------------------------------------- students
+
+STUDENTS = diffusers_scheduler.STUDENT_SOLVERS
+
+
+def stock(config):
+    """Diffusers' own scheduler of a student's config."""
+    return getattr(folders.diffusers, config["_class_name"]).from_config(config)
+
+
+@pytest.mark.parametrize("T", [1000, 100, 1024, 20])
+@pytest.mark.parametrize("solver", STUDENTS)
+def test_a_students_times_are_those_that_stock_diffusers_takes(solver, T):
+    config = diffusers_scheduler.student_config(
+        {**LEADING, "num_train_timesteps": T}, solver=solver, noise_correction=False
+    )
+    scheduler = stock(config)
+    for steps in range(1, 9):
+        scheduler.set_timesteps(steps)
+        expected = scheduler.timesteps.tolist()
+        assert expected[0] == T - 1
+        assert diffusers_scheduler.student_timesteps(config, steps) == expected
+        grid = diffusers_scheduler.student_grid(solver, steps, float(T))
+        assert grid.dtype == np.float32
+        np.testing.assert_array_equal(grid, np.asarray(expected) + 1)
+
+
+@pytest.mark.parametrize("more", [{}, V, V_ZERO], ids=["eps", "v", "zero_snr"])
+@pytest.mark.parametrize("solver", STUDENTS)
+def test_a_student_is_sampled_by_stock_diffusers(solver, more, same_noise):
+    config = diffusers_scheduler.student_config(
+        {**LEADING, **more}, solver=solver, noise_correction=False
+    )
+    scheduler = stock(config)
+    for steps in (1, 2, 3, 4):
+        same_noise(config, steps)
+        found, expected = ours(config, steps), theirs(scheduler, steps)
+        assert np.abs(found - expected).max() < 1e-5 * max(1.0, np.abs(expected).max()), steps
+
+
+def student_denoiser(solver):
+    """A student's transform of a denoiser without meaning, at 8 times; (x̂0 before, x, times)."""
+    config = diffusers_scheduler.student_config(LEADING, solver=solver, noise_correction=False)
+    found = diffusers_scheduler.read(config, WHERE)
+    x0 = jnp.asarray(np.random.default_rng(1).standard_normal((8, 4, 4, 4), np.float32))
+    x, times = jnp.flip(x0), jnp.asarray(diffusers_scheduler.student_grid(solver, 8, 1000.0))
+    return found.transform(lambda x, t: Prediction(x0, x), x)(x, times).x0, x0, x, times
+
+
+def test_renoise_takes_the_networks_own_x0():
+    found, x0, _, _ = student_denoiser("renoise")
+    np.testing.assert_allclose(found, x0, rtol=3e-7)
+    # To the last bit in diffusers' own arithmetic.
+    scheduler = stock(
+        diffusers_scheduler.student_config(LEADING, solver="renoise", noise_correction=False)
+    )
+    for t in torch.arange(1, 1000):
+        skip, out = scheduler.get_scalings_for_boundary_condition_discrete(t)
+        assert out == 1.0 and skip < 1e-12
+
+
+@pytest.mark.parametrize("T", [1000, 100])
+def test_consistency_is_the_function_that_was_trained(T):
+    """`lcm.consistency_function`, whose time is a fraction of T."""
+    config = diffusers_scheduler.student_config(
+        {**LEADING, "num_train_timesteps": T}, solver="consistency", noise_correction=False
+    )
+    assert config["timestep_scaling"] == 10.0 * 1000 / T
+    x, x0 = NOISE[:1], NOISE[1:]
+    for t in diffusers_scheduler.student_grid("consistency", 8, float(T)):
+        of_time = [
+            f(lambda *_: Prediction(x0, x))(x, jnp.float32(t)).x0
+            for f in (
+                consistency_function(float(T)),
+                diffusers_scheduler.boundary_condition(config["timestep_scaling"]),
+            )
+        ]
+        np.testing.assert_allclose(*of_time, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", STUDENTS)
+@pytest.mark.parametrize("name", [DDIM, LCM])
+def test_a_student_has_the_betas_that_its_teachers_class_has_by_default(name, solver):
+    config = diffusers_scheduler.student_config(
+        {"_class_name": name}, solver=solver, noise_correction=False
+    )
+    teacher = getattr(folders.diffusers, name)()
+    np.testing.assert_array_equal(stock(config).betas, teacher.betas)
+    np.testing.assert_allclose(
+        diffusers_scheduler.betas_of({"_class_name": name}, WHERE), teacher.betas, atol=1e-7
+    )
+
+
+def test_what_a_student_cannot_have_is_refused():
+    for call in (
+        lambda: diffusers_scheduler.student_config(LEADING, solver="euler", noise_correction=False),
+        lambda: diffusers_scheduler.student_grid("euler", 1, 1000.0),
+    ):
+        with pytest.raises(ValueError, match="choose one of ddim, renoise, consistency"):
+            call()
+    for steps in (0, 51):
+        with pytest.raises(ValueError, match=r"must be in 1\.\.50"):
+            diffusers_scheduler.student_grid("renoise", steps, 1000.0)
+    config = diffusers_scheduler.student_config(LEADING, solver="renoise", noise_correction=False)
+    with pytest.raises(ValueError, match=r"steps must be in 1\.\.50"):
+        diffusers_scheduler.student_timesteps(config, 51)
+    # A grid that is chosen instead has as many times as the training.
+    found = diffusers_scheduler.read(config, WHERE, grid="trailing")
+    np.testing.assert_array_equal(found.run(100).times, np.arange(1000, 0, -10))
+
+
 REFUSALS = [
     (
         {"_class_name": "DPMSolverSinglestepScheduler"},
@@ -250,6 +372,16 @@ REFUSALS = [
     (
         {"_class_name": PNDM, "skip_prk_steps": True, **V_ZERO},
         "rescale_betas_zero_snr = True is nothing to diffusers' PNDM",
+    ),
+    (
+        {"_class_name": LCM, "original_inference_steps": 2000},
+        "original_inference_steps must be in 1..1000, the timesteps of the training, got 2000",
+    ),
+    ({"_class_name": LCM, "timestep_scaling": 0.0}, "timestep_scaling must be above 0"),
+    ({"_class_name": LCM, "thresholding": True}, "thresholding = True is not supported"),
+    (
+        {"_class_name": LCM, "rescale_betas_zero_snr": True},
+        "'eps' cannot start from zero terminal SNR",
     ),
     ({"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid' is not supported"),
     ({"prediction_type": "flow"}, "prediction_type = 'flow' is not supported"),

@@ -4,6 +4,7 @@ of a student's scheduler.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from scipy.special import betaincinv
 from jaxdistill import prediction, sampling
 from jaxdistill import schedule as schedules
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
-from jaxdistill.prediction import Parameterization, Target
-from jaxdistill.sampling import Denoiser, Step
+from jaxdistill.methods.lcm import consistency_function
+from jaxdistill.prediction import Parameterization, Prediction, Target
+from jaxdistill.sampling import Denoiser, Step, TimeGrid, Transform
 from jaxdistill.schedule import NoiseSchedule
 
 SPACINGS = ("trailing", "leading", "linspace")
@@ -38,9 +40,10 @@ DDIM, PNDM, EULER, ANCESTRAL = (
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
 )
-DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
-CLASSES = (DDIM, PNDM, EULER, ANCESTRAL, DPM, UNIPC, NOISE_CORRECTION)
+DPM, UNIPC, LCM = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler"
+CLASSES = (DDIM, PNDM, EULER, ANCESTRAL, DPM, UNIPC, LCM, NOISE_CORRECTION)
 SOLVERS = {"ddim": DDIM, "dpm_solver_pp_2m": DPM}
+INSTEAD = f"choose --solver={' or '.join(SOLVERS)} (in a run config.teacher.solver)"
 RATIOS: dict[str, Callable[..., np.ndarray]] = {
     "use_karras_sigmas": sampling.karras_ratios,
     "use_exponential_sigmas": sampling.exponential_ratios,
@@ -86,6 +89,22 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 """Settings whose values are implemented."""
+DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+}
+"""Diffusers' own, but for LCM's."""
+LCM_DEFAULTS = {
+    **DEFAULTS,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+STUDENT_SOLVERS = ("ddim", "renoise", "consistency")
+RENOISE_SCALING = 1e6
+"""LCM's timestep_scaling at which c_skip x vanishes beside c_out x̂0 = x̂0 in float32."""
 
 
 class Run(NamedTuple):
@@ -105,7 +124,8 @@ class Scheduler(NamedTuple):
     """What a scheduler config says, as functions of the core.
 
     solver: noise -> the steps of the images that start from it, on which fresh noise depends;
-    start: (x, left) -> the first state.
+    start: (x, left) -> the first state; timestep_scaling: of LCM's boundary condition, 0 where
+    there is none.
     """
 
     schedule: NoiseSchedule
@@ -115,16 +135,17 @@ class Scheduler(NamedTuple):
     run: Callable[[int], Run]
     clip: float
     noise_correction: bool
+    timestep_scaling: float
 
     def transform(self, denoiser: Denoiser, noise: Array) -> Denoiser:
-        """The scheduler's own transforms: noise correction and clipping of x̂0."""
+        """The scheduler's own transforms: noise correction, clipping of x̂0, LCM's f(x, t)."""
         if self.noise_correction:
             denoiser = sampling.noise_correction(noise, self.schedule.T)(denoiser)
-        return (
-            sampling.clip(self.schedule, -self.clip, self.clip, keep_eps=True)(denoiser)
-            if self.clip
-            else denoiser
-        )
+        if self.clip:
+            denoiser = sampling.clip(self.schedule, -self.clip, self.clip, keep_eps=True)(denoiser)
+        if self.timestep_scaling:
+            denoiser = boundary_condition(self.timestep_scaling)(denoiser)
+        return denoiser
 
     def begin(self, noise: Array, run: Run) -> Any:
         """The state before the run's first step."""
@@ -144,16 +165,20 @@ def even(n: int, start: float, end: float) -> np.ndarray:
     return np.where(i < n // 2, first + step * i, last - step * (n - 1 - i)).astype(np.float32)
 
 
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with its class's own betas where it names none."""
+    return {**(LCM_DEFAULTS if config.get("_class_name") == LCM else DEFAULTS), **config}
+
+
 def betas_of(config: Mapping[str, Any], where: Path) -> np.ndarray:
     """The betas [n], rescaled to zero terminal SNR where the config says so. Raises FolderError."""
-    name = config.get("beta_schedule", "linear")
+    config = with_defaults(config)
+    name = config["beta_schedule"]
     if config.get("trained_betas") is not None:
         betas = np.asarray(config["trained_betas"], np.float64)
     elif name in BETAS:
         betas = BETAS[name](
-            int(config.get("num_train_timesteps", 1000)),
-            config.get("beta_start", 1e-4),
-            config.get("beta_end", 0.02),
+            int(config["num_train_timesteps"]), config["beta_start"], config["beta_end"]
         )
     else:
         raise FolderError(
@@ -183,6 +208,14 @@ def timesteps(kind: str, spacing: str, count: int, steps: int, offset: int) -> n
     return (np.arange(steps) * (count // steps))[::-1] + offset
 
 
+def lcm_timesteps(count: int, steps: int, original: int) -> np.ndarray:
+    """LCM's own [N], decreasing: every (original / N)-th, rounded down, of the `original` timesteps
+    that the training skips between, which are count // original apart (Luo et al. 2023, alg. 3).
+    """
+    skipped = np.arange(original, 0, -1) * (count // original) - 1
+    return skipped[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)]
+
+
 def told(setting: str, kind: str, config: Mapping[str, Any]) -> Callable[[Any, Any], Any] | None:
     """(np or jnp, timesteps) -> those that the network is told, where steps are spaced by a key of
     `RATIOS`; None is as they are.
@@ -190,13 +223,274 @@ def told(setting: str, kind: str, config: Mapping[str, Any]) -> Callable[[Any, A
     Euler's are fractions. The others' become integers: Karras' are rounded, the rest (and in
     DPM-Solver Karras' of cosine betas) cut.
     """
-    if kind == EULER:
+    if not setting or kind == EULER:
         return None
     rounded = setting == "use_karras_sigmas" and (
         kind == UNIPC or config.get("beta_schedule") != "squaredcos_cap_v2"
     )
     return (
         (lambda library, i: library.round(i)) if rounded else (lambda library, i: library.floor(i))
+    )
+
+
+def boundary_condition(timestep_scaling: float) -> Transform:
+    """LCM's f(x, t) = c_skip x + c_out x̂0 with τ = timestep_scaling · (t - 1): of diffusers'
+    timestep, which is our time less one.
+    """
+    function = consistency_function(1000.0, scale=timestep_scaling)
+
+    def transform(denoiser: Denoiser) -> Denoiser:
+        def bounded(x: Array, t: Array) -> Prediction:
+            prediction = denoiser(x, t)
+            return function(lambda *_: prediction)(x, t - 1.0)
+
+        return bounded
+
+    return transform
+
+
+# ------------------------------------------------------------------------------------ what is read
+
+
+def class_of(config: Mapping[str, Any], where: Path, solver: str | None) -> str:
+    """The class whose steps are taken. Raises FolderError."""
+    name = str(config.get("_class_name"))
+    if solver is not None:
+        if solver not in SOLVERS:
+            raise FolderError(
+                f"solver = {solver!r} is not known; choose one of {', '.join(SOLVERS)}"
+            )
+        return SOLVERS[solver]
+    if name not in CLASSES:
+        raise FolderError(
+            f"{where}: the scheduler {name!r} is not supported, only {', '.join(CLASSES)};"
+            f" {INSTEAD}"
+        )
+    return name
+
+
+def check_settings(config: Mapping[str, Any], where: Path, kind: str, *, own: bool) -> None:
+    """Raise FolderError for a setting that is not supported; a chosen solver (`own` False) has no
+    settings but for thresholding.
+    """
+    for key in OFF if own else ("thresholding",):
+        if config.get(key) and key not in ON.get(kind, ()):
+            raise FolderError(
+                f"{where}: {key} = {config[key]!r} is not supported; {INSTEAD}, or set it to false"
+            )
+    for key, allowed in FIXED.get(kind, {}).items() if own else ():
+        value = config.get(key, False if key == "skip_prk_steps" else allowed[0])
+        if value not in allowed:
+            raise FolderError(
+                f"{where}: {key} = {value!r} is not supported, only"
+                f" {' or '.join(map(repr, allowed))}; choose --solver=ddim"
+            )
+
+
+def spacing_of(config: Mapping[str, Any], kind: str, grid: str | None) -> str:
+    """One of SPACINGS, or LCM for that class's own. Raises FolderError."""
+    if kind == LCM and grid is None:
+        return LCM  # whatever timestep_spacing says
+    default = "linspace" if kind in SIGMAS else "leading"
+    spacing = str(grid or config.get("timestep_spacing") or default)
+    if spacing not in SPACINGS:
+        raise FolderError(
+            f"timestep spacing {spacing!r} is not known; choose one of {', '.join(SPACINGS)}"
+        )
+    return spacing
+
+
+def ratio_setting(config: Mapping[str, Any], where: Path, kind: str) -> str:
+    """The key of RATIOS by which the steps are spaced, "" where there is none. Raises
+    FolderError.
+    """
+    chosen = [key for key in ON.get(kind, ()) if key in RATIOS and config.get(key)]
+    if len(chosen) > 1:
+        raise FolderError(
+            f"{where}: {' and '.join(chosen)} exclude each other; set one of them to false, or"
+            f" {INSTEAD}"
+        )
+    return chosen[0] if chosen else ""
+
+
+def predicted(config: Mapping[str, Any], where: Path, kind: str) -> tuple[Parameterization, Target]:
+    """What the network's output means. Raises FolderError."""
+    predicts = config.get("prediction_type", "epsilon")
+    if predicts not in PREDICTIONS:
+        raise FolderError(
+            f"{where}: prediction_type = {predicts!r} is not supported, only"
+            f" {', '.join(PREDICTIONS)}"
+        )
+    if predicts in NOT_PREDICTED.get(kind, ()):
+        raise FolderError(
+            f"{where}: {kind} with prediction_type = {predicts!r} is not supported; {INSTEAD}"
+        )
+    return PREDICTIONS[predicts]
+
+
+def ends_clean(config: Mapping[str, Any], where: Path, kind: str) -> bool:
+    """Whether the last step ends at 0, not at the first timestep of the training. Raises
+    FolderError.
+    """
+    if kind in (ANCESTRAL, LCM):
+        return True
+    if kind not in SIGMAS:
+        return bool(config.get("set_alpha_to_one", kind != PNDM))
+    clean = config.get("final_sigmas_type", "zero") == "zero"
+    if kind == UNIPC and clean:
+        # Diffusers' ends in NaN there: B(h) = h or D of an infinite step.
+        for key, value in (("solver_type", "bh1"), ("lower_order_final", False)):
+            if config.get(key, True) == value:
+                raise FolderError(
+                    f"{where}: {key} = {value!r} has no step to final_sigmas_type = 'zero'; set"
+                    f" 'sigma_min', or {INSTEAD}"
+                )
+    return clean
+
+
+def checked_betas(
+    config: Mapping[str, Any], where: Path, kind: str, parameterization: Parameterization
+) -> np.ndarray:
+    """The betas [n] as the class uses them. Raises FolderError, also where the prediction cannot
+    start from them.
+    """
+    zero_snr = bool(config.get("rescale_betas_zero_snr"))
+    if zero_snr and kind == PNDM:
+        raise FolderError(
+            f"{where}: rescale_betas_zero_snr = True is nothing to diffusers' PNDM; {INSTEAD},"
+            " or set it to false"
+        )
+    try:
+        betas = betas_of(config, where)
+        prediction.check_pair(schedules.ddpm(betas), parameterization)
+        if zero_snr and kind in SIGMAS:
+            # Diffusers keeps these off infinity by a smallest alpha-bar of 2^-24, and so the first
+            # step is a huge but finite one.
+            betas = np.append(betas[:-1], 1.0 - 2.0**-24 / np.prod(1.0 - betas[:-1]))
+            schedules.ddpm(betas)
+    except FolderError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise FolderError(f"{where}: {error}") from None
+    return betas
+
+
+def lcm_settings(config: Mapping[str, Any], where: Path, count: int) -> tuple[int, float]:
+    """original_inference_steps and timestep_scaling. Raises FolderError."""
+    original = int(config.get("original_inference_steps", 50))
+    scaling = float(config.get("timestep_scaling", 10.0))
+    if not 1 <= original <= count:
+        raise FolderError(
+            f"{where}: original_inference_steps must be in 1..{count}, the timesteps of the"
+            f" training, got {original}"
+        )
+    if not 0 < scaling < math.inf:
+        raise FolderError(f"{where}: timestep_scaling must be above 0 and finite, got {scaling}")
+    return original, scaling
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """The runs of a scheduler, called with their number of steps.
+
+    spacing: as of `spacing_of`; by_ratio: of `ratio_setting`; original: of `lcm_settings`; clean:
+    of `ends_clean`; betas, schedule: as the class reads them.
+    """
+
+    kind: str
+    config: Mapping[str, Any]
+    spacing: str
+    by_ratio: str
+    offset: int
+    original: int
+    clean: bool
+    betas: np.ndarray
+    schedule: NoiseSchedule
+
+    def __call__(self, steps: int) -> Run:
+        """The run of so many steps. Raises ValueError."""
+        count = len(self.betas)
+        most = self.original if self.spacing == LCM else count
+        if not 1 <= steps <= most:
+            raise ValueError(f"steps must be in 1..{most}, got {steps}")
+        times = self.by_sigma(steps) if self.by_ratio else self.timesteps(steps) + 1.0
+        next_times = self.following(times, count // steps)
+        if self.kind == PNDM and steps > 1:
+            # The second call repeats the first interval, from where it is taken to begin.
+            began = times[1] + count // steps
+            times, next_times = np.insert(times, 1, times[1]), np.insert(next_times, 1, began)
+        scale = 1.0
+        if self.kind in (EULER, ANCESTRAL) and self.spacing != "leading":
+            scale = float(self.schedule.sigma(jnp.float32(times[0])))
+        return Run(
+            times.astype(np.float32),
+            next_times.astype(np.float32),
+            scale,
+            len(times) if self.ends_lower(len(times)) else 0,
+        )
+
+    def timesteps(self, steps: int) -> np.ndarray:
+        """Diffusers' own, float64 [N]."""
+        count = len(self.betas)
+        found = (
+            lcm_timesteps(count, steps, self.original)
+            if self.spacing == LCM
+            else timesteps(self.kind, self.spacing, count, steps, self.offset)
+        )
+        return found.astype(np.float64)
+
+    def by_sigma(self, steps: int) -> np.ndarray:
+        """Times [N] float32 of steps that are even in sigma/alpha."""
+        ratios, known = ratios_of(self.betas), np.arange(len(self.betas))
+        # Euler spaces between the ends of its times, the others between those of the training.
+        ends = self.timesteps(steps)[[0, -1]] if self.kind == EULER else known[[-1, 0]]
+        found = np.interp(
+            np.log(RATIOS[self.by_ratio](steps, *np.interp(ends, known, ratios))),
+            np.log(ratios),
+            known,
+        )
+        times = (found + 1.0).astype(np.float32)
+        integers = told(self.by_ratio, self.kind, self.config)
+        if integers is None:
+            return times
+        # A timestep just below an integer is cut to the one before, and must not become that
+        # integer as a float32.
+        whole = integers(np, found)
+        return np.where(
+            integers(np, times - 1.0) == whole, times, np.nextafter(times, np.float32(whole + 1.0))
+        )
+
+    def following(self, times: np.ndarray, width: int) -> np.ndarray:
+        """Where the step from each of the times ends."""
+        end = 0.0 if self.clean else 1.0
+        if self.kind in SIGMAS or self.kind == LCM:
+            # UniPC's sigma_min is that of its own steps, so that the last one is empty.
+            empty = self.kind == UNIPC and self.by_ratio and not self.clean
+            return np.append(times[1:], times[-1] if empty else end)
+        # Their steps have one length, whatever the grid: a step may end beside the next time.
+        return np.where(times - width < 1.0, end, times - width)
+
+    def ends_lower(self, calls: int) -> bool:
+        """Whether the last step is one of a lower order."""
+        lower = bool(self.config.get("lower_order_final", True))
+        if self.kind == UNIPC:
+            return lower
+        return bool(self.config.get("euler_at_final")) or (lower and calls < 15)
+
+
+def latent_settings(
+    config: Mapping[str, Any], kind: str, *, xl: bool, own: bool
+) -> tuple[int, float]:
+    """steps_offset, and the range to which x̂0 is clipped (0: it is not).
+
+    Stable Diffusion's pipeline, but not XL's, corrects two defaults of old configs: it never clips
+    latents, and its leading grid starts at 1.
+    """
+    if not xl:
+        return 1, 0.0
+    clips = kind in (DDIM, LCM) and config.get("clip_sample", own and kind == DDIM)
+    return int(config.get("steps_offset", 0)), (
+        float(config.get("clip_sample_range", 1.0)) if clips else 0.0
     )
 
 
@@ -216,8 +510,8 @@ def read(
       where: its path, for messages.
       xl: of an XL pipeline. The others of Stable Diffusion override two old defaults, and so does
         this function.
-      grid: one of SPACINGS instead of the config's timestep_spacing, and of its spacing by
-        sigma/alpha.
+      grid: one of SPACINGS instead of the config's timestep_spacing, of its spacing by sigma/alpha
+        and of LCM's own.
       solver: a key of SOLVERS instead of the config's class.
       noise_correction: on or off; by default on for the class that this package writes.
 
@@ -225,165 +519,20 @@ def read(
       FolderError: a class or setting that is not supported, or eps prediction with zero terminal
         SNR.
     """
-    name = str(config.get("_class_name"))
-    instead = f"choose --solver={' or '.join(SOLVERS)} (in a run config.teacher.solver)"
-    if solver is not None and solver not in SOLVERS:
-        raise FolderError(f"solver = {solver!r} is not known; choose one of {', '.join(SOLVERS)}")
-    if solver is None and name not in CLASSES:
-        raise FolderError(
-            f"{where}: the scheduler {name!r} is not supported, only {', '.join(CLASSES)};"
-            f" {instead}"
-        )
-    kind = SOLVERS[solver] if solver is not None else name
-    for key in OFF if solver is None else ("thresholding",):
-        if config.get(key) and key not in ON.get(kind, ()):
-            raise FolderError(
-                f"{where}: {key} = {config[key]!r} is not supported; {instead}, or set it to false"
-            )
-    for key, allowed in FIXED.get(kind, {}).items() if solver is None else ():
-        value = config.get(key, False if key == "skip_prk_steps" else allowed[0])
-        if value not in allowed:
-            raise FolderError(
-                f"{where}: {key} = {value!r} is not supported, only"
-                f" {' or '.join(map(repr, allowed))}; choose --solver=ddim"
-            )
-    spacing = (
-        grid or config.get("timestep_spacing") or ("linspace" if kind in SIGMAS else "leading")
-    )
-    if spacing not in SPACINGS:
-        raise FolderError(
-            f"timestep spacing {spacing!r} is not known; choose one of {', '.join(SPACINGS)}"
-        )
-    by_ratio = [
-        key
-        for key in ON.get(kind, ())
-        if key in RATIOS and config.get(key) and solver is None and grid is None
-    ]
-    if len(by_ratio) > 1:
-        raise FolderError(
-            f"{where}: {' and '.join(by_ratio)} exclude each other; set one of them to false, or"
-            f" {instead}"
-        )
-    predicts = config.get("prediction_type", "epsilon")
-    if predicts not in PREDICTIONS:
-        raise FolderError(
-            f"{where}: prediction_type = {predicts!r} is not supported, only"
-            f" {', '.join(PREDICTIONS)}"
-        )
-    if predicts in NOT_PREDICTED.get(kind, ()):
-        raise FolderError(
-            f"{where}: {kind} with prediction_type = {predicts!r} is not supported; {instead}"
-        )
-    parameterization, target = PREDICTIONS[predicts]
-    clean = config.get("final_sigmas_type", "zero") == "zero" or kind == ANCESTRAL
-    ends_clean = clean if kind in SIGMAS else bool(config.get("set_alpha_to_one", kind != PNDM))
-    lower_final = bool(config.get("lower_order_final", True))
-    # Diffusers' UniPC ends in NaN there: B(h) = h or D of an infinite step.
-    endless = (
-        (("solver_type", "bh1"), ("lower_order_final", False))
-        if kind == UNIPC and ends_clean
-        else ()
-    )
-    for key, value in endless:
-        if config.get(key, True) == value:
-            raise FolderError(
-                f"{where}: {key} = {value!r} has no step to final_sigmas_type = 'zero'; set"
-                f" 'sigma_min', or {instead}"
-            )
-    try:
-        betas = betas_of(config, where)
-        prediction.check_pair(schedules.ddpm(betas), parameterization)
-        if config.get("rescale_betas_zero_snr") and kind == PNDM:
-            raise FolderError(
-                f"{where}: rescale_betas_zero_snr = True is nothing to diffusers' PNDM; {instead},"
-                " or set it to false"
-            )
-        if config.get("rescale_betas_zero_snr") and kind in SIGMAS:
-            # Diffusers keeps these off infinity by a smallest alpha-bar of 2^-24, and so the first
-            # step is a huge but finite one.
-            betas = np.append(betas[:-1], 1.0 - 2.0**-24 / np.prod(1.0 - betas[:-1]))
-        schedule = schedules.ddpm(betas)
-    except FolderError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise FolderError(f"{where}: {error}") from None
-    count = int(schedule.T)
-    offset = int(config.get("steps_offset", 0))
-    clipping = (
-        float(config.get("clip_sample_range", 1.0))
-        if config.get("clip_sample", solver is None) and kind == DDIM
-        else 0.0
-    )
-    if not xl:
-        # Stable Diffusion's pipeline corrects two defaults of old configs: it never clips latents,
-        # and its leading grid starts at 1.
-        offset, clipping = 1, 0.0
-    end = 0.0 if ends_clean else 1.0
-    corrected = name == NOISE_CORRECTION if noise_correction is None else noise_correction
-    integers = told(by_ratio[0], kind, config) if by_ratio else None
-
-    def spaced(steps: int) -> np.ndarray:
-        """Times [N] float32 of steps that are even in sigma/alpha."""
-        ratios, known = ratios_of(betas), np.arange(count)
-        # Euler spaces between the ends of its times, the others between those of the training.
-        ends = (
-            timesteps(kind, spacing, count, steps, offset)[[0, -1]]
-            if kind == EULER
-            else known[[-1, 0]]
-        )
-        found = np.interp(
-            np.log(RATIOS[by_ratio[0]](steps, *np.interp(ends, known, ratios))),
-            np.log(ratios),
-            known,
-        )
-        times = (found + 1.0).astype(np.float32)
-        if integers is None:
-            return times
-        # A timestep just below an integer is cut to the one before, and must not become that
-        # integer as a float32.
-        whole = integers(np, found)
-        return np.where(
-            integers(np, times - 1.0) == whole, times, np.nextafter(times, np.float32(whole + 1.0))
-        )
-
-    def run(steps: int) -> Run:
-        if not 1 <= steps <= count:
-            raise ValueError(f"steps must be in 1..{count}, got {steps}")
-        times = (
-            spaced(steps)
-            if by_ratio
-            else timesteps(kind, spacing, count, steps, offset).astype(np.float64) + 1.0
-        )
-        if kind in SIGMAS:
-            # UniPC's sigma_min is that of its own steps, so that the last one is empty.
-            following = np.append(
-                times[1:], times[-1] if kind == UNIPC and by_ratio and not ends_clean else end
-            )
-        else:
-            # Their steps have one length, whatever the grid: a step may end beside the next time.
-            following = times - count // steps
-            following = np.where(following < 1.0, end, following)
-        if kind == PNDM and steps > 1:
-            # The second call repeats the first interval, from where it is taken to begin.
-            began = times[1] + count // steps
-            times, following = np.insert(times, 1, times[1]), np.insert(following, 1, began)
-        scale = 1.0
-        if kind in (EULER, ANCESTRAL) and spacing != "leading":
-            scale = float(schedule.sigma(jnp.float32(times[0])))
-        lower = (
-            lower_final
-            if kind == UNIPC
-            else bool(config.get("euler_at_final")) or (lower_final and len(times) < 15)
-        )
-        return Run(
-            times.astype(np.float32),
-            following.astype(np.float32),
-            scale,
-            len(times) if lower else 0,
-        )
-
+    own = solver is None
+    kind = class_of(config, where, solver)
+    check_settings(config, where, kind, own=own)
+    spacing = spacing_of(config, kind, grid)
+    by_ratio = ratio_setting(config, where, kind) if own and grid is None else ""
+    parameterization, target = predicted(config, where, kind)
+    clean = ends_clean(config, where, kind)
+    betas = checked_betas(config, where, kind, parameterization)
+    original, scaling = lcm_settings(config, where, len(betas)) if kind == LCM else (0, 0.0)
+    offset, clip = latent_settings(config, kind, xl=xl, own=own)
+    schedule = schedules.ddpm(betas)
     if kind in (EULER, ANCESTRAL) or by_ratio:
         schedule = schedules.linear_ratio(schedule, log=bool(by_ratio))
+    integers = told(by_ratio, kind, config)
     if integers is not None:
         schedule = schedule._replace(
             network_time=lambda t: integers(jnp, jnp.asarray(t, jnp.float32) - 1.0)
@@ -391,7 +540,10 @@ def read(
     step, start = solver_of(
         kind, schedule, parameterization, target, linear=config.get("solver_type") == "bh1"
     )
-    return Scheduler(schedule, parameterization, step, start, run, clipping, corrected)
+    run = Runs(kind, config, spacing, by_ratio, offset, original, clean, betas, schedule)
+    if noise_correction is None:
+        noise_correction = config.get("_class_name") == NOISE_CORRECTION
+    return Scheduler(schedule, parameterization, step, start, run, clip, noise_correction, scaling)
 
 
 def ratios_of(betas: np.ndarray) -> np.ndarray:
@@ -409,8 +561,9 @@ def solver_of(
     linear: bool,
 ) -> tuple[Callable[[Array], Step], Callable[[Array, Array], Any]]:
     """`Scheduler.solver` and `Scheduler.start` of a class; `linear` as of `uni_pc`."""
-    if kind == ANCESTRAL:
-        return lambda noise: sampling.ancestral(
+    fresh = {ANCESTRAL: sampling.ancestral, LCM: sampling.renoise}
+    if kind in fresh:
+        return lambda noise: fresh[kind](
             schedule, sampling.keys_of(noise)
         ), lambda x, left: sampling.start(x)
     if kind == PNDM:
@@ -436,21 +589,59 @@ def of_folder(folder: Folder, **options: Any) -> Scheduler:
     )
 
 
-def student_config(teacher: Mapping[str, Any], *, noise_correction: bool) -> dict[str, Any]:
-    """The scheduler config of a student: DDIM on trailing times to clean images, with the teacher's
-    betas and prediction.
+# -------------------------------------------------------------------------------------- students
+
+
+def original_steps(T: float) -> int:
+    """A student's original_inference_steps: 50 as LCM has them, or T where 50 does not divide it,
+    so that the first timestep is always T - 1.
     """
-    kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
-        "rescale_betas_zero_snr",
-    )
-    return {
-        "_class_name": NOISE_CORRECTION if noise_correction else "DDIMScheduler",
+    return 50 if T % 50 == 0 else int(T)
+
+
+def student_grid(solver: str, steps: int, T: float) -> TimeGrid:
+    """The times [N] at which stock diffusers calls a student of `student_config` in N steps: its
+    timesteps + 1, of which the first is T.
+
+    Trailing times for "ddim", LCM's own for "renoise" and "consistency". Raises ValueError.
+    """
+    check_solver(solver)
+    if solver == "ddim":
+        return sampling.check_grid(sampling.trailing_grid(steps, T, discrete=True), T)
+    most = original_steps(T)
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps of {solver} must be in 1..{most}, got {steps}")
+    return sampling.check_grid(lcm_timesteps(int(T), steps, most) + 1, T)
+
+
+def student_timesteps(config: Mapping[str, Any], steps: int) -> list[int]:
+    """The timesteps [N] at which stock diffusers calls a student of this scheduler_config.json.
+
+    Raises FolderError, and ValueError for a number of steps that the scheduler does not have.
+    """
+    run = read(config, Path("scheduler_config.json"), xl=True).run(steps)
+    return [round(float(t)) - 1 for t in run.times]
+
+
+def student_config(
+    teacher: Mapping[str, Any], *, solver: str = "ddim", noise_correction: bool
+) -> dict[str, Any]:
+    """The scheduler config of a student, with the teacher's betas and prediction.
+
+    Args:
+      teacher: its scheduler_config.json.
+      solver: "ddim": DDIM on trailing times to clean images. "consistency": LCM's scheduler, x_s =
+        α_s f(x_t, t) + σ_s ε with ε fresh. "renoise": the same with x̂0 instead of f, by a
+        timestep_scaling at which f = x̂0.
+      noise_correction: of "ddim", a class of its own. The others use no ε̂ that it could correct.
+
+    Raises:
+      ValueError: an unknown solver.
+    """
+    check_solver(solver)
+    teacher = with_defaults(teacher)
+    kept = (*DEFAULTS, "trained_betas", "prediction_type", "rescale_betas_zero_snr")
+    common = {
         **{key: teacher[key] for key in kept if key in teacher},
         "clip_sample": False,
         "set_alpha_to_one": True,
@@ -458,24 +649,48 @@ def student_config(teacher: Mapping[str, Any], *, noise_correction: bool) -> dic
         "thresholding": False,
         "timestep_spacing": "trailing",
     }
+    if solver == "ddim":
+        return {"_class_name": NOISE_CORRECTION if noise_correction else DDIM, **common}
+    T = float(teacher["num_train_timesteps"])
+    return {
+        "_class_name": LCM,
+        **common,
+        "original_inference_steps": original_steps(T),
+        # `consistency_function` counts T as 1000, diffusers as T.
+        "timestep_scaling": RENOISE_SCALING if solver == "renoise" else 10.0 * 1000.0 / T,
+    }
+
+
+def check_solver(solver: str) -> None:
+    """Raise ValueError for a solver that no student has."""
+    if solver not in STUDENT_SOLVERS:
+        raise ValueError(
+            f"a student's solver = {solver!r} is not known; choose one of"
+            f" {', '.join(STUDENT_SOLVERS)}"
+        )
 
 
 NOISE_CORRECTION_MODULE = "scheduling_noise_correction"
-NOISE_CORRECTION_CODE = '''"""DDIM whose first step uses the noise that was drawn, not the guessed one (Imagine Flash, section 3.3)."""
+NOISE_CORRECTION_CODE = '''"""DDIM from the noise that was drawn (Imagine Flash, section 3.3)."""
 
 from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 
 class NoiseCorrectionDDIMScheduler(DDIMScheduler):
-    """At the first timestep the sample is the noise itself: x_s = alpha_s x0 + sigma_s x_T. Everywhere else DDIM with eta = 0."""
+    """At the first timestep the sample is the noise itself: x_s = alpha_s x0 + sigma_s x_T.
+
+    Everywhere else DDIM with eta = 0.
+    """
 
     def step(self, model_output, timestep, sample, eta=0.0, return_dict=True, **unused):
         if int(timestep) != int(self.timesteps[0]):
             return super().step(model_output, timestep, sample, eta=0.0, return_dict=return_dict)
         previous = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
         alpha_bar = self.alphas_cumprod[int(timestep)]
-        alpha_bar_next = self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod
+        alpha_bar_next = (
+            self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod
+        )
         alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         if self.config.prediction_type == "epsilon":
             x0 = (sample - sigma * model_output) / alpha
@@ -484,6 +699,8 @@ class NoiseCorrectionDDIMScheduler(DDIMScheduler):
         else:
             x0 = model_output
         following = alpha_bar_next**0.5 * x0 + (1 - alpha_bar_next) ** 0.5 * sample
-        return DDIMSchedulerOutput(prev_sample=following, pred_original_sample=x0) if return_dict else (following,)
+        if not return_dict:
+            return (following,)
+        return DDIMSchedulerOutput(prev_sample=following, pred_original_sample=x0)
 '''
 """Written into a student's folder: diffusers loads it with `trust_remote_code=True`."""
