@@ -58,6 +58,17 @@ def trailing_grid(steps: int, T: float, *, discrete: bool = False) -> TimeGrid:
     return np.asarray(np.round(grid) if discrete else grid, np.float32)
 
 
+def divided_steps(schedule: NoiseSchedule, steps: int, substeps: int = 1) -> np.ndarray:
+    """Float32 [substeps + 1, steps]: column i holds the times of the substeps of step i of the
+    trailing grid, and where that step ends.
+
+    All are times of the trailing grid of steps · substeps. Raises ValueError as `trailing_grid`.
+    """
+    fine = trailing_grid(steps * substeps, schedule.T, discrete=schedule.discrete)
+    first = np.arange(steps) * substeps
+    return np.append(fine, np.float32(0.0))[first + np.arange(substeps + 1)[:, None]]
+
+
 def leading_grid(
     steps: int, T: float, *, discrete: bool = False, offset: float | None = None
 ) -> TimeGrid:

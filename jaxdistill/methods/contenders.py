@@ -137,9 +137,7 @@ class Setting:
             self.heads.apply,
             schedule=self.schedule,
             weight=weight,
-            noise_time=adversarial.uniform_time(
-                block.low * self.schedule.T, block.high * self.schedule.T
-            ),
+            noise_time=adversarial.uniform_time(self.schedule, block.low, block.high),
             loss=card.choose(GAN_LOSSES, block.loss, "adversarial.loss"),
             constrain=self.constrain,
         )
@@ -154,7 +152,7 @@ class Setting:
 
     def trailing(self, steps: int) -> np.ndarray:
         """The trailing grid."""
-        return sampling.trailing_grid(steps, self.schedule.T)
+        return sampling.trailing_grid(steps, self.schedule.T, discrete=self.schedule.discrete)
 
     def nested(self, block: ConfigDict) -> dict[str, Any]:
         """A sampler's grid whose N steps are the first N of the method's `times` (default:

@@ -13,6 +13,7 @@ from jaxdistill.adversarial import Adversary
 from jaxdistill.methods.imagine_flash import Model
 from jaxdistill.prediction import LossFn, diffuse, expand
 from jaxdistill.sampling import Constrain, TimeGrid, check_grid, unconstrained
+from jaxdistill.schedule import training_time
 
 
 def matching_gradient(x0: Array, real: Array, fake: Array) -> Array:
@@ -98,7 +99,8 @@ def dmd2(
         x0 = student.denoiser(params["student"], cond)(x_t, t).x0
         fixed = jax.lax.stop_gradient(x0)
 
-        tau = T * (low + (high - low) * constrain(jax.random.uniform(keys[3], shape[:1])))
+        u = constrain(jax.random.uniform(keys[3], shape[:1]))
+        tau = training_time(schedule, u, low * T, high * T)
         x_tau = diffuse(schedule, fixed, constrain(jax.random.normal(keys[4], shape)), tau)
         real = teacher.guided(teacher_params, cond, null_cond, guidance_scale)(x_tau, tau).x0
         fake = student.denoiser(jax.lax.stop_gradient(params["fake"]), cond)(x_tau, tau).x0
@@ -107,7 +109,7 @@ def dmd2(
 
         u = (jnp.arange(shape[0]) + jax.random.uniform(keys[5], shape[:1])) / shape[0]
         eps = constrain(jax.random.normal(keys[6], shape))
-        tau = constrain(T * (low + (high - low) * u))
+        tau = constrain(training_time(schedule, u, low * T, high * T))
         denoised = student.denoiser(params["fake"], cond)(diffuse(schedule, fixed, eps, tau), tau)
         # In the v-like balance ‖x0 error‖² / σ²: the plain x0 loss forgets the low noise levels.
         scale = expand(schedule.sigma(tau), x0) ** 2

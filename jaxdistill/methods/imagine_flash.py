@@ -361,6 +361,8 @@ def imagine_flash(
         )
     student_step = ddim(student.schedule) if solver is None else solver
     teacher_step = reconstruction.solver(teacher.schedule)
+    # Between integers a discrete schedule is read as it is; below 1 the network knows no time.
+    lowest = 1.0 if teacher.schedule.discrete else 0.0
     for step in (student_step, teacher_step):
         if isinstance(step, OneTime):
             step.refuse()
@@ -374,6 +376,7 @@ def imagine_flash(
         denoiser = teacher.guided(teacher_params, cond, null_cond, reconstruction.guidance_scale)
         k = reconstruction.steps
         grid = t[None] * (jnp.arange(k, 0, -1, dtype=t.dtype) / k)[:, None]
+        grid = jnp.maximum(grid, lowest)
         return rollout(teacher_step, denoiser, start(x, own_times=True), grid, unroll=unroll)[0].x
 
     def whole(params: Any, cond: Any, x_T: Array, grid: TimeGrid) -> Trajectory:
@@ -471,7 +474,7 @@ def imagine_flash(
         if reconstruction.noise_source is None:
             return _flat(fixed.x), t
         eps = reconstruction.noise_source(key, fixed, part.x_T)
-        t_teacher = reconstruction.shift(t)
+        t_teacher = jnp.maximum(reconstruction.shift(t), lowest)
         return (
             diffuse(teacher.schedule, _flat(fixed.x0), constrain(_flat(eps)), t_teacher),
             t_teacher,

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jaxdistill.methods.imagine_flash import Model
 from jaxdistill.prediction import Denoiser, LossFn, Prediction, diffuse, expand
-from jaxdistill.sampling import Constrain, ddim, start, unconstrained
+from jaxdistill.sampling import Constrain, ddim, divided_steps, start, unconstrained
 
 
 def consistency_function(
@@ -75,7 +75,8 @@ def consistency_distillation(
       {"x0", "cond"}.
 
     Raises:
-      ValueError: intervals below 2, huber below 0 or target_decay outside [0, 1).
+      ValueError: intervals below 2 or more than a discrete schedule has times, huber below 0 or
+        target_decay outside [0, 1).
     """
     if intervals < 2 or huber < 0 or not 0 <= target_decay < 1:
         raise ValueError(
@@ -83,7 +84,7 @@ def consistency_distillation(
             f"got {intervals}, {huber:g} and {target_decay:g}"
         )
     T, schedule = student.schedule.T, student.schedule
-    function = consistency_function(T)
+    function, table = consistency_function(T), jnp.asarray(divided_steps(schedule, intervals))
 
     def f(params: Any, cond: Any, x: Array, t: Array) -> Array:
         denoiser = student.denoiser(params, cond)
@@ -95,14 +96,14 @@ def consistency_distillation(
         x0, cond = batch["x0"], batch["cond"]
         key_t, key_eps = jax.random.split(key)
         eps = constrain(jax.random.normal(key_eps, x0.shape, x0.dtype))
-        t = T * constrain(jax.random.randint(key_t, x0.shape[:1], 1, intervals + 1)) / intervals
-        s = jnp.maximum(t - T / intervals, 0.0)
+        t, s = table[:, constrain(jax.random.randint(key_t, x0.shape[:1], 0, intervals))]
         x_t = diffuse(schedule, x0, eps, t)
         denoiser = teacher.guided(teacher_params, cond, null_cond, guidance_scale)
         x_s = ddim(teacher.schedule)(denoiser(x_t, t), start(x_t), t, s).x
         # At s = 0 the function is the identity by its boundary condition, whatever the network
-        # says.
-        target = jax.lax.stop_gradient(f(params["target"], cond, x_s, s))
+        # says: it is not asked there, where a discrete schedule has no time.
+        target = f(params["target"], cond, x_s, jnp.maximum(s, table[0, -1]))
+        target = jax.lax.stop_gradient(jnp.where(expand(s > 0, x_s), target, x_s))
         difference = f(params["student"], cond, x_t, t) - target
         distance = jnp.mean(jnp.sqrt(difference**2 + huber**2) - huber)
         followed = jax.lax.stop_gradient(params["student"])

@@ -14,7 +14,7 @@ from jaxdistill.methods.dmd2 import matching_gradient
 from jaxdistill.methods.imagine_flash import Model, shortcut_distance
 from jaxdistill.prediction import LossFn, expand
 from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, rollout, start, unconstrained
-from jaxdistill.schedule import NoiseSchedule
+from jaxdistill.schedule import NoiseSchedule, training_time
 
 
 def diffuse_on(
@@ -99,6 +99,7 @@ def tdm(
             f" {shortcut:g}"
         )
     step = ddim(schedule)
+    lowest, highest = (training_time(schedule, u, low * T, high * T) for u in (0.0, 1.0))
 
     def ends(
         params: Any, cond: Any, x_T: Array, grid: TimeGrid
@@ -149,9 +150,8 @@ def tdm(
         fixed = jax.lax.stop_gradient(x_s)
 
         def diffused(key_u: Array, key_eps: Array) -> tuple[Array, Array, Array, Array]:
-            tau = jnp.clip(
-                s + (t - s) * constrain(jax.random.uniform(key_u, t.shape)), low * T, high * T
-            )
+            u = constrain(jax.random.uniform(key_u, t.shape))
+            tau = jnp.clip(training_time(schedule, u, s, t), lowest, highest)
             eps = constrain(jax.random.normal(key_eps, fixed.shape, fixed.dtype))
             x_tau, b = diffuse_on(schedule, fixed, eps, s, tau)
             return x_tau, tau, b, eps
