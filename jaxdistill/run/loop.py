@@ -247,10 +247,11 @@ class Trace:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 
-    def after(self, step: int, result: Any) -> None:
-        """Stop where the step was the last."""
+    def after(self, step: int, result: Any, rest: Callable[[], None]) -> None:
+        """Stop where the step was the last; `rest` is called before the trace is written."""
         if self._running and step + 1 >= self._last:
             jax.block_until_ready(result)
+            rest()
             self.close()
 
     def close(self) -> None:
@@ -403,7 +404,7 @@ def train_loop(
         return values
 
     def rest() -> None:
-        """Health lines and saves may take their time."""
+        """Health lines, saves and the trace may take their time."""
         if watchdog is not None:
             watchdog.pause()
 
@@ -443,7 +444,7 @@ def train_loop(
             trace.before(i)
             state, metrics = step_fn(state, batch, teacher_params)
             meter.step()
-            trace.after(i, metrics)
+            trace.after(i, metrics, rest)
             pending.append((i, metrics))
             done = i + 1
             # A few steps stay in flight, so that checking their numbers does not stall the device.
