@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jaxdistill.prediction import diffuse
 from jaxdistill.sampling import Constrain, unconstrained
-from jaxdistill.schedule import NoiseSchedule
+from jaxdistill.schedule import NoiseSchedule, training_time
 
 FeatureFn = Callable[..., Sequence[Array]]
 """(params, x [b, ...], t [b], cond) -> hidden states, each [b, ...]."""
@@ -62,9 +62,16 @@ Adversary = Callable[..., AdversarialTerms]
 """(head_params, teacher_params, fake, fake_cond, real, real_cond, key) -> AdversarialTerms."""
 
 
-def uniform_time(low: float, high: float) -> Callable[[Array, int], Array]:
-    """(key, n) -> times [n], uniform in [low, high]."""
-    return lambda key, n: jax.random.uniform(key, (n,), minval=low, maxval=high)
+def uniform_time(
+    schedule: NoiseSchedule, low: float = 0.0, high: float = 1.0
+) -> Callable[[Array, int], Array]:
+    """(key, n) -> times [n] of `training_time`, uniform in (low T, high T]. Raises ValueError
+    unless 0 <= low < high <= 1.
+    """
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"uniform_time needs 0 <= low < high <= 1, got {low:g} and {high:g}")
+    low, high = low * schedule.T, high * schedule.T
+    return lambda key, n: training_time(schedule, jax.random.uniform(key, (n,)), low, high)
 
 
 def noised_features(
@@ -134,7 +141,7 @@ def adversary(
       heads: the discriminator.
       schedule: the teacher's forward process.
       weight: factor of the generator's loss, > 0.
-      noise_time: draws the noise level, within [0, T].
+      noise_time: draws the noise level, e.g. `uniform_time`: times that the teacher was trained at.
       loss: `hinge` or `non_saturating`.
       constrain: sharding constraint put on every random batch.
 

@@ -3,7 +3,8 @@ share.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,17 @@ def trailing_grid(steps: int, T: float, *, discrete: bool = False) -> TimeGrid:
     _check_steps(steps, T, discrete)
     grid = np.arange(steps, 0, -1) * (T / steps)
     return np.asarray(np.round(grid) if discrete else grid, np.float32)
+
+
+def divided_steps(schedule: NoiseSchedule, steps: int, substeps: int = 1) -> np.ndarray:
+    """Float32 [substeps + 1, steps]: column i holds the times of the substeps of step i of the
+    trailing grid, and where that step ends.
+
+    All are times of the trailing grid of steps · substeps. Raises ValueError as `trailing_grid`.
+    """
+    fine = trailing_grid(steps * substeps, schedule.T, discrete=schedule.discrete)
+    first = np.arange(steps) * substeps
+    return np.append(fine, np.float32(0.0))[first + np.arange(substeps + 1)[:, None]]
 
 
 def leading_grid(
@@ -317,7 +329,9 @@ def consistency_function(T: float, *, sigma_data: float = 0.5, scale: float = 10
 
 class SamplerState(NamedTuple):
     """What a solver carries: x [b, ...] at the current time, and its last x̂0 and λ (multistep
-    solvers).
+    solvers); `first` until a step was taken.
+
+    λ and `first` are scalars, or [b] where each example has times of its own.
     """
 
     x: Array
@@ -334,14 +348,33 @@ and t_next scalar or [b].
 
 def start(x: Batch, *, own_times: bool = False) -> SamplerState:
     """The state before the first step, from x at the first time of the grid; `own_times` where each
-    example has times of its own.
+    example has times of its own: then all of the state leads with the batch.
     """
-    return SamplerState(
-        x,
-        jnp.zeros_like(x),
-        jnp.zeros(x.shape[:1] if own_times else (), jnp.float32),
-        jnp.ones((), bool),
-    )
+    shape = x.shape[:1] if own_times else ()
+    return SamplerState(x, jnp.zeros_like(x), jnp.zeros(shape, jnp.float32), jnp.ones(shape, bool))
+
+
+@dataclass(frozen=True)
+class OneTime:
+    """A `Step` that takes one time for the whole batch: t and t_next scalar. All others also take
+    times of each example, from `start(x, own_times=True)`.
+    """
+
+    name: str
+    step: Step
+
+    def __call__(self, prediction: Prediction, state: Any, t: Array, t_next: Array) -> Any:
+        """The step. Raises ValueError for times of each example."""
+        if jnp.ndim(t) or jnp.ndim(t_next):
+            self.refuse()
+        return self.step(prediction, state, t, t_next)
+
+    def refuse(self) -> NoReturn:
+        """Raise ValueError: the caller has times of each example."""
+        raise ValueError(
+            f"{self.name} takes one time for the whole batch, got one for each example; use ddim"
+            " or dpm_solver_pp_2m"
+        )
 
 
 def ddim(schedule: NoiseSchedule) -> Step:
@@ -353,7 +386,7 @@ def ddim(schedule: NoiseSchedule) -> Step:
             expand(schedule.alpha(t_next), x) * prediction.x0
             + expand(schedule.sigma(t_next), x) * prediction.eps
         )
-        return state._replace(x=x_next.astype(x.dtype), first=jnp.zeros((), bool))
+        return state._replace(x=x_next.astype(x.dtype), first=jnp.zeros_like(state.first))
 
     return step
 
@@ -363,8 +396,8 @@ def dpm_solver_pp_2m(schedule: NoiseSchedule) -> Step:
     2). Second order.
 
     D = x̂0 + (x̂0 - x̂0_prev) h / (2 h_prev); the first step, the step from zero SNR and the step
-    to t = 0 are of first order (h is infinite there, and the limit is the DDIM step). Times of each
-    example need `start(x, own_times=True)`.
+    to t = 0 are of first order (h is infinite there, and the limit is the DDIM step), and so is one
+    after a step of no length. Times of each example need `start(x, own_times=True)`.
     """
     first_order = ddim(schedule)
 
@@ -376,7 +409,7 @@ def dpm_solver_pp_2m(schedule: NoiseSchedule) -> Step:
             )
         lam, lam_next = log_snr(schedule, t), log_snr(schedule, t_next)
         h, h_previous = lam_next - lam, lam - state.previous_log_snr
-        usable = ~state.first & jnp.isfinite(h) & jnp.isfinite(h_previous)
+        usable = ~state.first & jnp.isfinite(h) & jnp.isfinite(h_previous) & (h_previous != 0)
         ratio = expand(jnp.where(usable, h / jnp.where(usable, h_previous, 1.0), 0.0), state.x)
         data = prediction.x0 + 0.5 * ratio * (prediction.x0 - state.previous_x0)
         # The ε̂ that makes the first-order step carry D instead of x̂0; α_s x̂0 + σ_s ε̂ is exact
@@ -447,7 +480,7 @@ def plms(
         history = jnp.where(second, state.history, pushed)
         return PLMSState(moved.astype(x.dtype), history, state.first_x, state.number + 1)
 
-    return step
+    return OneTime("plms", step)
 
 
 class UniPCState(NamedTuple):
@@ -532,7 +565,7 @@ def uni_pc(schedule: NoiseSchedule, *, linear: bool = False) -> Step:
             state.left - 1,
         )
 
-    return step
+    return OneTime("uni_pc", step)
 
 
 class Counted(NamedTuple):
@@ -548,7 +581,7 @@ class Counted(NamedTuple):
 
 
 def last_by(step: Step, last: Step) -> Step:
-    """`step`, and `last` where one step is left; both on the state inside a `Counted`.
+    """`step`, and `last` where one step is left; both on the state inside a `Counted`. t scalar.
 
     Left 0 is never counted down to one.
     """
@@ -560,7 +593,7 @@ def last_by(step: Step, last: Step) -> Step:
             state.left - 1,
         )
 
-    return counted
+    return OneTime("last_by", counted)
 
 
 def keys_of(noise: Batch) -> Array:
@@ -572,16 +605,10 @@ def keys_of(noise: Batch) -> Array:
 
 
 def fresh_noise(key: Array, t: Array, like: Array) -> Array:
-    """Standard normal of like's shape and type, a function of key and time.
+    """Standard normal of like's shape and type, a function of key and time. t scalar.
 
-    `key` is one, or [b] for images that do not depend on their batch. Raises ValueError for times
-    of each example.
+    `key` is one, or [b] for images that do not depend on their batch.
     """
-    if jnp.ndim(t):
-        raise ValueError(
-            "a step with fresh noise takes one time for the whole batch, got times of shape"
-            f" {jnp.shape(t)}; use ddim"
-        )
     bits = jax.lax.bitcast_convert_type(jnp.asarray(t, jnp.float32), jnp.uint32)
     if jnp.ndim(key):
         return jax.vmap(
@@ -606,9 +633,9 @@ def ancestral(schedule: NoiseSchedule, key: Array) -> Step:
         x = alpha * prediction.x0 + sigma * (
             kept * prediction.eps + jnp.sqrt(jnp.maximum(1.0 - kept**2, 0.0)) * noise
         )
-        return state._replace(x=x.astype(state.x.dtype), first=jnp.zeros((), bool))
+        return state._replace(x=x.astype(state.x.dtype), first=jnp.zeros_like(state.first))
 
-    return step
+    return OneTime("ancestral", step)
 
 
 def renoise(schedule: NoiseSchedule, key: Array) -> Step:
@@ -620,11 +647,11 @@ def renoise(schedule: NoiseSchedule, key: Array) -> Step:
     """
 
     def step(prediction: Prediction, state: SamplerState, t: Array, t_next: Array) -> SamplerState:
-        noise = fresh_noise(key, t_next, state.x)  # first: it refuses times of each example
+        noise = fresh_noise(key, t_next, state.x)
         x_next = schedule.alpha(t_next) * prediction.x0 + schedule.sigma(t_next) * noise
-        return state._replace(x=x_next.astype(state.x.dtype), first=jnp.zeros((), bool))
+        return state._replace(x=x_next.astype(state.x.dtype), first=jnp.zeros_like(state.first))
 
-    return step
+    return OneTime("renoise", step)
 
 
 # ------------------------------------------------------------------------------------------ rollout

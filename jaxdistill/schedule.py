@@ -26,12 +26,30 @@ class NoiseSchedule(NamedTuple):
     """α(t) and σ(t) for t in [0, T], and the time that the network is told.
 
     `alpha`, `sigma` and `network_time` map a scalar or a batch of times to an array of its shape.
+    `discrete`: networks are trained at the integer times 1..T only, and asked at no time below 1.
     """
 
     alpha: TimeFunction
     sigma: TimeFunction
     T: float
     network_time: TimeFunction = _identity
+    discrete: bool = False
+
+
+def training_time(
+    schedule: NoiseSchedule, u: Array | float, low: Time = 0.0, high: Time | None = None
+) -> Array:
+    """A time in (low, high] at which networks are trained, for u uniform in [0, 1): uniform, too.
+
+    low + u (high - low), but above 0; of a discrete schedule an integer of (low, high], each as
+    likely. Where there is none, and at u = 1, it is the last one up to `high`, and at least 1. Ends
+    are times, by default 0 and T, and may be arrays.
+    """
+    high = schedule.T if high is None else high
+    if not schedule.discrete:
+        return jnp.maximum(low + (high - low) * u, np.finfo(np.float32).eps * schedule.T)
+    before, last = jnp.floor(low), jnp.floor(high)
+    return jnp.maximum(jnp.minimum(before + 1.0 + jnp.floor(u * (last - before)), last), 1.0)
 
 
 def log_snr(schedule: NoiseSchedule, t: Time) -> Array:
@@ -78,7 +96,7 @@ def shifted(schedule: NoiseSchedule, snr_scale: float) -> NoiseSchedule:
         a, s = snr_scale * schedule.alpha(t), schedule.sigma(t)
         return s / jnp.sqrt(a**2 + s**2)
 
-    return NoiseSchedule(alpha, sigma, schedule.T, schedule.network_time)
+    return schedule._replace(alpha=alpha, sigma=sigma)
 
 
 def linear_betas(n: int = 1000, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
@@ -133,11 +151,9 @@ def linear_ratio(schedule: NoiseSchedule, *, log: bool = False) -> NoiseSchedule
             else found
         )
 
-    return NoiseSchedule(
+    return schedule._replace(
         alpha=lambda t: jax.lax.rsqrt(1.0 + ratio(t) ** 2),
         sigma=lambda t: ratio(t) * jax.lax.rsqrt(1.0 + ratio(t) ** 2),
-        T=schedule.T,
-        network_time=schedule.network_time,
     )
 
 
@@ -176,4 +192,5 @@ def ddpm(betas: np.ndarray) -> NoiseSchedule:
         sigma=lambda t: read(sigma_sq, t),
         T=float(n),
         network_time=lambda t: _identity(t) - 1.0,
+        discrete=True,
     )

@@ -75,7 +75,7 @@ def make_adversary(model, weight=0.1, **options):
         heads.apply,
         schedule=COSINE,
         weight=weight,
-        noise_time=adversarial.uniform_time(0.0, 1.0),
+        noise_time=adversarial.uniform_time(COSINE),
         **options,
     )
     example = jnp.zeros((1, *SHAPE)), jnp.zeros(1), labels

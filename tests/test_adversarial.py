@@ -49,7 +49,7 @@ def test_generator_moves_toward_the_reals():
         lambda h, f, c: (f[0] @ h["w"] + h["b"])[:, None],
         schedule=COSINE,
         weight=1.0,
-        noise_time=adversarial.uniform_time(0.0, 0.3),
+        noise_time=adversarial.uniform_time(COSINE, 0.0, 0.3),
     )
     heads, mean = {"w": jnp.zeros(2), "b": jnp.zeros(())}, jnp.zeros(2)
 

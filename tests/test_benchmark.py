@@ -412,6 +412,18 @@ def test_listed_grids_are_chosen_by_their_length_and_checked():
         card.build_grid({**block, "times": [[0.9]]}, 1, 1.0)
 
 
+@pytest.mark.parametrize("kind", ["nested", "listed"])
+def test_a_grid_of_a_discrete_schedule_holds_its_own_times_only(kind):
+    times = [1.0, 0.6666, 0.3333]
+    block = {"grid": kind, "times": times if kind == "nested" else [times]}
+    np.testing.assert_array_equal(card.build_grid(block, 3, 1000.0), [1000.0, 667.0, 333.0])
+    np.testing.assert_array_equal(
+        card.build_grid(block, 7, 1000.0), sampling.trailing_grid(7, 1000.0, discrete=True)
+    )
+    with pytest.raises(ValueError, match="ends above 0"):
+        card.build_grid({"grid": "nested", "times": [1.0, 0.0004]}, 2, 1000.0)
+
+
 def test_added_losses_have_keys_of_their_own_and_the_weight():
     first, second = (
         lambda p, t, b, key, n=n: (p * jax.random.uniform(key), {n: p, "both": n})

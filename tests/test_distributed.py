@@ -178,6 +178,34 @@ def test_processes_of_different_configs_do_not_start(tmp_path):
     assert not workdir.exists()
 
 
+LATE = """
+import os, sys
+from pathlib import Path
+from jaxdistill.run import distributed
+distributed.start(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+listdir, folder, calls = os.listdir, Path(sys.argv[3]), []
+if sys.argv[2] == "1":  # a network filesystem that knows nothing of the file at first
+    os.listdir = lambda path: calls.append(path) or (listdir(path) if len(calls) > 5 else [])
+print("shared", distributed.share_folder(folder), distributed.writes(), flush=True)
+assert not listdir(folder)
+distributed.SHARED_SECONDS = 1
+if sys.argv[2] == "1":
+    os.listdir = lambda path: []
+print("shared", distributed.share_folder(folder), distributed.writes(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_that_shows_files_late_is_shared_and_all_agree_on_it(tmp_path):
+    workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    workdir.mkdir()
+    processes = [begin(workdir, i, 1, "-c", LATE, coordinator, i, workdir) for i in range(2)]
+    finish(workdir, processes, {0})
+    for i in range(2):
+        lines = [line for line in log_of(workdir, i).splitlines() if line.startswith("shared")]
+        assert lines == [f"shared True {i == 0}", "shared False True"]
+
+
 ALONE = """
 import sys
 from jaxdistill.run import distributed

@@ -8,7 +8,8 @@ import pytest
 import small
 from small import COSINE, NESTED, SHAPE, batch, compiled, ddim_step, make, make_adversary, predict
 
-from jaxdistill import sampling
+from jaxdistill import sampling, schedule
+from jaxdistill.adversarial import AdversarialTerms
 from jaxdistill.methods import imagine_flash as flash_module
 from jaxdistill.methods.imagine_flash import (
     Reconstruction,
@@ -431,3 +432,135 @@ def test_the_shortcut_pulls_first_states_to_the_ends_of_their_trajectories(grids
 def test_a_shortcut_needs_trajectories_with_an_end(options):
     with pytest.raises(ValueError, match="the shortcut must be at least 0"):
         small.flash(make()[0], **options)
+
+
+SOLVERS = {"ddim": sampling.ddim, "dpm_solver_pp_2m": sampling.dpm_solver_pp_2m}
+every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+SD = schedule.ddpm(schedule.linear_betas())  # above zero SNR at T: a history counts from the start
+SHARED = [np.float32(grid) for grid in ((1000, 800, 600, 300), (1000, 700, 400), (1000, 500))]
+
+
+def on_discrete_times(model):
+    return flash_module.Model(model.apply, SD, v_prediction)
+
+
+def states_of(model, student, size, **options):
+    """The student's x̂0 at all states, and the gradient of a fixed weighting of them."""
+
+    def judge(head_params, teacher_params, fake, *rest):
+        weights = jax.random.normal(jax.random.key(2), fake.shape)
+        return AdversarialTerms(jnp.sum(weights * fake), jnp.zeros(()), {"x0": fake})
+
+    network = on_discrete_times(model)
+    options = {"null_cond": model.null_cond, "weight": jnp.zeros_like, **options}
+    loss = flash_module.imagine_flash(network, network, adversary=judge, **options)
+    params = {"student": student, "discriminator": {}}
+    (_, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        params, student, batch(size), KEY
+    )
+    return metrics["x0"], gradient["student"]
+
+
+@every_solver
+def test_grids_that_share_a_batch_are_each_rolled_out_as_alone(solver):
+    """Also by a solver with a history: a row that starts anew has none, and no gradient of the
+    row before.
+    """
+    size, model = len(SHARED), make()[0]
+    _, student = make(seed=4)
+    found, gradient = states_of(model, student, size, grids=SHARED, solver=solver(SD))
+    slots = flash_module.slots_of(SHARED, size)
+    noise = jax.random.normal(jax.random.split(KEY, 4)[0], (len(slots.t), size, *SHAPE))
+
+    def alone(params):
+        """Each row's trajectories one after the other: [b, S, ...]."""
+        rows = []
+        for row in range(size):
+            grid, cond = SHARED[row % len(SHARED)], batch(size)["cond"][row : row + 1]
+            x0 = []
+            for s in np.flatnonzero(slots.restart[:, row]):
+                x_T = noise[s, row : row + 1]
+                network = on_discrete_times(model).denoiser(params, cond)
+                denoiser = sampling.noise_correction(x_T, SD.T)(network)
+                state = sampling.start(x_T)
+                x0.append(
+                    sampling.rollout(solver(SD), denoiser, state, grid, stop_gradient=True)[1].x0
+                )
+            rows.append(jnp.concatenate(x0)[: len(slots.t), 0])
+        return jnp.concatenate(rows)
+
+    weights = jax.random.normal(jax.random.key(2), found.shape)
+    np.testing.assert_allclose(found, jax.jit(alone)(student), rtol=1e-4, atol=1e-5)
+    expected = jax.jit(jax.grad(lambda p: jnp.sum(weights * alone(p))))(student)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()) + 1e-6)
+
+
+@every_solver
+def test_one_random_state_is_one_of_the_whole_trajectorys(solver):
+    model, size = make()[0], 12
+    _, student = make(seed=4)
+    options = {"grids": SHARED[:1], "solver": solver(SD)}
+    whole, _ = states_of(model, student, size, **options)
+    one, _ = states_of(model, student, size, whole_trajectory=False, **options)
+    apart = jnp.max(jnp.abs(whole.reshape(size, 4, -1) - one.reshape(size, 1, -1)), axis=-1)
+    np.testing.assert_allclose(apart.min(1), 0.0, atol=1e-5)
+    assert len(set(np.argmin(apart, 1).tolist())) > 2
+
+
+@every_solver
+def test_the_teachers_answer_is_its_own_rollout_from_each_state(solver):
+    model, teacher = make()
+    _, student = make(seed=4)
+    k, grid, network = 3, SHARED[0], on_discrete_times(model)
+    reconstruction = Reconstruction(noise_source=None, steps=k, solver=solver)
+    loss = flash_module.imagine_flash(
+        network, network, grids=[grid], null_cond=model.null_cond, reconstruction=reconstruction
+    )
+    data, x_T = batch(), drawn_noise()
+    value, _ = jax.jit(loss)({"student": student}, teacher, data, KEY)
+    of_student, of_teacher = (network.denoiser(p, data["cond"]) for p in (student, teacher))
+    corrected = sampling.noise_correction(x_T, SD.T)(of_student)
+    _, visited = sampling.rollout(sampling.ddim(SD), corrected, sampling.start(x_T), grid)
+    answers = [
+        sampling.rollout(
+            solver(SD), of_teacher, sampling.start(x), t * np.float32([1, 2 / 3, 1 / 3])
+        )[0].x
+        for x, t in zip(visited.x, grid, strict=True)
+    ]
+    np.testing.assert_allclose(value, jnp.mean((jnp.stack(answers) - visited.x0) ** 2), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    {
+        "plms": sampling.plms(SD),
+        "uni_pc": sampling.uni_pc(SD),
+        "ancestral": sampling.ancestral(SD, KEY),
+        "renoise": sampling.renoise(SD, KEY),
+        "last_by": sampling.last_by(sampling.dpm_solver_pp_2m(SD), sampling.ddim(SD)),
+    }.items(),
+)
+def test_a_solver_of_one_time_for_the_whole_batch_is_refused_by_name(name, step):
+    words = f"^{name} takes one time for the whole batch, got one for each example; use ddim or"
+    for options in (
+        {"solver": step},
+        {"reconstruction": Reconstruction(solver=lambda schedule: step)},
+    ):
+        with pytest.raises(ValueError, match=words):
+            small.flash(make()[0], **options)
+
+
+def test_a_multistep_solver_survives_a_step_of_no_length():
+    x, point = jax.random.normal(KEY, (2, 3)), 0.4
+
+    def denoiser(x, t):
+        return Prediction(
+            point * jnp.tanh(x), (x - SD.alpha(t) * point * jnp.tanh(x)) / SD.sigma(t)
+        )
+
+    def run(*grid):
+        step, state = sampling.dpm_solver_pp_2m(SD), sampling.start(x)
+        return sampling.rollout(step, denoiser, state, np.float32(grid))[0].x
+
+    np.testing.assert_allclose(run(900, 400, 400, 400, 1), run(900, 400, 1), rtol=0.05)

@@ -499,6 +499,36 @@ def test_a_trace_is_closed_where_the_run_ends_before_its_last_step(tmp_path, mon
     assert calls == ["start", "stop"] * 3
 
 
+class SeveralProcesses:
+    """JAX, as the loop sees it, where there are two processes."""
+
+    process_count = staticmethod(lambda: 2)
+
+    def __getattr__(self, name):
+        return getattr(jax, name)
+
+
+def test_no_trace_is_written_while_the_watchdog_waits_for_a_step(tmp_path, monkeypatch):
+    """Writing one may take longer than any step."""
+    calls = []
+
+    class Watchdog:
+        step, pause, close = (
+            lambda self, name=name: calls.append(name) for name in ("step", "pause", "close")
+        )
+
+    monkeypatch.setattr(loop, "jax", SeveralProcesses())
+    monkeypatch.setattr(loop.distributed, "Watchdog", Watchdog)
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("trace"))
+    often = {"log_every": 1, "health_every": STEPS, "checkpoint_every": STEPS}
+    run(tmp_path / "whole", profile=3, **often)
+    assert calls[calls.index("trace") - 1] == "pause" and calls.count("step") == STEPS
+    calls.clear()
+    run(tmp_path / "short", profile=50, **often)
+    assert calls[-2:] == ["close", "trace"]
+
+
 # -------------------------------------------------------------------------------- the best averages
 
 

@@ -12,6 +12,7 @@ import pytest
 from small import compiled, make, make_adversary
 
 from jaxdistill import schedule as schedules
+from jaxdistill.adversarial import adversary, uniform_time
 from jaxdistill.methods import add as adversarial_distillation
 from jaxdistill.methods import direct as direct_module
 from jaxdistill.methods import dmd2 as distribution_matching
@@ -19,12 +20,13 @@ from jaxdistill.methods import endpoint as endpoint_module
 from jaxdistill.methods import lcm as consistency
 from jaxdistill.methods import step_distillation as step_module
 from jaxdistill.methods import tdm as trajectory_matching
+from jaxdistill.methods.denoising import denoising
 from jaxdistill.methods.dmd2 import matching_gradient
-from jaxdistill.methods.imagine_flash import Model
+from jaxdistill.methods.imagine_flash import Model, Reconstruction, imagine_flash
 from jaxdistill.methods.lcm import consistency_function
 from jaxdistill.methods.lightning import lightning
 from jaxdistill.methods.tdm import diffuse_on
-from jaxdistill.prediction import Prediction, v_prediction, x0_prediction
+from jaxdistill.prediction import Prediction, v_prediction, x0_prediction, x0_target
 from jaxdistill.sampling import renoise, rollout, start, trailing_grid
 from jaxdistill.train import init_state, train_step
 
@@ -701,3 +703,115 @@ def test_lightnings_regression_is_the_squared_distance_of_the_jumps_ends():
 def test_lightning_refuses_settings_out_of_range(options):
     with pytest.raises(ValueError, match="lightning needs at least one step"):
         lightning_parts(True, **options)
+
+
+# ------------------------------------------------------------------------------- discrete schedules
+
+
+DISCRETE = schedules.ddpm(schedules.linear_betas(10, 0.02, 0.6))
+TRAILING = [trailing_grid(n, 10.0, discrete=True) for n in (1, 2, 3)]
+
+
+class Asked:
+    """A model x0 = p x on a discrete schedule, with features, that remembers the times that its
+    network is told, and the x of each.
+    """
+
+    def __init__(self):
+        self.told = []
+        self.model = Model(self.apply, DISCRETE, x0_prediction)
+        self.adversary = adversary(
+            lambda params, x, t, cond: [self.apply(params, x, t, cond)],
+            lambda heads, states, cond: heads * states[0],
+            schedule=DISCRETE,
+            weight=0.1,
+            noise_time=uniform_time(DISCRETE),
+        )
+
+    def apply(self, params, x, t, cond):
+        jax.debug.callback(lambda t: self.told.extend(np.ravel(t)), t)
+        return params * x
+
+
+def flash_of(asked, shift=lambda t: 0.1 * t, **options):
+    # Both gamma(t) and t/k are below 1 at the lowest time of the grid.
+    reconstruction = Reconstruction(shift, steps=3, guidance_scale=2.0)
+    return imagine_flash(
+        asked.model,
+        asked.model,
+        grids=TRAILING,
+        null_cond=null,
+        reconstruction=reconstruction,
+        adversary=asked.adversary,
+        **options,
+    )
+
+
+GUIDED = {"null_cond": null, "guidance_scale": 2.0}
+ON_INTEGERS = {
+    "denoising": lambda a: denoising(
+        a.apply, schedule=DISCRETE, target=x0_target, null_cond=null, time_skew=1.5
+    ),
+    "step_distillation": lambda a: step_module.step_distillation(
+        a.model, a.model, steps=3, **GUIDED
+    ),
+    "lightning": lambda a: lightning(
+        a.model,
+        a.model,
+        steps=3,
+        features=lambda params, x, t, cond: [a.apply(params, x, t, cond)],
+        heads=lambda heads, states, cond: heads * states[0],
+    ),
+    "lcm": lambda a: consistency.consistency_distillation(a.model, a.model, intervals=4, **GUIDED),
+    "add": lambda a: adversarial_distillation.add(
+        a.model, a.model, grid=TRAILING[-1], adversary=a.adversary, **GUIDED
+    ),
+    "dmd2": lambda a: distribution_matching.dmd2(
+        a.model, a.model, grid=TRAILING[-1], adversary=a.adversary, **GUIDED
+    ),
+    "tdm": lambda a: trajectory_matching.tdm(a.model, a.model, grids=TRAILING, **GUIDED),
+    "direct": lambda a: direct_module.direct(a.model, grids=TRAILING),
+    "endpoint": lambda a: endpoint_module.endpoint(a.model, grid=TRAILING[-1]),
+}
+BETWEEN = {"imagine_flash": flash_of, "forward": partial(flash_of, backward=False)}
+
+
+@pytest.mark.parametrize("name", [*ON_INTEGERS, *BETWEEN])
+def test_no_method_asks_a_discrete_network_at_times_it_was_not_trained_at(name):
+    """The network is told t - 1, its training step. Imagine Flash's teacher alone is also asked
+    between the steps.
+    """
+    asked = Asked()
+    loss = {**ON_INTEGERS, **BETWEEN}[name](asked)
+    size = 60
+    batch = {**gaussian_batch(size), "noise": jnp.ones((size, 8)), "target": jnp.ones((size, 8))}
+    names = ("student", "fake", "target", "discriminator")
+    params = {name: jnp.float32(0.5) for name in names}
+    teachers = {"previous": jnp.float32(0.5), "original": jnp.float32(0.5)}
+    if name != "lightning":
+        teachers = jnp.float32(0.5)
+    if name == "denoising":
+        params = jnp.float32(0.5)
+    values = [jax.jit(loss)(params, teachers, batch, jax.random.key(seed))[0] for seed in range(10)]
+    jax.effects_barrier()
+    told = np.asarray(asked.told)
+    assert np.isfinite(values).all() and len(told) and told.min() >= 0 and told.max() <= 9
+    if name in ON_INTEGERS:
+        np.testing.assert_array_equal(told, np.round(told))
+    if name in ("denoising", "add", "dmd2", *BETWEEN):
+        assert set(range(10)) <= set(told.tolist())
+
+
+def test_a_shift_below_the_first_training_time_is_that_time():
+    params = {name: jnp.float32(0.5) for name in ("student", "discriminator")}
+    values = [
+        jax.jit(flash_of(Asked(), shift))(params, jnp.float32(0.4), gaussian_batch(60), KEY)[0]
+        for shift in (lambda t: 0.1 * t, lambda t: jnp.maximum(0.1 * t, 1.0))
+    ]
+    assert values[0] == values[1]
+
+
+def test_times_with_substeps_are_refused_where_a_discrete_schedule_has_too_few():
+    model = Model(exact, DISCRETE, x0_prediction)
+    with pytest.raises(ValueError, match="steps must be at most 10, the times of a discrete"):
+        step_module.step_distillation(model, model, steps=4, substeps=3, null_cond=null)

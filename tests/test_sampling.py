@@ -21,6 +21,7 @@ from jaxdistill.sampling import (
     check_grid,
     clip,
     ddim,
+    divided_steps,
     dpm_solver_pp_2m,
     guidance,
     leading_grid,
@@ -234,6 +235,22 @@ def test_dpm_solver_refuses_a_start_that_has_not_the_times_shape():
             start(jnp.zeros((2, 3))),
             grid,
         )
+
+
+@pytest.mark.parametrize(
+    ("steps", "substeps"), [(1, 1), (3, 2), (7, 3), (50, 1), (64, 2), (128, 5)]
+)
+@pytest.mark.parametrize("schedule", [cosine(), SD], ids=["cosine", "sd"])
+def test_divided_steps_are_the_steps_of_the_sampler_and_of_its_finer_teacher(
+    schedule, steps, substeps
+):
+    table, discrete = divided_steps(schedule, steps, substeps), schedule.T > 1
+    coarse, fine = (
+        trailing_grid(n, schedule.T, discrete=discrete) for n in (steps, steps * substeps)
+    )
+    np.testing.assert_allclose(table[0], coarse, rtol=0 if discrete else 1e-6)
+    np.testing.assert_array_equal(table[-1], np.append(table[0, 1:], 0.0))
+    np.testing.assert_array_equal(table[:-1].T.ravel(), fine)
 
 
 @pytest.mark.parametrize("make", [trailing_grid, leading_grid, linspace_grid])

@@ -13,10 +13,12 @@ from jaxdistill.schedule import (
     ddpm,
     flow,
     linear_betas,
+    linear_ratio,
     log_snr,
     rescale_zero_terminal_snr,
     scaled_linear_betas,
     shifted,
+    training_time,
 )
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusers.json").read_text())
@@ -195,6 +197,39 @@ def test_log_snr_falls_from_plus_infinity(name):
         (schedule.alpha(times(schedule)) / schedule.sigma(times(schedule)))[1:-1],
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "first", "last"),
+    [(0.0, 1e3, 1, 1000), (20.0, 980.0, 21, 980), (0.5, 7.5, 1, 7), (3.0, 4.0, 4, 4)],
+)
+def test_training_times_of_a_discrete_schedule_are_its_integers_alike(low, high, first, last):
+    sd = ddpm(linear_betas())
+    n = 10 * (last - first + 1)
+    u = jnp.asarray((np.arange(n) + 0.5) / n, jnp.float32)
+    times = np.asarray(jax.jit(lambda u: training_time(sd, u, low, high))(u))
+    np.testing.assert_array_equal(times, np.repeat(np.arange(first, last + 1), 10))
+    ends = training_time(sd, jnp.float32([0.0, 1 - 2**-24, 1.0]), low, high)
+    np.testing.assert_array_equal(ends, [first, last, last])
+    other = shifted(linear_ratio(sd), 2.0)
+    np.testing.assert_array_equal(training_time(other, u, low, high), times)
+
+
+def test_training_times_never_leave_the_schedule_where_an_interval_holds_no_integer():
+    sd = ddpm(linear_betas())
+    ends = jnp.float32([0.0, 0.2, 5.0, 5.2, 1000.0]), jnp.float32([0.0, 0.7, 5.0, 5.7, 1000.0])
+    for u in (0.0, 0.5, 1.0):
+        found = training_time(sd, jnp.full(5, u), *ends)
+        np.testing.assert_array_equal(found, [1.0, 1.0, 5.0, 5.0, 1000.0])
+
+
+@pytest.mark.parametrize("made", [cosine(), flow()], ids=["cosine", "flow"])
+def test_training_times_of_a_continuous_schedule_are_uniform_and_above_0(made):
+    u = jnp.linspace(0.0, 1.0, 11)
+    np.testing.assert_allclose(training_time(made, u)[1:], u[1:], rtol=1e-6)
+    assert 0 < training_time(made, 0.0) < 1e-6
+    low, high = jnp.float32([0.0, 0.2]), jnp.float32([0.3, 0.7])
+    np.testing.assert_allclose(training_time(made, 0.5, low, high), [0.15, 0.45])
 
 
 def test_network_time_is_the_training_step_of_a_discrete_schedule():

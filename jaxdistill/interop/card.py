@@ -140,20 +140,28 @@ def build_grid(block: Mapping[str, Any], steps: int, T: float) -> sampling.TimeG
 
     "nested" takes the first `steps` of the block's times (fractions of T, first 1), so that a
     shorter sampler is the beginning of a longer one; "listed" takes the one of the block's lists of
-    times that has `steps` of them. Past what these hold both fall back to the trailing grid.
+    times that has `steps` of them. Past what these hold both fall back to the trailing grid. All
+    times of a discrete schedule (T > 1) are integers.
     """
-    if block["grid"] == "listed":
-        for listed in block["times"]:
-            if len(listed) == steps:
-                return sampling.check_grid(np.asarray(listed, np.float32) * np.float32(T), T)
-        return sampling.trailing_grid(steps, T)
+    discrete = T > 1
+
+    def times_of(fractions: Any) -> sampling.TimeGrid:
+        times = np.asarray(fractions, np.float32) * np.float32(T)
+        return sampling.check_grid(np.round(times) if discrete else times, T)
+
     if block["grid"] == "nested":
-        times = np.asarray(block["times"], np.float32) * np.float32(T)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        sampling.check_grid(times, T)
-        return times[:steps] if steps <= len(times) else sampling.trailing_grid(steps, T)
-    return choose(GRIDS, block["grid"], "grid")(steps, T, discrete=T > 1)
+        times = times_of(block["times"])
+        if steps <= len(times):
+            return times[:steps]
+    elif block["grid"] == "listed":
+        for listed in block["times"]:
+            if len(listed) == steps:
+                return times_of(listed)
+    else:
+        return choose(GRIDS, block["grid"], "grid")(steps, T, discrete=discrete)
+    return sampling.trailing_grid(steps, T, discrete=discrete)
 
 
 class Sampler(NamedTuple):

@@ -15,6 +15,7 @@ from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
 from jaxdistill.model import Model
 from jaxdistill.prediction import LossFn, diffuse, expand
 from jaxdistill.sampling import Constrain, TimeGrid, check_grid, unconstrained
+from jaxdistill.schedule import training_time
 
 
 def add(
@@ -68,7 +69,8 @@ def add(
         network = student.denoiser(params["student"], cond)
         x0 = network(x_s, s).x0
         fixed = jax.lax.stop_gradient(x0)
-        t = T * constrain(jax.random.uniform(keys[2], data.shape[:1], minval=0.02, maxval=1.0))
+        u = constrain(jax.random.uniform(keys[2], data.shape[:1]))
+        t = training_time(teacher.schedule, u, low=0.02 * T)
         x_t = diffuse(
             teacher.schedule,
             fixed,

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jaxdistill.prediction import ApplyFn, LossFn, diffuse, expand
 from jaxdistill.sampling import Constrain, unconstrained
-from jaxdistill.schedule import NoiseSchedule
+from jaxdistill.schedule import NoiseSchedule, training_time
 
 
 def denoising(
@@ -22,12 +22,12 @@ def denoising(
     time_skew: float = 1.0,
     constrain: Constrain = unconstrained,
 ) -> LossFn:
-    """E ‖target(x_0, ε, t) - network(α_t x_0 + σ_t ε, t)‖², t in [0, T], uniform by default (Ho et
-    al. 2020, eq. 14).
+    """E ‖target(x_0, ε, t) - network(α_t x_0 + σ_t ε, t)‖², t of `training_time`, uniform by
+    default (Ho et al. 2020, eq. 14).
 
     Args:
       apply: the network.
-      schedule: its forward process. A discrete one is trained at its integer times 1..T.
+      schedule: its forward process.
       target: (x0, eps, α, σ) -> the output to regress on, e.g. `v_target`.
       null_cond: cond -> the null conditioning of the same structure.
       drop_cond: share of examples whose conditioning becomes null, for classifier-free guidance, in
@@ -45,7 +45,6 @@ def denoising(
     """
     if not time_skew > 0:
         raise ValueError(f"time_skew must be above 0 (1 = uniform), got {time_skew:g}")
-    discrete = schedule.T > 1.0
 
     def loss(
         params: Any, teacher_params: Any, batch: Any, key: Array
@@ -56,7 +55,7 @@ def denoising(
         # et al. 2021, app. I.1).
         u = (jnp.arange(x0.shape[0]) + jax.random.uniform(key_t, (x0.shape[0],))) / x0.shape[0]
         u = 1.0 - (1.0 - u) ** time_skew if time_skew != 1.0 else u
-        t = constrain(jnp.floor(u * schedule.T) + 1.0 if discrete else u * schedule.T)
+        t = constrain(training_time(schedule, u))
         eps = constrain(jax.random.normal(key_eps, x0.shape, x0.dtype))
         drop = constrain(jax.random.bernoulli(key_drop, drop_cond, (x0.shape[0],)))
         cond = jax.tree.map(

@@ -23,6 +23,7 @@ from jaxdistill.sampling import (
     start,
     unconstrained,
 )
+from jaxdistill.schedule import training_time
 
 
 def matching_gradient(x0: Array, real: Array, fake: Array) -> Array:
@@ -115,7 +116,7 @@ def dmd2(
         """
         n, (key_u, key_eps) = len(x0), jax.random.split(key)
         u = (jnp.arange(n) + jax.random.uniform(key_u, (n,))) / n
-        tau = constrain(T * (low + (high - low) * u))
+        tau = constrain(training_time(schedule, u, low * T, high * T))
         eps = constrain(jax.random.normal(key_eps, x0.shape, x0.dtype))
         denoised = student.denoiser(fake_params, cond)(diffuse(schedule, x0, eps, tau), tau).x0
         return jnp.mean((denoised - x0) ** 2 / expand(schedule.sigma(tau), x0) ** 2)
@@ -134,7 +135,8 @@ def dmd2(
         cond, keys = batch["cond"], jax.random.split(key, 5)
         x0 = generated(params["student"], batch, keys[0])
         fixed = jax.lax.stop_gradient(x0)
-        tau = T * (low + (high - low) * constrain(jax.random.uniform(keys[1], x0.shape[:1])))
+        u = constrain(jax.random.uniform(keys[1], x0.shape[:1]))
+        tau = training_time(schedule, u, low * T, high * T)
         eps = constrain(jax.random.normal(keys[2], x0.shape, x0.dtype))
         x_tau = diffuse(schedule, fixed, eps, tau)
         real = teacher.guided(teacher_params, cond, null_cond, guidance_scale)(x_tau, tau)

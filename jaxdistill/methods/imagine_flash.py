@@ -27,6 +27,7 @@ from jaxdistill.prediction import (
 )
 from jaxdistill.sampling import (
     Constrain,
+    OneTime,
     Step,
     TimeGrid,
     Trajectory,
@@ -290,7 +291,8 @@ def imagine_flash(
       whole_trajectory: every visited state is an example, with no call of its own; False draws one
         state an example, rolled out without gradient, and spends one more call on it.
       correct_noise: apply noise correction in the rollout, as the sampler will.
-      solver: the student's solver; DDIM by default.
+      solver: the student's solver; DDIM by default. As the teacher's it must take times of each
+        example: no `OneTime`.
       adversary: the adversarial term, or None.
       adversary_states: which of the student's predictions it judges: "all", or "one" state of each
         row, drawn at random.
@@ -306,8 +308,9 @@ def imagine_flash(
       [r, ...] with "real_cond" where the batch holds them.
 
     Raises:
-      ValueError: a bad grid or shift, k < 1, a shortcut below 0 or without whole trajectories of
-        several steps, or a batch that does not divide among the grids.
+      ValueError: a bad grid or shift, k < 1, a solver that takes one time for the whole batch, a
+        shortcut below 0 or without whole trajectories of several steps, or a batch that does not
+        divide among the grids.
     """
     if adversary_states not in ("all", "one"):
         raise ValueError(f"adversary_states must be 'all' or 'one', got {adversary_states!r}")
@@ -326,6 +329,11 @@ def imagine_flash(
         )
     student_step = ddim(student.schedule) if solver is None else solver
     teacher_step = reconstruction.solver(teacher.schedule)
+    # Between integers a discrete schedule is read as it is; below 1 the network knows no time.
+    lowest = 1.0 if teacher.schedule.discrete else 0.0
+    for step in (student_step, teacher_step):
+        if isinstance(step, OneTime):
+            step.refuse()
 
     def student_denoiser(params: Any, cond: Any, noise: Array) -> Denoiser:
         denoiser = student.denoiser(params, cond)
@@ -336,6 +344,7 @@ def imagine_flash(
         denoiser = teacher.guided(teacher_params, cond, null_cond, reconstruction.guidance_scale)
         k = reconstruction.steps
         grid = t[None] * (jnp.arange(k, 0, -1, dtype=t.dtype) / k)[:, None]
+        grid = jnp.maximum(grid, lowest)
         return rollout(teacher_step, denoiser, start(x, own_times=True), grid, unroll=unroll)[0].x
 
     def whole(params: Any, cond: Any, x_T: Array, grid: TimeGrid) -> Trajectory:
@@ -354,11 +363,14 @@ def imagine_flash(
         """
 
         def body(carry: Any, slot: Any) -> Any:
-            state, x_T = carry
             t, t_next, restart, fresh = slot
-            x_T = jnp.where(expand(restart, fresh), fresh, x_T)
-            state = state._replace(
-                x=jax.lax.stop_gradient(jnp.where(expand(restart, fresh), fresh, state.x))
+            # A row that starts anew has no history: all of its state is that of a first step.
+            state, x_T = jax.lax.stop_gradient(
+                jax.tree.map(
+                    lambda new, old: jnp.where(expand(restart, new), new, old),
+                    (start(fresh, own_times=True), fresh),
+                    carry,
+                )
             )
             prediction = student_denoiser(params, cond, x_T)(state.x, t)
             return (student_step(prediction, state, t, t_next), x_T), (
@@ -366,7 +378,7 @@ def imagine_flash(
                 x_T,
             )
 
-        first = (start(noise[0]), noise[0])
+        first = (start(noise[0], own_times=True), noise[0])
         return scan(body, first, (*map(jnp.asarray, slots), noise), unroll=unroll)[1]
 
     def one_step(params: Any, cond: Any, x_T: Array, grid: TimeGrid, key: Array) -> Trajectory:
@@ -430,7 +442,7 @@ def imagine_flash(
         if reconstruction.noise_source is None:
             return flat(fixed.x), t
         eps = reconstruction.noise_source(key, fixed, part.x_T)
-        t_teacher = reconstruction.shift(t)
+        t_teacher = jnp.maximum(reconstruction.shift(t), lowest)
         return (
             diffuse(teacher.schedule, flat(fixed.x0), constrain(flat(eps)), t_teacher),
             t_teacher,

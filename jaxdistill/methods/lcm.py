@@ -16,7 +16,14 @@ from jaxtyping import Array
 from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
 from jaxdistill.model import Model
 from jaxdistill.prediction import LossFn, diffuse
-from jaxdistill.sampling import Constrain, consistency_function, ddim, start, unconstrained
+from jaxdistill.sampling import (
+    Constrain,
+    consistency_function,
+    ddim,
+    divided_steps,
+    start,
+    unconstrained,
+)
 
 
 def consistency_distillation(
@@ -51,7 +58,7 @@ def consistency_distillation(
       {"x0", "cond"}.
 
     Raises:
-      ValueError: intervals below 2 or huber below 0.
+      ValueError: intervals below 2 or more than a discrete schedule has times, or huber below 0.
     """
     if intervals < 2 or huber < 0:
         raise ValueError(
@@ -59,7 +66,7 @@ def consistency_distillation(
             f" {intervals} and {huber:g}"
         )
     T, schedule = student.schedule.T, student.schedule
-    function = consistency_function(T)
+    function, table = consistency_function(T), jnp.asarray(divided_steps(schedule, intervals))
 
     def f(params: Any, cond: Any, x: Array, t: Array) -> Array:
         denoiser = student.denoiser(params, cond)
@@ -71,14 +78,14 @@ def consistency_distillation(
         x0, cond = batch["x0"], batch["cond"]
         key_t, key_eps = jax.random.split(key)
         eps = constrain(jax.random.normal(key_eps, x0.shape, x0.dtype))
-        t = T * constrain(jax.random.randint(key_t, x0.shape[:1], 1, intervals + 1)) / intervals
-        s = jnp.maximum(t - T / intervals, 0.0)
+        t, s = table[:, constrain(jax.random.randint(key_t, x0.shape[:1], 0, intervals))]
         x_t = diffuse(schedule, x0, eps, t)
         denoiser = teacher.guided(teacher_params, cond, null_cond, guidance_scale)
         x_s = ddim(teacher.schedule)(denoiser(x_t, t), start(x_t), t, s).x
         # At s = 0 the function is the identity by its boundary condition, whatever the network
-        # says.
-        target = jax.lax.stop_gradient(f(params["target"], cond, x_s, s))
+        # says: it is not asked there, where a discrete schedule has no time.
+        target = f(params["target"], cond, x_s, jnp.maximum(s, table[0, -1]))
+        target = jax.lax.stop_gradient(jnp.where(expand(s > 0, x_s), target, x_s))
         difference = f(params["student"], cond, x_t, t) - target
         distance = jnp.mean(jnp.sqrt(difference**2 + huber**2) - huber)
         return distance, {"consistency": distance}

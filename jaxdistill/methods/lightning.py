@@ -17,7 +17,8 @@ from jaxdistill.methods.step_distillation import step_distillation
 from jaxdistill.methods.tdm import diffuse_on
 from jaxdistill.model import Model
 from jaxdistill.prediction import LossFn, diffuse
-from jaxdistill.sampling import Constrain, ddim, rollout, start, unconstrained
+from jaxdistill.sampling import Constrain, ddim, divided_steps, rollout, start, unconstrained
+from jaxdistill.schedule import training_time
 
 
 def lightning(
@@ -64,15 +65,16 @@ def lightning(
       {"previous", "original"}, batch {"x0", "cond"}.
 
     Raises:
-      ValueError: steps or substeps below 1, spread outside [0, 1], regression below 0.
+      ValueError: steps or substeps below 1 or more than a discrete schedule has times, spread
+        outside [0, 1], regression below 0.
     """
     if steps < 1 or substeps < 1 or not 0 <= spread <= 1 or regression < 0:
         raise ValueError(
             "lightning needs at least one step and one substep, spread in [0, 1] and regression >="
             f" 0, got {steps}, {substeps}, {spread:g} and {regression:g}"
         )
-    T, schedule = student.schedule.T, student.schedule
-    step = ddim(schedule)
+    schedule, step = student.schedule, ddim(student.schedule)
+    table = jnp.asarray(divided_steps(schedule, steps, substeps))
 
     def loss(
         params: Any, teacher_params: Any, batch: Any, key: Array
@@ -80,19 +82,19 @@ def lightning(
         x0, cond = batch["x0"], batch["cond"]
         frozen = jax.lax.stop_gradient(teacher_params)
         keys = jax.random.split(key, 4)
-        t = T * (1.0 - constrain(jax.random.randint(keys[0], x0.shape[:1], 0, steps)) / steps)
-        s = jnp.maximum(t - T / steps, 0.0)
+        times = table[:, constrain(jax.random.randint(keys[0], x0.shape[:1], 0, steps))]
+        t, s = times[0], times[-1]
         x_t = diffuse(schedule, x0, constrain(jax.random.normal(keys[1], x0.shape, x0.dtype)), t)
 
-        def jump(model: Model, weights: Any, n: int) -> Array:
+        def jump(model: Model, weights: Any, grid: Array) -> Array:
             denoiser = model.denoiser(weights, cond)
-            grid = t[None] - (T / steps) * (jnp.arange(n) / n)[:, None]
             return rollout(step, denoiser, start(x_t), grid, t_end=s, unroll=unroll)[0].x
 
-        x_s = jump(student, params["student"], 1)
-        target = jax.lax.stop_gradient(jump(teacher, frozen["previous"], substeps))
+        x_s = jump(student, params["student"], times[:1])
+        target = jax.lax.stop_gradient(jump(teacher, frozen["previous"], times[:-1]))
 
-        tau = s + spread * (t - s) * constrain(jax.random.uniform(keys[2], t.shape))
+        u = constrain(jax.random.uniform(keys[2], t.shape))
+        tau = training_time(schedule, u, s, s + spread * (t - s))
         eps = constrain(jax.random.normal(keys[3], x0.shape, x0.dtype))
 
         def states(x: Array, at: Array) -> Any:

@@ -188,13 +188,12 @@ class Kit:
             raise ValueError(f"adversarial_weight must be at least 0 (0: off), got {weight:g}")
         if not weight:
             return None
-        T = self.network.schedule.T
         return adversarial.adversary(
             self.features,
             self.heads,
             schedule=self.network.schedule,
             weight=weight,
-            noise_time=adversarial.uniform_time(block.low * T, block.high * T),
+            noise_time=adversarial.uniform_time(self.network.schedule, block.low, block.high),
             loss=loss,
             constrain=self.constrain,
         )

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
 from jaxdistill.model import Model
 from jaxdistill.prediction import LossFn, diffuse, expand
-from jaxdistill.sampling import Constrain, ddim, rollout, start, unconstrained
+from jaxdistill.sampling import Constrain, ddim, divided_steps, rollout, start, unconstrained
 
 
 def step_distillation(
@@ -52,13 +52,14 @@ def step_distillation(
       [-1, 1], "cond"}.
 
     Raises:
-      ValueError: steps or substeps below 1.
+      ValueError: steps or substeps below 1 or more than a discrete schedule has times.
     """
     if steps < 1 or substeps < 1:
         raise ValueError(
             f"step distillation needs at least one step and one substep, got {steps} and {substeps}"
         )
-    T, schedule = student.schedule.T, student.schedule
+    schedule = student.schedule
+    table = jnp.asarray(divided_steps(schedule, steps, substeps))
     teacher_step = ddim(teacher.schedule)
 
     def loss(
@@ -67,12 +68,11 @@ def step_distillation(
         x0, cond = batch["x0"], batch["cond"]
         key_t, key_eps = jax.random.split(key)
         eps = constrain(jax.random.normal(key_eps, x0.shape, x0.dtype))
-        t = T * (1.0 - constrain(jax.random.randint(key_t, x0.shape[:1], 0, steps)) / steps)
-        s = jnp.maximum(t - T / steps, 0.0)
+        times = table[:, constrain(jax.random.randint(key_t, x0.shape[:1], 0, steps))]
+        t, s = times[0], times[-1]
         x_t = diffuse(schedule, x0, eps, t)
         denoiser = teacher.guided(teacher_params, cond, null_cond, guidance_scale)
-        grid = t[None] - (T / steps) * (jnp.arange(substeps) / substeps)[:, None]
-        x_s = rollout(teacher_step, denoiser, start(x_t), grid, t_end=s, unroll=unroll)[0].x
+        x_s = rollout(teacher_step, denoiser, start(x_t), times[:-1], t_end=s, unroll=unroll)[0].x
         alpha_t, sigma_t = expand(schedule.alpha(t), x0), expand(schedule.sigma(t), x0)
         alpha_s, sigma_s = expand(schedule.alpha(s), x0), expand(schedule.sigma(s), x0)
         ratio = sigma_s / sigma_t

@@ -17,7 +17,7 @@ from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
 from jaxdistill.model import Model
 from jaxdistill.prediction import expand
 from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, rollout, start, unconstrained
-from jaxdistill.schedule import NoiseSchedule
+from jaxdistill.schedule import NoiseSchedule, training_time
 
 
 def diffuse_on(
@@ -115,6 +115,7 @@ def tdm(
             f" {shortcut:g}"
         )
     step = ddim(schedule)
+    lowest, highest = (training_time(schedule, u, low * T, high * T) for u in (0.0, 1.0))
 
     def intervals(student_params: Any, batch: Any, key: Array) -> Intervals:
         """Every interval of one trajectory a row; x_s and x0 carry the gradient."""
@@ -146,8 +147,8 @@ def tdm(
         """x_s on to a random τ of its interval: (x_τ, τ, b, ε) of `diffuse_on`."""
         key_u, key_eps = jax.random.split(key)
         t, s, x_s = found.t, found.s, jax.lax.stop_gradient(found.x_s)
-        tau = s + (t - s) * constrain(jax.random.uniform(key_u, t.shape))
-        tau = jnp.clip(tau, low * T, high * T)
+        u = constrain(jax.random.uniform(key_u, t.shape))
+        tau = jnp.clip(training_time(schedule, u, s, t), lowest, highest)
         eps = constrain(jax.random.normal(key_eps, x_s.shape, x_s.dtype))
         x_tau, b = diffuse_on(schedule, x_s, eps, s, tau)
         return x_tau, tau, b, eps

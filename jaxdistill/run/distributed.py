@@ -210,10 +210,29 @@ def divided_rows(
     }
 
 
+SHARED_SECONDS = 10
+"""How long a process looks for a file that process 0 has written before its folder counts as
+another one: network filesystems show a new file late.
+"""
+
+
+def _appears(path: Path, text: str) -> bool:
+    """Whether the file with this text is there, or comes within SHARED_SECONDS."""
+    end = time.monotonic() + SHARED_SECONDS
+    while True:
+        # The listing first: it makes a network filesystem ask again for what it knows as missing.
+        listed = path.parent.is_dir() and path.name in os.listdir(path.parent)
+        if listed and path.read_text() == text:
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+
+
 def share_folder(folder: Path) -> bool:
     """Whether all processes see the same folder, which must exist for process 0.
 
-    Decides who `writes`.
+    Decides who `writes`. Takes SHARED_SECONDS where they do not.
     """
     global _own_folder
     if jax.process_count() == 1:
@@ -224,8 +243,7 @@ def share_folder(folder: Path) -> bool:
     if is_main():
         token.write_text(stamp)
     barrier("token written")
-    seen = token.is_file() and token.read_text() == stamp
-    shared = everyone(seen)
+    shared = everyone(_appears(token, stamp))
     if is_main():
         token.unlink()
     _own_folder = not shared

@@ -255,14 +255,11 @@ class Trace:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 
-    def ends(self, step: int) -> bool:
-        """Whether the trace is written after this step."""
-        return self._running and step + 1 >= self._last
-
-    def after(self, step: int, result: Any) -> None:
-        """Stop where the step was the last."""
-        if self.ends(step):
+    def after(self, step: int, result: Any, rest: Callable[[], None]) -> None:
+        """Stop where the step was the last; `rest` is called before the trace is written."""
+        if self._running and step + 1 >= self._last:
             jax.block_until_ready(result)
+            rest()
             self.close()
 
     def close(self) -> None:
@@ -477,9 +474,7 @@ class _Running:
             self.trace.before(i)
             self.state, metrics = loop.step(self.state, batch, loop.given)
             self.meter.step()
-            if self.trace.ends(i):
-                self.rest()  # a trace may take long to write
-            self.trace.after(i, metrics)
+            self.trace.after(i, metrics, self.rest)
             self.pending.append((i, metrics))
             self.after(i + 1)
 

@@ -186,7 +186,7 @@ def make_adversary(
         heads.apply,
         schedule=schedule,
         weight=block.weight,
-        noise_time=adversarial.uniform_time(block.low * schedule.T, block.high * schedule.T),
+        noise_time=adversarial.uniform_time(schedule, block.low, block.high),
         loss=gan_loss,
         constrain=constrain,
     )
