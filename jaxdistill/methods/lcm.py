@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
 from jaxdistill.model import Model
-from jaxdistill.prediction import LossFn, diffuse
+from jaxdistill.prediction import LossFn, diffuse, expand
 from jaxdistill.sampling import (
     Constrain,
     consistency_function,
