@@ -4,121 +4,109 @@
         --config.teacher.folder=FOLDER --config.data.prompts=prompts.txt
 
 FOLDER is a pipeline as diffusers' `save_pretrained` writes it; no images are needed. Leaves
-runs/sd15/diffusers (a pipeline for diffusers) and runs/sd15/student (Orbax). Not run at full size
-yet: the iterations and rates below are a start, not a result. `configs/sd15.py:one` with
+runs/sd15/diffusers (a pipeline for diffusers) and runs/sd15/student (Orbax). Any method by name:
+`configs/sd15.py:matched`, `:dmd2`, ...; `configs/sd15.py:one` with
 --config.teacher.folder=runs/sd15/diffusers trains a student of one step alone on where that one's
-end.
+end. Not run at full size yet: the iterations and rates below are a start, not a result.
 """
 
 from ml_collections import ConfigDict
 
-from jaxdistill import variants
+from configs import base
+
+RATES = {
+    "imagine_flash": 1e-5,
+    "endpoint": 1e-5,
+    "direct": 1e-5,
+    "step_distillation": 1e-5,
+    "lcm": 1e-5,
+    "add": 1e-5,
+    "lightning": 1e-5,
+    "dmd2": 2e-6,
+    "tdm": 2e-6,
+}
+"""Of the students, all weights. LoRA takes ten times as much."""
 
 
 def get_config(name: str = "") -> ConfigDict:
-    """The config, or its variant `name`; every key can be set as --config.key=value."""
-    config = ConfigDict()
-    config.task = "text_to_image"
-    config.seed = 0
+    """The config; `name` is a method's, or "one"."""
+    return base.chosen(whole(), name, file="sd15")
 
-    config.teacher = ConfigDict(
+
+def whole() -> ConfigDict:
+    """The config with the settings of all methods."""
+    config = base.base("text_to_image", guidance=7.5)
+    config.teacher.update(
         {
             "folder": "",  # the pipeline
-            "architecture": "",  # instead of a folder, to plan a run (jaxdistill.aot): sd15 | sd21 | sdxl
-            "solver": "",  # ddim | dpm_solver_pp_2m | ...: of the teacher's own images instead of its folder's scheduler
-            "steps": 50,  # of the teacher's own images: in the health lines, and for the discriminator
-            "guidance": 7.5,
+            "architecture": "",  # instead, to plan a run (jaxdistill.aot): sd15 | sd21 | sdxl
+            "solver": "",  # ddim | dpm_solver_pp_2m: of its images, instead of its scheduler
+            "steps": 50,  # of its images: in the health lines, and for the discriminator
         }
     )
-    config.data = ConfigDict(
+    config.data.update(
         {
-            "prompts": "",  # .txt (one a line), .jsonl ("prompt" or "caption"), or tfds:name:split[:key]
-            "images": "",  # for adversarial.reals = "data": folder of images with metadata.jsonl, or tfds:name:split[:key of the captions]
+            # .txt (one a line), .jsonl ("prompt" or "caption"), or tfds:name:split[:key].
+            "prompts": "",
+            # For adversarial.reals = "data": folder of images with metadata.jsonl, or
+            # tfds:name:split[:key of the captions].
+            "images": "",
             "tfds_dir": "",  # data_dir of tensorflow-datasets; ~/tensorflow_datasets by default
-            "cache": "",  # folder of the encoded prompts; default: the workdir's
+            "cache": "",  # folder of prompts, latents and pairs; default: the workdir's
             "height": 0,  # pixels; 0: the checkpoint's
             "width": 0,
         }
     )
-    config.compute = ConfigDict(
+    config.compute.update(
         {
-            "dtype": "bfloat16",  # of the networks; norms and the student's parameters stay float32
+            "dtype": "bfloat16",  # of the networks; norms and the student's parameters are float32
             "teacher_dtype": "bfloat16",  # of the teacher's parameters
-            "attention": "auto",  # auto (looped on CPU, else plain) | plain | looped | chunked, flash (TPU)
+            # auto (looped on CPU, else plain) | plain | looped | chunked, flash (TPU).
+            "attention": "auto",
             "remat": "full",  # none | dots | full: what is computed again in the backward pass
-            "compilation_cache": "",  # folder or gs://bucket/path of compiled programs: a restart need not compile again
-            "scan": False,  # loop over the transformer blocks of a level: compiles sooner where there are many (XL)
+            "scan": False,  # loop over the blocks of a level: compiles sooner (XL)
         }
     )
-    config.mesh = ConfigDict(
-        {
-            "data": -1,  # devices by which the batch is divided; -1: all that the others leave
-            "fsdp": 1,  # by which the batch and the parameters, averages and optimizer state are divided
-            "tensor": 1,  # by which layers are divided
-            "smallest": 65536,  # arrays of fewer elements are copied
-            "rules": (),  # before `jaxdistill.partition.RULES`: (expression of the path, axes of the last dimensions)
-        }
-    )
-    config.student = ConfigDict(
+    config.student.update(
         {
             "iterations": 10_000,
             "health_every": 500,
-            "keep_best": "",  # a health number, such as distance_3: export the averages of the step where it was lowest
             "batch_size": 48,
-            "accumulate": 1,  # micro-batches a step: one is in memory at a time
-            "learning_rate": 1e-5,
             "warmup": 200,
-            "decay_to": 0.02,  # share of the rate at which its cosine ends
-            "weight_decay": 0.0,
-            "adam_b2": 0.999,
             "ema_decay": 0.999,
-            "steps": (1, 2, 3),
-            "lora_rank": 0,  # above 0: train low-rank updates of lora_targets only
-            # Regular expressions of the ends of layer names.
             "lora_targets": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
         }
     )
-    config.method = ConfigDict(
-        {
-            "name": "imagine_flash",  # imagine_flash | endpoint: ours, one step from another student's several (:one)
-            "backward": True,
-            "whole_trajectory": True,  # False: one random state an example
-            "noise_correction": True,
-            "srl": True,
-            "noise": "trajectory",  # trajectory | initial | fresh
-            "shift": "table",  # none | power | linear | table
-            "weight_power": 0.0,
-            "shortcut": 0.0,  # ours: weight of the first state's distance to the end of its trajectory
-            "teacher_steps": 2,  # k
-            "teacher_solver": "ddim",  # ddim | dpm_solver_pp_2m
-            "guidance": 7.5,  # scale of the teacher that is distilled
-        }
-    )
-    config.shifts = ConfigDict(
-        {
-            "power": {"strength": 0.3, "power": 3.0},
-            "linear": {"low": 0.1, "high": 0.9},
-            "table": {"times": (0.333, 0.5, 0.667, 1.0), "values": (0.45, 0.6, 0.7, 0.85)},
-        }
-    )
-    config.adversarial = ConfigDict(
-        {
-            "weight": 0.05,  # 0 switches it off
-            "loss": "hinge",
-            "learning_rate": 1e-4,
-            "width": 256,
-            "states": "one",  # of a row's states, which the discriminator judges: one at random | all
-            "low": 0.0,
-            "high": 1.0,
-            "reals": "teacher",  # teacher: a pool of its images is drawn first; data: config.data.images
-            "pool": 2000,
-        }
+    rates(config, 1.0)
+    table = {"times": (0.333, 0.5, 0.667, 1.0), "values": (0.45, 0.6, 0.7, 0.85)}
+    for flash in (config.methods.imagine_flash, config.methods.matched.flash):
+        flash.shifts.table = ConfigDict(table)
+    config.methods.matched.one.steps = 3
+    config.adversarial.update(
+        {"learning_rate": 1e-4, "width": 256, "states": "one", "reals": "teacher"}
     )
     config.export = ConfigDict({"dtype": "float16"})  # of the UNet in diffusers/
-    config.log = ConfigDict({"every": 10, "checkpoint_every": 500, "health_prompts": 4})
-    config.log.batch_size = 4  # images a device that are drawn at once: the health lines', and the teacher's for the discriminator
-    config.log.checkpoints = (
-        ""  # folder of the checkpoints, default: the workdir's; may be gs://bucket/path
+    config.log.update(
+        {
+            "every": 10,
+            "health_prompts": 4,
+            "batch_size": 4,  # images a device drawn at once: health lines and the teacher's
+            "checkpoints": "",  # their folder, default: the workdir's; may be gs://bucket/path
+            "profile": 0,  # steps of which a trace is written for TensorBoard
+        }
     )
-    config.log.profile = 0  # steps of which a trace is written for TensorBoard
-    return variants.chosen(config, name, file="sd15")
+    return config
+
+
+def rates(config: ConfigDict, factor: float) -> None:
+    """Learning rates of all methods."""
+    for name, rate in RATES.items():
+        block = config.methods[name]
+        block.learning_rate = factor * rate
+        if "fake_learning_rate" in block:
+            block.fake_learning_rate = factor * 1e-5
+    config.methods.lightning.adversarial_learning_rate = factor * 1e-6
+    matched = config.methods.matched
+    matched.flash.learning_rate = factor * 1e-5
+    matched.matching.update({"learning_rate": factor * 2e-6, "fake_learning_rate": factor * 1e-5})
+    matched.one.learning_rate = factor * 5e-6

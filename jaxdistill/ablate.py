@@ -5,22 +5,22 @@ One full run and its variants a seed, all distilled from one teacher; one table 
 seeds. A killed ablation goes on where it stopped; finished runs are not repeated.
 """
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 
-from jaxdistill import main
-from jaxdistill.metrics.distances import Metrics
-from jaxdistill.run import checkpoint, loop
-from jaxdistill.run.report import COLUMNS
-
-SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds, comma-separated; each trains its own teacher.")
-VARIANTS_FLAG = flags.DEFINE_list("variants", None, "Names of variants to run; default: all.")
+from jaxdistill import main as job
+from jaxdistill.errors import UserError
+from jaxdistill.run import checkpoint, report
+from jaxdistill.run.cli import Command, one_line_errors
+from jaxdistill.tasks.labelled_images.scores import Metrics
+from jaxdistill.tasks.labelled_images.task import COLUMNS
 
 
 class Variant(NamedTuple):
@@ -34,18 +34,18 @@ EPS = {"prediction": "eps", "schedule.name": "scaled_linear", "model.time_scale"
 
 VARIANTS: dict[str, Variant] = {
     "full": Variant({}, None),
-    "no noise correction": Variant({"method.noise_correction": False}),
-    "no discriminator": Variant({"adversarial.weight": 0.0}),
-    "no backward distillation": Variant({"method.backward": False}),
-    "no SRL": Variant({"method.srl": False}),
-    "SRL with fresh noise": Variant({"method.noise": "fresh"}),
-    "SRL with x_T": Variant({"method.noise": "initial"}),
-    "one random step": Variant({"method.whole_trajectory": False}),
+    "no noise correction": Variant({"methods.imagine_flash.noise_correction": False}),
+    "no discriminator": Variant({"methods.imagine_flash.adversarial_weight": 0.0}),
+    "no backward distillation": Variant({"methods.imagine_flash.backward": False}),
+    "no SRL": Variant({"methods.imagine_flash.srl": False}),
+    "SRL with fresh noise": Variant({"methods.imagine_flash.noise": "fresh"}),
+    "SRL with x_T": Variant({"methods.imagine_flash.noise": "initial"}),
+    "one random step": Variant({"methods.imagine_flash.whole_trajectory": False}),
     # Noise correction is the identity for v-prediction with zero terminal SNR, so an eps model
     # shows what it does.
     "eps model": Variant(EPS, None),
     "eps model, no noise correction": Variant(
-        {**EPS, "method.noise_correction": False}, "eps model"
+        {**EPS, "methods.imagine_flash.noise_correction": False}, "eps model"
     ),
 }
 
@@ -91,20 +91,26 @@ def summary(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[di
             row[key] = round(float(np.mean(values)), 4) if values else None
             row[f"{key}_sd"] = round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None
         rows.append(row)
-    shown = ("fd", "ratio", "accuracy", "precision", "recall", "diversity", "nearest_neighbour")
-    titles = [COLUMNS[key][0] for key in shown]
-    lines = [
-        "| variant | model | steps | " + " | ".join(titles) + " |",
-        "|" + "---|" * (3 + len(shown)),
+    keys = ("fd", "ratio", "accuracy", "precision", "recall", "diversity", "nearest_neighbour")
+    columns = {key: (key, "{}") for key in ("variant", "model", "steps")}
+    columns |= {key: (COLUMNS[key][0], "{}") for key in keys}
+
+    def cell(row: Mapping[str, Any], key: str) -> str:
+        spread = row[f"{key}_sd"]
+        return f"{row[key]:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+
+    shown = [
+        {
+            "variant": row["variant"],
+            "model": f"teacher, guidance {row['guidance']:g}"
+            if row["model"] == "teacher"
+            else "student",
+            "steps": row["steps"],
+            **{key: cell(row, key) for key in keys},
+        }
+        for row in rows
     ]
-    for row in rows:
-        texts = [
-            f"{row[k]:.3f}" + (f" ± {row[f'{k}_sd']:.3f}" if row[f"{k}_sd"] is not None else "")
-            for k in shown
-        ]
-        model = f"teacher, guidance {row['guidance']:g}" if row["model"] == "teacher" else "student"
-        lines.append(f"| {row['variant']} | {model} | {row['steps']} | " + " | ".join(texts) + " |")
-    return rows, "\n".join(lines) + "\n"
+    return rows, report.markdown_table(shown, columns)
 
 
 def ablate(config: ConfigDict, workdir: Path, seeds: Sequence[int], names: Sequence[str]) -> str:
@@ -114,7 +120,7 @@ def ablate(config: ConfigDict, workdir: Path, seeds: Sequence[int], names: Seque
     """
     for name in names:
         if name not in VARIANTS:
-            raise main.UserError(
+            raise UserError(
                 f"--variants: {name!r} is not known; choose from {', '.join(map(repr, VARIANTS))}"
             )
     needed = [n for n in VARIANTS if n in names or any(VARIANTS[m].teacher_of == n for m in names)]
@@ -132,11 +138,7 @@ def ablate(config: ConfigDict, workdir: Path, seeds: Sequence[int], names: Seque
                     shutil.copytree(source / "extractor", folder / "extractor")
             path = folder / "results.json"
             print(f"\n== {name}, seed {seed}{' (done)' if path.exists() else ''}", flush=True)
-            run = (
-                main.read_results(path)
-                if path.exists()
-                else main.run(changed(config, changes), folder)
-            )
+            run = read_results(path) if path.exists() else job.run(changed(config, changes), folder)
             references.setdefault(
                 name,
                 (
@@ -183,25 +185,34 @@ def heading(report: Mapping[str, Any]) -> str:
     )
 
 
-def cli() -> None:
-    """Parse the flags and run."""
-    main.parse_flags()
-    logging.set_verbosity(logging.FATAL)  # as in main
-    config = main.given_config()
+def read_results(path: Path) -> dict[str, Any]:
+    """A results.json. Raises UserError if it is damaged."""
     try:
-        seeds = [int(seed) for seed in SEEDS.value]
+        found: dict[str, Any] = json.loads(path.read_text())
     except ValueError:
-        main.fail(f"--seeds={','.join(SEEDS.value)} is no list of whole numbers")
-    try:
-        print(
-            ablate(config, Path(main.WORKDIR.value), seeds, VARIANTS_FLAG.value or list(VARIANTS))
-        )
-    except loop.Stopped as stopped:
-        print(stopped)
-    except (main.UserError, loop.NonFiniteError) as error:
-        main.fail(str(error))
+        raise UserError(f"{path} is damaged; remove it and run again") from None
+    return found
+
+
+def define(values: flags.FlagValues) -> None:
+    """The command's own flags."""
+    about = "Seeds, comma-separated; each trains its own teacher."
+    flags.DEFINE_list("seeds", ["0"], about, flag_values=values)
+    flags.DEFINE_list("variants", None, "Names of variants; default: all.", flag_values=values)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    with one_line_errors():
+        command = Command(__doc__, define=define).parse(argv)
+        config = command.given_config()
+        try:
+            seeds = [int(seed) for seed in command.seeds]
+        except ValueError:
+            given = ",".join(command.seeds)
+            raise UserError(f"--seeds={given} is no list of whole numbers") from None
+        print(ablate(config, command.folder(), seeds, command.variants or list(VARIANTS)))
 
 
 if __name__ == "__main__":
-    with main.full_disk_is_one_line():
-        cli()
+    main()

@@ -11,81 +11,85 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
-from jaxdistill import main
 from jaxdistill.costs import plan
+from jaxdistill.errors import UserError
 from jaxdistill.run import checkpoint
-from jaxdistill.run.workdir import missing_extra
-
-TOPOLOGY = flags.DEFINE_string("topology", None, f"CHIP:SHAPE, as {plan.KNOWN}.")
-SLICES = flags.DEFINE_integer(
-    "slices", 1, "Slices of that topology, joined by the data-center network."
-)
-JSON = flags.DEFINE_string("json", None, "File for the report as JSON.")
-PROGRAM = flags.DEFINE_enum(
-    "program",
-    "step",
-    list(plan.PROGRAMS),
-    "The train step; the student's sampler of config.student.batch_size images, decoded; or a step"
-    " of the teacher's images, config.log.batch_size a chip, of the chips of one host.",
-)
-SEARCH = flags.DEFINE_bool(
-    "search", False, "Find the largest batch a chip that fits; compiles several times."
-)
+from jaxdistill.run.cli import Command, one_line_errors
 
 
-def check_flags() -> None:
-    """End with one line where flags are missing or do not go together."""
-    if TOPOLOGY.value is None:
-        main.fail(f"--topology is missing: CHIP:SHAPE, as {plan.KNOWN}")
-    if JSON.value and not Path(JSON.value).resolve().parent.is_dir():
-        main.fail(f"--json={JSON.value}: the folder {Path(JSON.value).parent} does not exist")
-    if SEARCH.value and PROGRAM.value == "teacher":
-        main.fail(
+def define(values: flags.FlagValues) -> None:
+    """The command's own flags."""
+    about = f"CHIP:SHAPE, as {plan.KNOWN}."
+    flags.DEFINE_string("topology", None, about, flag_values=values)
+    about = "Slices of that topology, joined by the data-center network."
+    flags.DEFINE_integer("slices", 1, about, flag_values=values)
+    flags.DEFINE_string("json", None, "File for the report as JSON.", flag_values=values)
+    about = (
+        "The train step; the student's sampler of config.student.batch_size images, decoded; or a"
+        " step of the teacher's images, config.log.batch_size a chip, of the chips of one host."
+    )
+    flags.DEFINE_enum("program", "step", list(plan.PROGRAMS), about, flag_values=values)
+    about = "Of a method in several stages, the one whose step is compiled; default: the largest."
+    flags.DEFINE_string("stage", "", about, flag_values=values)
+    about = "Find the largest batch a chip that fits; compiles several times."
+    flags.DEFINE_bool("search", False, about, flag_values=values)
+
+
+def check_flags(command: Command) -> None:
+    """Raise UserError where flags are missing or do not go together."""
+    if command.topology is None:
+        raise UserError(f"--topology is missing: CHIP:SHAPE, as {plan.KNOWN}")
+    if command.json and not Path(command.json).resolve().parent.is_dir():
+        raise UserError(
+            f"--json={command.json}: the folder {Path(command.json).parent} does not exist"
+        )
+    if command.search and command.program == "teacher":
+        raise UserError(
             "--search looks for config.student.batch_size: leave it out, and set"
             " --config.log.batch_size, the teacher's images a chip"
         )
-    if SLICES.value < 1:
-        main.fail(f"--slices must be at least 1, got {SLICES.value}")
+    if command.slices < 1:
+        raise UserError(f"--slices must be at least 1, got {command.slices}")
 
 
-def cli() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the report; exit code 1 where the job does not fit, 2 for a mistake."""
-    main.parse_flags()
-    check_flags()
-    config = main.given_config(workdir=False)
-    jax.config.update("jax_platforms", "cpu")  # the devices of this machine play no part
-    try:
-        report = plan.plan(
-            config, TOPOLOGY.value, find=SEARCH.value, slices=SLICES.value, program=PROGRAM.value
-        )
-    except plan.DoesNotFit as error:
-        lines = plan.largest_buffers(error.report)
-        print(f"error: {error}; {plan.knobs(config)}", *lines, sep="\n", file=sys.stderr)
-        sys.exit(1)
-    except ModuleNotFoundError as error:
-        main.fail(missing_extra(error))
-    except (ValueError, OSError) as error:
-        main.fail(str(error))
+    with one_line_errors():
+        command = Command(__doc__, workdir=False, define=define).parse(argv)
+        check_flags(command)
+        config = command.given_config()
+        jax.config.update("jax_platforms", "cpu")  # the devices of this machine play no part
+        options = {"find": command.search, "slices": command.slices, "stage": command.stage}
+        try:
+            report = plan.plan(config, command.topology, program=command.program, **options)
+        except plan.DoesNotFit as error:
+            lines = plan.largest_buffers(error.report)
+            print(f"error: {error}; {plan.knobs(config)}", *lines, sep="\n", file=sys.stderr)
+            sys.exit(1)
+        show(report, config, command.json)
+
+
+def show(report: dict[str, Any], config: ConfigDict, path: str | None) -> None:
+    """Print the report and write it; exit code 1 where the job does not fit."""
     print(plan.text_of(report))
-    if JSON.value:
+    if path:
         command = shlex.join(["python", "-m", "jaxdistill.aot", *sys.argv[1:]])
         whole = {"command": command, **report, "config": json.loads(config.to_json())}
-        checkpoint.write_json(Path(JSON.value), whole)
+        checkpoint.write_json(Path(path), whole)
     if not report["fits"]:
         memory = report["memory_gib"]
         largest = sorted(plan.kinds_of(report), key=lambda kind: -memory[kind])
         lines = [f"  {kind}: {memory[kind]:.2f} GiB" for kind in largest]
-        print(*lines, sep="\n", file=sys.stderr)
-        print(
-            f"error: {memory['needed']} GiB a chip do not fit; {plan.knobs(config)}",
-            file=sys.stderr,
-        )
+        needed = f"error: {memory['needed']} GiB a chip do not fit; {plan.knobs(config)}"
+        print(*lines, needed, sep="\n", file=sys.stderr)
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    cli()
+    main()

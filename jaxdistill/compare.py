@@ -87,7 +87,7 @@ def read_prompts(paths: Sequence[str], repeat: int = 1) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = []
     for path in paths:
         category = {"category": Path(path).stem} if len(paths) > 1 else {}
-        items += [{**category, **item} for item in pipeline.read_prompts(path)]
+        items += [{**category, **item} for item in prompts.read_prompts(path)]
     return [item for item in items for _ in range(repeat)]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxdistill.errors import UserError
-from jaxdistill.run import distributed
+from jaxdistill.run import checkpoint, compilation, distributed
 from jaxdistill.run.cli import Command, one_line_errors
 from jaxdistill.run.loop import StopSignal
 from jaxdistill.run.run import Run
@@ -32,6 +32,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(str(error)) from error
     prepare_workdir(workdir, config)
+    if cache := config.compute.compilation_cache:
+        if "://" in cache:  # JAX only warns, and compiles at each start
+            checkpoint.reach(cache, f"config.compute.compilation_cache = {cache}")
+    compilation.use_cache(cache)
     if (workdir / "results.json").exists():
         say(f"{workdir} is finished: evaluating it again")
     with StopSignal().installed() as stop:

@@ -230,7 +230,7 @@ def test_a_prompt_file_that_cannot_be_used_is_named(name, tmp_path):
     content, words = PROMPT_FILES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(PromptError) as failure:
-        pipeline.read_prompts(tmp_path / name)
+        prompts.read_prompts(tmp_path / name)
     assert words in str(failure.value) and name in str(failure.value)
 
 
@@ -238,12 +238,12 @@ def test_prompts_keep_their_other_keys(tmp_path):
     (tmp_path / "p.jsonl").write_text(
         '{"caption": "a cat", "category": "color"}\n\n{"prompt": "b"}\n'
     )
-    assert pipeline.read_prompts(tmp_path / "p.jsonl") == [
+    assert prompts.read_prompts(tmp_path / "p.jsonl") == [
         {"caption": "a cat", "category": "color", "prompt": "a cat"},
         {"prompt": "b"},
     ]
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
-    assert [item["prompt"] for item in pipeline.read_prompts(tmp_path / "p.txt")] == ["one", "two"]
+    assert [item["prompt"] for item in prompts.read_prompts(tmp_path / "p.txt")] == ["one", "two"]
 
 
 def test_old_folders_of_a_small_sample_size_draw_as_diffusers_does():

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from jaxdistill import partition
 from jaxdistill.costs import hlo
 from jaxdistill.costs.chips import CHIPS, Chip
+from jaxdistill.errors import UserError
 
 KNOWN = (
     "v4:2x2x1, v4:2x2x2, v4:2x2x4, v4:4x4x4, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v5p:2x2x2,"
@@ -36,7 +37,7 @@ WRITTEN = "*after_optimizations.txt"
 """Of the files that the compiler writes when told to dump: the text of what it made."""
 
 
-class AotError(ValueError):
+class AotError(UserError):
     """What cannot be planned, in one line."""
 
 
@@ -96,28 +97,31 @@ class Program(NamedTuple):
     rows: int
 
 
-def text_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
-    """The train step of a text-to-image config. Raises ValueError."""
+def text_program(config: ConfigDict, devices: Sequence[Any], stage: str = "") -> Program:
+    """The train step of a stage of a text-to-image config, by default the one with the most
+    networks. Raises ValueError.
+    """
+    from jaxdistill.run.phase import programs
     from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
     setup = TextSetup(config, open_teacher(config), devices=devices)
-    made, batch = setup.programs(), setup.abstract_batch()
-    state = made.state
+    stages = setup.recipe.stages
+    names = {found.name: i for i, found in enumerate(stages)}
+    if stage and stage not in names:
+        raise ValueError(f"--stage = {stage!r} is not known; choose one of {', '.join(names)}")
+    most = max(range(len(stages)), key=lambda i: (len(stages[i].networks), i))
+    i = names[stage] if stage else most
+    made = programs(setup.distillation.planned(i), setup.layout)
+    state, batch = made.state, setup.batch_shapes(stages[i])
     kinds = {
-        "student": state.params["student"],
+        **state.params,
         "average": state.ema_params,
         "optimizer": state.opt_state,
-        "discriminator": state.params["discriminator"],
-        "teacher": made.teacher,
+        "frozen": made.given,
         "batch": batch,
     }
-    return Program(
-        made.step,
-        (state, batch, made.teacher),
-        kinds,
-        setup.step_flops(),
-        config.student.batch_size,
-    )
+    rows = config.student.batch_size
+    return Program(made.step, (state, batch, made.given), kinds, setup.step_flops(i), rows)
 
 
 def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
@@ -133,7 +137,7 @@ def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     place = partition.batch_sharding(layout.mesh)
 
     noise = jax.ShapeDtypeStruct((rows, *setup.latent_shape), np.float32)
-    batch = partition.described((noise, setup.abstract_cond(rows)), place)
+    batch = partition.described((noise, setup.cond_shapes(rows)), place)
 
     def sample(unet: Any, vae: Any, noise: Any, cond: Any) -> Any:
         with partition.on_mesh(layout):
@@ -159,9 +163,7 @@ def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
 
     setup = TextSetup(config, open_teacher(config), devices=devices)
     layout = partition.own_layout(setup.layout, process=devices[0].process_index)
-    scheduler = diffusers_scheduler.of_folder(
-        setup.folder, solver=config.teacher.get("solver") or None
-    )
+    scheduler = diffusers_scheduler.of_folder(setup.folder, solver=config.teacher.solver or None)
     rows, guided = (
         config.log.batch_size * partition.parts(layout.mesh),
         config.teacher.guidance > 1.0,
@@ -169,11 +171,11 @@ def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     place, whole = partition.batch_sharding(layout.mesh), partition.replicated(layout.mesh)
     teacher = layout.describe(setup.frozen(setup.abstract))
     noise, cond = partition.described(
-        (jax.ShapeDtypeStruct((rows, *setup.latent_shape), np.float32), setup.abstract_cond(rows)),
+        (jax.ShapeDtypeStruct((rows, *setup.latent_shape), np.float32), setup.cond_shapes(rows)),
         place,
     )
     null, scalar = partition.described(
-        (setup.abstract_null(), jax.ShapeDtypeStruct((), np.float32)), whole
+        (setup.null_shapes(), jax.ShapeDtypeStruct((), np.float32)), whole
     )
     begin = partial(scheduler.begin, run=scheduler.run(config.teacher.steps))
     # The first step's arguments as the run has them: the solver's state follows the start.
@@ -440,11 +442,17 @@ def search(
 
 
 def plan(
-    config: ConfigDict, name: str, *, find: bool, slices: int, program: str = "step"
+    config: ConfigDict,
+    name: str,
+    *,
+    find: bool,
+    slices: int,
+    program: str = "step",
+    stage: str = "",
 ) -> dict[str, Any]:
     """The report of one of PROGRAMS on a topology.
 
-    Raises ValueError, AotError, DoesNotFit, OSError.
+    `stage`: of a method in several, for "step". Raises UserError, DoesNotFit.
     """
     if config.get("task") != "text_to_image":
         raise AotError(
@@ -455,7 +463,12 @@ def plan(
     def make(rows: int) -> Program:
         changed = config.copy_and_resolve_references()
         changed.student.batch_size = rows
-        return PROGRAMS[program](changed, devices)
+        try:
+            if program == "step":
+                return text_program(changed, devices, stage)
+            return PROGRAMS[program](changed, devices)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     if find:
         step = int(config.student.accumulate)  # a micro-batch then has a row a chip

@@ -590,6 +590,7 @@ class Settings:
       teacher_solver: "ddim" or "dpm_solver_pp_2m".
       adversarial_weight: 0 switches the discriminator off.
       shortcut: ours: weight of the first state's distance to the end of its trajectory.
+      times: instead of config.student.times.
     """
 
     learning_rate: float = 1e-3
@@ -612,6 +613,7 @@ class Settings:
     teacher_solver: str = "ddim"
     adversarial_weight: float = 0.05
     shortcut: float = 0.0
+    times: Sequence[float] = ()
 
 
 def reconstruction_of(settings: Settings, T: float) -> Reconstruction:
@@ -654,7 +656,8 @@ def loss_of(
 
 def recipe(kit: Kit, settings: Settings) -> Recipe:
     """One stage. Raises ValueError."""
-    sampler = kit.trajectory(noise_correction=settings.noise_correction)
+    correct = settings.noise_correction
+    sampler = kit.trajectory(noise_correction=correct, times=settings.times)
     optimizers = kit.optimizers(
         settings.learning_rate, discriminator=settings.adversarial_weight > 0
     )

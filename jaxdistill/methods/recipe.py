@@ -171,10 +171,13 @@ class Kit:
         """The step counts that a student serves."""
         return tuple(sorted(self.student.steps))
 
-    def trajectory(self, *, noise_correction: bool) -> SamplerSpec:
-        """The sampler of a method that trains on the student's own trajectory."""
+    def trajectory(self, *, noise_correction: bool, times: Sequence[float] = ()) -> SamplerSpec:
+        """The sampler of a method that trains on the student's own trajectory; `times` instead of
+        the nested ones that all share.
+        """
         student = self.student
-        return SamplerSpec("ddim", student.grid, tuple(student.times), noise_correction)
+        shared = tuple(times or student.times)
+        return SamplerSpec("ddim", student.grid, shared, noise_correction)
 
     def grids(self, sampler: SamplerSpec, steps: Sequence[int] = ()) -> list[np.ndarray]:
         """The sampler's grids of these numbers of steps, by default of all that are served."""

@@ -35,6 +35,7 @@ from PIL import Image
 
 from jaxdistill.errors import UserError
 from jaxdistill.interop import diffusers_folder, torch_weights
+from jaxdistill.interop.prompts import load_tokenizer
 from jaxdistill.interop.torch_weights import WeightFiles
 from jaxdistill.metrics.distances import gaussian_distance as frechet_distance
 from jaxdistill.metrics.distances import precision_recall, weights_hash
@@ -42,7 +43,6 @@ from jaxdistill.models.text.clip import ACTIVATIONS
 from jaxdistill.models.vision import inception
 from jaxdistill.models.vision.clip_vision import CLIPVision
 from jaxdistill.run import checkpoint
-from jaxdistill.tasks.text_to_image.pipeline import load_tokenizer
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 RECIPE = (

@@ -1,5 +1,6 @@
 """A method on a task: the programs of its stages, what they cost, and the students they leave."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +18,7 @@ from jaxdistill.run.phase import Training
 from jaxdistill.run.seeds import key_of
 from jaxdistill.run.task import Task
 from jaxdistill.run.workdir import say
+from jaxdistill.sampling import unconstrained
 from jaxdistill.train import Objective, critic_gradient_of, gradient_of, student_of
 
 HEADS = "discriminator"
@@ -36,6 +38,8 @@ class Student(NamedTuple):
 
 class Runner(Protocol):
     """What trains: `run.Run`."""
+
+    flops: Callable[[int], float] | None
 
     def train(self, training: Training) -> Trained:
         """One training to its end."""
@@ -137,6 +141,31 @@ class Distillation:
             else:
                 gradient_of(self.loss(i)).trace(params, given, batch, key)
 
+    def check_batch(self) -> None:
+        """Raise ValueError where the rows of a micro-batch do not divide as a stage needs them:
+        its losses are traced with a network that does nothing.
+        """
+        task, student = self.task, self.task.config.student
+        kit = task.kit({})
+        stub = dataclasses.replace(
+            kit,
+            network=kit.network._replace(apply=lambda params, x, t, cond: x, shares=False),
+            null_cond=lambda cond: cond,
+            features=lambda params, x, t, cond: [x],
+            heads=lambda params, states, cond: states[0].reshape(len(states[0]), -1),
+            constrain=unconstrained,
+        )
+        for stage in self._build(stub).stages:
+            shapes = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(
+                    (a.shape[0] // student.accumulate, *a.shape[1:]), a.dtype
+                ),
+                task.batch_shapes(stage),
+            )
+            networks = dict.fromkeys(stage.networks, {})
+            teacher: Any = {"original": {}, "previous": {}} if stage.teacher == "both" else {}
+            jax.eval_shape(stage.loss, networks, teacher, shapes, jax.random.key(0))
+
     # -- budget
 
     def flops(self, i: int) -> float:
@@ -223,6 +252,25 @@ class Distillation:
             examples=student.batch_size,
         )
 
+    def planned(self, i: int) -> Training:
+        """A stage as a training without data or weights, for its programs."""
+        student = self.task.config.student
+        return Training(
+            name=self.phase(i),
+            objective=self.objective(i, max(student.iterations, 1)),
+            params=dict,
+            shapes=self.shapes(i),
+            key=jax.random.key(0),
+            batches=lambda i: None,
+            given=self.given_shapes(i),
+            health=lambda averages, step: {},
+            steps=student.iterations,
+            health_every=1,
+            ema_decay=student.ema_decay,
+            ema_of=student_of,
+            accumulate=student.accumulate,
+        )
+
     def watched(self, i: int) -> Sequence[int]:
         """The step counts that a stage's health line shows."""
         return tuple(self.recipe.stages[i].serves) or (max(self.task.config.student.steps),)
@@ -242,6 +290,8 @@ class Distillation:
         for i, stage in enumerate(self.recipe.stages):
             line = health(self.phase(i), self.watched(i))
             training = self.training(i, teacher, null, current, line)
+            if run.flops is not None:
+                training = dataclasses.replace(training, flops=run.flops(i))
             trained = run.train(training)
             current = jax.tree.map(np.asarray, trained.state.ema_params)
             if stage.serves:

@@ -16,13 +16,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxdistill.errors import UserError
+
 HEARTBEAT_SECONDS = 20
 """A process that has not been heard of for so long is taken for dead, and ends the others."""
 
 _own_folder = False
-
-
-from jaxdistill.errors import UserError
 
 
 class DistributedError(UserError):

@@ -1,5 +1,6 @@
 """A run: a task and a method in a workdir. Phases, caches, seconds, and the files of its results."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +45,13 @@ class Run:
         (workdir / "samples").mkdir(exist_ok=True)
         seconds = workdir / "seconds.json"
         self.seconds: dict[str, float] = json.loads(seconds.read_text()) if seconds.exists() else {}
+
+        self.flops: Callable[[int], float] | None = None
+        """Of a step of a stage on all devices, for MFU."""
+
+    def drawn_on(self, layout: Layout | None) -> None:
+        """The averages of the health lines are wanted on these devices of this process."""
+        self.place = dataclasses.replace(self.place, own=layout)
 
     # -- time
 

@@ -559,8 +559,7 @@ class SmallTask:
     # -- the student
 
     def students(self, run: Run, teacher: Any) -> list[Student]:
-        """Trained, or from the checkpoints."""
-        self.prepare(run, teacher)
+        """Trained, or from the checkpoints. `prepare` first."""
         return self.distillation.students(run, teacher, {}, self.health(run, teacher).of)
 
     def export(self, run: Run, students: Sequence[Student], teacher: Any) -> dict[int, Any]:

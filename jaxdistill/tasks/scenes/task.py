@@ -63,11 +63,18 @@ class SceneData:
     """
 
     def __init__(
-        self, config: ConfigDict, folder: Path, *, watch: Callable[..., Any] = iter
+        self,
+        config: ConfigDict,
+        folder: Path,
+        *,
+        base: Path | None = None,
+        watch: Callable[..., Any] = iter,
     ) -> None:
-        """`folder`: of what is made from the source, and of embeddings."""
+        """`folder`: of what is made from the source, and of embeddings. `base`: where a recogniser
+        is trained, by default there; config.base wins.
+        """
         self.config = config
-        self.base = Path(config.base) if config.base else folder
+        self.base = Path(config.base) if config.base else base or folder
         self.encoder = sentence_encoder.load(config.text.folder)
         self.sources: Mapping[str, Any] = {}
         source = config.data.source
@@ -204,6 +211,7 @@ class Scenes(SmallTask):
     ) -> None:
         check(config)
         self.data = data or SceneData(config, cache_folder(config))
+        """Captions, embeddings and, where there is a source, real scenes."""
         super().__init__(
             config,
             about={"name": "scenes", "image_shape": list(SHAPE), "range": [-1.0, 1.0]},
@@ -267,7 +275,10 @@ class Scenes(SmallTask):
 
     def execute(self, run: Run) -> dict[str, Any]:
         """The whole job; returns what results.json holds, {} in processes other than the first."""
+        if not self.config.base:
+            self.data.base = run.workdir
         teacher = self.teacher(run)
+        self.prepare(run, teacher)
         served = self.export(run, self.students(run, teacher), teacher)
         run.place.stop.release()
         return self.evaluate(run, teacher, served)

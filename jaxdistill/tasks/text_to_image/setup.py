@@ -1,9 +1,9 @@
-"""From a text-to-image config and a pipeline's configs to the program of its distillation; no
+"""From a text-to-image config and a pipeline's configs to the programs of its distillation; no
 weights, no data, no files.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -11,26 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdistill import partition
+from jaxdistill import methods, partition
 from jaxdistill.costs.flops import flops_of
-from jaxdistill.interop import architectures, card, diffusers_folder, diffusers_scheduler, lora
+from jaxdistill.interop import architectures, diffusers_folder, diffusers_scheduler
 from jaxdistill.interop.diffusers_folder import Folder
-from jaxdistill.methods import imagine_flash as flash
+from jaxdistill.interop.diffusers_scheduler import Scheduler
+from jaxdistill.methods.recipe import Kit, SamplerSpec, Stage
+from jaxdistill.model import Model, full_weights, low_rank
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.models.stable_diffusion.unet_condition import REMAT_POLICIES, STACK
-from jaxdistill.prediction import LossFn, as_denoiser, v_prediction
-from jaxdistill.run.workdir import Programs, programs
-from jaxdistill.sampling import TimeGrid, check_grid, trailing_grid
-from jaxdistill.tasks.labelled_images.experiment import (
-    check_keep_best,
-    check_numbers,
-    from_student,
-    make_adversary,
-    make_student_loss,
-    make_student_optimizer,
-    student_of,
-)
+from jaxdistill.names import choose
+from jaxdistill.prediction import as_denoiser, v_prediction
+from jaxdistill.run.distillation import Distillation, check_keep_best
+from jaxdistill.run.seeds import key_of
+from jaxdistill.sampling import TimeGrid
+from jaxdistill.tasks.settings import adversarial_settings, check_config, student_settings
 from jaxdistill.tasks.text_to_image import pipeline
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -46,13 +42,14 @@ def open_teacher(config: ConfigDict) -> Folder:
     Raises ValueError.
     """
     compute = config.compute
-    for key, table in (
-        ("dtype", DTYPES),
-        ("teacher_dtype", DTYPES),
-        ("attention", ATTENTION),
-        ("remat", REMAT_POLICIES),
-    ):
-        card.choose(table, compute[key], f"config.compute.{key}")
+    tables: Mapping[str, Mapping[str, Any]] = {
+        "dtype": DTYPES,
+        "teacher_dtype": DTYPES,
+        "attention": ATTENTION,
+        "remat": REMAT_POLICIES,
+    }
+    for key, table in tables.items():
+        choose(table, compute[key], f"config.compute.{key}")
     options: dict[str, Any] = {
         "attention": compute.attention,
         "remat": compute.remat,
@@ -61,16 +58,14 @@ def open_teacher(config: ConfigDict) -> Folder:
     }
     if config.teacher.folder:
         return diffusers_folder.open_folder(config.teacher.folder, **options)
-    name = config.teacher.get("architecture", "")
-    return architectures.folder(
-        card.choose(architectures.PIPELINES, name, "config.teacher.architecture"), **options
-    )
+    name = config.teacher.architecture
+    found = choose(architectures.PIPELINES, name, "config.teacher.architecture")
+    return architectures.folder(found, **options)
 
 
 class TextSetup:
-    """The loss, the optimizer and where arrays live.
-
-    Making it checks the config and computes nothing heavy.
+    """What a method asks for (`run.task.Task`) on a pipeline folder. Making it checks the config
+    and computes nothing heavy.
 
     `devices` may be those of a TPU topology that is not here.
     """
@@ -78,293 +73,184 @@ class TextSetup:
     def __init__(
         self, config: ConfigDict, folder: Folder, *, devices: Sequence[Any] | None = None
     ) -> None:
+        check_config(config)
         self.config, self.folder = config, folder
-        check_numbers(config)
         student = config.student
-        card.choose(DTYPES, config.export.dtype, "config.export.dtype")
+        choose(DTYPES, config.export.dtype, "config.export.dtype")
         self.stacked = STACK if config.compute.scan else ""
-        plain = diffusers_scheduler.student_config(self.folder.scheduler, noise_correction=False)
-        scheduler = diffusers_scheduler.of_folder(self.folder._replace(scheduler=plain))
-        self.schedule, self.unet = scheduler.schedule, self.folder.unet.module
-        self.grids: dict[int, TimeGrid] = {n: self.grid(n) for n in sorted(student.steps)}
-        check_keep_best(student.keep_best, ("distance",), self.grids)
-        self.size = pipeline.image_size(
-            self.folder, config.data.height or None, config.data.width or None
-        )
-        factor = self.folder.vae.module.factor
-        self.latent_shape = (self.size[0] // factor, self.size[1] // factor, self.unet.in_channels)
+        self.unet = folder.unet.module
+        plain = self._scheduler(SamplerSpec())
+        self.schedule, self.parameterization = plain.schedule, plain.parameterization
+        height, width = config.data.height or None, config.data.width or None
+        self.size = pipeline.image_size(folder, height, width)
+        factor = folder.vae.module.factor
+        self.latent_shape = (*(side // factor for side in self.size), self.unet.in_channels)
         self.layout = partition.layout(config.mesh.to_dict(), devices=devices)
-        if student.accumulate < 1 or student.batch_size % student.accumulate:
-            raise ValueError(
-                f"config.student.accumulate = {student.accumulate} must be at least 1 and divide"
-                f" config.student.batch_size = {student.batch_size}"
-            )
         micro = student.batch_size // student.accumulate
-        name = "config.student.batch_size" + (
-            " / config.student.accumulate" if student.accumulate > 1 else ""
-        )
-        partition.check_batch(micro, self.layout.mesh, name)
-        shared = len(flash.unique_grids(list(self.grids.values())))
-        if micro % shared:
-            raise ValueError(
-                f"{name} = {micro} must be a multiple of the {shared} time grids that share it"
-            )
-        self.adversarial = config.adversarial.weight > 0
-        if not config.method.backward:
-            raise ValueError(
-                "config.method.backward = False needs images as data; a text-to-image run trains on"
-                " the student's own trajectory"
-            )
-        self.abstract = diffusers_folder.abstract_params(self.folder.unet)
-        if student.lora_rank < 0:
-            raise ValueError(
-                "config.student.lora_rank must be at least 0 (0: train all weights), got"
-                f" {student.lora_rank}"
-            )
-        if student.lora_rank:
-            lora.layers(self.abstract, student.lora_targets)
+        divided = " / config.student.accumulate" if student.accumulate > 1 else ""
+        partition.check_batch(micro, self.layout.mesh, f"config.student.batch_size{divided}")
+        self.abstract = diffusers_folder.abstract_params(folder.unet)
         self.layout.of(self.abstract)
+        self.weights = full_weights()
+        if student.lora_rank:
+            key, targets = key_of(config.seed, "lora"), tuple(student.lora_targets)
+            options: dict[str, Any] = {"stacked": self.stacked, "beside": True}
+            self.weights = low_rank(key, targets, student.lora_rank, **options)
+            jax.eval_shape(self.weights.fresh, self.abstract)  # tells of bad targets
+        self._heads = FeatureHeads(config.adversarial.width)
+        build = methods.build(config.method.name, config.methods.to_dict())
+        self.distillation = Distillation(self, build)
+        self.recipe = self.distillation.recipe
+        self.distillation.check_batch()
+        check_keep_best(student.keep_best, ("distance",), self.kit({}).steps)
         # For v-prediction from zero terminal SNR the corrected noise is the network's own.
-        exact = (
-            scheduler.parameterization is v_prediction
-            and float(self.schedule.alpha(self.schedule.T)) < 1e-6
-        )
-        self.correct_noise = bool(config.method.noise_correction) and not exact
-        self.scheduler = scheduler._replace(noise_correction=self.correct_noise)
-        if from_student(config):
+        ends = float(self.schedule.alpha(self.schedule.T)) < 1e-6
+        exact = self.parameterization is v_prediction and ends
+        spec = self.recipe.sampler
+        self.correct_noise = spec.noise_correction and spec.solver == "ddim" and not exact
+        self.scheduler = self._scheduler(spec)
+        self.grids: dict[int, TimeGrid] = {n: self.grid(spec, n) for n in self.kit({}).steps}
+        if self.recipe.learns_from:
             self.check_student(config.teacher.folder)
-        self.heads = FeatureHeads(config.adversarial.width)
-        self.loss = self.make_loss()
-        self.tx = make_student_optimizer(config)
 
-    def grid(self, steps: int) -> TimeGrid:
-        """The student's times."""
-        return check_grid(trailing_grid(steps, self.schedule.T, discrete=True), self.schedule.T)
+    # -- what a method asks for
+
+    def kit(self, null: Any) -> Kit:
+        """The network, guided by this null conditioning, and what the methods share."""
+        config, apply = self.config, self.unet.apply
+        return Kit(
+            network=Model(apply, self.schedule, self.parameterization, shares=True),
+            null_cond=partial(pipeline.with_null, null),
+            grid=self.grid,
+            features=partial(apply, features=True),
+            heads=self._heads.apply,
+            student=student_settings(config.student),
+            adversarial=adversarial_settings(config.adversarial),
+            constrain=partition.constrain_batch(self.layout.mesh),
+            unroll=config.compute.unroll,
+        )
+
+    def grid(self, spec: SamplerSpec, steps: int) -> TimeGrid:
+        """A student's times: those at which its stock scheduler calls it. Raises ValueError."""
+        if spec.grid != "trailing":
+            raise ValueError(
+                f"grid = {spec.grid!r}: a pipeline folder's student is sampled by a stock"
+                " scheduler, which has the trailing grid alone"
+            )
+        return diffusers_scheduler.student_grid(spec.solver, steps, self.schedule.T)
+
+    def frozen(self, tree: Any) -> Any:
+        """Shapes of weights in the dtype of what is not trained."""
+        dtype = DTYPES[self.config.compute.teacher_dtype]
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), tree)
+
+    def null_shapes(self) -> dict[str, Any]:
+        """Shapes of the null conditioning."""
+        return {name: a for name, a in self.cond_shapes(1).items() if name != "time_ids"}
+
+    def inside(self, tree: Any) -> Any:
+        """Whole over "fsdp", kernels in the dtype of the computation."""
+        return self.layout.gathered(tree, DTYPES[self.config.compute.dtype])
+
+    def cond_shapes(self, rows: int) -> dict[str, Any]:
+        """Shapes of a batch's conditioning."""
+        _, _, cond = diffusers_folder.example_inputs(self.folder.unet)
+        shapes = {name: (rows, *a.shape[1:]) for name, a in cond.items()}
+        shapes["context"] = (rows, TOKENS, cond["context"].shape[-1])
+        return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+
+    def batch_shapes(self, stage: Stage) -> dict[str, Any]:
+        """Shapes of a batch, on the mesh."""
+        rows = self.config.student.batch_size
+        latents = jax.ShapeDtypeStruct((rows, *self.latent_shape), np.float32)
+        found = {"x0": latents, "cond": self.cond_shapes(rows)}
+        if stage.data == "pairs":
+            found |= {"noise": latents, "target": latents}
+        if stage.reals:
+            found |= {"real": latents, "real_cond": found["cond"]}
+        return partition.described(found, partition.batch_sharding(self.layout.mesh))
+
+    def heads(self, stage: Stage) -> Any:
+        """First parameters of the stage's discriminator."""
+        x, t, cond = diffusers_folder.example_inputs(self.folder.unet)
+        key = key_of(self.config.seed, f"discriminator {stage.name}")
+
+        def states_of(*inputs: Any) -> Any:
+            return stage.seen(self.unet.apply(*inputs, features=True))
+
+        return fresh_heads(self._heads, key, states_of, self.abstract, x, t, cond, cond=cond)
+
+    # -- the student's sampler
+
+    def _scheduler(self, spec: SamplerSpec) -> Scheduler:
+        config = self.scheduler_config(spec)
+        return diffusers_scheduler.of_folder(self.folder._replace(scheduler=config))
+
+    def scheduler_config(self, spec: SamplerSpec) -> dict[str, Any]:
+        """The student's scheduler_config.json."""
+        correct = getattr(self, "correct_noise", False)
+        teacher = self.folder.scheduler
+        options = {"solver": spec.solver, "noise_correction": correct}
+        return diffusers_scheduler.student_config(teacher, **options)
 
     def check_student(self, path: str) -> None:
         """Raise ValueError where the folder is not drawn from as a student is; a published
         architecture stands for one that is.
         """
-        found, correct = self.folder.scheduler, bool(self.config.method.noise_correction)
-        for key, value in diffusers_scheduler.student_config(
-            found, noise_correction=self.correct_noise
-        ).items():
+        found = self.folder.scheduler
+        for key, value in self.scheduler_config(self.recipe.sampler).items():
             if path and found.get(key) != value:
                 raise ValueError(
-                    f"config.teacher.folder = {path} is no student with"
-                    f" config.method.noise_correction = {correct}: its scheduler's {key} is"
-                    f" {found.get(key)!r}, not {value!r}; give the diffusers/ folder of a"
-                    " finished run"
+                    f"config.teacher.folder = {path} is no student with noise_correction ="
+                    f" {self.correct_noise}: its scheduler's {key} is {found.get(key)!r}, not"
+                    f" {value!r}; give the diffusers/ folder of a finished run"
                 )
-
-    def make_loss(self) -> LossFn:
-        """The config's method on this folder's network; with LoRA the student is the teacher's
-        weights plus the updates.
-
-        Its second argument is {"teacher", "null"}: a null conditioning in the program would tie the
-        program to a text encoder's weights.
-        """
-        config, dtype = self.config, DTYPES[self.config.compute.dtype]
-        constrain = partition.constrain_batch(self.layout.mesh)
-        network = flash.Model(
-            self.unet.apply, self.schedule, self.scheduler.parameterization, shares=True
-        )
-        adversary = make_adversary(
-            config.adversarial,
-            partial(self.unet.apply, features=True),
-            self.heads,
-            self.schedule,
-            constrain,
-        )
-
-        def with_null(null: Any) -> LossFn:
-            return make_student_loss(
-                config,
-                network,
-                grids=list(self.grids.values()),
-                several=self.grid,
-                null_cond=partial(pipeline.with_null, null),
-                adversary=adversary,
-                adversary_states=config.adversarial.states,
-                constrain=constrain,
-            )
-
-        with_null({})  # a mistake in the config is told now
-
-        def with_base(
-            params: Any, given: Any, batch: Any, key: jax.Array
-        ) -> tuple[jax.Array, dict[str, jax.Array]]:
-            with (
-                jax.ensure_compile_time_eval()
-            ):  # tables of the method are numbers, also where a step is traced
-                loss = with_null(given["null"])
-            params, teacher = (
-                self.layout.gathered(params, dtype),
-                self.layout.gathered(given["teacher"], dtype),
-            )
-            with partition.on_mesh(self.layout):
-                return loss(
-                    {**params, "student": self.variables(params["student"], teacher)},
-                    teacher,
-                    batch,
-                    key,
-                )
-
-        return with_base
-
-    def variables(self, student: Any, teacher: Any) -> Any:
-        """What the network is applied to: the student's parameters, or the teacher's with the
-        student's updates beside them.
-        """
-        if not self.config.student.lora_rank:
-            return student
-        return {**jax.lax.stop_gradient(teacher), "lora": student}
-
-    def fresh_updates(self) -> Any:
-        """LoRA updates of zero."""
-        student = self.config.student
-        return lora.init(
-            jax.random.key(self.config.seed),
-            self.abstract,
-            student.lora_targets,
-            student.lora_rank,
-            stacked=self.stacked,
-        )
-
-    def fresh_heads(self) -> Any:
-        """The discriminator's first parameters, {} without one."""
-        if not self.adversarial:
-            return {}
-        x, t, cond = diffusers_folder.example_inputs(self.folder.unet)
-        states_of = partial(self.unet.apply, features=True)
-        return fresh_heads(
-            self.heads,
-            jax.random.key(self.config.seed + 2),
-            states_of,
-            self.abstract,
-            x,
-            t,
-            cond,
-            cond=cond,
-        )
-
-    # -- what a compiler needs to know
-
-    def abstract_cond(self, rows: int) -> dict[str, Any]:
-        """Shapes of a batch's conditioning."""
-        _, _, cond = diffusers_folder.example_inputs(self.folder.unet)
-        shapes = {name: (rows, *a.shape[1:]) for name, a in cond.items()} | {
-            "context": (rows, TOKENS, cond["context"].shape[-1])
-        }
-        return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-
-    def abstract_batch(self) -> dict[str, Any]:
-        """Shapes of a batch, on the mesh."""
-        rows = self.config.student.batch_size
-        latents, cond = (
-            jax.ShapeDtypeStruct((rows, *self.latent_shape), np.float32),
-            self.abstract_cond(rows),
-        )
-        found = {"x0": latents, "cond": cond} | (
-            {"real": latents, "real_cond": cond} if self.adversarial else {}
-        )
-        return partition.described(found, partition.batch_sharding(self.layout.mesh))
-
-    def abstract_null(self) -> dict[str, Any]:
-        """Shapes of the null conditioning."""
-        return {name: a for name, a in self.abstract_cond(1).items() if name != "time_ids"}
-
-    def abstract_student(self) -> dict[str, Any]:
-        """Shapes of what is trained."""
-        student = (
-            jax.eval_shape(self.fresh_updates) if self.config.student.lora_rank else self.abstract
-        )
-        return {"student": student, "discriminator": jax.eval_shape(self.fresh_heads)}
-
-    def frozen(self, abstract: Any) -> Any:
-        """Shapes of weights in the dtype of what is not trained."""
-        dtype = DTYPES[self.config.compute.teacher_dtype]
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
-
-    def programs(self) -> Programs:
-        """The run's own programs with the shapes of their arguments."""
-        config, teacher = self.config.student, self.frozen(self.abstract)
-        options = {
-            "ema_decay": config.ema_decay,
-            "ema_of": student_of,
-            "accumulate": config.accumulate,
-        }
-        given = {"teacher": teacher, "null": self.abstract_null()}
-        return programs(self.layout, self.loss, self.tx, self.abstract_student(), given, **options)
 
     def sample(self, unet: Any, vae: Any, noise: jax.Array, cond: Any, *, steps: int) -> jax.Array:
         """Images [b, h, w, 3] from standard normal latents in `steps` calls without guidance: what
         the trained student is for.
         """
-        run = self.scheduler.run(steps)
+        run, scheduler = self.scheduler.run(steps), self.scheduler
+        denoiser = as_denoiser(
+            self.unet.apply,
+            unet,
+            cond,
+            schedule=self.schedule,
+            parameterization=self.parameterization,
+        )
 
         def step(state: Any, times: Any) -> tuple[Any, None]:
-            denoiser = as_denoiser(
-                self.unet.apply,
-                unet,
-                cond,
-                schedule=self.schedule,
-                parameterization=self.scheduler.parameterization,
-            )
-            return self.scheduler.advance(denoiser, state, noise, *times), None
+            return scheduler.advance(denoiser, state, noise, *times), None
 
         pairs = (jnp.asarray(run.times, jnp.float32), jnp.asarray(run.next_times, jnp.float32))
-        state, _ = jax.lax.scan(step, self.scheduler.begin(noise, run), pairs)
+        state, _ = jax.lax.scan(step, scheduler.begin(noise, run), pairs)
         return self.folder.vae.module.apply(vae, state.x, method="decode")
 
+    # -- cost
+
+    @cached_property
+    def as_written(self) -> "TextSetup":
+        """The same, with nothing computed twice and attention as matrix products: what counts."""
+        config = self.config.copy_and_resolve_references()
+        config.compute.update({"scan": False, "remat": "none", "attention": "plain"})
+        config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
+        module = self.unet.clone(scan=False, remat="none", attention="plain")
+        folder = self.folder._replace(unet=self.folder.unet._replace(module=module))
+        return TextSetup(config, folder, devices=jax.devices()[:1])
+
+    def step_flops(self, stage: int = 0) -> float:
+        """FLOPs of one step of a stage on all devices, with nothing computed twice."""
+        return self.as_written.distillation.flops(stage)
+
+    def call_flops(self, *, copies: int = 1) -> float:
+        """FLOPs of one call on one example, with `copies` rows of conditioning."""
+        plain = self.as_written
+        x = jax.ShapeDtypeStruct((1, *self.latent_shape), np.float32)
+        t = jax.ShapeDtypeStruct((1,), np.float32)
+        return flops_of(plain.unet.apply, plain.abstract, x, t, self.cond_shapes(copies))
+
     def decode_flops(self) -> float:
-        """FLOPs of the dots and convolutions of decoding one image."""
+        """FLOPs of decoding one image."""
         decode = partial(self.folder.vae.module.clone(attention="plain").apply, method="decode")
         z = jax.ShapeDtypeStruct((1, *self.latent_shape), np.float32)
         return flops_of(decode, diffusers_folder.abstract_params(self.folder.vae), z)
-
-    def call_flops(self, *, features: bool = False, copies: int = 1) -> float:
-        """FLOPs of the dots and convolutions of one call on one example (with `copies` rows of
-        conditioning), or of its states alone.
-        """
-        x = jax.ShapeDtypeStruct((1, *self.latent_shape), np.float32)
-        t = jax.ShapeDtypeStruct((1,), np.float32)
-        plain = self.unet.clone(scan=False, remat="none", attention="plain")
-        abstract = jax.eval_shape(
-            lambda: plain.init(
-                jax.random.key(0), *diffusers_folder.example_inputs(self.folder.unet)
-            )
-        )
-        return flops_of(
-            partial(plain.apply, features=features), abstract, x, t, self.abstract_cond(copies)
-        )
-
-    def step_flops(self) -> float:
-        """Analytic FLOPs of a step on all devices, with nothing computed twice.
-
-        Of `endpoint` a row costs the frozen student its steps, and the student 3 calls (with LoRA
-        2). A row visits N states. Each costs the student 3 calls (forward, and backward to inputs
-        and weights; with LoRA 2) and the teacher k, with guidance for two rows of conditioning; the
-        adversary computes the hidden states of s of them forward and backward to the input, and of
-        a real.
-        """
-        method, student = self.config.method, self.config.student
-        if from_student(self.config):
-            return (
-                student.batch_size
-                * ((2 if student.lora_rank else 3) + self.config.teacher.steps)
-                * self.call_flops()
-            )
-        grids = flash.unique_grids(list(self.grids.values()))
-        longest = max(len(grid) for grid in grids)
-        states = longest if method.whole_trajectory else 1
-        rollout = (
-            0.0 if method.whole_trajectory else sum(len(grid) for grid in grids) / len(grids) - 1
-        )
-        guided = 2 if method.guidance != 1.0 else 1
-        found = (states * (2 if student.lora_rank else 3) + rollout) * self.call_flops()
-        found += states * method.teacher_steps * self.call_flops(copies=guided)
-        if self.adversarial:
-            judged = 1 if self.config.adversarial.states == "one" else states
-            found += (2 * judged + 1) * self.call_flops(features=True)
-        return student.batch_size * found

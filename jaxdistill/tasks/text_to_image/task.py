@@ -1,0 +1,434 @@
+"""Text to image as a task: a diffusers folder and prompts in, few-step students out."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxdistill import partition
+from jaxdistill.costs import chips
+from jaxdistill.errors import UserError
+from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler, lora
+from jaxdistill.methods.recipe import Stage
+from jaxdistill.run import checkpoint, distributed, report
+from jaxdistill.run.distillation import Student
+from jaxdistill.run.record_cache import Cache, key_of
+from jaxdistill.run.run import Run
+from jaxdistill.run.seeds import seed_of
+from jaxdistill.tasks.health import Health
+from jaxdistill.tasks.text_to_image import pipeline
+from jaxdistill.tasks.text_to_image.data import captioned_images, fit_image, prompts_of
+from jaxdistill.tasks.text_to_image.setup import DTYPES, TextSetup, open_teacher
+
+NUMBERS = ("diversity", "contrast", "saturation", "distance")
+COLUMNS = {"steps": ("steps", "{}"), **{name: (name, "{:.3f}") for name in NUMBERS}}
+
+Batches = Callable[[int], dict[str, Any]]
+
+
+class TextToImageTask(TextSetup):
+    """See `TextSetup`. Making it checks the config and reads no weights. Raises ValueError."""
+
+    def __init__(self, config: ConfigDict) -> None:
+        if not config.teacher.folder:
+            raise ValueError(
+                "config.teacher.folder is empty: give the teacher's pipeline folder, as diffusers'"
+                " save_pretrained writes it"
+            )
+        if "://" in config.data.cache:
+            raise ValueError(
+                f"config.data.cache = {config.data.cache!r} must be a folder; give one that"
+                " outlives the machines, or leave it empty"
+            )
+        super().__init__(config, open_teacher(config))
+        solver = config.teacher.solver or None
+        self.teacher_scheduler = diffusers_scheduler.of_folder(self.folder, solver=solver)
+        self.prompts = prompts_of(config.data.prompts, config.data.tfds_dir)
+        images = config.data.images
+        self.images = captioned_images(images, config.data.tfds_dir) if images else []
+        if self.needs_reals and config.adversarial.reals == "data" and not self.images:
+            raise ValueError(
+                "config.adversarial.reals = 'data' needs config.data.images; or let the teacher"
+                " draw them: config.adversarial.reals=teacher"
+            )
+        self._hashes: dict[Path, str] = {}
+        self._caches: dict[str, Cache] = {}
+
+    @property
+    def needs_reals(self) -> bool:
+        """Whether some stage wants images."""
+        return any(stage.reals or stage.data == "images" for stage in self.recipe.stages)
+
+    # -- weights
+
+    def hash_of(self, part: diffusers_folder.Part) -> str:
+        """Of a component's weights; each file is read once a run."""
+        if part.folder not in self._hashes:
+            self._hashes[part.folder] = checkpoint.hash_files(part.files())
+        return self._hashes[part.folder]
+
+    def agree(self) -> None:
+        """Raise DistributedError where the processes were given different prompts, images or
+        weights: each reads its own copies.
+        """
+        if jax.process_count() == 1:
+            return
+        parts = (self.folder.unet, *self.folder.text_encoders, self.folder.vae)
+        captions = [image.caption for image in self.images]
+        distributed.check_same(
+            {
+                "the prompts' checksum": key_of(self.prompts),
+                "the checksum of the images' captions": key_of(captions),
+                "the teacher's checksum": [self.hash_of(part) for part in parts],
+            }
+        )
+
+    def load(self, dtype: str, *, on_mesh: bool = True) -> Any:
+        """The folder's UNet in a dtype of DTYPES, each tensor straight to its place on the mesh, or
+        else on this process's first device.
+        """
+        places = self.layout.of(self.abstract) if on_mesh else None
+        unet = self.folder.unet
+        return diffusers_folder.load_params(unet, dtype=DTYPES[dtype], shardings=places)
+
+    def student(self, teacher: Any) -> Any:
+        """The folder's weights in float32, whatever the teacher computes with, or updates of zero."""
+        del teacher
+        if self.config.student.lora_rank:
+            return self.weights.fresh(self.abstract)
+        return self.load("float32")
+
+    def teacher_pipe(self, teacher: Any) -> pipeline.TextToImage:
+        """What draws the teacher's images: each process by itself, on all of its devices.
+
+        Where each of them has a copy of the teacher this takes it, and makes no other. All
+        processes must call it.
+        """
+        own = partition.own_layout(self.layout)
+        params = partition.local(teacher, own.mesh)
+        return pipeline.TextToImage(self.folder, params, self.teacher_scheduler, layout=own)
+
+    # -- data
+
+    def open_data(self, run: Run, pipe: pipeline.TextToImage) -> None:
+        """The caches of prompts, of images and of pairs, made where they are missing.
+
+        A key names all that the content depends on: weights, configs, tokenizers, captions, dtypes
+        and the sampler.
+        """
+        config, folder = self.config, self.folder
+        parts, paths = folder.text_encoders, folder.tokenizers
+        files = [file for path in paths for file in sorted(path.iterdir()) if file.is_file()]
+        encoder = [
+            [self.hash_of(part) for part in parts],
+            checkpoint.hash_files(files),
+            [dict(part.config) for part in parts],
+            config.compute.dtype,
+        ]
+
+        def cache(
+            name: str, about: Sequence[Any], captions: Sequence[str], *rest: Any, **kw: Any
+        ) -> None:
+            key = key_of(encoder, list(captions), *about)
+            self._caches[name] = run.cache(name, key, len(captions), *rest, **kw)
+
+        texts = partial(self.encoded, pipe, self.prompts)
+        cache("prompts", [], self.prompts, texts, "encoding prompts", rows=16)
+        self.null = {k: v.astype(np.float32) for k, v in pipe.text.negative(None).items()}
+        if self.needs_reals and config.adversarial.reals == "data":
+            captions = [image.caption for image in self.images]
+            vae = [self.hash_of(folder.vae), dict(folder.vae.config)]
+            about = [vae, [image.stamp for image in self.images], self.size]
+            read = partial(self.encoded_images, pipe, captions)
+            rows = 4 * pipe.parts
+            cache("images", about, captions, read, "encoding images", rows=rows)
+        elif self.needs_reals:
+            what = "the teacher's images for the discriminator"
+            sampler = {"steps": config.teacher.steps, "solver": config.teacher.solver}
+            self.teacher_cache(cache, pipe, "teacher", what, config.adversarial.pool, sampler)
+        if self.recipe.pairs:
+            pairs = self.recipe.pairs
+            solver = choose_solver(pairs.solver)
+            scheduler = diffusers_scheduler.of_folder(folder, solver=solver)
+            drawn = pipeline.TextToImage(
+                folder, pipe.params, scheduler, share=pipe, layout=pipe.layout
+            )
+            sampler = {"steps": pairs.steps, "solver": solver}
+            self.teacher_cache(cache, drawn, "pairs", "pairs", self.pair_count(), sampler)
+
+    def pair_count(self) -> int:
+        """As many as their share of the budget pays for, or as was said. Raises UserError."""
+        config, pairs, student = self.config, self.recipe.pairs, self.config.student
+        assert pairs is not None
+        if student.iterations:
+            return pairs.count or config.adversarial.pool
+        calls = pairs.steps * (2 if config.teacher.guidance > 1.0 else 1)
+        count = int(pairs.share * student.budget * student.batch_size / calls)
+        if count < 1:
+            raise UserError(
+                f"config.student.budget = {student.budget} does not pay for one pair of"
+                f" {calls} network calls; raise it"
+            )
+        return count
+
+    def encoded(
+        self, pipe: pipeline.TextToImage, captions: Sequence[str], numbers: list[int]
+    ) -> dict[str, np.ndarray]:
+        """The conditioning of these captions, float16."""
+        found = pipe.text([captions[i] for i in numbers])
+        return {name: values.astype(np.float16) for name, values in found.items()}
+
+    def encoded_images(
+        self, pipe: pipeline.TextToImage, captions: Sequence[str], numbers: list[int]
+    ) -> dict[str, np.ndarray]:
+        """The latents and conditioning of these images."""
+        images = np.stack([fit_image(self.images[i].read(), *self.size) for i in numbers])
+        return {**self.encoded(pipe, captions, numbers), "latents": pipe.encode(images)}
+
+    def teacher_cache(
+        self,
+        cache: Callable[..., None],
+        pipe: pipeline.TextToImage,
+        name: str,
+        what: str,
+        count: int,
+        sampler: Mapping[str, Any],
+    ) -> None:
+        """Latents of the teacher for prompts drawn at random, beside the noises they come from."""
+        config, seed = self.config, seed_of(self.config.seed, name)
+        chosen = np.random.default_rng(seed).integers(0, len(self.prompts), count)
+        captions = [self.prompts[i] for i in chosen]
+        height, width = self.size
+        options = {"guidance": config.teacher.guidance, "steps": sampler["steps"], "seed": seed}
+        drawn = {**options, "height": height, "width": width, "batch_size": config.log.batch_size}
+
+        def draw(numbers: list[int]) -> dict[str, np.ndarray]:
+            prompts = [captions[i] for i in numbers]
+            latents = pipe(prompts, decode=False, start=numbers[0], **drawn)
+            noise = pipe.draw(seed, numbers[0], len(numbers), height, width)
+            return {**self.encoded(pipe, captions, numbers), "latents": latents, "noise": noise}
+
+        unet = [self.hash_of(self.folder.unet), dict(self.folder.unet.config)]
+        compute = [config.compute.dtype, config.compute.teacher_dtype]
+        about = [unet, compute, options, sampler, dict(self.folder.scheduler), self.size]
+        cache(name, about, captions, draw, what, rows=config.log.batch_size * pipe.parts)
+
+    def cond(self, record: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A batch's conditioning: float32, with XL's time ids."""
+        names = [name for name in record if name not in ("latents", "noise")]
+        found = {name: record[name].astype(np.float32) for name in names}
+        if self.folder.xl:
+            found["time_ids"] = np.tile(pipeline.time_ids(*self.size), (len(found["context"]), 1))
+        return found
+
+    def batches(self, stage: Stage, name: str) -> Batches:
+        """I -> this process's rows of batch i, a function of (seed, name, i) alone."""
+        size, config = self.config.student.batch_size, self.config
+        rows = partition.process_rows(self.layout.mesh, size)
+        kind = "images" if config.adversarial.reals == "data" else "teacher"
+        sources = {"noise": "prompts", "images": kind, "pairs": "pairs"}
+        main = self._caches[sources[stage.data]].batches(size, seed_of(config.seed, name), rows)
+        reals = None
+        if stage.reals:
+            seed = seed_of(config.seed, f"{name} reals")
+            reals = self._caches[kind].batches(size, seed, rows)
+        shape = np.zeros((len(rows), *self.latent_shape), np.float32)
+
+        def batch(i: int) -> dict[str, Any]:
+            record = main(i)
+            made = {"x0": record.get("latents", shape), "cond": self.cond(record)}
+            if stage.data == "pairs":
+                made |= {"noise": record["noise"], "target": record["latents"]}
+            if reals is not None:
+                real = reals(i)
+                made |= {"real": real["latents"], "real_cond": self.cond(real)}
+            return made
+
+        return batch
+
+    # -- health
+
+    def health(
+        self, run: Run, pipe: pipeline.TextToImage, student_pipe: pipeline.TextToImage
+    ) -> Health:
+        """The student's images against the teacher's on fixed prompts, two noises a prompt."""
+        config = self.config
+        count = min(config.log.health_prompts, len(self.prompts))
+        prompts = [prompt for prompt in self.prompts[:count] for _ in range(2)]
+        options: dict[str, Any] = {
+            "seed": seed_of(config.seed, "health"),
+            "height": self.size[0],
+            "width": self.size[1],
+            "batch_size": config.log.batch_size,
+        }
+        teacher = {"steps": config.teacher.steps, "guidance": config.teacher.guidance}
+        if self.recipe.learns_from:
+            pipe, teacher = student_pipe, {"steps": self.recipe.learns_from, "guidance": 1.0}
+        reference = pipe(prompts, **teacher, **options)
+        path = run.workdir / "samples" / "teacher.png"
+        report.save_grid(path, reference, columns=len(prompts), scale=1)
+        return Health(
+            reference=reference,
+            groups=np.repeat(np.arange(count), 2),
+            draw=Drawn(self, pipe, student_pipe, prompts, options),
+            folder=run.workdir / "samples",
+            columns=len(prompts),
+            scale=1,
+        )
+
+    # -- the run
+
+    def execute(self, run: Run) -> dict[str, Any]:
+        """Caches, training, exports, results. Resumes where it was stopped."""
+        config = self.config
+        self.agree()
+        if config.log.checkpoints:  # a bucket that cannot be opened is told before weights are read
+            checkpoint.Checkpoints(f"{config.log.checkpoints}/student").close()
+        began = time.perf_counter()
+        teacher = self.load(config.compute.teacher_dtype)
+        pipe = self.teacher_pipe(teacher)
+        layout = pipe.layout
+        student_pipe = pipeline.TextToImage(
+            self.folder, pipe.params, self.scheduler, share=pipe, layout=layout
+        )
+        run.record("load", time.perf_counter() - began)
+        began = time.perf_counter()
+        self.open_data(run, pipe)
+        run.record("cache", time.perf_counter() - began)
+        health = self.health(run, pipe, student_pipe)
+        run.drawn_on(layout)
+        if chips.of_device(jax.local_devices()[0]):  # counting takes seconds
+            run.flops = self.step_flops
+        students = self.distillation.students(run, teacher, self.null, health.of)
+        results = {}
+        if distributed.writes():
+            for student in students:
+                self.export(run.workdir, student, students[0])
+            results = self.results(run, students)
+        distributed.barrier("results are written")
+        return results
+
+    def export(self, workdir: Path, student: Student, first: Student) -> None:
+        """student/ (Orbax), diffusers/ (a pipeline folder) and with LoRA lora/ (diffusers' file).
+
+        Of a stage beside the one of the most steps the folders' names end in its steps.
+        """
+        steps = sorted(student.stage.serves)
+        end = "" if student is first else f"_{report.slug(max(steps))}"
+        scheduler = self.scheduler_config(self.recipe.sampler)
+        timesteps = {n: diffusers_scheduler.student_timesteps(scheduler, n) for n in steps}
+        settings = {
+            "steps": max(steps),
+            "guidance": 1.0,
+            "noise_correction": self.correct_noise,
+            "timesteps": timesteps,
+        }
+        params = student.trained
+        if self.config.student.lora_rank:
+            lora.save(workdir / f"lora{end}", params, stacked=self.stacked)
+            base = self.load("float32", on_mesh=jax.process_count() == 1)
+            params = self.weights.merged(params, base)
+        code = None
+        if self.correct_noise:
+            module = diffusers_scheduler.NOISE_CORRECTION_MODULE
+            code = (module, diffusers_scheduler.NOISE_CORRECTION_CODE)
+        diffusers_folder.save_student(
+            self.folder,
+            workdir / f"diffusers{end}",
+            params,
+            scheduler=scheduler,
+            scheduler_code=code,
+            dtype=DTYPES[self.config.export.dtype],
+            extra={pipeline.SETTINGS: settings},
+        )
+        about = {
+            "format": card.FORMAT,
+            "role": "text-to-image student",
+            "method": self.config.method.name,
+            "components": f"../diffusers{end}",
+            "stacked": self.stacked,
+            "unet": dict(self.folder.unet.config),
+            "scheduler": scheduler,
+            "sampler": settings,
+        }
+        checkpoint.export(workdir / f"student{end}", params, about)
+
+    def results(self, run: Run, students: Sequence[Student]) -> dict[str, Any]:
+        """The table of the health numbers of the averages that were exported."""
+        config = self.config
+        rows = []
+        for student in students:
+            for n in student.stage.serves:
+                numbers = {name: round(student.health[f"{name}_{n}"], 5) for name in NUMBERS}
+                rows.append({"model": "student", "steps": n, **numbers})
+        protocol = (
+            f"against the teacher ({config.teacher.steps} steps, guidance"
+            f" {config.teacher.guidance:g}) on the same {config.log.health_prompts} prompts and"
+            " noises; ratios, and the root-mean-square pixel difference"
+        )
+        return run.write_results(
+            {
+                "rows": sorted(rows, key=lambda row: row["steps"]),
+                "protocol": protocol,
+                "prompts": len(self.prompts),
+            },
+            title=f"{config.method.name} of {self.folder.path.name}, seed {config.seed}",
+            notes=f"The student {protocol}.",
+            columns=COLUMNS,
+        )
+
+
+class Drawn:
+    """Draws the student for the health lines.
+
+    Between two lines the encoders and the decoder are in the host's memory, as is a teacher that
+    was gathered for drawing: what the devices hold then is what a plan has counted.
+    """
+
+    def __init__(
+        self,
+        task: TextToImageTask,
+        pipe: pipeline.TextToImage,
+        student_pipe: pipeline.TextToImage,
+        prompts: Sequence[str],
+        options: Mapping[str, Any],
+    ) -> None:
+        self.task, self.pipe, self.prompts, self.options = task, student_pipe, prompts, options
+        mesh = task.layout.mesh
+        gathered = jax.process_count() > 1 and mesh.size > mesh.shape["data"]
+        self.params = jax.device_get(pipe.params) if gathered else pipe.params
+        self.rest = jax.device_get((pipe.text.params, pipe.vae_params))
+        pipe.params, pipe.vae_params = None, None
+        self.leave()
+
+    def leave(self) -> None:
+        """Take from the devices what only drawing needs."""
+        self.pipe.params = None
+        self.pipe.text.params, self.pipe.vae_params = self.rest
+
+    def __call__(self, trained: Any, steps: Sequence[int]) -> dict[int, np.ndarray]:
+        """{steps: images}."""
+        self.pipe.text.params, self.pipe.vae_params = jax.device_put(self.rest)
+        layout, low = self.pipe.layout, bool(self.task.config.student.lora_rank)
+        assert layout is not None
+        base = layout.place(self.params) if low else None
+        self.pipe.params = self.task.weights.variables(trained, base) if low else trained
+        try:
+            return {
+                n: self.pipe(self.prompts, steps=n, guidance=1.0, **self.options) for n in steps
+            }
+        finally:
+            self.leave()
+
+
+def choose_solver(name: str) -> str:
+    """A solver of pairs. Raises UserError."""
+    if name not in diffusers_scheduler.SOLVERS:
+        known = ", ".join(diffusers_scheduler.SOLVERS)
+        raise UserError(f"pairs_solver = {name!r} is not known; choose one of {known}")
+    return name
