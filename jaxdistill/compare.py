@@ -31,6 +31,7 @@ from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.image_metrics import CLIP, METRICS, PROTOCOLS, Inception, Reference
 from jaxdistill.run import report
 from jaxdistill.sample import Parser, add_computing, check_numbers, computing
+from jaxdistill.interop.prompts import read_prompts as read_file
 from jaxdistill.tasks.text_to_image import pipeline
 
 ROW = "row.json"
@@ -87,7 +88,7 @@ def read_prompts(paths: Sequence[str], repeat: int = 1) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = []
     for path in paths:
         category = {"category": Path(path).stem} if len(paths) > 1 else {}
-        items += [{**category, **item} for item in prompts.read_prompts(path)]
+        items += [{**category, **item} for item in read_file(path)]
     return [item for item in items for _ in range(repeat)]
 
 
