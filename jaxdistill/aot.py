@@ -172,7 +172,7 @@ def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     )
     rows, guided = (
         config.log.batch_size * partition.parts(layout.mesh),
-        config.teacher.guidance > 1.0,
+        pipeline.guides(config.teacher.guidance),
     )
     place, whole = partition.batch_sharding(layout.mesh), partition.replicated(layout.mesh)
     teacher = layout.describe(setup.frozen(setup.abstract))
