@@ -59,7 +59,12 @@ def parser() -> Parser:
     p.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone")
     p.add_argument("--labels", type=labels_list, help="classes, taken in turn; default: all")
     p.add_argument(
-        "--guidance", type=float, help="classifier-free guidance scale; default: the model's"
+        "--guidance",
+        type=float,
+        help=(
+            "classifier-free guidance scale, in a pipeline none up to 1 as in diffusers; default:"
+            " the model's"
+        ),
     )
     p.add_argument("--noise_correction", type=boolean, help="true or false; default: the model's")
     p.add_argument(

@@ -239,7 +239,8 @@ def guided_denoiser(
       schedule: the forward process.
       parameterization: what the output means.
       null_cond: cond -> the null conditioning of the same structure.
-      scale: of the guidance; one that is traced always guides.
+      scale: of the guidance, by its formula below 1 as well: 0 is the unconditional prediction.
+        One that is traced always guides.
       shared: `apply` takes b rows of x with 2b of conditioning, and computes once what does not
         depend on it.
     """

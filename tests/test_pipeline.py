@@ -98,11 +98,15 @@ def test_twenty_steps_of_other_schedulers_are_diffusers(
     assert np.abs(found - expected).max() < 0.02 / 255
 
 
-def test_guidance_of_one_is_none_and_prompts_matter(pipes):
+def test_guidance_of_one_or_less_is_none_and_prompts_matter(pipes):
     start = latents()
     expected = folders.torch_images(folders.torch_pipe("sd"), latents=start, steps=4, guidance=1.0)
     found = ours(pipes("sd"), steps=4, guidance=1.0, latents=start)
     assert np.abs(found - expected).max() < 1 / 255
+    halfway = folders.torch_images(folders.torch_pipe("sd"), latents=start, steps=4, guidance=0.5)
+    assert np.array_equal(halfway, expected)
+    for scale in (0.0, 0.5):
+        assert np.array_equal(ours(pipes("sd"), steps=4, guidance=scale, latents=start), found)
     assert np.abs(found - ours(pipes("sd"), steps=4, guidance=6.0, latents=start)).max() > 2 / 255
 
 

@@ -16,7 +16,7 @@ from shell import TINY, assert_same_bits, folder_bytes, run_command, tiny_config
 from jaxdistill import main, sample, train, variants
 from jaxdistill.interop import card
 from jaxdistill.metrics import evaluate
-from jaxdistill.run import checkpoint, loop
+from jaxdistill.run import checkpoint, loop, report
 from jaxdistill.run.workdir import UserError
 from jaxdistill.tasks.labelled_images import experiment
 
@@ -161,6 +161,15 @@ def test_pictures_show_something(folder):
         with Image.open(folder / name) as picture:
             assert picture.format == "PNG" and min(picture.size) > 50
             assert np.asarray(picture.convert("L")).std() > 5, name
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_the_chart_names_the_split_that_was_scored(split):
+    row = {"steps": 2, "guidance": 1.0, "fd": 1.0, "fd_noise": 0.1}
+    rows = [{**row, "model": model} for model in ("teacher", "student")]
+    axes = report.new_figure(4.0, 3.0).subplots()
+    report.fd_curve(axes, {"rows": rows, "reference": None, "config": {"eval": {"split": split}}})
+    assert axes.get_ylabel() == f"Fréchet distance ({split})"
 
 
 def test_health_and_losses_are_in_the_curves(folder):

@@ -24,6 +24,7 @@ from jaxdistill.sampling import (
     divided_steps,
     dpm_solver_pp_2m,
     guidance,
+    guided_denoiser,
     leading_grid,
     linspace_grid,
     noise_correction,
@@ -426,6 +427,19 @@ def test_guidance_extrapolates_from_the_unconditional_prediction(t, scale):
         expected = getattr(u, field) + scale * (getattr(c, field) - getattr(u, field))
         assert getattr(guided, field).shape == x.shape
         np.testing.assert_allclose(getattr(guided, field), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0])
+def test_guided_denoisers_follow_the_formula_also_below_one(scale):
+    x, t = normal(4), jnp.float32(0.4)
+    options = {"schedule": cosine(), "parameterization": v_prediction}
+    guided = guided_denoiser(
+        conditional_network, None, COND, null_cond=jnp.zeros_like, scale=scale, **options
+    )(x, t)
+    c, u = conditional_denoiser(COND)(x, t), conditional_denoiser(NULL)(x, t)
+    for name in Prediction._fields:
+        expected = (1 - scale) * getattr(u, name) + scale * getattr(c, name)
+        np.testing.assert_allclose(getattr(guided, name), expected, rtol=1e-5, atol=1e-6)
 
 
 @scalar_and_batch_times

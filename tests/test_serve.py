@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 import websockets
 from PIL import Image
-from running import CAPTION, GOLDEN, Running, open_all
+from running import CAPTION, GOLDEN, Running, make_export, open_all
 from shell import ROOT, assert_one_error_line, quick, run_command, wait_until
 
 from jaxdistill import serve
@@ -60,6 +61,26 @@ def test_images_are_those_of_sample(running, exports, model):
         np.testing.assert_allclose(image, same * 255.0, atol=1.0)
         expected[str(setting)] = image.tobytes()
     assert len(set(expected.values())) == 6  # noise correction does nothing at one step
+
+
+def test_an_export_compiles_once_for_all_calls_of_one_setting(tmp_path):
+    export = TextExport(
+        make_export(tmp_path / "student", "student", steps=2, guidance=1.5), encoder=GOLDEN
+    )
+    work = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: work.append(name))
+    first = export([CAPTION] * 3, batch_size=2)
+    assert "/jax/core/compile/jaxpr_trace_duration" in work
+    work.clear()
+    assert not np.array_equal(export(["a bag"] * 3, batch_size=2, seed=1), first)
+    np.testing.assert_array_equal(export([CAPTION] * 3, batch_size=2), first)
+    assert not [name for name in work if name.startswith("/jax/core/compile")]
+    # Another setting is another program, and does not put the first one out.
+    assert not np.array_equal(export([CAPTION] * 3, batch_size=2, guidance=3.0), first)
+    assert not np.array_equal(export([CAPTION] * 3, batch_size=2, noise_correction=False), first)
+    work.clear()
+    np.testing.assert_array_equal(export([CAPTION] * 3, batch_size=2), first)
+    assert not [name for name in work if name.startswith("/jax/core/compile")]
 
 
 TWO_DEVICES = """

@@ -7,7 +7,7 @@ Configs use the same blocks, so this is the one place where a name becomes a fun
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,8 +164,11 @@ def build_grid(block: Mapping[str, Any], steps: int, T: float) -> sampling.TimeG
     return sampling.trailing_grid(steps, T, discrete=discrete)
 
 
-class Sampler(NamedTuple):
-    """Builds sampling programs from a card."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+    """Builds sampling programs from a card. Each is its own key of the programs that `draw`
+    compiles.
+    """
 
     model: nn.Module
     schedule: schedule.NoiseSchedule
@@ -230,6 +233,9 @@ class Sampler(NamedTuple):
             sampling.rollout(self.step(noise), denoiser, sampling.start(noise), grid)[0].x
         )
 
+    # Not a jit in each call of `draw`: that would compile anew each time.
+    _program = jax.jit(sample, static_argnums=0, static_argnames=("guidance", "correct_noise"))
+
     def visited(
         self, params: Any, noise: Array, cond: Any, grid: Any, *, correct_noise: bool
     ) -> Array:
@@ -262,7 +268,7 @@ class Sampler(NamedTuple):
         check_guidance(guidance)
         correct = settings["noise_correction"] if noise_correction is None else noise_correction
         grid = jnp.asarray(self.grid(settings["steps"] if steps is None else steps))
-        program = jax.jit(partial(self.sample, guidance=float(guidance), correct_noise=correct))
+        program = partial(self._program, guidance=float(guidance), correct_noise=bool(correct))
         shape, block, images = tuple(self.card["data"]["image_shape"]), min(batch_size, num), []
         for i in range(0, num, block):
             rows = (

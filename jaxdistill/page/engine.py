@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdistill import sampling
 from jaxdistill.interop import card
 from jaxdistill.interop.text_export import TextExport
-from jaxdistill.tasks.text_to_image.pipeline import TextToImage, time_ids
+from jaxdistill.tasks.text_to_image.pipeline import TextToImage, guides, time_ids
 
 
 class Busy(Exception):
@@ -217,7 +217,7 @@ class PipelinePainter:
         other = pipe.scheduler._replace(noise_correction=not self.correct)
         twin = TextToImage(pipe.folder, pipe.params, other, settings=pipe.settings, share=pipe)
         self.pipes = {self.correct: pipe, not self.correct: twin}
-        self.null = pipe.text.negative(None) if self.guidance > 1.0 else {}
+        self.null = pipe.text.negative(None) if guides(self.guidance) else {}
         self.encode = lru_cache(maxsize=1024)(self._encode)
         for count in self.sizes:  # compiles
             for correct in self.pipes:
@@ -239,7 +239,7 @@ class PipelinePainter:
         run, scale, guided = (
             pipe.scheduler.run(steps),
             np.float32(self.guidance),
-            self.guidance > 1.0,
+            guides(self.guidance),
         )
 
         def step(state: Any, t: Any, t_next: Any) -> Any:

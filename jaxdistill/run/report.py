@@ -183,7 +183,7 @@ def fd_curve(axes: Any, results: Mapping[str, Any]) -> None:
         xscale="log",
         yscale="log",
         xlabel="network calls an image (guided calls count once)",
-        ylabel="Fréchet distance (test)",
+        ylabel=f"Fréchet distance ({results['config']['eval']['split']})",
     )
     ticks = sorted({r["steps"] for r in results["rows"]})
     axes.set_xticks(ticks, [str(t) for t in ticks])

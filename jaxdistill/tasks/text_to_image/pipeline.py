@@ -214,6 +214,15 @@ def guided_step(
         return scheduler.advance(denoiser, state, noise, t, t_next)
 
 
+def guides(scale: float) -> bool:
+    """Whether a pipeline guides at this scale: as in diffusers, 1 or less is none.
+
+    Here alone. Everywhere else (exports, and the teachers of all methods) u + scale (c - u) holds
+    at every scale: 0 is unconditional, 0.5 halfway (`sampling.guided_denoiser`).
+    """
+    return scale > 1.0
+
+
 class TextToImage:
     """A loaded pipeline. Programs are compiled once a shape and kept.
 
@@ -363,7 +372,7 @@ class TextToImage:
           prompts: n texts.
           negative_prompt: what guidance leads away from; None is the pipeline's own.
           steps: of the sampler; None is the folder's.
-          guidance: scale of classifier-free guidance; 1 or less is none.
+          guidance: scale of classifier-free guidance; 1 or less is none (`guides`).
           height: pixels; None is the checkpoint's own.
           width: likewise.
           seed: image i is a function of (seed, start + i) and its prompt.
@@ -399,7 +408,7 @@ class TextToImage:
                 ),
             )
         cond = self.text(prompts)
-        guided = guidance > 1.0
+        guided = guides(guidance)
         null = self.text.negative(negative_prompt) if guided else {}
         if self.folder.xl:
             cond["time_ids"] = np.tile(time_ids(height, width), (len(prompts), 1))
