@@ -95,7 +95,7 @@ def summary(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[di
     columns = {key: (key, "{}") for key in ("variant", "model", "steps")}
     columns |= {key: (COLUMNS[key][0], "{}") for key in keys}
 
-    def cell(row: Mapping[str, Any], key: str) -> str:
+    def shown_of(row: Mapping[str, Any], key: str) -> str:
         spread = row[f"{key}_sd"]
         return f"{row[key]:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
 
@@ -106,7 +106,7 @@ def summary(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[di
             if row["model"] == "teacher"
             else "student",
             "steps": row["steps"],
-            **{key: cell(row, key) for key in keys},
+            **{key: shown_of(row, key) for key in keys},
         }
         for row in rows
     ]

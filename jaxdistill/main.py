@@ -32,9 +32,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(str(error)) from error
     prepare_workdir(workdir, config)
-    if cache := config.compute.compilation_cache:
-        if "://" in cache:  # JAX only warns, and compiles at each start
-            checkpoint.reach(cache, f"config.compute.compilation_cache = {cache}")
+    cache = config.compute.compilation_cache
+    if "://" in cache:  # JAX only warns, and compiles at each start
+        checkpoint.reach(cache, f"config.compute.compilation_cache = {cache}")
     compilation.use_cache(cache)
     if (workdir / "results.json").exists():
         say(f"{workdir} is finished: evaluating it again")

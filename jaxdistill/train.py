@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdistill.prediction import LossFn
 
-Optimizer = optax.GradientTransformation | Mapping[str, optax.GradientTransformation]
+Optimizer: TypeAlias = optax.GradientTransformation | Mapping[str, optax.GradientTransformation]
 """Of the whole tree of parameters, or {network: its own}: networks without one are not trained."""
 
 

@@ -166,7 +166,7 @@ def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     scheduler = diffusers_scheduler.of_folder(setup.folder, solver=config.teacher.solver or None)
     rows, guided = (
         config.log.batch_size * partition.parts(layout.mesh),
-        config.teacher.guidance > 1.0,
+        pipeline.guides(config.teacher.guidance),
     )
     place, whole = partition.batch_sharding(layout.mesh), partition.replicated(layout.mesh)
     teacher = layout.describe(setup.frozen(setup.abstract))

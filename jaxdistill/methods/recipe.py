@@ -90,11 +90,11 @@ class Stage(NamedTuple):
 
 class Pairs(NamedTuple):
     """Teacher images from stored noises: the share of a budget in network calls that makes them
-    (or their `count`, if it is above 0), the teacher's solver and steps.
+    (or their `number`, if it is above 0), the teacher's solver and steps.
     """
 
     share: float
-    count: int
+    number: int
     solver: str
     steps: int
 

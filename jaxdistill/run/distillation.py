@@ -162,7 +162,7 @@ class Distillation:
                 ),
                 task.batch_shapes(stage),
             )
-            networks = dict.fromkeys(stage.networks, {})
+            networks: dict[str, Any] = {name: {} for name in stage.networks}
             teacher: Any = {"original": {}, "previous": {}} if stage.teacher == "both" else {}
             jax.eval_shape(stage.loss, networks, teacher, shapes, jax.random.key(0))
 

@@ -132,6 +132,8 @@ class SmallTask:
         self.teacher_sampler.grid(self.teacher_sampler.card["sampler"]["steps"])
         self.grids = {n: self.student_sampler.grid(n) for n in self.kit({}).steps}
         self._programs: dict[Any, Any] = {} if share is None else share._programs
+        self._pool: Any = None
+        self._pairs: Any = None
 
     # -- what a method asks for (`run.task.Task`)
 
@@ -328,7 +330,6 @@ class SmallTask:
     def prepare(self, run: Run, teacher: Any) -> None:
         """The caches that the method's stages need, made where they are missing."""
         config, stages = self.config, self.recipe.stages
-        self._pool = self._pairs = None
         wanted = any(stage.reals or stage.data == "images" for stage in stages)
         if config.adversarial.reals == "teacher" and wanted:
             what = "the teacher's images for the discriminator"
@@ -352,7 +353,7 @@ class SmallTask:
         """As many as their share of the budget pays for, or as was said. Raises ValueError."""
         config, student = self.config, self.config.student
         if student.iterations:
-            return pairs.count or config.adversarial.pool
+            return pairs.number or config.adversarial.pool
         calls = pairs.steps * (1 if config.teacher.guidance == 1.0 else 2)
         count = int(pairs.share * student.budget * student.batch_size / calls)
         if count < 1:

@@ -2,7 +2,7 @@
 weights, no data, no files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -180,6 +180,14 @@ class TextSetup:
 
         return fresh_heads(self._heads, key, states_of, self.abstract, x, t, cond, cond=cond)
 
+    def batches(self, stage: Stage, name: str) -> Callable[[int], Any]:
+        """None: this is a plan. `TextToImageTask` has data."""
+        raise NotImplementedError
+
+    def student(self, teacher: Any) -> Any:
+        """None: this is a plan. `TextToImageTask` has weights."""
+        raise NotImplementedError
+
     # -- the student's sampler
 
     def _scheduler(self, spec: SamplerSpec) -> Scheduler:
@@ -189,9 +197,9 @@ class TextSetup:
     def scheduler_config(self, spec: SamplerSpec) -> dict[str, Any]:
         """The student's scheduler_config.json."""
         correct = getattr(self, "correct_noise", False)
-        teacher = self.folder.scheduler
-        options = {"solver": spec.solver, "noise_correction": correct}
-        return diffusers_scheduler.student_config(teacher, **options)
+        return diffusers_scheduler.student_config(
+            self.folder.scheduler, solver=spec.solver, noise_correction=correct
+        )
 
     def check_student(self, path: str) -> None:
         """Raise ValueError where the folder is not drawn from as a student is; a published

@@ -166,8 +166,8 @@ class TextToImageTask(TextSetup):
         config, pairs, student = self.config, self.recipe.pairs, self.config.student
         assert pairs is not None
         if student.iterations:
-            return pairs.count or config.adversarial.pool
-        calls = pairs.steps * (2 if config.teacher.guidance > 1.0 else 1)
+            return pairs.number or config.adversarial.pool
+        calls = pairs.steps * (2 if pipeline.guides(config.teacher.guidance) else 1)
         count = int(pairs.share * student.budget * student.batch_size / calls)
         if count < 1:
             raise UserError(
