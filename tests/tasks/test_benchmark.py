@@ -3,7 +3,6 @@ import os
 import shutil
 import sys
 import threading
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from idx import write_fashion
 from jax.experimental.compilation_cache import compilation_cache
 from matplotlib import pyplot as plt
+from paths import ROOT, TESTS
 from PIL import Image
 from shell import assert_one_error_line, run_command
 
@@ -21,11 +21,11 @@ from jaxdistill.methods import contenders
 from jaxdistill.run import loop, report
 from jaxdistill.tasks.scenes.scenes import open_scenes
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(ROOT))
 from configs import benchmark as config_file
 
 METHODS = ("imagine_flash", "step_distillation")
-GOLDEN = Path(__file__).parent / "golden" / "bert"
+GOLDEN = TESTS / "golden" / "bert"
 
 
 @pytest.fixture(scope="module")

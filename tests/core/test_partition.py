@@ -5,13 +5,13 @@ mesh.
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from paths import ROOT
 from shell import quick
 
 from jaxdistill import partition
@@ -61,7 +61,7 @@ print(json.dumps(out))
 @pytest.fixture(scope="module")
 def eight():
     environment = quick("--xla_force_host_platform_device_count=8")
-    root = Path(__file__).parent.parent
+    root = ROOT
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         capture_output=True,

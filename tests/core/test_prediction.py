@@ -1,11 +1,11 @@
 import json
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import TESTS
 
 from jaxdistill.prediction import (
     as_denoiser,
@@ -30,7 +30,7 @@ from jaxdistill.schedule import (
     shifted,
 )
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusers.json").read_text())
+GOLDEN = json.loads((TESTS / "golden" / "diffusers.json").read_text())
 SD = ddpm(scaled_linear_betas())
 SD_ZERO_SNR = ddpm(rescale_zero_terminal_snr(scaled_linear_betas()))
 DIFFUSERS_NAMES = {"epsilon": eps_prediction, "v_prediction": v_prediction, "sample": x0_prediction}

@@ -7,11 +7,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from paths import ROOT, TESTS
 from shell import ROOT, environment
 from test_flops_of_jaxpr import WITHOUT_LOOPS, transposed
 
@@ -525,7 +525,7 @@ def tpu(programs):
     """What tests/tpu_programs.py finds."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed")
-    script = Path(__file__).parent / "tpu_programs.py"
+    script = TESTS / "tpu_programs.py"
     libtpu = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(
         [sys.executable, script, programs],

@@ -3,7 +3,9 @@
 import ast
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "jaxdistill"
+from paths import ROOT
+
+PACKAGE = ROOT / "jaxdistill"
 CORE = ("schedule", "prediction", "sampling", "adversarial", "methods", "train")
 SHELL = (
     "variants",

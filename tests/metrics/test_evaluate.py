@@ -1,8 +1,6 @@
 import jax
 import numpy as np
 import pytest
-
-from jaxdistill.metrics import evaluate
 from jaxdistill.metrics.evaluate import (
     Evaluator,
     Extractor,
@@ -12,6 +10,8 @@ from jaxdistill.metrics.evaluate import (
     nearest_neighbour_distance,
     precision_recall,
 )
+
+from jaxdistill.metrics import evaluate
 from jaxdistill.tasks.labelled_images.data import Dataset, Split, digits
 
 # --------------------------------------------------------------------------------- Fréchet distance

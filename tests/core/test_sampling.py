@@ -1,11 +1,11 @@
 import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from paths import TESTS
 
 from jaxdistill.prediction import (
     Prediction,
@@ -37,7 +37,7 @@ from jaxdistill.sampling import (
 )
 from jaxdistill.schedule import cosine, ddpm, flow, rescale_zero_terminal_snr, scaled_linear_betas
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusers.json").read_text())
+GOLDEN = json.loads((TESTS / "golden" / "diffusers.json").read_text())
 SD = ddpm(scaled_linear_betas())
 SD_ZERO_SNR = ddpm(rescale_zero_terminal_snr(scaled_linear_betas()))
 PARAMETERIZATIONS = {

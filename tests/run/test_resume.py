@@ -6,15 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from paths import ROOT
 from shell import quick
-
-ROOT = Path(__file__).parent.parent
 
 
 def start(workdir):

@@ -1,11 +1,11 @@
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from paths import TESTS
 
 from jaxdistill.schedule import (
     cosine,
@@ -21,7 +21,7 @@ from jaxdistill.schedule import (
     training_time,
 )
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusers.json").read_text())
+GOLDEN = json.loads((TESTS / "golden" / "diffusers.json").read_text())
 BETAS = {
     "scaled_linear": scaled_linear_betas(),
     "linear": linear_betas(),

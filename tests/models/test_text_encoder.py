@@ -1,14 +1,14 @@
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import TESTS
 
 from jaxdistill.interop import sentence_encoder
 from jaxdistill.interop.sentence_encoder import EncoderError, cached_embeddings, load
 
-GOLDEN = Path(__file__).parent / "golden" / "bert"  # made by golden/make_bert.py
+GOLDEN = TESTS / "golden" / "bert"  # made by golden/make_bert.py
 
 
 @pytest.fixture(scope="module")
