@@ -102,14 +102,25 @@ def test_programs_are_kept_in_the_users_folder_and_nobody_else_reads_it(home):
     assert jax.config.jax_compilation_cache_max_size == compilation.BYTES
 
 
-def test_what_was_used_longest_ago_goes_first(home, monkeypatch):
-    compilation.use_cache()
+def test_what_was_used_longest_ago_goes_first(home, tmp_path, monkeypatch):
+    compilation.use_cache(str(tmp_path / "given"))
     compile_one(2.5)
-    (first,) = programs(home)
-    monkeypatch.setattr(compilation, "BYTES", int(1.5 * (home / first).stat().st_size))
+    (one,) = (tmp_path / "given").glob("*-cache")
+    monkeypatch.setattr(compilation, "BYTES", int(1.5 * one.stat().st_size))
     compilation.use_cache()
     compile_one(3.5)
+    (first,) = programs(home)
+    compile_one(4.5)
     assert len(programs(home)) == 1 and first not in programs(home)
+
+
+def test_a_cache_that_the_environment_leaves_without_a_bound_stays(home, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
+    jax.config.update("jax_compilation_cache_max_size", -1)
+    compilation.use_cache()
+    compile_one(2.5)
+    compilation.use_cache()
+    assert len(programs(home)) == 1
 
 
 def test_the_environment_wins_over_the_default_and_a_given_folder_over_both(
