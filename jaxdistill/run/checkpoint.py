@@ -428,6 +428,13 @@ def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
     swap_in(temporary, folder)
 
 
+def sign(folder: Path, name: str) -> None:
+    """Add a file that was put into an export to its card's checksums."""
+    card = json.loads((folder / "card.json").read_text())
+    card["sha256"][name] = _hashes(folder)[name]
+    write_json(folder / "card.json", {**card, "card_sha256": _card_hash(card)})
+
+
 def _alone() -> Any:
     """A StandardCheckpointer that does not wait for other processes."""
     import orbax.checkpoint as ocp

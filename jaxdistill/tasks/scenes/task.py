@@ -112,8 +112,7 @@ class SceneData:
 
     def images(self, split: str, count: int) -> np.ndarray:
         """uint8 [count, h, w, 3], the split's first."""
-        items = self.sources[split]
-        return np.stack([items[i]["image"] for i in range(min(count, len(items)))])
+        return scenes.images_of(self.sources[split], count)
 
     @cached_property
     def recogniser(self) -> SceneRecogniser:
