@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ class Student(NamedTuple):
     iterations: int
 
 
+@runtime_checkable
 class Runner(Protocol):
     """What trains: `run.Run`."""
 
