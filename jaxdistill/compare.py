@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from jaxdistill.errors import UserError
 from jaxdistill.interop import card, diffusers_folder
+from jaxdistill.interop.prompts import read_prompts as read_file
 from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.image_metrics import CLIP, METRICS, PROTOCOLS, Inception, Reference
 from jaxdistill.run import report
 from jaxdistill.sample import Parser, add_computing, check_numbers, computing
-from jaxdistill.interop.prompts import read_prompts as read_file
 from jaxdistill.tasks.text_to_image import pipeline
 
 ROW = "row.json"

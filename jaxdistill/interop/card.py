@@ -227,7 +227,7 @@ class Sampler:
         guidance: float,
         correct_noise: bool,
     ) -> Array:
-        """Noise [b, h, w, c] standard normal, cond [b], grid [n] -> images [b, h, w, c] in [0, 1]."""
+        """Normal noise [b, h, w, c], cond [b], grid [n] -> images [b, h, w, c] in [0, 1]."""
         denoiser = self.denoiser(params, noise, cond, guidance, correct_noise)
         return to_unit(
             sampling.rollout(self.step(noise), denoiser, sampling.start(noise), grid)[0].x

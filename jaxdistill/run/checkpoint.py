@@ -1,4 +1,4 @@
-"""Files: training checkpoints that resume to the same bits, and exports with a card and checksums."""
+"""Training checkpoints that resume to the same bits, and exports with a card and checksums."""
 
 import contextlib
 import errno
