@@ -76,7 +76,7 @@ def states_of(
 
 
 def measure(bench: Benchmark, name: str, samples: int, steps: int) -> list[dict[str, Any]]:
-    """Rows {"source", "t", "fd", "all_right"}: the teacher's images from each source at each time."""
+    """Rows {"source", "t", "fd", "all_right"}: the teacher's images from each source and time."""
     config, size = bench.config, bench.config.eval.batch_size
     split = config.eval.split
     student, about = checkpoint.load_export(bench.workdir / "students" / name)

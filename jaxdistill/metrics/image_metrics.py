@@ -781,8 +781,11 @@ def feature_scores(
                 features, reference.features, subset_size=subset_size
             )
             protocol["kid"] = {
-                "kernel": "(x.y / features + 1)^3", "subsets": KID_SUBSETS, "subset_size": subset_size, "seed": KID_SEED
-            }  # fmt: skip
+                "kernel": "(x.y / features + 1)^3",
+                "subsets": KID_SUBSETS,
+                "subset_size": subset_size,
+                "seed": KID_SEED,
+            }
         if "precision_recall" in metrics:
             scores["precision"], scores["recall"] = precision_recall(
                 reference.features, features, k=NEIGHBOURS

@@ -147,7 +147,7 @@ def is_main() -> bool:
 
 
 def writes() -> bool:
-    """Whether this process writes files: process 0, or each one where their folders are their own."""
+    """Whether this process writes files: process 0, or each one that has a folder of its own."""
     return is_main() or _own_folder
 
 

@@ -79,6 +79,6 @@ class Health(NamedTuple):
         if low:
             where = ", ".join(f"{counted(n)} ({v:.2f})" for n, v in low.items())
             say(
-                f"WARNING {phase} {step}: diversity below {COLLAPSE} of the teacher's at {where}; if"
-                f" it stays there the student collapses: {MEND}"
+                f"WARNING {phase} {step}: diversity below {COLLAPSE} of the teacher's at {where};"
+                f" if it stays there the student collapses: {MEND}"
             )

@@ -47,9 +47,8 @@ def main() -> None:
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
         page = browser.new_page(viewport={"width": 1280, "height": 720})
-        page.goto(
-            f"{args.url}/#{urllib.parse.urlencode({'prompt': args.prompt, 'seed': args.seed, 'lock': 1})}"
-        )
+        asked = {"prompt": args.prompt, "seed": args.seed, "lock": 1}
+        page.goto(f"{args.url}/#{urllib.parse.urlencode(asked)}")
         page.wait_for_selector("#student img[data-request]")
         page.uncheck("#with-teacher")
         page.fill("#caption", "")

@@ -173,7 +173,7 @@ def main() -> None:
 def load_part(
     flags: list[str], wanted: list[tuple[str, int]], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Rates of 1 to 64 pages, of a server that draws one image at a time and of one that batches."""
+    """Rates of 1 to 64 pages, of a server that draws one image at a time and one that batches."""
     rows, expected = list[dict[str, Any]](), list[np.ndarray]()
     for sizes in ("1", args.sizes):
         with server(flags, sizes) as (port, pid):
