@@ -25,7 +25,9 @@ def measure(source: str, base: Path, cache: Path) -> Path:
     """Write base/recogniser/reference.npz; its path. Scenes are made in `cache`. Raises UserError."""
     folder = base / "recogniser"
     if not (base / "config.json").exists():
-        raise UserError(f"--base={base} has no config.json; give a finished benchmark or its export")
+        raise UserError(
+            f"--base={base} has no config.json; give a finished benchmark or its export"
+        )
     config = json.loads((base / "config.json").read_text())
     params, about = checkpoint.load_export(folder)
     sources = scenes.open_scenes(source, cache, scale=config["data"]["scale"])
