@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from jaxdistill import partition
 from jaxdistill.costs.flops import flops_of
+from jaxdistill.errors import UserError
 from jaxdistill.methods.recipe import Kit, Recipe, Stage
 from jaxdistill.prediction import LossFn
 from jaxdistill.run import distributed
@@ -36,6 +37,7 @@ class Student(NamedTuple):
     iterations: int
 
 
+@runtime_checkable
 class Runner(Protocol):
     """What trains: `run.Run`."""
 
@@ -200,6 +202,23 @@ class Distillation:
         calls = self.calls(i)
         count = max(1, int(stage.share * (1 - pairs) * student.budget / calls))
         say(f"{self.phase(i)}: {calls:.1f} network calls an iteration, {count} iterations")
+        return count
+
+    def pair_count(self, guided: bool) -> int:
+        """Of the recipe's pairs: as many as their share of the budget pays for or, of a budget in
+        iterations, as was said. Raises UserError.
+        """
+        config, pairs = self.task.config, self.recipe.pairs
+        assert pairs is not None
+        if config.student.iterations:
+            return pairs.number or config.adversarial.pool
+        calls = pairs.steps * (2 if guided else 1)
+        count = int(pairs.share * config.student.budget * config.student.batch_size / calls)
+        if count < 1:
+            raise UserError(
+                f"config.student.budget = {config.student.budget} does not pay for one pair of"
+                f" {calls} network calls; raise it"
+            )
         return count
 
     # -- training

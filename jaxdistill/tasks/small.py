@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from jaxdistill import methods, partition
 from jaxdistill.interop import card
 from jaxdistill.methods.denoising import denoising
-from jaxdistill.methods.recipe import Kit, Pairs, SamplerSpec, Stage, adamw
+from jaxdistill.methods.recipe import Kit, SamplerSpec, Stage, adamw
 from jaxdistill.model import Model, full_weights, low_rank
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.names import choose
@@ -353,22 +353,8 @@ class SmallTask:
             )
             sampler = self.sampler("teacher", spec, steps=pairs.steps)
             sampled = Sampled("teacher", pairs.steps, config.teacher.guidance, sampler, teacher)
-            count = self.pair_count(pairs)
+            count = self.distillation.pair_count(config.teacher.guidance != 1.0)
             self._pairs = self._teacher_cache(run, "pairs", "pairs", sampled, count)
-
-    def pair_count(self, pairs: Pairs) -> int:
-        """As many as their share of the budget pays for, or as was said. Raises ValueError."""
-        config, student = self.config, self.config.student
-        if student.iterations:
-            return pairs.number or config.adversarial.pool
-        calls = pairs.steps * (1 if config.teacher.guidance == 1.0 else 2)
-        count = int(pairs.share * student.budget * student.batch_size / calls)
-        if count < 1:
-            raise ValueError(
-                f"pairs_share = {pairs.share:g} of the budget does not pay for one image of"
-                f" {calls} network calls; raise it"
-            )
-        return count
 
     def _teacher_cache(self, run: Run, name: str, what: str, sampled: Sampled, count: int) -> Any:
         """Records {"noise", "target", "number"} of the teacher's images in [-1, 1]."""

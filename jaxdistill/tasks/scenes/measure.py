@@ -13,7 +13,7 @@ from absl import flags
 from jaxdistill.errors import UserError
 from jaxdistill.run import checkpoint
 from jaxdistill.run.cli import Command, one_line_errors
-from jaxdistill.run.workdir import user_cache
+from jaxdistill.run.compilation import user_cache
 from jaxdistill.tasks.scenes import reference, scenes
 from jaxdistill.tasks.scenes.recognise import SCALE_IMAGES, SceneRecogniser, unit
 

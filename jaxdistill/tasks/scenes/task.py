@@ -360,7 +360,7 @@ class Scenes(SmallTask):
 
 def cache_folder(config: ConfigDict) -> Path:
     """Of embeddings and scenes: config.data.cache, or the user's cache folder."""
-    from jaxdistill.run.workdir import user_cache
+    from jaxdistill.run.compilation import user_cache
 
     return Path(config.data.cache) if config.data.cache else user_cache() / "scenes"
 
