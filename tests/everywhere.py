@@ -44,7 +44,7 @@ SHORT = {
 
 
 def config_of(task, method, lora, root):
-    """The config of a case. Small teachers are shared: that of `root`'s first case is found again."""
+    """The config of a case. The small tasks' teachers are those of `prepare`."""
     if task == "digits":
         config = base.chosen(tiny.get_config(), method, file="tiny")
         config.update_from_flattened_dict({"teacher.steps": 4, "teacher.iterations": 20})

@@ -50,6 +50,7 @@ def cases_left(args: argparse.Namespace, rows: list[dict]) -> list[tuple]:
         if (task, method, "LoRA" if lora else "full") not in done
         and (not args.tasks or task in args.tasks.split(","))
         and (not args.methods or method in args.methods.split(","))
+        and args.weights in ("", "LoRA" if lora else "full")
     ]
 
 
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--tasks", default="", help="sd,sdxl,digits,scenes")
     parser.add_argument("--methods", default="")
+    parser.add_argument("--weights", default="", help="full or LoRA")
     args = parser.parse_args()
     root = Path(args.workdir).resolve()
     root.mkdir(parents=True, exist_ok=True)

@@ -453,7 +453,10 @@ REFUSALS = [
     ({"log.batch_size": 0}, "config.log.batch_size must be at least 1, got 0"),
     ({"data.height": 60}, "height must be a positive multiple of 8"),
     ({"compute.attention": "fast"}, "config.compute.attention = 'fast' is not known"),
-    ({"methods.imagine_flash.backward": False, "adversarial.reals": "data"}, "needs config.data.images"),
+    (
+        {"methods.imagine_flash.backward": False, "adversarial.reals": "data"},
+        "needs config.data.images",
+    ),
     ({"methods.imagine_flash.learning_rate": 0.0}, "learning_rate must be above 0"),
 ]
 

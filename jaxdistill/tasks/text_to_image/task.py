@@ -97,7 +97,7 @@ class TextToImageTask(TextSetup):
         return diffusers_folder.load_params(unet, dtype=DTYPES[dtype], shardings=places)
 
     def student(self, teacher: Any) -> Any:
-        """The folder's weights in float32, whatever the teacher computes with, or updates of zero."""
+        """The folder's weights in float32, whatever the teacher computes with, or zero updates."""
         del teacher
         if self.config.student.lora_rank:
             return self.weights.fresh(self.abstract)
