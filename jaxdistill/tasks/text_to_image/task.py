@@ -259,9 +259,10 @@ class TextToImageTask(TextSetup):
             "batch_size": config.log.batch_size,
         }
         teacher = {"steps": config.teacher.steps, "guidance": config.teacher.guidance}
+        source = pipe
         if self.recipe.learns_from:
-            pipe, teacher = student_pipe, {"steps": self.recipe.learns_from, "guidance": 1.0}
-        reference = pipe(prompts, **teacher, **options)
+            source, teacher = student_pipe, {"steps": self.recipe.learns_from, "guidance": 1.0}
+        reference = source(prompts, **teacher, **options)
         path = run.workdir / "samples" / "teacher.png"
         report.save_grid(path, reference, columns=len(prompts), scale=1)
         return Health(
