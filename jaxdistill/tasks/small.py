@@ -286,7 +286,7 @@ class SmallTask:
     # -- what a subclass says
 
     def image_batches(self, size: int, seed: int, rows: np.ndarray | None) -> Batches:
-        """I -> {"x0" in [-1, 1], "cond"} of the training data, of a process's rows."""
+        """A process's rows of batch i of the training data: {"x0" in [-1, 1], "cond"}."""
         raise NotImplementedError
 
     def noise_batches(self, size: int, seed: int, rows: np.ndarray | None) -> Batches:

@@ -1,8 +1,8 @@
-"""The text-to-image step on eight CPU devices against one: values, FLOPs and memory on every kind
+r"""The text-to-image step on eight CPU devices against one: values, FLOPs and memory on every kind
 of mesh.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/benchmarks/meshes.py
-    --out=docs/results/meshes.json
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+        python tests/benchmarks/meshes.py --out=docs/results/meshes.json
 
 A tiny UNet of the 1.x layout, float32, with guidance, adversary and noise correction; 16 rows.
 About five minutes on 2 CPU cores.

@@ -1,11 +1,11 @@
-"""The page of a running `jaxdistill.serve`: milliseconds from a key to its picture, and pictures
+r"""The page of a running `jaxdistill.serve`: milliseconds from a key to its picture, and pictures
 once the teacher has finished.
+
+    python tests/benchmarks/page_picture.py --url=http://127.0.0.1:8000 \
+        --prompt="a red bag above a blue boot" --out=docs/results/page.png
 
 Beside --out, page.png for instance: page_four.png (four seeds of both) and page_phone.png (a narrow
 dark screen).
-
-python tests/benchmarks/page_picture.py --url=http://127.0.0.1:8000 --prompt="a red bag above a blue
-boot" --out=docs/results/page.png
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Load on `jaxdistill.serve` from 1 to 64 pages at once, batched and one image at a time: rate,
+r"""Load on `jaxdistill.serve` from 1 to 64 pages at once, batched and one image at a time: rate,
 latency, wrong images; memory over minutes.
 
-python tests/benchmarks/serve.py --model=runs/benchmark/students/imagine_flash-0
---out=docs/results/serve.json
+    python tests/benchmarks/serve.py --model=runs/benchmark/students/imagine_flash-0 \
+        --out=docs/results/serve.json
 
 Each of `--parts` (load, memory) replaces its own part of the file.
 """

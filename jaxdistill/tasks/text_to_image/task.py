@@ -219,7 +219,7 @@ class TextToImageTask(TextSetup):
         return found
 
     def batches(self, stage: Stage, name: str) -> Batches:
-        """I -> this process's rows of batch i, a function of (seed, name, i) alone."""
+        """This process's rows of batch i: a function of (seed, name, i) alone."""
         size, config = self.config.student.batch_size, self.config
         rows = partition.process_rows(self.layout.mesh, size)
         kind = "images" if config.adversarial.reals == "data" else "teacher"
