@@ -556,6 +556,22 @@ class SmallTask:
         """Trained, or from the checkpoints. `prepare` first."""
         return self.distillation.students(run, teacher, {}, self.health(run, teacher).of)
 
+    def exported(self, run: Run) -> dict[int, Any]:
+        """{steps: parameters} of a finished run's exports, {} where some are missing."""
+        found: dict[int, Any] = {}
+        for card_file in run.workdir.glob("student*/card.json"):
+            params, about = checkpoint.load_export(card_file.parent)
+            found |= dict.fromkeys(about["serves"], params)
+        whole = found.keys() >= set(self.config.student.steps)
+        return dict(sorted(found.items())) if whole else {}
+
+    def served(self, run: Run, teacher: Any) -> dict[int, Any]:
+        """{steps: parameters} of the students: from their exports, or trained and exported."""
+        if found := self.exported(run):
+            return found
+        self.prepare(run, teacher)
+        return self.export(run, self.students(run, teacher), teacher)
+
     def export(self, run: Run, students: Sequence[Student], teacher: Any) -> dict[int, Any]:
         """student/ and a folder for each stage beside it; {steps: merged parameters}."""
         served: dict[int, Any] = {}
