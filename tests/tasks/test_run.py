@@ -193,11 +193,11 @@ def test_health_and_losses_are_in_the_curves(folder):
 
 
 def test_last_two_checkpoints_and_tensorboard_logs_of_both_phases_are_kept(folder):
-    for phase, steps in (("teacher", {36, 40}), ("student", {8, 12})):
+    for name, steps in (("teacher", {36, 40}), ("student", {8, 12})):
         assert {
-            int(p.name) for p in (folder / "checkpoints" / phase).iterdir() if p.name.isdigit()
+            int(p.name) for p in (folder / "checkpoints" / name).iterdir() if p.name.isdigit()
         } == steps
-        events = list((folder / "tensorboard" / phase).glob("events.out.tfevents.*"))
+        events = list((folder / "tensorboard" / name).glob("events.out.tfevents.*"))
         assert events and all(p.stat().st_size > 500 for p in events)
 
 
