@@ -58,10 +58,10 @@ def check_flags(command: Command) -> None:
         raise UserError(f"--slices must be at least 1, got {command.slices}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Print the report; exit code 1 where the job does not fit, 2 for a mistake."""
     with one_line_errors():
-        command = Command(__doc__, workdir=False, define=define).parse(argv)
+        command = Command(__doc__, workdir=False, define=define).parse()
         check_flags(command)
         config = command.given_config()
         jax.config.update("jax_platforms", "cpu")  # the devices of this machine play no part

@@ -560,7 +560,7 @@ def test_guidance_defaults_to_the_cards_and_changes_the_images(draw):
 def test_noise_correction_flag_is_obeyed_where_it_matters(tmp_path):
     built = open_task(tiny_config(**EPS))
     params = built.first_params()
-    params = jax.tree.map(lambda p: p + 0.01 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    params = jax.tree.map(lambda p: p + 0.03 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
     checkpoint.export(tmp_path / "student", params, built.student_sampler.card)
     default, on, off = (
         drawn(tmp_path, tmp_path / "student", "--num=4", "--steps=2", *flag)[0]
