@@ -55,7 +55,11 @@ def get_config(name: str = "") -> ConfigDict:
     )
     config.methods.endpoint.learning_rate = 4e-3
     config.methods.matched.flash = ConfigDict(config.methods.imagine_flash.to_dict())
-    config.methods.matched.matching.grid = "nested"
+    # Chosen on validation (docs/results/tuning_matched_digits.md); it does not reach Imagine Flash.
+    config.methods.matched.matching.update(
+        {"grid": "nested", "share": 0.1, "guidance": 1.0, "learning_rate": 3e-5}
+    )
+    config.methods.matched.one.update({"share": 0.2, "learning_rate": 2e-3})
 
     config.eval = ConfigDict(
         {

@@ -204,9 +204,10 @@ class Benchmark:
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(task.config, folder, self.stop, task.layout, caches=self.workdir / "cache")
         say(f"{name}, seed {seed}")
-        with self.caches_of_teacher(task):
-            task.prepare(run, teacher)
-        served = task.export(run, task.students(run, teacher), teacher)
+        if not (served := task.exported(run)):
+            with self.caches_of_teacher(task):
+                task.prepare(run, teacher)
+            served = task.export(run, task.students(run, teacher), teacher)
         for steps, params in served.items():
             sampled = Sampled("student", steps, 1.0, task.student_sampler, params)
             self.add_row(name, seed, sampled, task)

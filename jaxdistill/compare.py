@@ -30,7 +30,7 @@ from jaxdistill.interop import card, diffusers_folder
 from jaxdistill.interop.prompts import read_prompts as read_file
 from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.image_metrics import CLIP, METRICS, PROTOCOLS, Inception, Reference
-from jaxdistill.run import report
+from jaxdistill.run import compilation, report
 from jaxdistill.sample import Parser, add_computing, check_numbers, computing
 from jaxdistill.tasks.text_to_image import pipeline
 
@@ -667,6 +667,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, draw, score, write."""
     given = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(given)
+    compilation.use_cache()
     try:
         results = run(args, f"python -m jaxdistill.compare {shlex.join(given)}")
     except (ValueError, OSError) as error:

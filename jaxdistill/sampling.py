@@ -2,7 +2,7 @@
 share.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -42,6 +42,25 @@ batch, and no value would show it.
 def unconstrained(x: Array) -> Array:
     """The constraint of a single device: none."""
     return x
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """How a student is sampled.
+
+    Attributes:
+      solver: "ddim"; or with fresh noise between the steps "renoise", and "consistency", which
+        reads the network as LCM's f(x, t).
+      grid: "trailing", "leading", "linspace"; "nested": the first N of `times` are the grid of N
+        steps; "listed": `times` holds a list for each number of steps.
+      times: shares of T, decreasing from 1, or lists of them.
+      noise_correction: whether the first step goes on with the noise that was drawn.
+    """
+
+    solver: str = "ddim"
+    grid: str = "trailing"
+    times: Sequence[Any] = ()
+    noise_correction: bool = False
 
 
 # -------------------------------------------------------------------------------------------- grids

@@ -25,7 +25,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import jaxdistill
-from jaxdistill.run.workdir import missing_extra
+from jaxdistill.errors import missing_extra
+from jaxdistill.run import compilation
 from jaxdistill.sample import Parser, kind
 
 try:
@@ -595,6 +596,7 @@ def main(argv: list[str] | None = None) -> None:
                 f" {args.deadline:g}"
             )
         check_address(args.host, args.port)
+        compilation.use_cache()
         # On a CPU each core is a device of its own: XLA's threads gain nothing on networks as small
         # as the benchmark's.
         jax.config.update("jax_num_cpu_devices", min(cores(), max(args.batch_sizes)))

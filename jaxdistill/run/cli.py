@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxdistill.errors import UserError
+from jaxdistill.errors import UserError, missing_extra
 from jaxdistill.run import checkpoint, distributed
 from jaxdistill.run.loop import NonFiniteError, Stopped
-from jaxdistill.run.workdir import missing_extra, say
+from jaxdistill.run.workdir import say
 
 PROCESSES = ("distributed", "coordinator", "num_processes", "process_id")
 

@@ -1,7 +1,7 @@
 """What a run asks of a task."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ml_collections import ConfigDict
 
@@ -10,6 +10,7 @@ from jaxdistill.model import Weights
 from jaxdistill.partition import Layout
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is distilled. Making one checks its config and computes nothing heavy.
 

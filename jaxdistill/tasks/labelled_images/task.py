@@ -149,8 +149,7 @@ class LabelledImages(SmallTask):
         extractor = self.extractor(run)
         self.validation = Evaluator(self.dataset, self.dataset.validation, extractor)
         teacher = self.teacher(run)
-        self.prepare(run, teacher)
-        served = self.export(run, self.students(run, teacher), teacher)
+        served = self.served(run, teacher)
         # Exports and checkpoints are on disk: a signal from here on may end the process at once.
         run.place.stop.release()
         if distributed.is_main():

@@ -268,3 +268,8 @@ def open_scenes(source: str | Path, folder: str | Path, *, scale: float = 1.0) -
     builder = FashionScenes(data_dir=str(folder), config=config, file_format="array_record")
     builder.download_and_prepare()
     return {split: builder.as_data_source(split) for split in SPLITS}
+
+
+def images_of(items: Any, count: int) -> np.ndarray:
+    """uint8 [count, 32, 32, 3] of a data source's first items, or all of fewer."""
+    return np.stack([items[i]["image"] for i in range(min(count, len(items)))])
