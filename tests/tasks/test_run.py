@@ -563,7 +563,7 @@ def test_noise_correction_flag_is_obeyed_where_it_matters(tmp_path):
     params = jax.tree.map(lambda p: p + 0.03 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
     checkpoint.export(tmp_path / "student", params, built.student_sampler.card)
     default, on, off = (
-        drawn(tmp_path, tmp_path / "student", "--num=4", "--steps=2", *flag)[0]
+        drawn(tmp_path, tmp_path / "student", "--num=64", "--steps=2", *flag)[0]
         for flag in ([], ["--noise_correction=true"], ["--noise_correction=false"])
     )
     assert default.tobytes() == on.tobytes() and np.abs(on - off).max() > 1e-3
