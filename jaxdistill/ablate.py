@@ -1,5 +1,5 @@
-"""`python -m jaxdistill.ablate --config=configs/digits.py --workdir=DIR --seeds=0,1,2`: Imagine Flash
-without each of its parts, and other methods beside it.
+"""`python -m jaxdistill.ablate --config=configs/digits.py --workdir=DIR --seeds=0,1,2`: Imagine
+Flash without each of its parts, and other methods beside it.
 
 One full run and its variants a seed, all distilled from one teacher; one table of means over the
 seeds. `--variants=full,matched,endpoint` compares methods. A killed ablation goes on where it

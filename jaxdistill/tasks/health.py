@@ -43,8 +43,8 @@ class Health(NamedTuple):
     scale: int = 4
 
     def of(self, phase: str, steps: Sequence[int], last: int) -> HealthFn:
-        """The line of a phase that ends at `last`: it prints, warns of a collapse, saves a picture, and returns the
-        numbers as {name_steps: value}.
+        """The line of a phase that ends at `last`: it prints, warns of a collapse, saves a picture,
+        and returns the numbers as {name_steps: value}.
         """
         before: dict[int, float] = {}
 

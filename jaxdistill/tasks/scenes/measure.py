@@ -22,7 +22,7 @@ COUNT = 2000
 
 
 def measure(source: str, base: Path, cache: Path) -> Path:
-    """Write base/recogniser/reference.npz; its path. Scenes are made in `cache`. Raises UserError."""
+    """Write base/recogniser/reference.npz; its path. Scenes go to `cache`. Raises UserError."""
     folder = base / "recogniser"
     if not (base / "config.json").exists():
         raise UserError(
