@@ -213,10 +213,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("variants", None, "Names of variants; default: all.", flag_values=values)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """The command."""
     with one_line_errors():
-        command = Command(__doc__, define=define).parse(argv)
+        command = Command(__doc__, define=define).parse()
         config = command.given_config()
         try:
             seeds = [int(seed) for seed in command.seeds]

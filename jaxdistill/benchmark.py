@@ -461,10 +461,10 @@ def work(command: Command, config: ConfigDict) -> None:
         print(table(bench.run(teacher)))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """The command."""
     with one_line_errors():
-        command = Command(__doc__, define=define).parse(argv)
+        command = Command(__doc__, define=define).parse()
         config = command.given_config()
         choose_optimizations(config)
         try:

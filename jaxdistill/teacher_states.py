@@ -165,10 +165,10 @@ def open_benchmark(command: Command) -> tuple[ConfigDict, Path, Path]:
     return config, folder, folder / part
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """The command."""
     with one_line_errors():
-        command = Command(__doc__, config=False, workdir=False, define=define).parse(argv)
+        command = Command(__doc__, config=False, workdir=False, define=define).parse()
         config, folder, student = open_benchmark(command)
         with loop.StopSignal().installed() as stop:
             bench = Benchmark(config, folder, stop)

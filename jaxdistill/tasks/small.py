@@ -83,6 +83,7 @@ class SmallTask:
         share: "SmallTask | None" = None,
     ) -> None:
         check_config(config)
+        check_grids(config)
         self.config, self.cond = config, cond
         self.image_shape: tuple[int, ...] = tuple(about["image_shape"])
         self.common = {
@@ -134,7 +135,6 @@ class SmallTask:
                 f"config.teacher.path is empty: config.method.name = {config.method.name!r} needs"
                 " the student/ folder of a finished run"
             )
-        check_grids(config, bool(learned))
         self.teacher_sampler = self._teacher_sampler()
         self.student_sampler = self.sampler("student", self.recipe.sampler, steps=self.shown_steps)
         self.teacher_sampler.grid(self.teacher_sampler.card["sampler"]["steps"])

@@ -324,8 +324,8 @@ def test_sample_answers_a_bad_flag_in_one_line(finished, tmp_path, capsys, flags
             " '--out=x.png'])"
         ),
         (
-            "from jaxdistill import main; main.main(['main', '--config=configs/sd15.py',"
-            " '--workdir={folder}/run', '--config.teacher.folder={folder}'])"
+            "sys.argv = ['main', '--config=configs/sd15.py', '--workdir={folder}/run',"
+            " '--config.teacher.folder={folder}']; from jaxdistill import main; main.main()"
         ),
     ],
 )

@@ -193,11 +193,11 @@ def test_health_and_losses_are_in_the_curves(folder):
 
 
 def test_last_two_checkpoints_and_tensorboard_logs_of_both_phases_are_kept(folder):
-    for phase, steps in (("teacher", {36, 40}), ("student", {8, 12})):
+    for name, steps in (("teacher", {36, 40}), ("student", {8, 12})):
         assert {
-            int(p.name) for p in (folder / "checkpoints" / phase).iterdir() if p.name.isdigit()
+            int(p.name) for p in (folder / "checkpoints" / name).iterdir() if p.name.isdigit()
         } == steps
-        events = list((folder / "tensorboard" / phase).glob("events.out.tfevents.*"))
+        events = list((folder / "tensorboard" / name).glob("events.out.tfevents.*"))
         assert events and all(p.stat().st_size > 500 for p in events)
 
 
@@ -560,10 +560,10 @@ def test_guidance_defaults_to_the_cards_and_changes_the_images(draw):
 def test_noise_correction_flag_is_obeyed_where_it_matters(tmp_path):
     built = open_task(tiny_config(**EPS))
     params = built.first_params()
-    params = jax.tree.map(lambda p: p + 0.01 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    params = jax.tree.map(lambda p: p + 0.03 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
     checkpoint.export(tmp_path / "student", params, built.student_sampler.card)
     default, on, off = (
-        drawn(tmp_path, tmp_path / "student", "--num=4", "--steps=2", *flag)[0]
+        drawn(tmp_path, tmp_path / "student", "--num=64", "--steps=2", *flag)[0]
         for flag in ([], ["--noise_correction=true"], ["--noise_correction=false"])
     )
     assert default.tobytes() == on.tobytes() and np.abs(on - off).max() > 1e-3

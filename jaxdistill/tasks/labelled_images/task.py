@@ -58,7 +58,7 @@ class LabelledImages(SmallTask):
     """See `SmallTask`. Raises ValueError."""
 
     def __init__(self, config: ConfigDict) -> None:
-        self.dataset = make_dataset(config.data)
+        self.dataset = make_dataset(config.data.to_dict())
         names = list(self.dataset.class_names)
         super().__init__(
             config,
