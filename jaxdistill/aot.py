@@ -2,9 +2,9 @@
 how fast can it be?
 
 Compiles the run's own train step, or the student's sampler, for a TPU slice that is not here, and
-reports memory, arithmetic and communication (`tasks.text_to_image.plan`). No TPU, no weights and no prompts are
-needed; without config.teacher.folder the published architecture config.teacher.architecture stands
-for the teacher.
+reports memory, arithmetic and communication (`tasks.text_to_image.plan`). No TPU, no weights and no
+prompts are needed; without config.teacher.folder the published architecture
+config.teacher.architecture stands for the teacher.
 """
 
 import json
