@@ -395,6 +395,47 @@ CLASSES = {
 }
 
 
+def _read_index(root: Path) -> tuple[dict[str, Any], list[str]]:
+    """model_index.json, and the components that its pipeline needs. Raises FolderError."""
+    if not root.is_dir():
+        raise FolderError(
+            f"{root} is no folder; give a pipeline folder as diffusers' save_pretrained writes it"
+        )
+    where = root / "model_index.json"
+    if not where.is_file():
+        raise FolderError(f"{root} is no pipeline folder: it has no model_index.json")
+    index: dict[str, Any] = read_json(where)
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in PIPELINES:
+        known = ", ".join(PIPELINES)
+        raise FolderError(f"{where}: the pipeline {name!r} is not known; known are {known}")
+    needed = ["unet", "vae", "text_encoder", "tokenizer"]
+    needed += ["text_encoder_2", "tokenizer_2"] if PIPELINES[name] else []
+    for component in needed:
+        entry = index.get(component)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if found not in CLASSES[component]:
+            allowed = " or ".join(CLASSES[component])
+            raise FolderError(
+                f"{where}: {component} is of class {found!r}; only {allowed} is supported"
+            )
+    return index, needed
+
+
+def _tokenizers(root: Path, needed: Sequence[str]) -> tuple[Path, ...]:
+    """The folders of the tokenizers. Raises FolderError for one without its files."""
+    tokenizers = [root / component for component in needed if component.startswith("tokenizer")]
+    for tokenizer in tokenizers:
+        if not (tokenizer / "tokenizer.json").is_file() and not all(
+            (tokenizer / f).is_file() for f in ("vocab.json", "merges.txt")
+        ):
+            raise FolderError(
+                f"{tokenizer} has neither tokenizer.json nor vocab.json and merges.txt; copy the"
+                " folder anew"
+            )
+    return tuple(tokenizers)
+
+
 def open_folder(
     path: str | Path,
     *,
@@ -417,36 +458,8 @@ def open_folder(
         line that names it.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise FolderError(
-            f"{root} is no folder; give a pipeline folder as diffusers' save_pretrained writes it"
-        )
-    if not (root / "model_index.json").is_file():
-        raise FolderError(f"{root} is no pipeline folder: it has no model_index.json")
-    index = read_json(root / "model_index.json")
-    name = index.get("_class_name")
-    if not isinstance(name, str) or name not in PIPELINES:
-        raise FolderError(
-            f"{root / 'model_index.json'}: the pipeline {name!r} is not known; known are"
-            f" {', '.join(PIPELINES)}"
-        )
-    xl = PIPELINES[name]
-    needed = [
-        "unet",
-        "vae",
-        "text_encoder",
-        "tokenizer",
-        *(("text_encoder_2", "tokenizer_2") if xl else ()),
-    ]
-    for component in needed:
-        entry = index.get(component)
-        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if found not in CLASSES[component]:
-            allowed = " or ".join(CLASSES[component])
-            raise FolderError(
-                f"{root / 'model_index.json'}: {component} is of class {found!r}; only {allowed} is"
-                " supported"
-            )
+    index, needed = _read_index(root)
+    xl = PIPELINES[index["_class_name"]]
     options = {"attention": attention, "dtype": dtype}
 
     def part(component: str, stem: str, make: Any, **more: Any) -> Part:
@@ -474,15 +487,6 @@ def open_folder(
             f"{root}: the unet's cross_attention_dim is {wanted}, but the text encoder gives"
             f" {width}; one of them is another model's"
         )
-    tokenizers = [root / component for component in needed if component.startswith("tokenizer")]
-    for tokenizer in tokenizers:
-        if not (tokenizer / "tokenizer.json").is_file() and not all(
-            (tokenizer / f).is_file() for f in ("vocab.json", "merges.txt")
-        ):
-            raise FolderError(
-                f"{tokenizer} has neither tokenizer.json nor vocab.json and merges.txt; copy the"
-                " folder anew"
-            )
     return Folder(
         path=root,
         components=index,
@@ -490,7 +494,7 @@ def open_folder(
         unet=unet,
         vae=part("vae", "diffusion_pytorch_model", vae_module, **options),
         text_encoders=tuple(encoders),
-        tokenizers=tuple(tokenizers),
+        tokenizers=_tokenizers(root, needed),
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
         zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)) if xl else False,
     )

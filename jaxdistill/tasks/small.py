@@ -118,6 +118,14 @@ class SmallTask:
         if share is not None:
             self._network, self._features = share._network, share._features
         self._heads = FeatureHeads(config.adversarial.width)
+        self._open_method()
+        self._programs: dict[Any, Any] = {} if share is None else share._programs
+        self._pool: Any = None
+        self._pairs: Any = None
+
+    def _open_method(self) -> None:
+        """The recipe, and the samplers of teacher and student. Raises ValueError."""
+        config = self.config
         build = methods.build(config.method.name, config.methods.to_dict())
         self.distillation = Distillation(self, build)
         self.recipe = self.distillation.recipe
@@ -131,9 +139,6 @@ class SmallTask:
         self.student_sampler = self.sampler("student", self.recipe.sampler, steps=self.shown_steps)
         self.teacher_sampler.grid(self.teacher_sampler.card["sampler"]["steps"])
         self.grids = {n: self.student_sampler.grid(n) for n in self.kit({}).steps}
-        self._programs: dict[Any, Any] = {} if share is None else share._programs
-        self._pool: Any = None
-        self._pairs: Any = None
 
     # -- what a method asks for (`run.task.Task`)
 
