@@ -253,6 +253,7 @@ class OwnModel:
                 f"{method} trains a discriminator on the network's hidden states: give"
                 " problem.features, or set adversarial_weight to 0 in settings where it has one"
             )
+        self.distillation.check_batch()
         self.grids = {n: self.grid(self.recipe.sampler, n) for n in self.kit({}).steps}
 
     # -- what a method asks for
