@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from jaxdistill.errors import UserError
+from jaxdistill.methods.recipe import Recipe
 from jaxdistill.names import choose
 from jaxdistill.run import checkpoint, compilation, report, workers
 from jaxdistill.run.cli import Command, one_line_errors
@@ -363,15 +364,15 @@ def check_all(config: ConfigDict) -> None:
         raise UserError("config.benchmark.methods is empty; name keys of config.methods")
     for name in wanted.methods:
         choose(config.methods, name, "config.benchmark.methods")
-        check_recipe(config, name)
+        recipe_of(config, name)
     choose(report.CHARTS, wanted.chart.kind, "config.benchmark.chart.kind")
     if wanted.chart.kind == "axis":
         for name in wanted.methods:
             report.on_axis(name, wanted.chart.axis)
 
 
-def check_recipe(config: ConfigDict, name: str) -> None:
-    """Raise ValueError for a method's settings: of a network that does nothing."""
+def recipe_of(config: ConfigDict, name: str) -> Recipe:
+    """A method's recipe on a network that does nothing. Raises ValueError for its settings."""
     from jaxdistill import methods
     from jaxdistill.interop import card
     from jaxdistill.methods.recipe import Kit, SamplerSpec
@@ -396,7 +397,7 @@ def check_recipe(config: ConfigDict, name: str) -> None:
         adversarial=adversarial_settings(config.adversarial),
     )
     blocks = config.copy_and_resolve_references().methods.to_dict()
-    methods.build(name, blocks)(kit)
+    return methods.build(name, blocks)(kit)
 
 
 def processes_of(wanted: int) -> int:

@@ -4,6 +4,7 @@ TPU's compiler makes, as JSON behind FOUND. The compiler is loaded once a proces
 
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+sys.path.insert(0, str(Path(__file__).parent / "costs"))
 from test_flops_of_jaxpr import WITHOUT_LOOPS, transposed
 from test_hlo import LOOPS, both, layer
 

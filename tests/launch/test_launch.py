@@ -590,7 +590,7 @@ elif verb == "ssh":
     homes = homes if flag("worker") == "all" else [homes[int(flag("worker"))]]
     started = []
     for home in homes:
-        own = {"HOME": str(home), "WORKER": home.name, "JAXDISTILL_START_SECONDS": "1"}
+        own = dict(HOME=str(home), WORKER=home.name, JAXDISTILL_START_SECONDS="1")
         environment = dict(os.environ, **own, GIT_CONFIG_GLOBAL="/dev/null")
         started.append(subprocess.Popen(["bash", "-c", flag("command")], cwd=home, env=environment))
     sys.exit(max(process.wait() for process in started))

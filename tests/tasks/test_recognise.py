@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
 
-from jaxdistill.tasks.scenes import scenes
-from jaxdistill.tasks.scenes.recognise import SceneEvaluator, compare, train_recogniser, unit
+from jaxdistill.metrics.distances import frechet_distance
+from jaxdistill.tasks.scenes import reference, scenes
+from jaxdistill.tasks.scenes.recognise import compare, train_recogniser, unit
+from jaxdistill.tasks.scenes.reference import Reference
+from jaxdistill.tasks.scenes.scores import SceneEvaluator
 
 ASKED = np.array([[0, 1, 2, 3, 4], [1, 0, 0, 5, 7]])
 
@@ -75,24 +78,60 @@ def test_features_have_unit_mean_variance_and_blocks_do_not_matter(trained):
     np.testing.assert_allclose(recogniser(images[:7])[1], features[:7], atol=1e-4)
 
 
-def test_evaluator_gives_reals_the_ceiling_and_noise_a_low_score(trained):
+def reference_of(trained, *, spread=1.0):
+    """Of the images of `trained`."""
     recogniser, images, labels = trained
-    evaluator = SceneEvaluator(recogniser, images, labels, labels, repeats=2, spread=1.0)
-    ceiling, floor = evaluator.ceiling(), evaluator.floor_fd()
-    real = evaluator(images, images, images[:20])
-    assert (
-        real.fd < 1e-6 < floor and real.all_right == ceiling["all_right"] == real.unseen_all_right
+    found, features = recogniser(images)
+    half = len(features) // 2
+    captions = [f"caption {i}" for i in range(len(images))]
+    return Reference(
+        captions=captions,
+        labels=labels,
+        unseen=captions,
+        unseen_labels=labels,
+        mean=features.mean(0),
+        covariance=np.cov(features, rowvar=False),
+        features=features,
+        halves=frechet_distance(features[:half], features[half:]),
+        ceiling=compare(found, labels),
+        spread=spread,
+        diversity_captions=10,
+        repeats=2,
     )
+
+
+def test_evaluator_gives_reals_the_ceiling_and_noise_a_low_score(trained):
+    recogniser, images, _ = trained
+    real_scenes = reference_of(trained)
+    evaluator = SceneEvaluator(recogniser, real_scenes)
+    real = evaluator(images, images, images[:20])
+    ceiling = real_scenes.ceiling["all_right"]
+    assert real.fd < 1e-6 < real_scenes.halves
+    assert real.all_right == ceiling == real.unseen_all_right
     assert real.precision == real.recall == 1.0
     noise = np.random.default_rng(0).uniform(size=images.shape).astype(np.float32)
     worse = evaluator(noise, noise, noise[:20])
-    assert worse.fd > 10 * floor and worse.all_right < 0.1 and worse.recall < 0.2
+    assert worse.fd > 10 * real_scenes.halves and worse.all_right < 0.1 and worse.recall < 0.2
     assert evaluator.quick(images)["fd"] < 1e-6
 
 
 def test_diversity_is_the_spread_within_a_caption(trained):
-    recogniser, images, labels = trained
-    evaluator = SceneEvaluator(recogniser, images, labels, labels, repeats=2, spread=2.0)
+    recogniser, images, _ = trained
+    evaluator = SceneEvaluator(recogniser, reference_of(trained, spread=2.0))
     twins = np.repeat(images[:10], 2, axis=0)
     assert evaluator(images, images, twins).diversity == 0.0
     assert evaluator(images, images, images[:20]).diversity > 0.0
+
+
+def test_a_stored_reference_scores_as_the_scenes_themselves(trained, tmp_path):
+    recogniser, images, _ = trained
+    whole, path = reference_of(trained), tmp_path / "reference.npz"
+    reference.save(path, {"test": whole}, scale=recogniser.scale, count=100)
+    found, scale = reference.load(path)
+    assert scale == recogniser.scale and found["test"].captions == whole.captions[:100]
+    noise = np.random.default_rng(0).uniform(size=(100, *images.shape[1:])).astype(np.float32)
+    scores = [
+        SceneEvaluator(recogniser, real)(noise, noise, noise[:20])
+        for real in (whole, found["test"])
+    ]
+    np.testing.assert_allclose(*scores, rtol=2e-3, atol=1e-6)
