@@ -1,18 +1,25 @@
 import jax
 import numpy as np
 import pytest
-from jaxdistill.metrics.evaluate import (
-    Evaluator,
-    Extractor,
+
+from jaxdistill.metrics.distances import (
+    Gaussian,
     class_spread,
+    fd_noise,
     frechet_distance,
+    gaussian_of,
     health,
     nearest_neighbour_distance,
     precision_recall,
+    saturation,
 )
-
-from jaxdistill.metrics import evaluate
 from jaxdistill.tasks.labelled_images.data import Dataset, Split, digits
+from jaxdistill.tasks.labelled_images.scores import (
+    Evaluator,
+    Extractor,
+    make_extractor,
+    train_extractor,
+)
 
 # --------------------------------------------------------------------------------- Fréchet distance
 
@@ -100,6 +107,24 @@ def test_frechet_distance_of_too_few_rows_says_how_many_are_needed(rows):
     for pair in ((few, many), (many, few)):
         with pytest.raises(ValueError, match=f"more than 8 images, got {rows}"):
             frechet_distance(*pair)
+
+
+def test_a_gaussian_stands_for_its_features_on_either_side():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(60, 8)), rng.gamma(2.0, size=(45, 8))
+    wanted, noise = frechet_distance(a, b), fd_noise(a, b)
+    for left in (a, gaussian_of(a)):
+        for right in (b, gaussian_of(b)):
+            assert frechet_distance(left, right) == pytest.approx(wanted, rel=1e-12)
+    assert fd_noise(a, gaussian_of(b)) == pytest.approx(noise, rel=1e-9)
+
+
+def test_the_gaussian_of_features_is_their_mean_and_unbiased_covariance():
+    factor = np.array([[2.0, 0.0], [1.0, 0.5]])
+    found = gaussian_of(with_moments(40, np.array([1.0, -3.0]), factor))
+    assert isinstance(found, Gaussian)
+    np.testing.assert_allclose(found.mean, [1.0, -3.0], rtol=1e-9)
+    np.testing.assert_allclose(found.covariance, factor @ factor.T, rtol=1e-9)
 
 
 # ----------------------------------------------------------------------------- precision and recall
@@ -229,8 +254,8 @@ def test_nearest_neighbour_distance_is_a_median():
 
 
 def test_saturation_is_the_share_of_values_at_either_end():
-    assert evaluate.saturation(np.array([0.0, 1.0, 0.5, 0.001, 0.999, 0.1])) == pytest.approx(4 / 6)
-    assert evaluate.saturation(np.array([2 / 255, 253 / 255])) == 0.0
+    assert saturation(np.array([0.0, 1.0, 0.5, 0.001, 0.999, 0.1])) == pytest.approx(4 / 6)
+    assert saturation(np.array([2 / 255, 253 / 255])) == 0.0
 
 
 def test_health_of_the_teacher_against_itself_is_one_at_no_distance():
@@ -271,7 +296,7 @@ def real():
 
 
 def train(dataset):
-    return evaluate.train_extractor(
+    return train_extractor(
         dataset, channels=(8,), features=6, steps=60, batch_size=32, learning_rate=1e-2
     )
 
@@ -292,10 +317,8 @@ def test_extractor_hash_changes_with_one_bit_of_the_weights(real, extractor):
     leaves = [np.array(leaf) for leaf in leaves]
     leaves[-1].view(np.uint8).reshape(-1)[0] ^= 1
     arguments = {"num_classes": 10, "channels": (8,), "features": 6}
-    changed = evaluate.make_extractor(
-        jax.tree.unflatten(structure, leaves), real.train.images, **arguments
-    )
-    same = evaluate.make_extractor(extractor.params, real.train.images, **arguments)
+    changed = make_extractor(jax.tree.unflatten(structure, leaves), real.train.images, **arguments)
+    same = make_extractor(extractor.params, real.train.images, **arguments)
     assert changed.hash != extractor.hash and same.hash == extractor.hash
 
 

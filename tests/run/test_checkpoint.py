@@ -17,7 +17,7 @@ from shell import TINY, assert_same_bits, flip_bit, folder_bytes, run_command, r
 
 from jaxdistill.run import checkpoint
 from jaxdistill.run.checkpoint import CheckpointError, Checkpoints, Manifests, export, load_export
-from jaxdistill.train import init_state, train_step
+from jaxdistill.train import Objective, init_state, train_step
 
 # ------------------------------------------------------------------------------------------ exports
 
@@ -258,7 +258,7 @@ def a_state(shape=(3, 2), name="w", seed=7):
         )
 
     for _ in range(3):
-        state, _ = train_step(state, None, None, loss_fn=loss, tx=tx, ema_decay=0.9)
+        state, _ = train_step(state, None, None, objective=Objective(loss, tx), ema_decay=0.9)
     return state
 
 
