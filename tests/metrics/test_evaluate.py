@@ -51,6 +51,14 @@ def test_frechet_distance_of_axis_aligned_gaussians_is_the_closed_form():
     )
 
 
+def test_a_gaussian_stands_for_its_features():
+    a, b = (np.random.default_rng(seed).normal(size=(30, 4)) for seed in (1, 2))
+    wanted = frechet_distance(a, b)
+    for left in (a, gaussian_of(a)):
+        for right in (b, Gaussian(b.mean(0), np.cov(b, rowvar=False))):
+            assert frechet_distance(left, right) == pytest.approx(wanted, rel=1e-12)
+
+
 def test_frechet_distance_does_not_change_under_a_common_rotation():
     s_a, s_b, shift, q = (
         np.array([1.0, 0.2, 2.0]),
