@@ -70,7 +70,8 @@ class Command:
             sys.exit(0)
         for word in given[1:]:
             name = word.lstrip("-").partition("=")[0].removeprefix("no")
-            if name in PROCESSES and name not in self.values:
+            flag = word.startswith("-") and name in PROCESSES
+            if flag and name not in self.values:
                 raise UserError(
                     f"--{name}: this command is one process; only jaxdistill.main runs as several"
                 )
@@ -126,6 +127,9 @@ class Command:
 
 def _flag_error(error: Exception) -> str:
     """A mistake in the flags as one line."""
+    if "Error whilst parsing config file" in str(error):  # with the traceback of what it raised
+        last = str(error).strip().splitlines()[-1]
+        return f"--config cannot be loaded: {last.removeprefix('ValueError: ')}"
     # KeyError's str is the repr of its message, once more for each block it passed through.
     text = str(error).replace("\\n", " ").replace("\\", "").replace("'", "")
     text = re.sub(r"\s+", " ", text).strip()

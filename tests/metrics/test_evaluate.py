@@ -5,6 +5,7 @@ import pytest
 from jaxdistill.metrics.distances import (
     Gaussian,
     class_spread,
+    fd_noise,
     frechet_distance,
     gaussian_of,
     health,
@@ -114,6 +115,24 @@ def test_frechet_distance_of_too_few_rows_says_how_many_are_needed(rows):
     for pair in ((few, many), (many, few)):
         with pytest.raises(ValueError, match=f"more than 8 images, got {rows}"):
             frechet_distance(*pair)
+
+
+def test_a_gaussian_stands_for_its_features_on_either_side():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(60, 8)), rng.gamma(2.0, size=(45, 8))
+    wanted, noise = frechet_distance(a, b), fd_noise(a, b)
+    for left in (a, gaussian_of(a)):
+        for right in (b, gaussian_of(b)):
+            assert frechet_distance(left, right) == pytest.approx(wanted, rel=1e-12)
+    assert fd_noise(a, gaussian_of(b)) == pytest.approx(noise, rel=1e-9)
+
+
+def test_the_gaussian_of_features_is_their_mean_and_unbiased_covariance():
+    factor = np.array([[2.0, 0.0], [1.0, 0.5]])
+    found = gaussian_of(with_moments(40, np.array([1.0, -3.0]), factor))
+    assert isinstance(found, Gaussian)
+    np.testing.assert_allclose(found.mean, [1.0, -3.0], rtol=1e-9)
+    np.testing.assert_allclose(found.covariance, factor @ factor.T, rtol=1e-9)
 
 
 # ----------------------------------------------------------------------------- precision and recall

@@ -264,22 +264,6 @@ def test_command_answers_a_loss_that_is_no_number_in_one_line_and_keeps_what_was
     assert {name: folder_bytes(folder / name) for name in before} == before
 
 
-@pytest.mark.parametrize(
-    "flag",
-    [
-        "--config.model.name=unet",
-        "--config.student.times=(1.0,0.2,0.5)",
-        "--config.data.name=fashion",
-    ],
-)
-def test_main_command_answers_a_bad_value_in_one_line_and_writes_nothing(flag, tmp_path):
-    found = run_command(
-        "jaxdistill.main", f"--config={TINY}", f"--workdir={tmp_path / 'run'}", flag
-    )
-    assert_one_error_line(found)
-    assert not (tmp_path / "run").exists()
-
-
 def test_sample_command_answers_a_flipped_bit_in_one_line_naming_the_file(finished, tmp_path):
     folder = Path(shutil.copytree(finished[0] / "student", tmp_path / "student"))
     victim = max(
