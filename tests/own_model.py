@@ -34,5 +34,6 @@ def features(params, x, t, cond):
 
 
 def problem(**changes):
+    given = {"conds": conds, **changes}
     model = jd.Model(apply, SCHEDULE, jd.x0_prediction)
-    return jd.Problem(model, PARAMS, SHAPE, conds, **changes)
+    return jd.Problem(model, PARAMS, SHAPE, **given)

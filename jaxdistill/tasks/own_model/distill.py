@@ -96,7 +96,7 @@ def distill(
 class InMemory:
     """Trains without a file."""
 
-    flops = None
+    flops: Callable[[int], float] | None = None
 
     def __init__(self, layout: partition.Layout, *, every: int = 50) -> None:
         self.layout, self.every = layout, every
