@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 from small import SHAPE, flash, make, train
 
 from jaxdistill import partition
@@ -47,11 +46,14 @@ def main(workdir: str, coordinator: str = "", processes: str = "1", process: str
                     split, BATCH, 0, partition.process_rows(layout.mesh, BATCH)
                 ).__getitem__,
                 steps=STEPS,
-                layout=layout,
-                log=ConfigDict({"every": 5, "checkpoint_every": 25}),
-                workdir=folder,
-                stop=stop,
-                checkpoint_folder=os.environ.get("POD_CHECKPOINTS"),
+                place=loop.Place(
+                    folder,
+                    stop,
+                    layout,
+                    every=5,
+                    checkpoint_every=25,
+                    checkpoints=os.environ.get("POD_CHECKPOINTS", ""),
+                ),
             )
         except loop.Stopped as stopped:
             say(str(stopped))

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import adversarial, schedule
-from jaxdistill.methods.imagine_flash import Model, Reconstruction, imagine_flash
+from jaxdistill.methods.imagine_flash import Reconstruction, imagine_flash
+from jaxdistill.model import Model
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.models.small.mlp import ResidualMLP
 from jaxdistill.prediction import v_prediction
-from jaxdistill.run.workdir import train_phase
+from jaxdistill.run import phase
+from jaxdistill.run.phase import Training
+from jaxdistill.train import Objective
 
 SHAPE = (4, 4, 1)
 NESTED = [np.asarray((1.0, 0.6, 0.3)[:n], np.float32) for n in (1, 2, 3)]
@@ -94,23 +97,22 @@ def predict(model, params, x, t, cond):
     return a * x - s * v, s * x + a * v
 
 
-def train(teacher, loss, tx, batches, *, steps, **options):
-    """The last state of a `train_phase` in which the student starts as its teacher; without health
+def train(teacher, loss, tx, batches, *, steps, place):
+    """The last state of a training in which the student starts as its teacher; without health
     numbers.
     """
-    return train_phase(
-        "student",
-        lambda: {"student": jax.tree.map(np.asarray, teacher)},
-        {"student": teacher},
-        jax.random.key(0),
-        loss,
-        tx,
-        batches,
-        jax.tree.map(np.asarray, teacher),
-        lambda params, step: {},
-        ema_decay=0.9,
+    own = jax.tree.map(np.asarray, teacher)
+    training = Training(
+        name="student",
+        objective=Objective(loss, tx),
+        params=lambda: {"student": own},
+        shapes={"student": teacher},
+        key=jax.random.key(0),
+        batches=batches,
+        given=own,
+        health=lambda averages, step: {},
         steps=steps,
         health_every=steps,
-        advice="",
-        **options,
-    )[0]
+        ema_decay=0.9,
+    )
+    return phase.train(training, place).state

@@ -21,8 +21,8 @@ def get_config() -> ConfigDict:
     config.student.batch_size = 12
     config.student.steps = (1, 2, 3)
     config.student.grid = "nested"
-    config.method.teacher_steps = 1
-    config.method.guidance = 1.25
+    config.methods.imagine_flash.teacher_steps = 1
+    config.methods.imagine_flash.guidance = 1.25
     config.adversarial.width = 16
     config.eval.samples = 400
     config.eval.batch_size = 200

@@ -1,7 +1,7 @@
 """What a run asks of a task."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ml_collections import ConfigDict
 
@@ -10,6 +10,7 @@ from jaxdistill.model import Weights
 from jaxdistill.partition import Layout
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is distilled. Making one checks its config and computes nothing heavy.
 
@@ -39,7 +40,7 @@ class Task(Protocol):
         """Shapes of a batch of this stage, with their places on the mesh."""
 
     def batches(self, stage: Stage, name: str) -> Callable[[int], Any]:
-        """I -> this process's rows of batch i of the stage, a function of (config.seed, name, i)."""
+        """This process's rows of batch i of the stage: a function of (config.seed, name, i)."""
 
     def heads(self, stage: Stage) -> Any:
         """First parameters of the stage's discriminator."""

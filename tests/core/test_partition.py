@@ -21,7 +21,8 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 sys.path.insert(0, "tests")
 from jaxdistill import partition
-from jaxdistill.run.workdir import programs
+from jaxdistill.run.phase import Training, programs
+from jaxdistill.train import Objective
 from small import batch, flash, make
 
 model, teacher = make(64, 2)
@@ -33,11 +34,27 @@ def report(mesh, accumulate=1, steps=20):
     def loss(params, teacher, batch, key):
         return loss_fn(layout.gathered(params), layout.gathered(teacher), batch, key)
     params = {"student": jax.tree.map(np.asarray, teacher)}
-    made = programs(layout, loss, tx, params, teacher, ema_decay=0.9, accumulate=accumulate)
+    training = Training(
+        name="student",
+        objective=Objective(loss, tx),
+        params=dict,
+        shapes=params,
+        key=jax.random.key(0),
+        batches=None,
+        given=teacher,
+        health=None,
+        steps=steps,
+        health_every=1,
+        ema_decay=0.9,
+        accumulate=accumulate,
+    )
+    made = programs(training, layout)
     state, step = made.start(layout.place(params), key=jax.random.key(0)), made.step
-    data, fixed = partition.put_batch(batch(512), mesh), layout.place(jax.tree.map(np.asarray, teacher))
+    data = partition.put_batch(batch(512), mesh)
+    fixed = layout.place(jax.tree.map(np.asarray, teacher))
     compiled = step.lower(state, data, fixed).compile()
-    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((state.params, state.ema_params, state.opt_state)))
+    leaves = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     losses = []
     for _ in range(steps):
         state, metrics = step(state, data, fixed)

@@ -16,16 +16,15 @@ import optax
 import pytest
 import small
 import text_config
-from ml_collections import ConfigDict
 from shell import ROOT, assert_same_bits, quick
 from small import SHAPE, flash, make
 from test_distributed import finish, losses, start
 
-from jaxdistill import partition
+from jaxdistill import main, partition
+from jaxdistill.errors import UserError
 from jaxdistill.run import checkpoint, loop
 from jaxdistill.run.checkpoint import CheckpointError, Checkpoints
-from jaxdistill.run.workdir import UserError
-from jaxdistill.tasks.text_to_image import distil
+from jaxdistill.tasks.text_to_image.task import TextToImageTask
 from jaxdistill.train import init_state
 
 ALONE = partition.layout({"data": 1, "fsdp": 1, "smallest": 64})
@@ -157,15 +156,8 @@ def train(folder, workdir, *, steps=6, stop_at=0):
         stop.received = "SIGTERM" if i + 1 == stop_at else None
         return {"x0": np.full((4, *SHAPE), i, np.float32), "cond": np.arange(4) % 10}
 
-    log = ConfigDict({"every": 1, "checkpoint_every": 2})
-    options = {
-        "layout": ALONE,
-        "log": log,
-        "workdir": workdir,
-        "stop": stop,
-        "checkpoint_folder": folder,
-    }
-    return small.train(teacher, flash(model), optax.adam(1e-3), batch, steps=steps, **options)
+    place = loop.Place(workdir, stop, ALONE, every=1, checkpoint_every=2, checkpoints=str(folder))
+    return small.train(teacher, flash(model), optax.adam(1e-3), batch, steps=steps, place=place)
 
 
 def test_a_stop_does_not_show_where_checkpoints_are_in_a_bucket(bucket, tmp_path, capsys):
@@ -307,13 +299,13 @@ def test_an_object_of_several_requests_is_written_whole(bucket):
     assert bucket.read("large/object") == content
 
 
-class Bare(distil.TextRun):
-    """A run without a teacher's folder."""
+class Bare(TextToImageTask):
+    """A task without a teacher's folder."""
 
-    def __init__(self, config, workdir):
-        self.config, self.workdir, self.layout = config, workdir, ALONE
+    def __init__(self, config):
+        self.config, self.layout = config, ALONE
 
-    def weights(self, dtype, **_):
+    def load(self, dtype, **_):
         raise AssertionError("weights are read")
 
 
@@ -330,28 +322,29 @@ class Bare(distil.TextRun):
 def test_a_run_names_its_bucket_before_it_reads_weights(
     bucket, tmp_path, monkeypatch, key, message
 ):
-    monkeypatch.setattr(distil, "TextRun", Bare)
+    monkeypatch.setattr(main, "open_task", Bare)
     config = text_config.get_config()
     config.update_from_flattened_dict({key: "gs://typo/x"})
     with pytest.raises(UserError, match=message):
-        distil.run(config, tmp_path)
+        main.run(config, tmp_path)
 
 
 CACHED = """
 import collections, sys
 import jax, jax.numpy as jnp, text_config
-from jaxdistill.tasks.text_to_image import distil
+from jaxdistill import main, partition
 found = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: found.update([event.rpartition("/")[2]]))
-class Run(distil.TextRun):
-    def __init__(self, config, workdir):
-        self.config = config
-    def run(self, stop):
+class Task:
+    layout = partition.layout()
+    def __init__(self, config):
+        pass
+    def execute(self, run):
         jax.jit(lambda x: jnp.tanh(x @ x.T))(jnp.ones((8, 8))).block_until_ready()
-distil.TextRun = Run
+main.open_task = Task
 config = text_config.get_config()
 config.compute.compilation_cache = "gs://bucket/xla"
-distil.run(config, sys.argv[1])
+main.run(config, sys.argv[1])
 print(found["cache_hits"], found["cache_misses"])
 """
 

@@ -14,8 +14,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import text_config
-from jaxdistill.tasks.text_to_image import distil, pipeline
+from jaxdistill.tasks.text_to_image import pipeline
+from jaxdistill.tasks.text_to_image.task import TextToImageTask
 from jaxdistill.run import distributed, loop
+from jaxdistill.run.run import Run
 workdir, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
 if len(sys.argv) > 3:
     distributed.start(sys.argv[3], 2, int(sys.argv[4]), timeout=60)
@@ -25,30 +27,35 @@ for name, more in changes.items():
     config.update_from_flattened_dict(more)
     # One job has a folder that all see, the other one of each process.
     folder = workdir / (name if name == "drawn" else f"{name}-{jax.process_index()}")
-    run = distil.TextRun(config, folder)
+    task = TextToImageTask(config)
     folder.mkdir(parents=True, exist_ok=True)
     assert distributed.share_folder(folder) == (name == "drawn" or jax.process_count() == 1)
-    with loop.StopSignal().installed() as run.stop:
-        pipe = run.teacher_pipe(run.weights("float32"))
+    with loop.StopSignal().installed() as stop:
+        run = Run(config, folder, stop, task.layout)
+        pipe = task.teacher_pipe(task.load("float32"))
         asked, encode = [], pipe.text
         call = type(encode).__call__
-        type(encode).__call__ = lambda self, prompts, **options: asked.extend(prompts) or call(self, prompts, **options)
+        def asking(self, prompts, **options):
+            asked.extend(prompts)
+            return call(self, prompts, **options)
+        type(encode).__call__ = asking
         try:
-            run.open_data(pipe)
+            task.open_data(run, pipe)
         finally:
             type(encode).__call__ = call
         if jax.process_index() and name == "read":  # a machine that was replaced
             shutil.rmtree(folder / "cache")
-        run.open_data(pipe)
+        task.open_data(run, pipe)
     devices = {d for leaf in jax.tree.leaves(pipe.params) for d in leaf.devices()}
     assert devices == set(jax.local_devices()), devices
-    for kind, cache in (("texts", run.texts), ("reals", run.reals)):
-        found |= {f"{name}/{kind}/{i}/{field}": value for i in range(len(cache)) for field, value in cache[i].items()}
+    for kind, cache in task._caches.items():
+        for i in range(len(cache)):
+            found |= {f"{name}/{kind}/{i}/{field}": value for field, value in cache[i].items()}
     found[f"{name}/asked"] = np.array([p for p in asked if p])
 alone = jax.process_count() == 1
 pipe = pipeline.load(config.teacher.folder, layout=pipeline.every_device() if alone else None)
 assert {len(leaf.devices()) for leaf in jax.tree.leaves(pipe.params)} == {4 if alone else 1}
-found["drawn/loaded"] = pipe(run.prompts[:3], steps=2, guidance=2.0, batch_size=1, seed=3)
+found["drawn/loaded"] = pipe(task.prompts[:3], steps=2, guidance=2.0, batch_size=1, seed=3)
 np.savez(workdir / f"found-{jax.process_index()}.npz", **found)
 """
 
@@ -94,11 +101,11 @@ def test_two_processes_prepare_what_one_does_each_its_part(tmp_path):
         )
         found[count] = [np.load(workdir / f"found-{i}.npz") for i in range(count)]
     (expected,) = found[1]
-    assert sum("/reals/" in name and name.endswith("latents") for name in expected.files) == 11 + 5
+    assert sum(name.endswith("latents") for name in expected.files) == 11 + 5
     for part in found[2]:
         assert part.files == expected.files
         for name in part.files:
-            if "/texts/" in name:
+            if "/prompts/" in name:
                 np.testing.assert_array_equal(part[name], expected[name], err_msg=name)
             elif not name.endswith("/asked"):  # programs for two devices: captions are in float16
                 np.testing.assert_allclose(

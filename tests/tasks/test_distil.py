@@ -16,11 +16,15 @@ from PIL import Image
 from safetensors.numpy import load_file
 from shell import assert_one_error_line, assert_same_bits, run_command
 
-from jaxdistill import partition, variants
+from configs import base
+from jaxdistill import main, partition
+from jaxdistill.errors import UserError
 from jaxdistill.interop import diffusers_folder, lora
+from jaxdistill.model import lora_init, lora_merge
 from jaxdistill.run import checkpoint, loop, record_cache
-from jaxdistill.run.workdir import UserError
-from jaxdistill.tasks.text_to_image import distil, pipeline
+from jaxdistill.run.run import Run
+from jaxdistill.tasks.text_to_image import pipeline
+from jaxdistill.tasks.text_to_image.task import TextToImageTask
 
 CONFIG = Path(text_config.__file__)
 
@@ -48,8 +52,10 @@ def flags(tmp_path, variant="sd", **changes):
     return [f"--config={CONFIG}", *(f"--config.{key}={value}" for key, value in given.items())]
 
 
-def run_in_two_starts(config, folder, *, stop_at):
-    """A run that is stopped by a signal in its step `stop_at` and given again."""
+def run_in_two_starts(config, folder, *, stop_at, between=lambda: None):
+    """A run that is stopped by a signal in its step `stop_at` and given again, `between` in
+    between.
+    """
     put, calls = partition.put_batch, []
 
     def put_batch(batch, mesh):
@@ -64,9 +70,10 @@ def run_in_two_starts(config, folder, *, stop_at):
             loop.Stopped,
             match=f"stopped by SIGTERM and saved at step {stop_at} of {config.student.iterations}",
         ):
-            distil.run(config, folder)
+            main.run(config, folder)
     assert not (folder / "student").exists()
-    distil.run(config, folder)
+    between()
+    main.run(config, folder)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +87,7 @@ def finished(tmp_path_factory):
 @pytest.mark.slow
 def test_a_stopped_run_ends_in_the_bits_of_one_that_was_not(finished, tmp_path):
     folder = finished
-    distil.run(make_config(tmp_path), tmp_path / "whole")
+    main.run(make_config(tmp_path), tmp_path / "whole")
     whole, parts = (
         loop.read_curve(f / "curves" / "student.jsonl") for f in (tmp_path / "whole", folder)
     )
@@ -98,11 +105,11 @@ def test_a_stopped_run_ends_in_the_bits_of_one_that_was_not(finished, tmp_path):
 LEARNING = {
     "student.iterations": 12,
     "student.health_every": 12,
-    "student.learning_rate": 3e-4,
+    "methods.imagine_flash.learning_rate": 3e-4,
     "student.steps": (2,),
     "log.checkpoint_every": 4,
-    "adversarial.weight": 0.0,
-    "method.srl": False,
+    "methods.imagine_flash.adversarial_weight": 0.0,
+    "methods.imagine_flash.srl": False,
 }
 
 
@@ -110,9 +117,14 @@ def losses(folder):
     return [r["loss"] for r in loop.read_curve(folder / "curves" / "student.jsonl") if "loss" in r]
 
 
+def health_lines(folder):
+    curve = loop.read_curve(folder / "curves" / "student.jsonl")
+    return [record for record in curve if "health/distance_1" in record]
+
+
 @pytest.mark.long
 def test_the_loss_of_a_student_falls(tmp_path):
-    distil.run(make_config(tmp_path, "sd", **LEARNING), tmp_path / "run")
+    main.run(make_config(tmp_path, "sd", **LEARNING), tmp_path / "run")
     found = losses(tmp_path / "run")
     assert len(found) == 12 and np.mean(found[-4:]) < 0.7 * np.mean(found[:2])
 
@@ -120,7 +132,7 @@ def test_the_loss_of_a_student_falls(tmp_path):
 @pytest.mark.long
 def test_the_loss_of_an_xl_student_falls_and_a_resumed_run_ends_in_its_bits(tmp_path):
     config = make_config(tmp_path, "sdxl", **LEARNING)
-    distil.run(config, tmp_path / "whole")
+    main.run(config, tmp_path / "whole")
     # As a start leaves it that is killed behind its checkpoint of step 8.
     shutil.copytree(
         tmp_path / "whole",
@@ -131,13 +143,43 @@ def test_the_loss_of_an_xl_student_falls_and_a_resumed_run_ends_in_its_bits(tmp_
         tmp_path / "whole" / "checkpoints", tmp_path / "parts" / "checkpoints", dirs_exist_ok=True
     )
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "student" / "12")
-    distil.run(config, tmp_path / "parts")
+    main.run(config, tmp_path / "parts")
     curves = [losses(tmp_path / name) for name in ("parts", "whole")]
     assert curves[0] == curves[1] and len(curves[0]) == 12
     assert_same_bits(
         *(checkpoint.load_export(tmp_path / name / "student")[0] for name in ("parts", "whole"))
     )
     assert np.mean(curves[0][-4:]) < 0.7 * np.mean(curves[0][:2])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("keep_best", ["", "distance_1"])
+def test_a_run_that_loses_its_workdir_ends_in_the_same_rows(tmp_path, keep_best):
+    """Checkpoints are elsewhere and hold what results need, the best averages' numbers too: after a
+    stop, and again when all training is done.
+    """
+    changes = {
+        **LEARNING,
+        "student.iterations": 6,
+        "student.health_every": 2,
+        "student.steps": (1,),
+        "student.keep_best": keep_best,
+        "methods.imagine_flash.learning_rate": 1e-2,  # so large that the last is not the best
+        "log.checkpoint_every": 6,
+    }
+    config, lost = make_config(tmp_path, **changes), tmp_path / "lost"
+    expected = main.run(config, tmp_path / "whole")["rows"]
+    config.log.checkpoints = str(tmp_path / "kept")
+    run_in_two_starts(config, lost, stop_at=4, between=lambda: shutil.rmtree(lost))
+    assert json.loads((lost / "results.json").read_text())["rows"] == expected
+    shutil.rmtree(lost)
+    assert main.run(config, lost)["rows"] == expected
+    ours, theirs = (checkpoint.load_export(f / "student")[0] for f in (lost, tmp_path / "whole"))
+    assert_same_bits(ours, theirs)
+    numbers = [r["health/distance_1"] for r in health_lines(tmp_path / "whole")]
+    assert len(numbers) == 3 and numbers[-1] > min(numbers)
+    best = min(numbers) if keep_best else numbers[-1]
+    assert expected[0]["distance"] == round(best, 5)
 
 
 @pytest.mark.slow
@@ -181,7 +223,7 @@ def test_what_a_run_leaves(finished):
 
 @pytest.mark.slow
 def test_a_student_of_one_step_learns_from_a_finished_one(finished, tmp_path):
-    config = variants.chosen(make_config(tmp_path), "one", file="text_config")
+    config = base.chosen(make_config(tmp_path), "one", file="text_config")
     config.update_from_flattened_dict(
         {
             "teacher.folder": str(finished / "diffusers"),
@@ -189,7 +231,7 @@ def test_a_student_of_one_step_learns_from_a_finished_one(finished, tmp_path):
             "student.health_every": 10,
         }
     )
-    results = distil.run(config, tmp_path / "run")
+    results = main.run(config, tmp_path / "run")
     assert [row["steps"] for row in results["rows"]] == [1]
     curve = loop.read_curve(tmp_path / "run" / "curves" / "student.jsonl")
     losses = [record["loss"] for record in curve if "loss" in record]
@@ -203,12 +245,12 @@ def test_a_student_of_one_step_learns_from_a_finished_one(finished, tmp_path):
 
 
 def test_a_folder_that_is_no_student_cannot_teach_one_step(tmp_path):
-    config = variants.chosen(make_config(tmp_path), "one", file="text_config")
+    config = base.chosen(make_config(tmp_path), "one", file="text_config")
     with pytest.raises(
         UserError,
         match=r"is no student .* its scheduler's _class_name is .*; give the diffusers/ folder",
     ):
-        distil.run(config, tmp_path / "run")
+        main.run(config, tmp_path / "run")
 
 
 @pytest.mark.long
@@ -217,11 +259,12 @@ def test_low_rank_updates_load_in_diffusers_and_fuse(tmp_path):
     changes = {
         "student.lora_rank": 3,
         "student.lora_targets": ("to_q", "to_out.0", "conv1", "proj_in"),
-        "adversarial.weight": 0.0,
+        "methods.imagine_flash.adversarial_weight": 0.0,
+        "methods.imagine_flash.learning_rate": 3e-2,
     }
     config = make_config(tmp_path, "sd2", **changes)  # v-prediction from zero terminal SNR
-    config.student.update({"iterations": 3, "learning_rate": 3e-2, "steps": (1,)})
-    distil.run(config, tmp_path / "run")
+    config.student.update({"iterations": 3, "steps": (1,)})
+    main.run(config, tmp_path / "run")
     start = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
     theirs = folders.load_torch(tmp_path / "run" / "diffusers")
     assert (
@@ -249,7 +292,7 @@ def test_merging_is_the_layers_own_update():
     """
     part = diffusers_folder.open_folder(folders.folder("sdxl"), scan=True).unet
     params = diffusers_folder.load_params(part)
-    updates = lora.init(
+    updates = lora_init(
         jax.random.key(0), params, ["to_k", "conv2", "proj_out"], 2, stacked="transformer_blocks"
     )
     updates = jax.tree.map(lambda a: a + 0.1, updates)
@@ -257,7 +300,7 @@ def test_merging_is_the_layers_own_update():
     x = jax.random.normal(jax.random.key(1), x.shape)
     apply = jax.jit(part.module.apply)
     beside = apply({**params, "lora": updates}, x, t, cond)
-    np.testing.assert_allclose(beside, apply(lora.merge(params, updates), x, t, cond), atol=1e-4)
+    np.testing.assert_allclose(beside, apply(lora_merge(params, updates), x, t, cond), atol=1e-4)
     assert np.abs(beside - apply(params, x, t, cond)).max() > 1e-2
 
 
@@ -320,7 +363,7 @@ def test_a_cache_that_is_stopped_goes_on_in_the_same_blocks(tmp_path, stopped_af
 
 
 def test_a_signal_while_prompts_are_encoded_is_heeded_and_what_is_encoded_is_kept(tmp_path):
-    config = make_config(tmp_path, **{"adversarial.weight": 0.0})
+    config = make_config(tmp_path, **{"methods.imagine_flash.adversarial_weight": 0.0})
     Path(config.data.prompts).write_text("".join(f"a cat {i}\n" for i in range(40)))
     (tmp_path / "run").mkdir()
     pipe = pipeline.load(folders.folder("sd"))
@@ -336,21 +379,20 @@ def test_a_signal_while_prompts_are_encoded_is_heeded_and_what_is_encoded_is_kep
             return text(prompts)
 
     pipe.text = Text()
+    task = TextToImageTask(config)
     with loop.StopSignal().installed() as stop:
-        run = distil.TextRun(config, tmp_path / "run")
-        run.stop = stop
+        run = Run(config, tmp_path / "run", stop, task.layout)
         with pytest.raises(
             loop.Stopped,
             match=r"^encoding prompts: stopped by SIGTERM; the same command resumes it$",
         ):
-            run.open_data(pipe)
+            task.open_data(run, pipe)
     assert asked == [16, 16]  # rows of a program, always
-    run = distil.TextRun(config, tmp_path / "run")
-    run.open_data(pipe)
-    assert asked == [16, 16, 16] and len(run.texts) == 40
-    np.testing.assert_allclose(
-        run.texts[20]["context"], text(["a cat 20"])["context"][0], atol=2e-3
-    )
+    run = Run(config, tmp_path / "run", loop.StopSignal(), task.layout)
+    task.open_data(run, pipe)
+    texts = task._caches["prompts"]
+    assert asked == [16, 16, 16] and len(texts) == 40
+    np.testing.assert_allclose(texts[20]["context"], text(["a cat 20"])["context"][0], atol=2e-3)
 
 
 def test_images_are_cropped_encoded_and_kept_with_their_captions(tmp_path):
@@ -369,10 +411,10 @@ def test_images_are_cropped_encoded_and_kept_with_their_captions(tmp_path):
         tmp_path, **{"adversarial.reals": "data", "data.images": str(tmp_path / "images")}
     )
     (tmp_path / "run").mkdir()
-    run = distil.TextRun(config, tmp_path / "run")
+    task = TextToImageTask(config)
     pipe = pipeline.load(folders.folder("sd"))
-    run.open_data(pipe)
-    encode = run.folder.vae.module.apply
+    task.open_data(Run(config, tmp_path / "run", loop.StopSignal(), task.layout), pipe)
+    reals, encode = task._caches["images"], task.folder.vae.module.apply
     for i, image in enumerate((wide, wide[:, ::-1])):
         square = (
             Image.fromarray(image).resize((96, 64), Image.Resampling.LANCZOS).crop((16, 0, 80, 64))
@@ -382,13 +424,13 @@ def test_images_are_cropped_encoded_and_kept_with_their_captions(tmp_path):
             jax.numpy.asarray(square, np.float32)[None] / 127.5 - 1,
             method="encode",
         )[0]
-        np.testing.assert_allclose(run.reals[i]["latents"], expected, atol=1e-4)
+        np.testing.assert_allclose(reals[i]["latents"], expected, atol=1e-4)
         np.testing.assert_allclose(
-            run.reals[i]["context"], pipe.text([lines[i]["prompt"]])["context"][0], atol=2e-3
+            reals[i]["context"], pipe.text([lines[i]["prompt"]])["context"][0], atol=2e-3
         )
-    found = run.batches()(0)
-    assert found["real"].shape == (config.student.batch_size, *run.latent_shape)
-    assert not np.array_equal(run.reals[0]["latents"], run.reals[1]["latents"])
+    found = task.batches(task.recipe.stages[0], "student")(0)
+    assert found["real"].shape == (config.student.batch_size, *task.latent_shape)
+    assert not np.array_equal(reals[0]["latents"], reals[1]["latents"])
 
 
 REFUSALS = [
@@ -402,7 +444,7 @@ REFUSALS = [
         "LoRA target 'to_qq' matches no layer",
     ),
     ({"student.lora_rank": -1}, "config.student.lora_rank must be at least 0"),
-    ({"student.batch_size": 5}, "must be a multiple of the 2 time grids"),
+    ({"student.batch_size": 5}, "batch size 5 must be a multiple of the 2 grids that share it"),
     (
         {"data.cache": "gs://bucket/cache"},
         "config.data.cache = 'gs://bucket/cache' must be a folder",
@@ -411,15 +453,18 @@ REFUSALS = [
     ({"log.batch_size": 0}, "config.log.batch_size must be at least 1, got 0"),
     ({"data.height": 60}, "height must be a positive multiple of 8"),
     ({"compute.attention": "fast"}, "config.compute.attention = 'fast' is not known"),
-    ({"method.backward": False}, "config.method.backward = False needs images"),
-    ({"student.learning_rate": 0.0}, "config.student.learning_rate must be above 0"),
+    (
+        {"methods.imagine_flash.backward": False, "adversarial.reals": "data"},
+        "needs config.data.images",
+    ),
+    ({"methods.imagine_flash.learning_rate": 0.0}, "learning_rate must be above 0"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "words"), REFUSALS)
 def test_a_bad_config_is_refused_before_anything_is_written(changes, words, tmp_path):
     with pytest.raises(UserError) as failure:
-        distil.run(make_config(tmp_path, **changes), tmp_path / "run")
+        main.run(make_config(tmp_path, **changes), tmp_path / "run")
     assert words in str(failure.value) and "\n" not in str(failure.value)
     assert not (tmp_path / "run").exists()
 

@@ -11,10 +11,10 @@ import pytest
 from shell import assert_one_error_line, run_command
 
 from jaxdistill import sample, sampling
-from jaxdistill.interop import diffusers_folder
+from jaxdistill.interop import diffusers_folder, prompts
+from jaxdistill.interop.prompts import PromptError
 from jaxdistill.page.engine import PipelinePainter
 from jaxdistill.tasks.text_to_image import pipeline
-from jaxdistill.tasks.text_to_image.pipeline import PromptError
 
 SIZE = 64
 

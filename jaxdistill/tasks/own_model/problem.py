@@ -5,6 +5,9 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
 from jaxdistill.adversarial import FeatureFn
 from jaxdistill.errors import UserError
 from jaxdistill.methods.recipe import AdversarialSettings
@@ -92,8 +95,8 @@ def no_null(cond: Any) -> Any:
 def peeked(stream: Stream, name: str) -> tuple[Callable[[int], Any], Any]:
     """A stream as a function of i, and its first batch; an iterator goes on, whatever i is."""
     if not isinstance(stream, Iterator):
-        return stream, stream(0)
-    first = next(stream)
+        return stream, checked(stream(0), name)
+    first = checked(next(stream), name)
     source = itertools.chain([first], stream)
 
     def batch(i: int) -> Any:
@@ -104,6 +107,13 @@ def peeked(stream: Stream, name: str) -> tuple[Callable[[int], Any], Any]:
     return batch, first
 
 
+def checked(batch: Any, name: str) -> Any:
+    """A batch that holds arrays with rows. Raises UserError."""
+    if not (leaves := jax.tree.leaves(batch)) or not all(np.ndim(leaf) for leaf in leaves):
+        raise UserError(f"problem.{name} must give batches of arrays with rows")
+    return batch
+
+
 def following(kind: Any, block: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """Settings whose `guidance`, here and in nested ones, is `scale` where they do not say."""
     found, defaults = dict(block), kind()
@@ -111,6 +121,6 @@ def following(kind: Any, block: Mapping[str, Any], scale: float) -> dict[str, An
         default = getattr(defaults, field.name)
         if field.name == "guidance":
             found.setdefault("guidance", scale)
-        elif dataclasses.is_dataclass(default):
+        elif dataclasses.is_dataclass(default) and isinstance(found.get(field.name, {}), Mapping):
             found[field.name] = following(type(default), found.get(field.name, {}), scale)
     return found

@@ -100,6 +100,7 @@ class OwnModel:
                 f"{method} trains a discriminator on the network's hidden states: give"
                 " problem.features, or set adversarial_weight to 0 in settings where it has one"
             )
+        self.distillation.check_batch()
         self.grids = {n: self.grid(self.recipe.sampler, n) for n in self.kit({}).steps}
 
     # -- what a method asks for (`run.task.Task`)
@@ -197,7 +198,8 @@ class OwnModel:
         if self.recipe.pairs is None and not (images and self.images is None):
             return
         pairs = self.recipe.pairs or Pairs(0.0, 0, "ddim", options.teacher_steps)
-        count = -(-(pairs.number or options.pool) // self.rows)
+        count = self.distillation.pair_count(False) if self.recipe.pairs else options.pool
+        count = -(-count // self.rows)
         say(f"the teacher draws {count * self.rows} images, {pairs.steps} steps each")
         key = key_of(options.seed, "pool")
         shape = (self.rows, *self.image_shape)
@@ -251,13 +253,17 @@ class OwnModel:
         step = solver(schedule) if solver else sampling.renoise(schedule, sampling.keys_of(noise))
         return sampling.rollout(step, denoiser, sampling.start(noise), grid)[0].x
 
-    def health(self, phase: str, steps: Sequence[int]) -> HealthFn:
+    def health(self, phase: str, steps: Sequence[int], last: int) -> HealthFn:
         """On fixed noises: distance_N, root mean square, of the student's images of N steps from
         the teacher's; and spread_N, theirs over the batch as a share of the teacher's.
         """
         shape = (self.rows, *self.image_shape)
         noise = jax.random.normal(key_of(self.options.seed, "health"), shape)
-        wanted = self.teacher_images(noise, self.first, "ddim", self.options.teacher_steps)
+        if several := self.recipe.learns_from:  # a student stands in the teacher's place
+            grid = self.grid(self.recipe.sampler, several)
+            wanted = self.program(self.params, noise, self.first, grid)
+        else:
+            wanted = self.teacher_images(noise, self.first, "ddim", self.options.teacher_steps)
 
         def line(trained: Any, step: int) -> dict[str, float]:
             params, numbers = self.weights.merged(trained, self.params), {}

@@ -12,11 +12,13 @@ import pytest
 import text_config
 from shell import assert_one_error_line, run_command
 
-from jaxdistill import partition, variants
-from jaxdistill.costs import chips, hlo, plan
+from configs import base
+from jaxdistill import partition
+from jaxdistill.costs import chips, hlo
 from jaxdistill.costs.flops import flops_of
 from jaxdistill.interop import architectures, card, diffusers_scheduler
-from jaxdistill.tasks.text_to_image import pipeline
+from jaxdistill.run.phase import programs
+from jaxdistill.tasks.text_to_image import pipeline, plan
 from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
 TINY = {
@@ -32,7 +34,7 @@ TINY = {
 def make_config(**changes):
     config = text_config.get_config()
     config.teacher.architecture = "tiny"
-    config.adversarial.weight = 0.0
+    config.methods.imagine_flash.adversarial_weight = 0.0
     config.student.batch_size = 16
     config.compute.dtype = "bfloat16"
     config.update_from_flattened_dict(changes)
@@ -47,14 +49,16 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize("variant", ["", "one"])
 def test_the_analytic_count_is_that_of_the_step_as_it_is_written(tiny, variant):
     """N states of 3 student and k c teacher calls each."""
-    config = variants.chosen(
-        make_config(**{"method.teacher_steps": 2}), variant, file="text_config"
-    )
+    changes = {"methods.imagine_flash.teacher_steps": 2}
+    config = base.chosen(make_config(**changes), variant, file="text_config")
     setup = TextSetup(config, open_teacher(config))
-    made = setup.programs()
-    arguments = made.state.params, made.teacher, setup.abstract_batch()
-    gradient = jax.grad(lambda p, t, b: setup.loss(p, t, b, jax.random.key(0))[0])
-    assert flops_of(gradient, *arguments) / setup.step_flops() == pytest.approx(1.0, abs=0.05)
+    made = programs(setup.distillation.planned(0), setup.layout)
+    batch = setup.batch_shapes(setup.recipe.stages[0])
+    counted = flops_of(made.step, made.state, batch, made.given)
+    assert counted / setup.step_flops() == pytest.approx(1.0, abs=0.05)
+    teacher = 2 * 2 if not variant else 0
+    calls = 3 * (3 + teacher) if not variant else 3 + 3
+    assert setup.step_flops() / (16 * setup.call_flops()) == pytest.approx(calls, rel=0.1)
 
 
 @pytest.mark.slow
@@ -267,11 +271,9 @@ def test_a_mistake_is_one_line(flags, words):
         ({"mesh.fsdp": 3}, "does not divide the 1 devices"),
         (
             {"student.accumulate": 3},
-            (
-                "config.student.accumulate = 3 must be at least 1 and divide"
-                " config.student.batch_size = 16"
-            ),
+            "config.student.accumulate = 3 must divide config.student.batch_size = 16",
         ),
+        ({"student.accumulate": 0}, "config.student.accumulate must be at least 1, got 0"),
         ({"student.batch_size": 0}, "must be a positive multiple"),
         ({"compute.remat": "some"}, "config.compute.remat = 'some' is not known"),
         ({"teacher.architecture": "sd99"}, "config.teacher.architecture = 'sd99' is not known"),
