@@ -7,7 +7,7 @@ import snippets
 def test_the_readme_distils_an_nnx_net():
     names = snippets.executed(snippets.blocks("README.md", "Bring your own model"))
     losses = [row["loss"] for row in names["student"].history["student"] if "loss" in row]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]  # of the random net's own first step
     assert set(names["student"].params) == {1, 2}
     assert names["images"].shape == (32, 8, 8, 1)
     assert np.isfinite(names["images"]).all()

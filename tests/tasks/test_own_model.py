@@ -14,12 +14,12 @@ from jaxdistill.run.loop import NonFiniteError
 PLAIN = {"adversarial_weight": 0, "learning_rate": 1e-2}
 RATES = {"learning_rate": 1e-3, "fake_learning_rate": 1e-2}
 SETTINGS = {
-    "imagine_flash": PLAIN,
+    "imagine_flash": {**PLAIN, "teacher_steps": 20},
     "matched": {"flash": PLAIN, "matching": RATES, "one": {"learning_rate": 1e-2}},
     "endpoint": {"learning_rate": 1e-2, "steps": 3},
     "direct": {"learning_rate": 1e-2, "pairs_steps": 20},
     "step_distillation": {"learning_rate": 1e-2, "first": 4},
-    "lcm": {"learning_rate": 1e-2},
+    "lcm": {"learning_rate": 1e-2, "intervals": 10},
     "tdm": RATES,
     "dmd2": {**RATES, "adversarial_weight": 0},
 }
@@ -45,35 +45,37 @@ def inputs():
     return noise, np.arange(1024) % 3
 
 
+SOLVED = {"step_distillation": 8, "endpoint": 3, "lcm": 10}
+"""Methods whose student ends where so many of the teacher's steps do, which spread less."""
+
+
 @pytest.mark.parametrize("method", SETTINGS)
-def test_a_student_of_one_step_spreads_as_the_teacher(method):
+def test_a_student_of_one_step_spreads_as_what_it_learns_from(method):
     """The teacher's own single step draws the classes' means: no spread at all."""
     steps = (1, 2, 3) if method == "matched" else (1,)
-    student = distilled(method, steps=steps)
+    iterations = 2000 if method == "lcm" else 600
+    student = distilled(method, steps=steps, iterations=iterations)
     noise, labels = inputs()
     images = np.asarray(student.sample(noise, labels, 1))
     wanted = own_model.SPREAD
-    if method == "endpoint":  # its teacher are three steps, which spread less
-        wanted = spread_of(three_steps(noise, labels), labels)
-    narrow = {"imagine_flash": 0.5, "lcm": 0.4}.get(method, 0.2)  # γ narrows; LCM at this length
-    assert abs(spread_of(images, labels) / wanted - 1) < narrow
+    if method in SOLVED:
+        wanted = spread_of(teacher_images(noise, labels, SOLVED[method]), labels)
+    np.testing.assert_allclose(spread_of(images, labels), wanted, rtol=0.25)
     for c in range(3):
-        np.testing.assert_allclose(images[labels == c].mean(0), own_model.MEANS[c], atol=0.15)
+        np.testing.assert_allclose(images[labels == c].mean(0), own_model.MEANS[c], atol=0.2)
 
 
-def three_steps(noise, labels):
-    model = own_model.problem().model
+def teacher_images(noise, labels, steps):
+    model, noise = own_model.problem().model, jnp.asarray(noise)
     denoiser = jd.noise_correction(noise, 1.0)(model.denoiser(own_model.PARAMS, labels))
-    grid = jd.trailing_grid(3, T=1.0)
+    grid = jd.trailing_grid(steps, T=1.0)
     return np.asarray(jd.rollout(jd.ddim(model.schedule), denoiser, jd.start(noise), grid)[0].x)
 
 
 def test_endpoint_ends_where_three_steps_do():
     noise, labels = inputs()
-    student = distilled("endpoint")
-    np.testing.assert_allclose(
-        student.sample(noise, labels, 1), three_steps(noise, labels), atol=0.02
-    )
+    images = distilled("endpoint").sample(noise, labels, 1)
+    np.testing.assert_allclose(images, teacher_images(noise, labels, 3), atol=0.02)
 
 
 @pytest.mark.parametrize("method", ["add", "lightning", "dmd2"])
@@ -102,15 +104,6 @@ def test_images_are_used_where_they_are_given():
     assert seen == [0, 0, 1, 2, 3]  # the first one for its shape
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not():
-    def bits(**changes):
-        return distilled("imagine_flash", iterations=30, **changes).params[1]["offset"]
-
-    first = bits()
-    np.testing.assert_array_equal(first, bits())
-    assert not np.array_equal(first, bits(seed=1))
-
-
 def test_an_iterator_is_as_good_as_a_function_of_i():
     by_function = distilled("imagine_flash", iterations=30)
     stream = (own_model.conds(i) for i in range(30))
@@ -124,8 +117,12 @@ def test_a_workdir_gives_the_bits_of_memory_and_is_not_trained_twice(tmp_path):
     again = distilled("imagine_flash", iterations=60, workdir=tmp_path / "run")
     for student in (on_disk, again):
         jax.tree.map(np.testing.assert_array_equal, memory.params[1], student.params[1])
-    losses = [[r["loss"] for r in s.history["student"] if "loss" in r] for s in (memory, again)]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    losses = [
+        {r["step"]: r["loss"] for r in s.history["student"] if "loss" in r} for s in (memory, again)
+    ]
+    assert losses[1].keys() == {50, 60}
+    for step, loss in losses[1].items():
+        np.testing.assert_allclose(losses[0][step], loss, rtol=1e-5)
     with pytest.raises(jd.UserError, match="another config"):
         distilled("imagine_flash", iterations=61, workdir=tmp_path / "run")
 
@@ -172,9 +169,6 @@ def test_guidance_follows_the_options_and_reaches_the_teacher():
 
 
 BAD = {
-    "method = 'nothing' is not known; choose one of": dict(method="nothing"),
-    "settings has no setting 'gamma'; it has": dict(settings={"gamma": 1}),
-    "settings: learning_rate must be above 0": dict(settings={**PLAIN, "learning_rate": 0.0}),
     "options.steps must hold step counts": dict(steps=()),
     "one of options.iterations": dict(iterations=0),
     "options.ema_decay must be in": dict(ema_decay=1.0),

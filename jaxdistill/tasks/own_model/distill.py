@@ -117,7 +117,7 @@ class InMemory:
             for step, values in ((i - 1, pending), (i, metrics if last else None)):
                 check_finite(training, step, values)  # one step stays in flight
             pending = metrics
-            if done % self.every == 0 or last:
+            if done % self.every == 0 or done == 1 or last:
                 records.append({"step": done, **{k: float(v) for k, v in metrics.items()}})
                 bar.set_postfix(loss=f"{records[-1]['loss']:.4g}", refresh=False)
             if done % training.health_every == 0 or last:
