@@ -10,6 +10,7 @@ import pytest
 
 import jaxdistill as jd
 from jaxdistill.run.loop import NonFiniteError
+from jaxdistill.tasks.own_model.problem import following
 
 PLAIN = {"adversarial_weight": 0, "learning_rate": 1e-2}
 RATES = {"learning_rate": 1e-3, "fake_learning_rate": 1e-2}
@@ -166,6 +167,12 @@ def test_guidance_follows_the_options_and_reaches_the_teacher():
     labels = inputs()[1]
     # The null class is the first, so that the last class is pushed away from it.
     assert np.mean(guided[labels == 2]) > np.mean(plain[labels == 2]) + 0.2
+
+
+def test_all_guidance_of_a_method_follows_but_what_is_set():
+    kind = jd.METHODS["matched"].settings
+    found = following(kind, {"matching": {"guidance": 1.0}}, 3.0)
+    assert found == {"flash": {"guidance": 3.0}, "matching": {"guidance": 1.0}, "one": {}}
 
 
 BAD = {
