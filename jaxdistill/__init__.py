@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from jaxdistill.schedule import ddpm as ddpm
     from jaxdistill.schedule import flow as flow
     from jaxdistill.schedule import scaled_linear_betas as scaled_linear_betas
-    from jaxdistill.tasks.own_model import Distilled as Distilled
-    from jaxdistill.tasks.own_model import Options as Options
-    from jaxdistill.tasks.own_model import Problem as Problem
-    from jaxdistill.tasks.own_model import distill as distill
+    from jaxdistill.tasks.own_model.distill import Distilled as Distilled
+    from jaxdistill.tasks.own_model.distill import distill as distill
+    from jaxdistill.tasks.own_model.problem import Options as Options
+    from jaxdistill.tasks.own_model.problem import Problem as Problem
     from jaxdistill.train import Objective as Objective
     from jaxdistill.train import TrainState as TrainState
     from jaxdistill.train import init_state as init_state
@@ -67,7 +67,8 @@ _NAMES = {
     "prediction": "eps_prediction flow_prediction v_prediction v_target x0_prediction",
     "sampling": "ddim dpm_solver_pp_2m guidance noise_correction rollout start trailing_grid",
     "schedule": "NoiseSchedule cosine ddpm flow scaled_linear_betas",
-    "tasks.own_model": "Distilled Options Problem distill",
+    "tasks.own_model.distill": "Distilled distill",
+    "tasks.own_model.problem": "Options Problem",
     "train": "Objective TrainState init_state train_step",
 }
 """Module -> its public names, as in the imports above, which type checkers read."""

@@ -257,6 +257,8 @@ def settings_from(kind: Any, block: Mapping[str, Any], where: str) -> Any:
     for key, value in block.items():
         default = getattr(kind(), key)
         nested = dataclasses.is_dataclass(default)
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
         values[key] = settings_from(type(default), value, f"{where}.{key}") if nested else value
     return kind(**values)
 

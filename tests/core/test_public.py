@@ -1,5 +1,6 @@
 """`import jaxdistill as jd`: its names, and `jd.distill` on a network of one's own."""
 
+import ast
 import subprocess
 import sys
 
@@ -58,9 +59,17 @@ def test_every_public_name_is_there_and_says_what_it_is():
         _ = jd.nothing
 
 
+def test_type_checkers_read_the_same_names():
+    tree = ast.parse((ROOT / "jaxdistill" / "__init__.py").read_text())
+    (guarded,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in guarded.body for alias in node.names}
+    assert seen == {name: f"jaxdistill.{module}" for name, module in jd._MODULE_OF.items()}
+
+
 def test_the_import_alone_brings_no_library():
     code = (
-        "import sys, jaxdistill; print([m for m in ('jax', 'flax', 'optax') if m in sys.modules])"
+        "import sys, jaxdistill;"
+        "print([m for m in ('jax', 'flax', 'optax', 'orbax', 'numpy') if m in sys.modules])"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
