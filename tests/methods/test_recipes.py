@@ -187,6 +187,20 @@ def test_a_critics_gradient_is_the_one_that_the_loss_gives_to_the_fake_score(nam
     np.testing.assert_allclose(*both, rtol=0.02)
 
 
+@pytest.mark.parametrize("name", ["dmd2", "tdm"])
+def test_the_fake_scores_loss_pulls_on_the_fake_score_alone(name):
+    """Whatever its weight, the student's gradient is the matching's."""
+
+    def pull(weight):
+        loss = critics(fake_weight=weight)[name].loss
+        return jax.jit(jax.grad(lambda p: loss(p, REAL, states(ROWS), KEY)[0]))(NETWORKS)
+
+    light, heavy = pull(1.0), pull(3.0)
+    assert float(heavy["student"]) == pytest.approx(float(light["student"]), rel=1e-5)
+    assert float(heavy["fake"]) == pytest.approx(3.0 * float(light["fake"]), rel=1e-5)
+    assert float(light["student"]) != 0 != float(light["fake"])
+
+
 @pytest.mark.parametrize("part", ["loss", "critic"])
 @pytest.mark.parametrize("grids", [(2,), (1, 2), (2, 3)])
 def test_a_row_of_tdms_batch_meets_its_own_conditioning_alone(grids, part):
