@@ -34,12 +34,15 @@ def add(
 
     x̂0^Θ is the student's prediction at real data noised to a random time of `grid`; t is uniform.
 
+    What differs from the paper: its discriminator reads the DINO features of clean images, with an
+    R1 penalty and the embeddings of the text and of an image; here it is the one that all methods
+    share, on the frozen teacher's features of noised images and without the penalty.
+
     Args:
       student: the generator.
       teacher: the frozen network.
       grid: the student's times, the first T (the paper's are four).
-      adversary: the adversarial term; the paper's discriminator reads DINO features, which no
-        package here holds.
+      adversary: the adversarial term.
       null_cond: cond -> null conditioning.
       guidance_scale: of the teacher.
       distillation_weight: λ.

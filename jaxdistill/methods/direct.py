@@ -43,6 +43,8 @@ def direct(
     The state is cut from the gradient, as in backward distillation, so on nested grids one
     trajectory trains every number of steps.
 
+    What differs from the paper: it has one step alone, to which this comes down on a grid of one.
+
     Args:
       student: the network that learns.
       grids: one for each number of steps.

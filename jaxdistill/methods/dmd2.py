@@ -63,6 +63,12 @@ def dmd2(
     the student's own sampler's state there (x_s = α_s x̂0 + σ_s ε with fresh ε); else real data
     noised to that time.
 
+    What differs from the paper: its discriminator is a head on the fake score's encoder and trains
+    that with it, here the heads read the frozen teacher. Its fake score learns to predict ε at all
+    times; here its loss is ‖x0 error‖²/σ² at the times of the scores. Its fake score and
+    discriminator have five updates on fresh batches for one of the student; here there are
+    `Settings.fake_updates` of them, by default one, on fresh images of one batch's conditioning.
+
     Args:
       student: the generator.
       teacher: the real score; also the architecture of the fake one.
@@ -72,8 +78,7 @@ def dmd2(
       low: lowest time of the scores, share of T.
       high: highest.
       backward_simulation: see above.
-      adversary: the GAN term, or None. Its heads read the frozen teacher (the paper's read the fake
-        score's encoder).
+      adversary: the GAN term, or None.
       fake_weight: of the fake score's loss.
       constrain: sharding constraint of random batches.
       unroll: as of `rollout`.

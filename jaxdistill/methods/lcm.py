@@ -42,6 +42,10 @@ def consistency_distillation(
     t is one of `intervals` even times and s the one below it (the paper's skipping, T/intervals); d
     is the pseudo-Huber distance √(‖a - b‖² + c²) - c by element; Θ⁻ is the moving average of Θ.
 
+    What differs from the paper: there the guidance scale is drawn for each example and told to the
+    network, so that a user chooses it later; here the networks have no such input, and one scale is
+    distilled in.
+
     Θ⁻ is params["target"], which the training step moves (`Objective.averages`).
 
     Args:

@@ -42,8 +42,11 @@ def lightning(
     x_t = q(x_0, ε, t) at a time of the trailing grid of `steps`. With `keep_flow`, D sees x_t
     beside x_s, so that the teacher's own end of the jump is asked for; without it (the paper's
     relaxed second half of a stage) any x_s of the right distribution will do. As for the paper's
-    last stages, D looks at x_s diffused on to a random time up to s + spread (t - s). Its features
-    are the frozen original teacher's (the paper trains them too).
+    last stages, D looks at x_s diffused on to a random time up to s + spread (t - s).
+
+    What differs from the paper: its discriminator trains the encoder of the teacher that it begins
+    with, here that stays frozen. Its stages are 128 → 32 by squared error and 8, 4, 2, 1 by the
+    discriminator, each first as a LoRA; here they are `Settings` and the weights those of the run.
 
     Args:
       student: the network that learns.

@@ -36,6 +36,10 @@ def step_distillation(
     x̃ = (x_s - (σ_s/σ_t) x_t) / (α_s - (σ_s/σ_t) α_t), with x_t = q(x_0, ε, t) at t of the trailing
     grid of `steps` times, s the next one and x_s the teacher's result.
 
+    What differs from the papers: Meng et al. tell the student the guidance scale, here one scale is
+    distilled in. Salimans & Ho begin with thousands of steps; here the first student has
+    `Settings.first` of them, from a teacher that takes `substeps` for each.
+
     Args:
       student: the network that learns.
       teacher: the original network, or the student of the stage before.

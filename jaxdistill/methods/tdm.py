@@ -70,8 +70,14 @@ def tdm(
     x_s is where the student's step from t ends. It is diffused on to a random τ of (s, t), and g of
     `matching_gradient` compares there the real score with the fake one, which is trained on the
     same x_τ: the x_τ of the whole trajectory have the teacher's distribution when the fake score
-    has nowhere a quarrel with it. No data is used. The paper tells the network how many steps the
-    trajectory has; here the networks have no such input, and one student learns all grids.
+    has nowhere a quarrel with it. No data is used.
+
+    What differs from the paper: it tells the network how many steps the trajectory has; here the
+    networks have no such input, and one student learns all grids. Its published demo takes one
+    random state of each trajectory, lets x̂0 there follow g, and has its fake score learn x̂0 with
+    a clipped SNR and importance weights; here every state counts, x_s follows g, and the fake score
+    has the exact loss below. That demo updates the fake score once for each step of the student,
+    as `Settings.fake_updates` = 1 does.
 
     The fake score of q(x_τ | x_s), in x0 form D, is learned by (b/σ_τ²)² ‖D - D*‖², D* = (x_τ - ε
     σ_τ²/b)/α_τ: the denoising loss at s = 0, of bounded variance as τ -> s.
