@@ -1,5 +1,5 @@
-"""`python -m jaxdistill.ablate --config=configs/digits.py --workdir=DIR --seeds=0,1,2`: Imagine Flash
-without each of its parts, and other methods beside it.
+"""`python -m jaxdistill.ablate --config=configs/digits.py --workdir=DIR --seeds=0,1,2`: Imagine
+Flash without each of its parts, and other methods beside it.
 
 One full run and its variants a seed, all distilled from one teacher; one table of means over the
 seeds. `--variants=full,matched,endpoint` compares methods. A killed ablation goes on where it
@@ -213,10 +213,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("variants", None, "Names of variants; default: all.", flag_values=values)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """The command."""
     with one_line_errors():
-        command = Command(__doc__, define=define).parse(argv)
+        command = Command(__doc__, define=define).parse()
         config = command.given_config()
         try:
             seeds = [int(seed) for seed in command.seeds]

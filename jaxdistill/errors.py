@@ -10,8 +10,6 @@ EXTRAS = {
     "tokenizers": "text-to-image",
     "transformers": "text-to-image",
     "safetensors": "text-to-image",
-    "grain": "text-to-image",
-    "array_record": "text-to-image",
     "fastapi": "serve",
     "uvicorn": "serve",
     "gcsfs": "tpu",

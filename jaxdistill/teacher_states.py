@@ -76,7 +76,7 @@ def states_of(task: Scenes, student: Any, method: str) -> Callable[..., dict[Any
 
 
 def measure(bench: Benchmark, folder: Path, samples: int, steps: int) -> list[dict[str, Any]]:
-    """Rows {"source", "t", "fd", "all_right"}: the teacher's images from each source at each time."""
+    """Rows {"source", "t", "fd", "all_right"}: the teacher's images from each source and time."""
     config, data = bench.config, bench.data
     student, about = checkpoint.load_export(folder)
     task = Scenes(of_method(config, about["method"], about["seed"]), data=data, share=bench.task)
@@ -165,10 +165,10 @@ def open_benchmark(command: Command) -> tuple[ConfigDict, Path, Path]:
     return config, folder, folder / part
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """The command."""
     with one_line_errors():
-        command = Command(__doc__, config=False, workdir=False, define=define).parse(argv)
+        command = Command(__doc__, config=False, workdir=False, define=define).parse()
         config, folder, student = open_benchmark(command)
         with loop.StopSignal().installed() as stop:
             bench = Benchmark(config, folder, stop)

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,9 +62,9 @@ class Command:
         about = "This one's, from 0, with --coordinator."
         flags.DEFINE_integer("process_id", None, about, flag_values=values)
 
-    def parse(self, argv: Sequence[str] | None = None) -> "Command":
-        """Read the flags. Raises UserError; leaves after --help."""
-        given = list(sys.argv if argv is None else argv)
+    def parse(self) -> "Command":
+        """Read the flags of sys.argv. Raises UserError; leaves after --help."""
+        given = list(sys.argv)
         if any(word in ("--help", "-h", "-help") for word in given[1:]):
             print(self.help())
             sys.exit(0)

@@ -54,6 +54,7 @@ class Distillation:
         self.task, self._build = task, build
         self.recipe = build(task.kit({}))
         self._losses: dict[tuple[int, str], LossFn] = {}
+        self._iterations: dict[int, int] = {}
 
     # -- programs
 
@@ -195,6 +196,11 @@ class Distillation:
 
     def iterations(self, i: int) -> int:
         """Of a stage: its share of config.student.iterations, or of the budget in network calls."""
+        if i not in self._iterations:
+            self._iterations[i] = self._count_iterations(i)
+        return self._iterations[i]
+
+    def _count_iterations(self, i: int) -> int:
         student, stage = self.task.config.student, self.recipe.stages[i]
         if student.iterations:
             return max(1, round(stage.share * student.iterations))
@@ -299,15 +305,15 @@ class Distillation:
         run: Runner,
         teacher: Any,
         null: Any,
-        health: Callable[[str, Sequence[int]], HealthFn],
+        health: Callable[[str, Sequence[int], int], HealthFn],
     ) -> list[Student]:
         """Train all stages; what serves some number of steps, that of the most steps first.
 
-        `health`: (phase, step counts) -> the phase's health function.
+        `health`: (phase, step counts, iterations) -> the phase's health function.
         """
         found, current = [], None
         for i, stage in enumerate(self.recipe.stages):
-            line = health(self.phase(i), self.watched(i))
+            line = health(self.phase(i), self.watched(i), self.iterations(i))
             training = self.training(i, teacher, null, current, line)
             if run.flops is not None:
                 training = dataclasses.replace(training, flops=run.flops(i))

@@ -83,6 +83,7 @@ class SmallTask:
         share: "SmallTask | None" = None,
     ) -> None:
         check_config(config)
+        check_grids(config)
         self.config, self.cond = config, cond
         self.image_shape: tuple[int, ...] = tuple(about["image_shape"])
         self.common = {
@@ -117,6 +118,14 @@ class SmallTask:
         if share is not None:
             self._network, self._features = share._network, share._features
         self._heads = FeatureHeads(config.adversarial.width)
+        self._open_method()
+        self._programs: dict[Any, Any] = {} if share is None else share._programs
+        self._pool: Any = None
+        self._pairs: Any = None
+
+    def _open_method(self) -> None:
+        """The recipe, and the samplers of teacher and student. Raises ValueError."""
+        config = self.config
         build = methods.build(config.method.name, config.methods.to_dict())
         self.distillation = Distillation(self, build)
         self.recipe = self.distillation.recipe
@@ -126,14 +135,10 @@ class SmallTask:
                 f"config.teacher.path is empty: config.method.name = {config.method.name!r} needs"
                 " the student/ folder of a finished run"
             )
-        check_grids(config, bool(learned))
         self.teacher_sampler = self._teacher_sampler()
         self.student_sampler = self.sampler("student", self.recipe.sampler, steps=self.shown_steps)
         self.teacher_sampler.grid(self.teacher_sampler.card["sampler"]["steps"])
         self.grids = {n: self.student_sampler.grid(n) for n in self.kit({}).steps}
-        self._programs: dict[Any, Any] = {} if share is None else share._programs
-        self._pool: Any = None
-        self._pairs: Any = None
 
     # -- what a method asks for (`run.task.Task`)
 
@@ -286,7 +291,7 @@ class SmallTask:
     # -- what a subclass says
 
     def image_batches(self, size: int, seed: int, rows: np.ndarray | None) -> Batches:
-        """I -> {"x0" in [-1, 1], "cond"} of the training data, of a process's rows."""
+        """A process's rows of batch i of the training data: {"x0" in [-1, 1], "cond"}."""
         raise NotImplementedError
 
     def noise_batches(self, size: int, seed: int, rows: np.ndarray | None) -> Batches:
@@ -555,6 +560,22 @@ class SmallTask:
     def students(self, run: Run, teacher: Any) -> list[Student]:
         """Trained, or from the checkpoints. `prepare` first."""
         return self.distillation.students(run, teacher, {}, self.health(run, teacher).of)
+
+    def exported(self, run: Run) -> dict[int, Any]:
+        """{steps: parameters} of a finished run's exports, {} where some are missing."""
+        found: dict[int, Any] = {}
+        for card_file in run.workdir.glob("student*/card.json"):
+            params, about = checkpoint.load_export(card_file.parent)
+            found |= dict.fromkeys(about["serves"], params)
+        whole = found.keys() >= set(self.config.student.steps)
+        return dict(sorted(found.items())) if whole else {}
+
+    def served(self, run: Run, teacher: Any) -> dict[int, Any]:
+        """{steps: parameters} of the students: from their exports, or trained and exported."""
+        if found := self.exported(run):
+            return found
+        self.prepare(run, teacher)
+        return self.export(run, self.students(run, teacher), teacher)
 
     def export(self, run: Run, students: Sequence[Student], teacher: Any) -> dict[int, Any]:
         """student/ and a folder for each stage beside it; {steps: merged parameters}."""

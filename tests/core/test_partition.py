@@ -35,14 +35,26 @@ def report(mesh, accumulate=1, steps=20):
         return loss_fn(layout.gathered(params), layout.gathered(teacher), batch, key)
     params = {"student": jax.tree.map(np.asarray, teacher)}
     training = Training(
-        name="student", objective=Objective(loss, tx), params=dict, shapes=params, key=jax.random.key(0),
-        batches=None, given=teacher, health=None, steps=steps, health_every=1, ema_decay=0.9, accumulate=accumulate,
+        name="student",
+        objective=Objective(loss, tx),
+        params=dict,
+        shapes=params,
+        key=jax.random.key(0),
+        batches=None,
+        given=teacher,
+        health=None,
+        steps=steps,
+        health_every=1,
+        ema_decay=0.9,
+        accumulate=accumulate,
     )
     made = programs(training, layout)
     state, step = made.start(layout.place(params), key=jax.random.key(0)), made.step
-    data, fixed = partition.put_batch(batch(512), mesh), layout.place(jax.tree.map(np.asarray, teacher))
+    data = partition.put_batch(batch(512), mesh)
+    fixed = layout.place(jax.tree.map(np.asarray, teacher))
     compiled = step.lower(state, data, fixed).compile()
-    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((state.params, state.ema_params, state.opt_state)))
+    leaves = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     losses = []
     for _ in range(steps):
         state, metrics = step(state, data, fixed)

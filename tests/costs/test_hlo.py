@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from paths import ROOT, TESTS
-from shell import ROOT, environment
+from shell import environment
 from test_flops_of_jaxpr import WITHOUT_LOOPS, transposed
 
 from jaxdistill.costs.flops import flops_of

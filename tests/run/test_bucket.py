@@ -156,9 +156,7 @@ def train(folder, workdir, *, steps=6, stop_at=0):
         stop.received = "SIGTERM" if i + 1 == stop_at else None
         return {"x0": np.full((4, *SHAPE), i, np.float32), "cond": np.arange(4) % 10}
 
-    place = loop.Place(
-        workdir, stop, ALONE, every=1, checkpoint_every=2, checkpoints=str(folder)
-    )
+    place = loop.Place(workdir, stop, ALONE, every=1, checkpoint_every=2, checkpoints=str(folder))
     return small.train(teacher, flash(model), optax.adam(1e-3), batch, steps=steps, place=place)
 
 

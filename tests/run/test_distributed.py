@@ -1,4 +1,4 @@
-"""Several processes as one run: the same results, a dead peer, a stop, and what they must agree on."""
+"""Several processes as one run: the same results, a dead peer, a stop, what they must agree on."""
 
 import os
 import signal

@@ -35,7 +35,10 @@ for name, more in changes.items():
         pipe = task.teacher_pipe(task.load("float32"))
         asked, encode = [], pipe.text
         call = type(encode).__call__
-        type(encode).__call__ = lambda self, prompts, **options: asked.extend(prompts) or call(self, prompts, **options)
+        def asking(self, prompts, **options):
+            asked.extend(prompts)
+            return call(self, prompts, **options)
+        type(encode).__call__ = asking
         try:
             task.open_data(run, pipe)
         finally:
@@ -46,7 +49,8 @@ for name, more in changes.items():
     devices = {d for leaf in jax.tree.leaves(pipe.params) for d in leaf.devices()}
     assert devices == set(jax.local_devices()), devices
     for kind, cache in task._caches.items():
-        found |= {f"{name}/{kind}/{i}/{field}": value for i in range(len(cache)) for field, value in cache[i].items()}
+        for i in range(len(cache)):
+            found |= {f"{name}/{kind}/{i}/{field}": value for field, value in cache[i].items()}
     found[f"{name}/asked"] = np.array([p for p in asked if p])
 alone = jax.process_count() == 1
 pipe = pipeline.load(config.teacher.folder, layout=pipeline.every_device() if alone else None)

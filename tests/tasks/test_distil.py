@@ -52,8 +52,10 @@ def flags(tmp_path, variant="sd", **changes):
     return [f"--config={CONFIG}", *(f"--config.{key}={value}" for key, value in given.items())]
 
 
-def run_in_two_starts(config, folder, *, stop_at):
-    """A run that is stopped by a signal in its step `stop_at` and given again."""
+def run_in_two_starts(config, folder, *, stop_at, between=lambda: None):
+    """A run that is stopped by a signal in its step `stop_at` and given again, `between` in
+    between.
+    """
     put, calls = partition.put_batch, []
 
     def put_batch(batch, mesh):
@@ -70,6 +72,7 @@ def run_in_two_starts(config, folder, *, stop_at):
         ):
             main.run(config, folder)
     assert not (folder / "student").exists()
+    between()
     main.run(config, folder)
 
 
@@ -114,6 +117,11 @@ def losses(folder):
     return [r["loss"] for r in loop.read_curve(folder / "curves" / "student.jsonl") if "loss" in r]
 
 
+def health_lines(folder):
+    curve = loop.read_curve(folder / "curves" / "student.jsonl")
+    return [record for record in curve if "health/distance_1" in record]
+
+
 @pytest.mark.long
 def test_the_loss_of_a_student_falls(tmp_path):
     main.run(make_config(tmp_path, "sd", **LEARNING), tmp_path / "run")
@@ -142,6 +150,36 @@ def test_the_loss_of_an_xl_student_falls_and_a_resumed_run_ends_in_its_bits(tmp_
         *(checkpoint.load_export(tmp_path / name / "student")[0] for name in ("parts", "whole"))
     )
     assert np.mean(curves[0][-4:]) < 0.7 * np.mean(curves[0][:2])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("keep_best", ["", "distance_1"])
+def test_a_run_that_loses_its_workdir_ends_in_the_same_rows(tmp_path, keep_best):
+    """Checkpoints are elsewhere and hold what results need, the best averages' numbers too: after a
+    stop, and again when all training is done.
+    """
+    changes = {
+        **LEARNING,
+        "student.iterations": 6,
+        "student.health_every": 2,
+        "student.steps": (1,),
+        "student.keep_best": keep_best,
+        "methods.imagine_flash.learning_rate": 1e-2,  # so large that the last is not the best
+        "log.checkpoint_every": 6,
+    }
+    config, lost = make_config(tmp_path, **changes), tmp_path / "lost"
+    expected = main.run(config, tmp_path / "whole")["rows"]
+    config.log.checkpoints = str(tmp_path / "kept")
+    run_in_two_starts(config, lost, stop_at=4, between=lambda: shutil.rmtree(lost))
+    assert json.loads((lost / "results.json").read_text())["rows"] == expected
+    shutil.rmtree(lost)
+    assert main.run(config, lost)["rows"] == expected
+    ours, theirs = (checkpoint.load_export(f / "student")[0] for f in (lost, tmp_path / "whole"))
+    assert_same_bits(ours, theirs)
+    numbers = [r["health/distance_1"] for r in health_lines(tmp_path / "whole")]
+    assert len(numbers) == 3 and numbers[-1] > min(numbers)
+    best = min(numbers) if keep_best else numbers[-1]
+    assert expected[0]["distance"] == round(best, 5)
 
 
 @pytest.mark.slow
@@ -415,7 +453,10 @@ REFUSALS = [
     ({"log.batch_size": 0}, "config.log.batch_size must be at least 1, got 0"),
     ({"data.height": 60}, "height must be a positive multiple of 8"),
     ({"compute.attention": "fast"}, "config.compute.attention = 'fast' is not known"),
-    ({"methods.imagine_flash.backward": False, "adversarial.reals": "data"}, "needs config.data.images"),
+    (
+        {"methods.imagine_flash.backward": False, "adversarial.reals": "data"},
+        "needs config.data.images",
+    ),
     ({"methods.imagine_flash.learning_rate": 0.0}, "learning_rate must be above 0"),
 ]
 

@@ -22,7 +22,7 @@ COUNT = 2000
 
 
 def measure(source: str, base: Path, cache: Path) -> Path:
-    """Write base/recogniser/reference.npz; its path. Scenes are made in `cache`. Raises UserError."""
+    """Write base/recogniser/reference.npz; its path. Scenes go to `cache`. Raises UserError."""
     folder = base / "recogniser"
     if not (base / "config.json").exists():
         raise UserError(
@@ -56,10 +56,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("base", "pretrained/scenes", about, flag_values=values)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """The command."""
     with one_line_errors():
-        command = Command(__doc__, config=False, workdir=False, define=define).parse(argv)
+        command = Command(__doc__, config=False, workdir=False, define=define).parse()
         if not command.source:
             raise UserError("--source is missing; give the folder of Fashion-MNIST's idx files")
         path = measure(command.source, Path(command.base), user_cache() / "scenes" / "scenes")

@@ -19,7 +19,7 @@ from jaxdistill.tasks.scenes.recognise import SceneRecogniser, compare, unit
 FILE = "reference.npz"
 SPLITS = ("validation", "test")
 FEATURES = 2000
-"""Rows of features that are kept, for precision and recall; of more there are mean and covariance."""
+"""Rows of features that are kept for precision and recall. Mean and covariance are of more."""
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def train_captions(count: int) -> list[str]:
 
 
 def render(scene: Scene, sprites: dict[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """The scene's image, uint8 [32, 32, 3]: random garments of the right kind, jittered, on black."""
+    """The scene's image, uint8 [32, 32, 3]: random garments of its kinds, jittered, on black."""
     canvas = np.zeros((SIDE, SIDE, 3), np.float32)
     for half, (colour, garment) in enumerate((scene.first, scene.second)):
         along, across = 16 * half + rng.integers(0, 3), 6 + rng.integers(0, 7)

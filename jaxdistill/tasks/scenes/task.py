@@ -294,8 +294,7 @@ class Scenes(SmallTask):
         if not self.config.base:
             self.data.base = run.workdir
         teacher = self.teacher(run)
-        self.prepare(run, teacher)
-        served = self.export(run, self.students(run, teacher), teacher)
+        served = self.served(run, teacher)
         run.place.stop.release()
         return self.evaluate(run, teacher, served)
 

@@ -97,7 +97,7 @@ class TextToImageTask(TextSetup):
         return diffusers_folder.load_params(unet, dtype=DTYPES[dtype], shardings=places)
 
     def student(self, teacher: Any) -> Any:
-        """The folder's weights in float32, whatever the teacher computes with, or updates of zero."""
+        """The folder's weights in float32, whatever the teacher's dtype, or updates of zero."""
         del teacher
         if self.config.student.lora_rank:
             return self.weights.fresh(self.abstract)
@@ -219,7 +219,7 @@ class TextToImageTask(TextSetup):
         return found
 
     def batches(self, stage: Stage, name: str) -> Batches:
-        """I -> this process's rows of batch i, a function of (seed, name, i) alone."""
+        """This process's rows of batch i: a function of (seed, name, i) alone."""
         size, config = self.config.student.batch_size, self.config
         rows = partition.process_rows(self.layout.mesh, size)
         kind = "images" if config.adversarial.reals == "data" else "teacher"
@@ -259,9 +259,10 @@ class TextToImageTask(TextSetup):
             "batch_size": config.log.batch_size,
         }
         teacher = {"steps": config.teacher.steps, "guidance": config.teacher.guidance}
+        source = pipe
         if self.recipe.learns_from:
-            pipe, teacher = student_pipe, {"steps": self.recipe.learns_from, "guidance": 1.0}
-        reference = pipe(prompts, **teacher, **options)
+            source, teacher = student_pipe, {"steps": self.recipe.learns_from, "guidance": 1.0}
+        reference = source(prompts, **teacher, **options)
         path = run.workdir / "samples" / "teacher.png"
         report.save_grid(path, reference, columns=len(prompts), scale=1)
         return Health(

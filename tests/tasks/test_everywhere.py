@@ -1,0 +1,39 @@
+"""Every method on a tiny folder, all weights and LoRA: what it exports is what stock diffusers
+draws. `tests/benchmarks/methods_everywhere.py` has the other tasks, too.
+"""
+
+import everywhere
+import pytest
+
+QUICK = ("sd", "lcm", 2)
+"""Fresh noise, a target that follows the student, and LoRA in one."""
+
+CASES = [
+    pytest.param(*case, marks=[] if case == QUICK else pytest.mark.long)
+    for case in everywhere.CASES
+    if case[0] == "sd"
+]
+
+SCHEDULERS = {
+    "imagine_flash": "NoiseCorrectionDDIMScheduler",
+    "matched": "NoiseCorrectionDDIMScheduler",
+    "endpoint": "NoiseCorrectionDDIMScheduler",
+    "lcm": "LCMScheduler",
+    "add": "LCMScheduler",
+    "dmd2": "LCMScheduler",
+}
+"""Of the students that stock DDIM does not draw."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("everywhere")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "method", "lora"), CASES)
+def test_a_methods_student_is_drawn_by_stock_diffusers(task, method, lora, root):
+    row = everywhere.run_case(task, method, lora, root)
+    assert row["difference"] < 1
+    assert row["scheduler"] == SCHEDULERS.get(method, "DDIMScheduler")
+    assert all(len(times) == n and times[0] == 999 for n, times in row["timesteps"].items())
