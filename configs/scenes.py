@@ -29,9 +29,7 @@ def get_config(name: str = "") -> ConfigDict:
     config.adversarial.update({"reals": "teacher", "pool": 300})
     config.data.captions = 2000
     # Blocks of one size for all that is drawn: a program is compiled once.
-    config.eval.update(
-        {"samples": 500, "unseen": 100, "diversity_captions": 25, "batch_size": 100}
-    )
+    config.eval.update({"samples": 500, "unseen": 100, "diversity_captions": 25, "batch_size": 100})
     config.log.update({"health_samples": 100, "every": 25})
     return base.chosen(config, name, file="scenes")
 
