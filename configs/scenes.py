@@ -24,9 +24,13 @@ def get_config(name: str = "") -> ConfigDict:
     config = whole()
     config.base = "pretrained/scenes"
     config.method.name = "matched"
-    config.student.update({"iterations": 0, "budget": 3000, "health_every": 200})
-    config.adversarial.update({"reals": "teacher", "pool": 500})
-    config.eval.update({"samples": 1000, "unseen": 200})
+    config.teacher.steps = 25
+    config.student.update({"budget": 3000, "health_every": 1000})
+    config.adversarial.update({"reals": "teacher", "pool": 300})
+    config.data.captions = 2000
+    # Blocks of one size for all that is drawn: a program is compiled once.
+    config.eval.update({"samples": 500, "unseen": 100, "diversity_captions": 25, "batch_size": 100})
+    config.log.update({"health_samples": 100, "every": 25})
     return base.chosen(config, name, file="scenes")
 
 

@@ -11,7 +11,7 @@ reconstruction loss). Scores of the finished images say what the source costs.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,7 @@ def settings_of(config: ConfigDict, method: str) -> imagine_flash.Settings:
             f"--student is of method {method!r}, which has no shift; name one of imagine_flash or"
             " its variants"
         )
-    found: imagine_flash.Settings = settings_from(imagine_flash.Settings, block, method)
-    return found
+    return cast(imagine_flash.Settings, settings_from(imagine_flash.Settings, block, method))
 
 
 def states_of(task: Scenes, student: Any, method: str) -> Callable[..., dict[Any, Any]]:
@@ -77,15 +76,12 @@ def states_of(task: Scenes, student: Any, method: str) -> Callable[..., dict[Any
 
 def measure(bench: Benchmark, folder: Path, samples: int, steps: int) -> list[dict[str, Any]]:
     """Rows {"source", "t", "fd", "all_right"}: the teacher's images from each source and time."""
-    config, data = bench.config, bench.data
+    config, data, split = bench.config, bench.data, bench.config.eval.split
     student, about = checkpoint.load_export(folder)
     task = Scenes(of_method(config, about["method"], about["seed"]), data=data, share=bench.task)
     states, teacher = states_of(task, jax.device_put(student), about["method"]), bench.prepare()
-    evaluator, conds = (
-        data.evaluator(config.eval.split),
-        data.conds(data.captions[config.eval.split]),
-    )
-    real = data.images(config.eval.split, samples).astype(np.float32) / 127.5 - 1.0
+    evaluator, conds = data.evaluator(split), data.conds(data.captions[split])
+    real = data.images(split, samples).astype(np.float32) / 127.5 - 1.0
     size, kit = config.eval.batch_size, task.kit({})
 
     @jax.jit
@@ -112,13 +108,10 @@ def measure(bench: Benchmark, folder: Path, samples: int, steps: int) -> list[di
 
 
 def write(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """teacher_states.json, .md and .png: FD and all-right against the time of the state, a curve a
-    source. Returns the table.
-    """
+    """teacher_states.json, .md and .png, a curve a source. Returns the table."""
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(
-        out / "teacher_states.json", {**about, "rows": rows, "versions": versions()}
-    )
+    found = {**about, "rows": rows, "versions": versions()}
+    checkpoint.write_json(out / "teacher_states.json", found)
     columns = {"source": ("states", "{}"), "t": ("t", "{:.3f}"), "fd": ("FD", "{:.3f}")}
     table = report.markdown_table(rows, {**columns, "all_right": ("all right", "{:.3f}")})
     (out / "teacher_states.md").write_text(table)
@@ -134,48 +127,44 @@ def write(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return table
 
 
+FLAGS = {
+    "benchmark": (None, "Workdir of a benchmark that has trained the student."),
+    "student": ("imagine_flash-0", "Name of its folder in students/."),
+    "out": (None, "Folder of teacher_states.json, .md and .png; default: the benchmark's."),
+    "samples": (1000, "Images a point."),
+    "steps": (20, "Teacher steps from a state to the image."),
+}
+
+
 def define(values: flags.FlagValues) -> None:
     """The command's own flags."""
-    about = "Workdir of a benchmark that has trained the student."
-    flags.DEFINE_string("benchmark", None, about, flag_values=values)
-    about = "Name of its folder in students/."
-    flags.DEFINE_string("student", "imagine_flash-0", about, flag_values=values)
-    about = "Folder of teacher_states.json, .md and .png; default: the benchmark's."
-    flags.DEFINE_string("out", None, about, flag_values=values)
-    more = {"flag_values": values, "lower_bound": 1}
-    flags.DEFINE_integer("samples", 1000, "Images a point.", **more)
-    flags.DEFINE_integer("steps", 20, "Teacher steps from a state to the image.", **more)
-
-
-def open_benchmark(command: Command) -> tuple[ConfigDict, Path, Path]:
-    """(config, workdir, the student's export) of the flags. Raises UserError."""
-    if not command.benchmark:
-        raise UserError("--benchmark is missing; give the workdir of a benchmark")
-    folder, part = Path(command.benchmark), f"students/{command.student}/student"
-    for name in ("config.json", f"{part}/card.json"):
-        if not (folder / name).exists():
-            raise UserError(
-                f"--benchmark={folder} has no {name}; run the benchmark first, or name another"
-                " --student"
-            )
-    config = ConfigDict(json.loads((folder / "config.json").read_text()))
-    if not config.data.source:
-        raise UserError(f"--benchmark={folder} ran from captions alone; real scenes are needed")
-    settings_of(config, json.loads((folder / part / "card.json").read_text())["method"])
-    return config, folder, folder / part
+    for name, (default, about) in FLAGS.items():
+        if isinstance(default, int):
+            flags.DEFINE_integer(name, default, about, lower_bound=1, flag_values=values)
+        else:
+            flags.DEFINE_string(name, default, about, flag_values=values)
 
 
 def main() -> None:
     """The command."""
     with one_line_errors():
         command = Command(__doc__, config=False, workdir=False, define=define).parse()
-        config, folder, student = open_benchmark(command)
+        folder, part = Path(command.benchmark or ""), f"students/{command.student}/student"
+        for name in ("config.json", f"{part}/card.json"):
+            if not (folder / name).exists():
+                raise UserError(
+                    f"--benchmark={folder} has no {name}; give the workdir of a finished benchmark,"
+                    " or another --student"
+                )
+        config = ConfigDict(json.loads((folder / "config.json").read_text()))
+        if not config.data.source:
+            raise UserError(f"--benchmark={folder} ran from captions alone; scenes are needed")
+        settings_of(config, json.loads((folder / part / "card.json").read_text())["method"])
         with loop.StopSignal().installed() as stop:
             bench = Benchmark(config, folder, stop)
-            samples, steps = command.samples, command.steps
-            count = min(samples, len(bench.data.captions[config.eval.split]))
-            rows = measure(bench, student, count, steps)
-        about = {"student": command.student, "samples": count, "steps": steps}
+            count = min(command.samples, len(bench.data.captions[config.eval.split]))
+            rows = measure(bench, folder / part, count, command.steps)
+        about = {"student": command.student, "samples": count, "steps": command.steps}
         out = Path(command.out or folder)
         print(write(out, {**about, "split": config.eval.split}, rows))
 

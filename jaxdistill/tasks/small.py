@@ -365,7 +365,7 @@ class SmallTask:
         """Records {"noise", "target", "number"} of the teacher's images in [-1, 1]."""
         from jaxdistill.run.record_cache import key_of as cache_key
 
-        seed, size = seed_of(self.config.seed, name), min(self.config.eval.batch_size, 64)
+        seed, size = seed_of(self.config.seed, name), min(self.config.eval.batch_size, 100)
         params = partition.local(self.layout.place(sampled.params))
         program, grid = self.program(sampled.sampler, sampled.guidance), jnp.asarray(sampled.grid)
 

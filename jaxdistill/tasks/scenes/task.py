@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxdistill.errors import UserError
 from jaxdistill.interop import sentence_encoder
 from jaxdistill.names import choose
 from jaxdistill.run import checkpoint, distributed, report
@@ -87,14 +88,30 @@ class SceneData:
             self.references: dict[str, Reference] = {}
         else:
             self.references, self._scale = reference.load(self.base / "recogniser" / reference.FILE)
-            self.captions = {"train": scenes.train_captions(config.data.captions)}
-            for split, found in self.references.items():
-                self.captions |= {split: list(found.captions), "unseen": list(found.unseen)}
+            self.captions = self._needed()
         wanted = [caption for captions in self.captions.values() for caption in captions]
         length = config.text.length
         self.embeddings = sentence_encoder.cached_embeddings(
             self.encoder, wanted, folder / "text", length=length, watch=watch
         )
+
+    def _needed(self) -> dict[str, list[str]]:
+        """The captions that a run without scenes reads: each costs the encoder time. Raises
+        UserError.
+        """
+        ev, first, second = self.config.eval, *(self.references[s] for s in ("validation", "test"))
+        count = max(ev.samples, self.config.log.health_samples)
+        if count > len(first.captions):
+            raise UserError(
+                f"config.eval.samples and config.log.health_samples can be at most"
+                f" {len(first.captions)} where config.data.source is empty, got {count}"
+            )
+        return {
+            "train": scenes.train_captions(self.config.data.captions),
+            "validation": list(first.captions[:count]),
+            "test": list(second.captions[: ev.samples]),
+            "unseen": list(second.unseen[: ev.unseen]),
+        }
 
     @property
     def text(self) -> dict[str, Any]:
@@ -345,9 +362,9 @@ class Scenes(SmallTask):
         ev, found = self.config.eval, evaluator.reference
         seen = self.data.conds(found.captions)
         unseen = self.data.conds(found.unseen)
-        first = found.captions[: found.diversity_captions]
-        repeated = self.data.conds([c for c in first for _ in range(found.repeats)])
         count = min(ev.samples, len(found.captions))
+        first = found.captions[: min(ev.diversity_captions, found.diversity_captions, count)]
+        repeated = self.data.conds([c for c in first for _ in range(found.repeats)])
         images, rate = self.timed_draw(sampled, seen, count, ev.seed)
         scores = evaluator(
             images,
