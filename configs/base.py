@@ -33,10 +33,10 @@ def base(task: str, *, guidance: float) -> ConfigDict:
             "adam_b2": 0.999,
             "ema_decay": 0.995,
             "steps": (1, 2, 3),  # step counts that are served
-            "grid": "trailing",  # of methods on a trajectory: nested (the first N of times) | trailing
+            "grid": "trailing",  # of a trajectory: nested (the first N of times) | trailing
             "times": (),  # shares of T, decreasing from 1
             "health_every": 200,
-            "keep_best": "",  # a health number, as fd_3 or distance_1: export the best step's averages
+            "keep_best": "",  # a health number, as fd_3: export the averages of its best step
             "lora_rank": 0,  # above 0: train low-rank updates of lora_targets only
             "lora_targets": (".*",),  # regular expressions of the ends of layers' names
         }
@@ -49,7 +49,7 @@ def base(task: str, *, guidance: float) -> ConfigDict:
             "states": "all",  # of a row's states, which it judges: all | one at random
             "low": 0.0,  # noise levels, shares of T
             "high": 1.0,
-            "reals": "data",  # data | teacher: of the discriminator, and of methods that need images
+            "reals": "data",  # data | teacher: for discriminators, and methods that need images
             "pool": 2000,  # the teacher's images that stand for reals
         }
     )
@@ -95,7 +95,7 @@ def small_teacher(config: ConfigDict, **changes: Any) -> None:
         {
             "name": "cosine",  # cosine | flow | linear | scaled_linear | cosine_betas
             "snr_scale": 1.0,  # factor on alpha/sigma, > 0
-            "zero_terminal_snr": False,  # rescale the discrete schedules; the continuous ones have it
+            "zero_terminal_snr": False,  # of the discrete schedules; the continuous ones have it
             "num_train_steps": 1000,  # of the discrete schedules
         }
     )

@@ -3,10 +3,10 @@
     python -m jaxdistill.main --config=configs/tpu_v4.py --distributed --workdir=runs/sd15 \
         --config.teacher.folder=FOLDER --config.data.prompts=prompts.txt
 
-`configs/tpu_v4.py:v5e` and `:v6e` are the same job on those chips, `:sdxl` is SDXL base at 1024x1024
-on a slice that divides its parameters. A method's name chooses it, alone or after the size:
-`configs/tpu_v4.py:matched`, `:sdxl-matched`. Whether a slice is large enough is told, without a TPU
-and without a checkpoint, by
+`configs/tpu_v4.py:v5e` and `:v6e` are the same job on those chips; `:sdxl` is SDXL base at
+1024x1024 on a slice that divides its parameters. A method's name chooses it, alone or after the
+size: `configs/tpu_v4.py:matched`, `:sdxl-matched`. Whether a slice is large enough is told, without
+a TPU and without a checkpoint, by
 
     python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2
 

@@ -1,8 +1,9 @@
-"""`python -m jaxdistill.ablate --config=configs/digits.py --workdir=DIR --seeds=0,1,2`: the method
-without each of its parts.
+"""`python -m jaxdistill.ablate --config=configs/digits.py --workdir=DIR --seeds=0,1,2`: Imagine
+Flash without each of its parts, and other methods beside it.
 
 One full run and its variants a seed, all distilled from one teacher; one table of means over the
-seeds. A killed ablation goes on where it stopped; finished runs are not repeated.
+seeds. `--variants=full,matched,endpoint` compares methods. A killed ablation goes on where it
+stopped; finished runs are not repeated.
 """
 
 import json
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from jaxdistill import main as job
 from jaxdistill.errors import UserError
+from jaxdistill.methods import METHODS
 from jaxdistill.run import checkpoint, report
 from jaxdistill.run.cli import Command, one_line_errors
 from jaxdistill.tasks.labelled_images.scores import Metrics
@@ -24,10 +26,13 @@ from jaxdistill.tasks.labelled_images.task import COLUMNS
 
 
 class Variant(NamedTuple):
-    """Changes to a config, and the variant whose teacher it shares (None: trains its own)."""
+    """Changes to a config; the variant whose teacher it shares (None: trains its own); and what of
+    that one it is given as its teacher.
+    """
 
     changes: Mapping[str, Any]
     teacher_of: str | None = "full"
+    given: str = "teacher"
 
 
 EPS = {"prediction": "eps", "schedule.name": "scaled_linear", "model.time_scale": 1.0}
@@ -47,6 +52,15 @@ VARIANTS: dict[str, Variant] = {
     "eps model, no noise correction": Variant(
         {**EPS, "methods.imagine_flash.noise_correction": False}, "eps model"
     ),
+    "endpoint": Variant(
+        {"method.name": "endpoint", "student.steps": (1,), "student.decay_to": 0.02},
+        given="student",
+    ),
+    **{
+        name: Variant({"method.name": name})
+        for name in METHODS
+        if name not in ("imagine_flash", "endpoint")
+    },
 }
 
 
@@ -127,55 +141,53 @@ def ablate(config: ConfigDict, workdir: Path, seeds: Sequence[int], names: Seque
     results: dict[str, list[dict[str, Any]]] = {}
     table = ""
     for seed in seeds:
-        references: dict[str, float] = {}
+        references: dict[str, Any] = {}
         for name in needed:
             variant, folder = VARIANTS[name], workdir / slug(name, seed)
             changes = {**variant.changes, "seed": seed}
             if variant.teacher_of is not None:
                 source = workdir / slug(variant.teacher_of, seed)
-                changes |= {"teacher.path": str(source / "teacher"), "eval.models": ("student",)}
+                given = str(source / variant.given)
+                changes |= {"teacher.path": given, "eval.models": ("student",)}
                 if not (folder / "extractor").exists():
                     shutil.copytree(source / "extractor", folder / "extractor")
             path = folder / "results.json"
             print(f"\n== {name}, seed {seed}{' (done)' if path.exists() else ''}", flush=True)
             run = read_results(path) if path.exists() else job.run(changed(config, changes), folder)
-            references.setdefault(
-                name,
-                (
-                    run["reference"]["fd"]
-                    if run["reference"]
-                    else references[variant.teacher_of or name]
-                ),
-            )
+            shared = references.get(variant.teacher_of or name)
+            references[name] = run["reference"]["fd"] if run["reference"] else shared
             for row in run["rows"]:
                 row["ratio"] = row["fd"] / references[name]
             results.setdefault(name, []).append(run)
-            rows, table = summary(results)
-            config_used = results[needed[0]][0]["config"]
-            keys = (
-                "reference_set",
-                "reference_sha256",
-                "extractor_sha256",
-                "samples",
-                "sampling_seed",
-            )
-            report = {
-                "rows": rows,
-                "seeds": list(seeds),
-                "protocol": {k: run["protocol"][k] for k in keys},
-            }
-            report |= {"seconds": {n: [r["seconds"] for r in runs] for n, runs in results.items()}}
-            checkpoint.write_json(
-                workdir / "ablation.json",
-                {**report, "config": config_used, "versions": run["versions"]},
-            )
-            (workdir / "ablation.md").write_text(heading(report) + table)
+            table = write(workdir, results, seeds)
     return table
 
 
-def heading(report: Mapping[str, Any]) -> str:
+PROTOCOL = ("reference_set", "reference_sha256", "extractor_sha256", "samples", "sampling_seed")
+
+
+def write(
+    workdir: Path, results: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]
+) -> str:
+    """ablation.json and ablation.md of the runs that there are; the table."""
+    rows, table = summary(results)
+    runs = [run for found in results.values() for run in found]
+    about = {
+        "rows": rows,
+        "seeds": list(seeds),
+        "protocol": {key: runs[-1]["protocol"][key] for key in PROTOCOL},
+        "seconds": {name: [run["seconds"] for run in found] for name, found in results.items()},
+        "config": runs[0]["config"],
+        "versions": runs[-1]["versions"],
+    }
+    checkpoint.write_json(workdir / "ablation.json", about)
+    (workdir / "ablation.md").write_text(heading(about) + table)
+    return table
+
+
+def heading(about: Mapping[str, Any]) -> str:
     """What stands above the table."""
-    protocol, seeds = report["protocol"], report["seeds"]
+    protocol, seeds = about["protocol"], about["seeds"]
     spread = "mean ± standard deviation over seeds" if len(seeds) > 1 else "one seed"
     return (
         f"# {protocol['reference_set']}, seeds"
@@ -201,10 +213,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("variants", None, "Names of variants; default: all.", flag_values=values)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """The command."""
     with one_line_errors():
-        command = Command(__doc__, define=define).parse(argv)
+        command = Command(__doc__, define=define).parse()
         config = command.given_config()
         try:
             seeds = [int(seed) for seed in command.seeds]

@@ -2,9 +2,9 @@
 how fast can it be?
 
 Compiles the run's own train step, or the student's sampler, for a TPU slice that is not here, and
-reports memory, arithmetic and communication (`costs.plan`). No TPU, no weights and no prompts are
-needed; without config.teacher.folder the published architecture config.teacher.architecture stands
-for the teacher.
+reports memory, arithmetic and communication (`tasks.text_to_image.plan`). No TPU, no weights and no
+prompts are needed; without config.teacher.folder the published architecture
+config.teacher.architecture stands for the teacher.
 """
 
 import json
@@ -17,10 +17,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxdistill.costs import plan
 from jaxdistill.errors import UserError
 from jaxdistill.run import checkpoint
 from jaxdistill.run.cli import Command, one_line_errors
+from jaxdistill.tasks.text_to_image import plan
 
 
 def define(values: flags.FlagValues) -> None:
@@ -58,10 +58,10 @@ def check_flags(command: Command) -> None:
         raise UserError(f"--slices must be at least 1, got {command.slices}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Print the report; exit code 1 where the job does not fit, 2 for a mistake."""
     with one_line_errors():
-        command = Command(__doc__, workdir=False, define=define).parse(argv)
+        command = Command(__doc__, workdir=False, define=define).parse()
         check_flags(command)
         config = command.given_config()
         jax.config.update("jax_platforms", "cpu")  # the devices of this machine play no part

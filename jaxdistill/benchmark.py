@@ -204,9 +204,10 @@ class Benchmark:
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(task.config, folder, self.stop, task.layout, caches=self.workdir / "cache")
         say(f"{name}, seed {seed}")
-        with self.caches_of_teacher(task):
-            task.prepare(run, teacher)
-        served = task.export(run, task.students(run, teacher), teacher)
+        if not (served := task.exported(run)):
+            with self.caches_of_teacher(task):
+                task.prepare(run, teacher)
+            served = task.export(run, task.students(run, teacher), teacher)
         for steps, params in served.items():
             sampled = Sampled("student", steps, 1.0, task.student_sampler, params)
             self.add_row(name, seed, sampled, task)
@@ -460,10 +461,10 @@ def work(command: Command, config: ConfigDict) -> None:
         print(table(bench.run(teacher)))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """The command."""
     with one_line_errors():
-        command = Command(__doc__, define=define).parse(argv)
+        command = Command(__doc__, define=define).parse()
         config = command.given_config()
         choose_optimizations(config)
         try:

@@ -3,3 +3,26 @@
 
 class UserError(ValueError):
     """One clear line: the value, what is allowed, the mend. Commands print it and leave with 2."""
+
+
+EXTRAS = {
+    "tensorflow_datasets": "benchmark",
+    "tokenizers": "text-to-image",
+    "transformers": "text-to-image",
+    "safetensors": "text-to-image",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "gcsfs": "tpu",
+}
+"""Module -> the extra that brings it."""
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """What to install for a library that is not there, in one line; None where it is a bug."""
+    extra = EXTRAS.get((error.name or "").partition(".")[0])
+    if extra is None:
+        return None
+    return (
+        f'{error.name} is not installed; run: pip install "jaxdistill[{extra}]" (".[{extra}]" in a'
+        " checkout)"
+    )

@@ -51,10 +51,10 @@ def join(command: Command, config: ConfigDict) -> None:
     distributed.check_same({**about, **same, **versions(machine=False)})
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """The command."""
     with one_line_errors():
-        command = Command(__doc__, processes=True).parse(argv)
+        command = Command(__doc__, processes=True).parse()
         config = command.given_config()
         join(command, config)
         results = run(config, command.folder())

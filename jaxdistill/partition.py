@@ -220,13 +220,13 @@ class Layout:
         return jax.tree.map(one, tree, self.of(tree))
 
     def describe(self, tree: Any) -> Any:
-        """The tree as ShapeDtypeStructs with their shardings: what a compiler needs to know of it."""
+        """The tree as ShapeDtypeStructs with their shardings, which is what a compiler needs."""
         return jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, self.of(tree)
         )
 
     def place(self, tree: Any) -> Any:
-        """Host arrays, or arrays on the devices, onto the mesh; every process must hold the same."""
+        """Arrays of the host or the devices onto the mesh; every process must hold the same."""
         return jax.tree.map(put, tree, self.of(tree))
 
 

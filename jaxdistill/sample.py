@@ -14,10 +14,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.errors import missing_extra
 from jaxdistill.interop import card
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
-from jaxdistill.run import checkpoint, report
-from jaxdistill.run.workdir import missing_extra
+from jaxdistill.run import checkpoint, compilation, report
 
 
 def boolean(text: str) -> bool:
@@ -224,7 +224,9 @@ def caption_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     try:
         from jaxdistill.interop.text_export import TextExport
     except ModuleNotFoundError as error:
-        raise ValueError(missing_extra(error)) from None
+        if (line := missing_extra(error)) is None:
+            raise
+        raise ValueError(line) from None
 
     num, batch_size = prompt_numbers(args, batch_size=500)
     given = [f"--{name}" for name in PIPELINE_FLAGS if getattr(args, name) is not None]
@@ -251,7 +253,9 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
             pipeline,
         )  # the tokenizers' library takes seconds to import
     except ModuleNotFoundError as error:
-        raise ValueError(missing_extra(error)) from None
+        if (line := missing_extra(error)) is None:
+            raise
+        raise ValueError(line) from None
 
     num, batch_size = prompt_numbers(args, batch_size=4)
     if args.text_encoder is not None:
@@ -291,6 +295,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
 def main(argv: list[str] | None = None) -> None:
     """Parse, sample, write."""
     args = parser().parse_args(argv)
+    compilation.use_cache()
     out = Path(args.out)
     try:
         if out.suffix not in (".png", ".npz"):

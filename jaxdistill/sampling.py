@@ -2,7 +2,7 @@
 share.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,8 +34,8 @@ Transform = Callable[[Denoiser], Denoiser]
 Constrain = Callable[[Array], Array]
 """Puts a sharding constraint on a batch-leading array.
 
-Noise carries no sharding of its own: without a
-constraint every device would compute the whole batch, and no value would show it.
+Noise carries no sharding of its own: without a constraint every device would compute the whole
+batch, and no value would show it.
 """
 
 
@@ -44,14 +44,33 @@ def unconstrained(x: Array) -> Array:
     return x
 
 
+@dataclass(frozen=True)
+class SamplerSpec:
+    """How a student is sampled.
+
+    Attributes:
+      solver: "ddim"; or with fresh noise between the steps "renoise", and "consistency", which
+        reads the network as LCM's f(x, t).
+      grid: "trailing", "leading", "linspace"; "nested": the first N of `times` are the grid of N
+        steps; "listed": `times` holds a list for each number of steps.
+      times: shares of T, decreasing from 1, or lists of them.
+      noise_correction: whether the first step goes on with the noise that was drawn.
+    """
+
+    solver: str = "ddim"
+    grid: str = "trailing"
+    times: Sequence[Any] = ()
+    noise_correction: bool = False
+
+
 # -------------------------------------------------------------------------------------------- grids
 
 
 def trailing_grid(steps: int, T: float, *, discrete: bool = False) -> TimeGrid:
     """T (1 - i/N), i = 0..N-1: [N] times from T down; the last interval ends at 0.
 
-    With `discrete`, times are rounded to integers as diffusers' "trailing" does
-    (its timestep is our time - 1; Lin et al. 2023, table 2). Raises ValueError for steps < 1.
+    With `discrete`, times are rounded to integers as diffusers' "trailing" does (its timestep is
+    our time - 1; Lin et al. 2023, table 2). Raises ValueError for steps < 1.
     """
     _check_steps(steps, T, discrete)
     grid = np.arange(steps, 0, -1) * (T / steps)
@@ -72,7 +91,7 @@ def divided_steps(schedule: NoiseSchedule, steps: int, substeps: int = 1) -> np.
 def leading_grid(
     steps: int, T: float, *, discrete: bool = False, offset: float | None = None
 ) -> TimeGrid:
-    """I T/N + offset (+ 1 when discrete), i = N-1..0: [N] times that never reach T.
+    """Times i T/N + offset (+ 1 when discrete), i = N-1..0: [N] of them, none at T.
 
     With `discrete`, T/N is floored as diffusers' "leading" does; `offset` is its `steps_offset` (1
     for Stable Diffusion, 0 by default). A continuous grid's default offset is T/1000. Does not
@@ -161,10 +180,8 @@ def quantile_ratios(
 ) -> np.ndarray:
     """σ/α from `high` to `low` at even quantiles of a distribution on [0, 1]: float64 [N].
 
-    One step is `high`.
-
-    Of Beta(0.6, 0.6), which is dense at both ends: "Beta sampling is all you need", Lee et al.
-    2024.
+    One step is `high`. The quantiles of Beta(0.6, 0.6) are dense at both ends ("Beta sampling is
+    all you need", Lee et al. 2024).
     """
     return low + quantile(1.0 - np.linspace(0.0, 1.0, steps)) * (high - low)
 
@@ -305,10 +322,10 @@ def clip(
 
 
 def consistency_function(T: float, *, sigma_data: float = 0.5, scale: float = 10.0) -> Transform:
-    """f(x, t) = c_skip x + c_out x̂0, a transform: c_skip = σ²/(τ² + σ²), c_out = τ/√(τ² + σ²), τ =
-    1000 scale t/T.
+    """x̂0 becomes f(x, t) = c_skip x + c_out x̂0, the network read as a consistency model.
 
-    f(x, 0) = x (Luo et al., app. C; Song et al. 2023, eq. 5 with σ = sigma_data).
+    c_skip = σ²/(τ² + σ²), c_out = τ/√(τ² + σ²), τ = 1000 scale t/T, so that f(x, 0) = x (Luo et
+    al., app. C; Song et al. 2023, eq. 5 with σ = sigma_data).
     """
 
     def transform(denoiser: Denoiser) -> Denoiser:

@@ -53,7 +53,7 @@ def training_time(
 
 
 def log_snr(schedule: NoiseSchedule, t: Time) -> Array:
-    """λ_t = log(α_t / σ_t), half the log signal-to-noise ratio. +inf at t = 0; -inf where α_t = 0."""
+    """λ_t = log(α_t / σ_t), half the log signal-to-noise ratio: ∞ at t = 0, -∞ where α_t = 0."""
     return jnp.log(schedule.alpha(t)) - jnp.log(schedule.sigma(t))
 
 

@@ -16,172 +16,169 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 
-from jaxdistill import main, sampling
-from jaxdistill.benchmark import SHAPE, Benchmark, check, choose_method
+from jaxdistill import sampling
+from jaxdistill.benchmark import Benchmark, of_method
+from jaxdistill.errors import UserError
 from jaxdistill.interop import card
-from jaxdistill.methods.contenders import imagine_flash_method
-from jaxdistill.methods.imagine_flash import Trajectory
+from jaxdistill.methods import imagine_flash
+from jaxdistill.methods.recipe import settings_from
 from jaxdistill.prediction import diffuse
 from jaxdistill.run import checkpoint, loop, report
-from jaxdistill.tasks.labelled_images.data import DataError
-from jaxdistill.tasks.labelled_images.experiment import SHIFTS
-
-FOLDER = flags.DEFINE_string(
-    "benchmark", None, "Workdir of a benchmark that has trained the student."
-)
-STUDENT = flags.DEFINE_string("student", "imagine_flash-0", "Name of its folder in students/.")
-OUT = flags.DEFINE_string(
-    "out", None, "Folder of teacher_states.json, .md and .png; default: the benchmark's."
-)
-SAMPLES = flags.DEFINE_integer("samples", 1000, "Images a point.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 20, "Teacher steps from a state to the image.", lower_bound=1)
+from jaxdistill.run.cli import Command, one_line_errors
+from jaxdistill.run.workdir import versions
+from jaxdistill.tasks.scenes.task import SHAPE, Scenes
 
 SOURCES = ("real", "student", "renoised", "renoised_fresh")
 
 
-def states_of(
-    bench: Benchmark, student: Any, sampler: card.Sampler, grid: np.ndarray, method: str
-) -> Callable[..., dict[str, dict[float, Any]]]:
-    """(x0 real, noise, fresh noise, cond) -> {source: {time: states [b, h, w, c]}} on the student's
+def settings_of(config: ConfigDict, method: str) -> imagine_flash.Settings:
+    """Of Imagine Flash or a variant of it. Raises UserError for another method."""
+    block = config.methods[method].to_dict()
+    if block.pop("method", method) != "imagine_flash":
+        raise UserError(
+            f"--student is of method {method!r}, which has no shift; name one of imagine_flash or"
+            " its variants"
+        )
+    found: imagine_flash.Settings = settings_from(imagine_flash.Settings, block, method)
+    return found
+
+
+def states_of(task: Scenes, student: Any, method: str) -> Callable[..., dict[Any, Any]]:
+    """(x0 real, noise, fresh noise, cond) -> {(source, time): states [b, h, w, c]} on the student's
     grid.
     """
-    block, schedule = bench.config.method_settings[method], bench.schedule
-    shift = card.choose(SHIFTS, block.shift, "shift")(schedule.T, **block.shift_settings.to_dict())
+    settings, sampler = settings_of(task.config, method), task.student_sampler
+    shift = imagine_flash.reconstruction_of(settings, task.schedule.T).shift
+    grid = sampler.grid(max(task.config.student.steps))
 
     @jax.jit
-    def visit(params: Any, noise: Any, cond: Any) -> Trajectory:
-        denoiser = sampler.denoiser(params, noise, cond, 1.0, block.noise_correction)
+    def visit(params: Any, noise: Any, cond: Any) -> Any:
+        denoiser = sampler.denoiser(params, noise, cond, 1.0, settings.noise_correction)
         return sampling.rollout(sampler.step(noise), denoiser, sampling.start(noise), grid)[1]
 
-    def states(x0: Any, noise: Any, fresh: Any, cond: Any) -> dict[str, dict[float, Any]]:
+    def states(x0: Any, noise: Any, fresh: Any, cond: Any) -> dict[Any, Any]:
         trajectory = visit(student, noise, cond)
-        found: dict[str, dict[float, Any]] = {source: {} for source in SOURCES}
-        for i, t in enumerate(grid):
+        found = {}
+        for i, t in enumerate(map(float, grid)):
             gamma = float(shift(jnp.asarray(t)))
-            for at in (float(t), gamma):
-                found["real"][at] = diffuse(schedule, x0, fresh, jnp.asarray(at))
-            found["student"][float(t)] = trajectory.x[i]
-            found["renoised"][gamma] = diffuse(
-                schedule, trajectory.x0[i], trajectory.eps[i], jnp.asarray(gamma)
-            )
-            found["renoised_fresh"][gamma] = diffuse(
-                schedule, trajectory.x0[i], fresh, jnp.asarray(gamma)
-            )
+            for at in (t, gamma):
+                found["real", at] = diffuse(task.schedule, x0, fresh, jnp.asarray(at))
+            found["student", t] = trajectory.x[i]
+            for source, eps in (("renoised", trajectory.eps[i]), ("renoised_fresh", fresh)):
+                x = diffuse(task.schedule, trajectory.x0[i], eps, jnp.asarray(gamma))
+                found[source, gamma] = x
         return found
 
     return states
 
 
-def measure(bench: Benchmark, name: str, samples: int, steps: int) -> list[dict[str, Any]]:
-    """Rows {"source", "t", "fd", "all_right"}: the teacher's images from each source at each time."""
-    config, size = bench.config, bench.config.eval.batch_size
-    split = config.eval.split
-    student, about = checkpoint.load_export(bench.workdir / "students" / name)
-    evaluator = bench.evaluator(bench.recogniser(), split)
-    teacher = bench.teacher(evaluator)
-    sampler = bench.make(about["method"])(1).sampler
-    grid = sampler.grid(max(config.student.steps))
-    states = states_of(bench, jax.device_put(student), sampler, grid, about["method"])
-    real = bench.images(split, samples).astype(np.float32) / 127.5 - 1.0
-    captions = bench.captions[split][: len(real)]
+def measure(bench: Benchmark, folder: Path, samples: int, steps: int) -> list[dict[str, Any]]:
+    """Rows {"source", "t", "fd", "all_right"}: the teacher's images from each source and time."""
+    config, data = bench.config, bench.data
+    student, about = checkpoint.load_export(folder)
+    task = Scenes(of_method(config, about["method"], about["seed"]), data=data, share=bench.task)
+    states, teacher = states_of(task, jax.device_put(student), about["method"]), bench.prepare()
+    evaluator, conds = (
+        data.evaluator(config.eval.split),
+        data.conds(data.captions[config.eval.split]),
+    )
+    real = data.images(config.eval.split, samples).astype(np.float32) / 127.5 - 1.0
+    size, kit = config.eval.batch_size, task.kit({})
 
     @jax.jit
     def finish(params: Any, x: Any, cond: Any, t: Any) -> Any:
-        denoiser = bench.denoiser(params, cond, config.teacher.guidance)
+        denoiser = kit.network.guided(params, cond, kit.null_cond, config.teacher.guidance)
         times = t * jnp.arange(steps, 0, -1) / steps
-        return card.to_unit(
-            sampling.rollout(sampling.ddim(bench.schedule), denoiser, sampling.start(x), times)[0].x
-        )
+        step = sampling.ddim(task.schedule)
+        return card.to_unit(sampling.rollout(step, denoiser, sampling.start(x), times)[0].x)
 
     images: dict[tuple[str, float], list[np.ndarray]] = {}
     for i in loop.tqdm(range(0, len(real), size), desc="teacher_states", mininterval=10):
         rows = np.resize(np.arange(i, min(i + size, len(real))), size)
-        kept = min(size, len(real) - i)
-        cond = bench.embeddings([captions[r] for r in rows])
-        noise, fresh = (
-            card.noise_of(seed, jnp.asarray(rows), SHAPE)
-            for seed in (config.eval.seed, config.eval.seed + 1)
-        )
-        for source, by_time in states(real[rows], noise, fresh, cond).items():
-            for t, x in by_time.items():
-                images.setdefault((source, t), []).append(
-                    np.asarray(finish(teacher, x, cond, jnp.float32(t)))[:kept]
-                )
+        seeds = (config.eval.seed, config.eval.seed + 1)
+        noise, fresh = (card.noise_of(seed, jnp.asarray(rows), SHAPE) for seed in seeds)
+        cond = conds(rows)
+        for key, x in states(real[rows], noise, fresh, cond).items():
+            drawn = np.asarray(finish(teacher, x, cond, jnp.float32(key[1])))
+            images.setdefault(key, []).append(drawn[: len(real) - i])
     found = [
-        {"source": s, "t": round(t, 4), **evaluator.quick(np.concatenate(parts))}
-        for (s, t), parts in images.items()
+        {"source": source, "t": round(t, 4), **evaluator.quick(np.concatenate(parts))}
+        for (source, t), parts in images.items()
     ]
     return sorted(found, key=lambda row: (SOURCES.index(row["source"]), -row["t"]))
 
 
-def picture(path: Path, rows: list[dict[str, Any]]) -> None:
-    """FD and all-right of the teacher's images against the time of the state, a curve a source."""
+def write(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """teacher_states.json, .md and .png: FD and all-right against the time of the state, a curve a
+    source. Returns the table.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(
+        out / "teacher_states.json", {**about, "rows": rows, "versions": versions()}
+    )
+    columns = {"source": ("states", "{}"), "t": ("t", "{:.3f}"), "fd": ("FD", "{:.3f}")}
+    table = report.markdown_table(rows, {**columns, "all_right": ("all right", "{:.3f}")})
+    (out / "teacher_states.md").write_text(table)
     figure = report.new_figure(10.0, 4.0)
-    panels = figure.subplots(1, 2)
-    for axes, (key, title) in zip(panels, report.SCORES.items(), strict=True):
+    for axes, (key, title) in zip(figure.subplots(1, 2), report.SCORES.items(), strict=True):
         for source in SOURCES:
             points = [(r["t"], r[key]) for r in rows if r["source"] == source]
             axes.plot(*zip(*points, strict=True), marker="o", label=source.replace("_", " "))
         axes.set(xlabel="time t of the state", ylabel=f"{title} of the teacher's images")
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(out / "teacher_states.png", dpi=100)
+    return table
 
 
-def cli() -> None:
-    """Parse the flags and run."""
-    main.parse_flags()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        if not FOLDER.value:
-            raise main.UserError("--benchmark is missing; give the workdir of a benchmark")
-        folder = Path(FOLDER.value)
-        for part in ("config.json", f"students/{STUDENT.value}/card.json"):
-            if not (folder / part).exists():
-                raise main.UserError(
-                    f"--benchmark={folder} has no {part}; run the benchmark first, or name another"
-                    " --student"
-                )
-        config = ConfigDict(json.loads((folder / "config.json").read_text()))
-        check(config)
-        method = json.loads((folder / f"students/{STUDENT.value}/card.json").read_text())["method"]
-        if choose_method(config, method) is not imagine_flash_method:
-            raise main.UserError(
-                f"--student={STUDENT.value} is of method {method!r}, which has no shift; name one"
-                " of imagine_flash or its variants"
+def define(values: flags.FlagValues) -> None:
+    """The command's own flags."""
+    about = "Workdir of a benchmark that has trained the student."
+    flags.DEFINE_string("benchmark", None, about, flag_values=values)
+    about = "Name of its folder in students/."
+    flags.DEFINE_string("student", "imagine_flash-0", about, flag_values=values)
+    about = "Folder of teacher_states.json, .md and .png; default: the benchmark's."
+    flags.DEFINE_string("out", None, about, flag_values=values)
+    more = {"flag_values": values, "lower_bound": 1}
+    flags.DEFINE_integer("samples", 1000, "Images a point.", **more)
+    flags.DEFINE_integer("steps", 20, "Teacher steps from a state to the image.", **more)
+
+
+def open_benchmark(command: Command) -> tuple[ConfigDict, Path, Path]:
+    """(config, workdir, the student's export) of the flags. Raises UserError."""
+    if not command.benchmark:
+        raise UserError("--benchmark is missing; give the workdir of a benchmark")
+    folder, part = Path(command.benchmark), f"students/{command.student}/student"
+    for name in ("config.json", f"{part}/card.json"):
+        if not (folder / name).exists():
+            raise UserError(
+                f"--benchmark={folder} has no {name}; run the benchmark first, or name another"
+                " --student"
             )
+    config = ConfigDict(json.loads((folder / "config.json").read_text()))
+    if not config.data.source:
+        raise UserError(f"--benchmark={folder} ran from captions alone; real scenes are needed")
+    settings_of(config, json.loads((folder / part / "card.json").read_text())["method"])
+    return config, folder, folder / part
+
+
+def main() -> None:
+    """The command."""
+    with one_line_errors():
+        command = Command(__doc__, config=False, workdir=False, define=define).parse()
+        config, folder, student = open_benchmark(command)
         with loop.StopSignal().installed() as stop:
             bench = Benchmark(config, folder, stop)
-            count = min(SAMPLES.value, len(bench.captions[config.eval.split]))
-            rows = measure(bench, STUDENT.value, count, STEPS.value)
-    except loop.Stopped as stopped:
-        print(stopped)
-        return
-    except (main.UserError, DataError, ValueError) as error:
-        main.fail(str(error))
-    out = Path(OUT.value or folder)
-    out.mkdir(parents=True, exist_ok=True)
-    about = {
-        "student": STUDENT.value,
-        "samples": count,
-        "steps": STEPS.value,
-        "split": config.eval.split,
-    }
-    checkpoint.write_json(
-        out / "teacher_states.json", {**about, "rows": rows, "versions": main.versions()}
-    )
-    lines = ["| states | t | FD | all right |", "|---|---|---|---|"]
-    lines += [
-        f"| {r['source'].replace('_', ' ')} | {r['t']:.3f} | {r['fd']:.3f} | {r['all_right']:.3f} |"
-        for r in rows
-    ]
-    (out / "teacher_states.md").write_text("\n".join(lines) + "\n")
-    picture(out / "teacher_states.png", rows)
-    print("\n".join(lines))
+            samples, steps = command.samples, command.steps
+            count = min(samples, len(bench.data.captions[config.eval.split]))
+            rows = measure(bench, student, count, steps)
+        about = {"student": command.student, "samples": count, "steps": steps}
+        out = Path(command.out or folder)
+        print(write(out, {**about, "split": config.eval.split}, rows))
 
 
 if __name__ == "__main__":
-    cli()
+    main()

@@ -215,12 +215,12 @@ def values_of(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, An
 
 
 def escaped(value: Any) -> Any:
-    """Kubernetes reads $(NAME) and $$ in arguments and variables; doubled, a $ stands for itself."""
+    """Kubernetes reads $(NAME) and $$ in arguments and variables: double each $ to keep it."""
     return value.replace("$", "$$") if isinstance(value, str) else value
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
-    """The template with its values as JSON, which YAML can read; a list stands for as many lines."""
+    """The template with its values as JSON, which is YAML, too; a list is as many lines."""
     lines = []
     for line in template.splitlines():
         found = None if line.lstrip().startswith("#") else re.search(r"<([A-Z_]+)>", line)

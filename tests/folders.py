@@ -88,9 +88,14 @@ def text_config(
 
 def autoencoder(scale: float) -> "diffusers.AutoencoderKL":
     return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), norm_num_groups=4, layers_per_block=1, sample_size=64, scaling_factor=scale,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
+        block_out_channels=(8, 8, 16, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=64,
+        scaling_factor=scale,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -98,46 +103,71 @@ UNETS = {
     # As 1.x: 1x1 convolutions around the transformers, one number of heads, the last level without
     # attention.
     "sd": {
-        "layers_per_block": 1, "block_out_channels": (8, 16), "attention_head_dim": 2, "cross_attention_dim": 16,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "attention_head_dim": 2,
+        "cross_attention_dim": 16,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     },
     # As 2.x: linear projections, heads by level.
     "sd2": {
-        "layers_per_block": 1, "block_out_channels": (8, 16), "attention_head_dim": (1, 2), "cross_attention_dim": 16,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "attention_head_dim": (1, 2),
+        "cross_attention_dim": 16,
         "use_linear_projection": True,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     },
     # Three levels, two blocks each, for the network alone.
     "deep": {
-        "layers_per_block": 2, "block_out_channels": (8, 16, 24), "attention_head_dim": (1, 2, 3), "cross_attention_dim": 16,
+        "layers_per_block": 2,
+        "block_out_channels": (8, 16, 24),
+        "attention_head_dim": (1, 2, 3),
+        "cross_attention_dim": 16,
         "use_linear_projection": True,
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     },
     # As XL: no attention at full resolution, two blocks below, text and time ids added to the time.
     "sdxl": {
-        "layers_per_block": 1, "block_out_channels": (8, 16), "attention_head_dim": (1, 2), "cross_attention_dim": 32,
-        "transformer_layers_per_block": (1, 2), "use_linear_projection": True,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 12 + 6 * 8,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "attention_head_dim": (1, 2),
+        "cross_attention_dim": 32,
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 12 + 6 * 8,
     },
-}  # fmt: skip
+}
 
 
 # Tiny pipelines as others build them: two levels of 16 and 32, an autoencoder of factor 2, fresh
 # weights.
 FRESH = {
     "fresh": {
-        "attention_head_dim": 4, "cross_attention_dim": 32,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 4,
+        "cross_attention_dim": 32,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     },
     "freshxl": {
-        "attention_head_dim": (2, 4), "cross_attention_dim": 32 + 48, "transformer_layers_per_block": (1, 2),
-        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 32 + 48,
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 24 + 6 * 8,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     },
-}  # fmt: skip
+}
 
 
 def make_fresh(variant: str, folder: Path) -> None:
@@ -147,9 +177,12 @@ def make_fresh(variant: str, folder: Path) -> None:
     unet = diffusers.UNet2DConditionModel(sample_size=16, **common, **FRESH[variant])
     first, size = tokenizer(folder.with_name(f"{folder.name}-tokens"), merges=OTHER_MERGES)
     vae = diffusers.AutoencoderKL(
-        sample_size=32, scaling_factor=0.13025 if variant == "freshxl" else 0.18215, **common,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
+        sample_size=32,
+        scaling_factor=0.13025 if variant == "freshxl" else 0.18215,
+        **common,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
     text = text_config(
         size, width=32, intermediate_size=64, num_attention_heads=4, projection_dim=32
     )
@@ -202,10 +235,14 @@ def make(variant: str, folder: Path) -> None:
     if variant == "sdxl":
         second, _ = tokenizer(folder.with_name(f"{folder.name}-tokens2"), pad="!")
         pipe = diffusers.StableDiffusionXLPipeline(
-            **common, tokenizer_2=second, text_encoder=CLIPTextModel(text_config(size)).eval(),
+            **common,
+            tokenizer_2=second,
+            text_encoder=CLIPTextModel(text_config(size)).eval(),
             text_encoder_2=CLIPTextModelWithProjection(text_config(size, act="gelu")).eval(),
-            scheduler=diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
-        )  # fmt: skip
+            scheduler=diffusers.EulerDiscreteScheduler(
+                **BETAS, steps_offset=1, timestep_spacing="leading"
+            ),
+        )
     else:
         zero_snr = {
             "prediction_type": "v_prediction",
@@ -225,9 +262,13 @@ def make(variant: str, folder: Path) -> None:
             act="gelu" if variant == "sd2" else "quick_gelu",
         )
         pipe = diffusers.StableDiffusionPipeline(
-            **common, text_encoder=CLIPTextModel(text).eval(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
+            **common,
+            text_encoder=CLIPTextModel(text).eval(),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
             requires_safety_checker=False,
-        )  # fmt: skip
+        )
     pipe.save_pretrained(folder)
 
 
@@ -276,9 +317,15 @@ def load_torch(path: Path, **options) -> "diffusers.DiffusionPipeline":
 def torch_images(pipe, *, latents, steps, guidance, size=64, **options):
     """Images [n, h, w, 3] in [0, 1] of diffusers, from NCHW starts."""
     made = pipe(
-        PROMPTS, num_inference_steps=steps, guidance_scale=guidance, latents=torch.tensor(latents), height=size, width=size,
-        output_type="np", **options,
-    )  # fmt: skip
+        PROMPTS,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        latents=torch.tensor(latents),
+        height=size,
+        width=size,
+        output_type="np",
+        **options,
+    )
     return made.images
 
 

@@ -77,7 +77,8 @@ class Bucket:
     def write(self, name: str, content: bytes) -> None:
         self._ask(
             "POST",
-            f"/upload/storage/v1/b/bucket/o?uploadType=media&name={urllib.parse.quote(name, safe='')}",
+            "/upload/storage/v1/b/bucket/o?uploadType=media&name="
+            + urllib.parse.quote(name, safe=""),
             content,
         )
 

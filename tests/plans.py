@@ -7,8 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from jaxdistill.costs import plan
 from jaxdistill.costs.chips import CHIPS
+from jaxdistill.tasks.text_to_image import plan
 
 for name in sys.argv[1:]:
     report = json.loads(Path(name).read_text())

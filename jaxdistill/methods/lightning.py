@@ -165,34 +165,38 @@ def recipe(kit: Kit, settings: Settings) -> Recipe:
             data="images",
         )
     ]
-    optimizers = kit.optimizers(settings.adversarial_learning_rate, discriminator=True)
     for i, count in enumerate(counts):
         larger = settings.first if i == 0 else counts[i - 1]
         smaller = counts[i + 1] if i + 1 < len(counts) else 0
         served = [n for n in kit.steps if smaller < n and (n <= count or i == 0)]
-        for keep_flow in (True, False):
-            loss = lightning(
-                kit.network,
-                kit.network,
-                steps=count,
-                features=kit.features,
-                heads=kit.heads,
-                substeps=larger // count,
-                keep_flow=keep_flow,
-                regression=settings.regression,
-                constrain=kit.constrain,
-                unroll=kit.unroll,
-            )
-            stages.append(
-                Stage(
-                    f"{count}-{'flow' if keep_flow else 'relaxed'}",
-                    loss,
-                    optimizers,
-                    share=(1 - settings.first_share) / (2 * len(counts)),
-                    serves=() if keep_flow else served,
-                    teacher="both",
-                    data="images",
-                    pair_states=keep_flow,
-                )
-            )
+        share = (1 - settings.first_share) / (2 * len(counts))
+        flow = adversarial_stage(kit, settings, count, larger // count, keep_flow=True)
+        relaxed = adversarial_stage(kit, settings, count, larger // count, keep_flow=False)
+        stages += [flow._replace(share=share), relaxed._replace(share=share, serves=served)]
     return Recipe(stages, SamplerSpec())
+
+
+def adversarial_stage(
+    kit: Kit, settings: Settings, count: int, substeps: int, *, keep_flow: bool
+) -> Stage:
+    """One half of what trains the student of `count` steps, `substeps` of the teacher's each."""
+    loss = lightning(
+        kit.network,
+        kit.network,
+        steps=count,
+        features=kit.features,
+        heads=kit.heads,
+        substeps=substeps,
+        keep_flow=keep_flow,
+        regression=settings.regression,
+        constrain=kit.constrain,
+        unroll=kit.unroll,
+    )
+    return Stage(
+        f"{count}-{'flow' if keep_flow else 'relaxed'}",
+        loss,
+        kit.optimizers(settings.adversarial_learning_rate, discriminator=True),
+        teacher="both",
+        data="images",
+        pair_states=keep_flow,
+    )

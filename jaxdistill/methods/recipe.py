@@ -12,7 +12,7 @@ from jaxdistill.adversarial import Adversary, FeatureFn, HeadsFn
 from jaxdistill.model import Model
 from jaxdistill.names import choose
 from jaxdistill.prediction import LossFn
-from jaxdistill.sampling import Constrain, TimeGrid, unconstrained
+from jaxdistill.sampling import Constrain, SamplerSpec, TimeGrid, unconstrained
 
 GAN_LOSSES = {"hinge": adversarial.hinge, "non_saturating": adversarial.non_saturating}
 
@@ -21,25 +21,6 @@ Optimizers = Callable[[int], dict[str, optax.GradientTransformation]]
 
 
 # ------------------------------------------------------------------------------------------ recipes
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerSpec:
-    """How a student is sampled.
-
-    Attributes:
-      solver: "ddim"; or with fresh noise between the steps "renoise", and "consistency", which
-        reads the network as LCM's f(x, t).
-      grid: "trailing", "leading", "linspace"; "nested": the first N of `times` are the grid of N
-        steps; "listed": `times` holds a list for each number of steps.
-      times: shares of T, decreasing from 1, or lists of them.
-      noise_correction: whether the first step goes on with the noise that was drawn.
-    """
-
-    solver: str = "ddim"
-    grid: str = "trailing"
-    times: Sequence[Any] = ()
-    noise_correction: bool = False
 
 
 class Stage(NamedTuple):

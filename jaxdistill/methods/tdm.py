@@ -101,7 +101,7 @@ def tdm(
 
     Raises:
       ValueError: no grid or a bad one, not 0 < low < high < 1, a shortcut below 0 or without a grid
-        of several steps, or a batch that does not divide among the grids.
+        of several steps, or a batch of fewer rows than grids.
     """
     T, schedule = student.schedule.T, student.schedule
     kept = [check_grid(grid, T) for grid in grids]
@@ -120,9 +120,9 @@ def tdm(
     def intervals(student_params: Any, batch: Any, key: Array) -> Intervals:
         """Every interval of one trajectory a row; x_s and x0 carry the gradient."""
         n = batch["x0"].shape[0]
-        if n % len(kept):
+        if n < len(kept):
             raise ValueError(
-                f"batch size {n} must be a multiple of the {len(kept)} grids that share it"
+                f"a batch of {n} rows is too small for {len(kept)} grids that share it"
             )
         noise = constrain(jax.random.normal(key, batch["x0"].shape, batch["x0"].dtype))
         parts, ends = [], []

@@ -343,15 +343,8 @@ class CLIP(NamedTuple):
     protocol: dict[str, Any]
 
 
-def load_clip(folder: str | Path, *, batch_size: int = 32) -> CLIP:
-    """A CLIPModel's two encoders from the folder that transformers' save_pretrained writes for
-    model and processor.
-
-    Raises:
-      MetricError: a missing folder or file, or a setting that is not supported.
-      FolderError, WeightsError: a damaged config or weights that do not fit it.
-    """
-    folder = Path(folder)
+def _clip_modules(folder: Path) -> tuple[Any, Any]:
+    """The networks of a CLIP folder, for images and for text. Raises MetricError, FolderError."""
     if not folder.is_dir():
         raise MetricError(
             f"{folder} is no folder; give a CLIP folder of transformers, such as a copy of"
@@ -375,6 +368,19 @@ def load_clip(folder: str | Path, *, batch_size: int = 32) -> CLIP:
         raise MetricError(
             f"{where} is damaged ({type(error).__name__} {error}); copy it anew"
         ) from None
+    return vision, text
+
+
+def load_clip(folder: str | Path, *, batch_size: int = 32) -> CLIP:
+    """A CLIPModel's two encoders from the folder that transformers' save_pretrained writes for
+    model and processor.
+
+    Raises:
+      MetricError: a missing folder or file, or a setting that is not supported.
+      FolderError, WeightsError: a damaged config or weights that do not fit it.
+    """
+    folder = Path(folder)
+    vision, text = _clip_modules(folder)
     prepare, said = clip_preprocessing(folder, vision.image_size)
     tokenizer = load_tokenizer(folder, text.positions)
     files = WeightFiles(diffusers_folder.weight_files(folder, "model"))
@@ -781,8 +787,11 @@ def feature_scores(
                 features, reference.features, subset_size=subset_size
             )
             protocol["kid"] = {
-                "kernel": "(x.y / features + 1)^3", "subsets": KID_SUBSETS, "subset_size": subset_size, "seed": KID_SEED
-            }  # fmt: skip
+                "kernel": "(x.y / features + 1)^3",
+                "subsets": KID_SUBSETS,
+                "subset_size": subset_size,
+                "seed": KID_SEED,
+            }
         if "precision_recall" in metrics:
             scores["precision"], scores["recall"] = precision_recall(
                 reference.features, features, k=NEIGHBOURS

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxdistill.errors import UserError
+from jaxdistill.errors import UserError, missing_extra
 from jaxdistill.run import checkpoint, distributed
 from jaxdistill.run.loop import NonFiniteError, Stopped
-from jaxdistill.run.workdir import missing_extra, say
+from jaxdistill.run.workdir import say
 
 PROCESSES = ("distributed", "coordinator", "num_processes", "process_id")
 
@@ -62,9 +62,9 @@ class Command:
         about = "This one's, from 0, with --coordinator."
         flags.DEFINE_integer("process_id", None, about, flag_values=values)
 
-    def parse(self, argv: Sequence[str] | None = None) -> "Command":
-        """Read the flags. Raises UserError; leaves after --help."""
-        given = list(sys.argv if argv is None else argv)
+    def parse(self) -> "Command":
+        """Read the flags of sys.argv. Raises UserError; leaves after --help."""
+        given = list(sys.argv)
         if any(word in ("--help", "-h", "-help") for word in given[1:]):
             print(self.help())
             sys.exit(0)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxdistill import partition
 from jaxdistill.costs.flops import flops_of
+from jaxdistill.errors import UserError
 from jaxdistill.methods.recipe import Kit, Recipe, Stage
 from jaxdistill.prediction import LossFn
 from jaxdistill.run import distributed
@@ -53,6 +54,7 @@ class Distillation:
         self.task, self._build = task, build
         self.recipe = build(task.kit({}))
         self._losses: dict[tuple[int, str], LossFn] = {}
+        self._iterations: dict[int, int] = {}
 
     # -- programs
 
@@ -194,6 +196,11 @@ class Distillation:
 
     def iterations(self, i: int) -> int:
         """Of a stage: its share of config.student.iterations, or of the budget in network calls."""
+        if i not in self._iterations:
+            self._iterations[i] = self._count_iterations(i)
+        return self._iterations[i]
+
+    def _count_iterations(self, i: int) -> int:
         student, stage = self.task.config.student, self.recipe.stages[i]
         if student.iterations:
             return max(1, round(stage.share * student.iterations))
@@ -201,6 +208,23 @@ class Distillation:
         calls = self.calls(i)
         count = max(1, int(stage.share * (1 - pairs) * student.budget / calls))
         say(f"{self.phase(i)}: {calls:.1f} network calls an iteration, {count} iterations")
+        return count
+
+    def pair_count(self, guided: bool) -> int:
+        """Of the recipe's pairs: as many as their share of the budget pays for or, of a budget in
+        iterations, as was said. Raises UserError.
+        """
+        config, pairs = self.task.config, self.recipe.pairs
+        assert pairs is not None
+        if config.student.iterations:
+            return pairs.number or config.adversarial.pool
+        calls = pairs.steps * (2 if guided else 1)
+        count = int(pairs.share * config.student.budget * config.student.batch_size / calls)
+        if count < 1:
+            raise UserError(
+                f"config.student.budget = {config.student.budget} does not pay for one pair of"
+                f" {calls} network calls; raise it"
+            )
         return count
 
     # -- training
@@ -281,15 +305,15 @@ class Distillation:
         run: Runner,
         teacher: Any,
         null: Any,
-        health: Callable[[str, Sequence[int]], HealthFn],
+        health: Callable[[str, Sequence[int], int], HealthFn],
     ) -> list[Student]:
         """Train all stages; what serves some number of steps, that of the most steps first.
 
-        `health`: (phase, step counts) -> the phase's health function.
+        `health`: (phase, step counts, iterations) -> the phase's health function.
         """
         found, current = [], None
         for i, stage in enumerate(self.recipe.stages):
-            line = health(self.phase(i), self.watched(i))
+            line = health(self.phase(i), self.watched(i), self.iterations(i))
             training = self.training(i, teacher, null, current, line)
             if run.flops is not None:
                 training = dataclasses.replace(training, flops=run.flops(i))

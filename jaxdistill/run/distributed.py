@@ -68,16 +68,9 @@ def start(
                 " --process_id together"
             )
         assert coordinator is not None and processes is not None and process is not None
-        if not 0 <= process < processes:
-            raise DistributedError(
-                f"--process_id = {process} must be in 0..{processes - 1} (--num_processes ="
-                f" {processes})"
-            )
-        host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdigit():
-            raise DistributedError(f"--coordinator = {coordinator!r} must read HOST:PORT")
+        host, port = _address(coordinator, processes, process)
         if process:
-            _wait_for(host, int(port), timeout)
+            _wait_for(host, port, timeout)
         options |= {
             "coordinator_address": coordinator,
             "num_processes": processes,
@@ -100,6 +93,19 @@ def start(
         raise DistributedError(
             f"{found} could not be joined within {timeout} s ({str(error).splitlines()[0]}){mend}"
         ) from None
+
+
+def _address(coordinator: str, processes: int, process: int) -> tuple[str, int]:
+    """Host and port of process 0. Raises DistributedError for flags that cannot be."""
+    if not 0 <= process < processes:
+        raise DistributedError(
+            f"--process_id = {process} must be in 0..{processes - 1} (--num_processes ="
+            f" {processes})"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise DistributedError(f"--coordinator = {coordinator!r} must read HOST:PORT")
+    return host, int(port)
 
 
 def _detected(timeout: int) -> tuple[str, int] | None:
@@ -147,7 +153,7 @@ def is_main() -> bool:
 
 
 def writes() -> bool:
-    """Whether this process writes files: process 0, or each one where their folders are their own."""
+    """Whether this process writes files: process 0, or each one that has a folder of its own."""
     return is_main() or _own_folder
 
 

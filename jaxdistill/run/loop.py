@@ -415,9 +415,10 @@ def train_loop(loop: Loop, place: Place) -> Trained:
     running = _Running(loop, place)
     try:
         running.go()
-        return running.result()
+        found = running.result()
     finally:
         running.close()
+    return found._replace(seconds=running.spent())  # with the wait for the last checkpoint
 
 
 class _Running:

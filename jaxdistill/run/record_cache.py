@@ -24,7 +24,7 @@ class CacheError(UserError):
 
 
 def key_of(*parts: Any) -> str:
-    """First 12 hex digits of the SHA-256 of JSON values: the name of a cache that depends on them."""
+    """The name of a cache that depends on JSON values: 12 hex digits of their SHA-256."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 

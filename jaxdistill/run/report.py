@@ -405,7 +405,7 @@ PANELS = {
 
 
 def curves_picture(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Loss and quality of each phase against its step: one row a phase, one panel a kind of number."""
+    """Loss and quality of each phase against its step: a row a phase, a panel a kind of number."""
     figure = new_figure(4.2 * len(PANELS), 4.2 * len(curves))
     axes = figure.subplots(len(curves), len(PANELS), squeeze=False)
     for row, (phase, records) in enumerate(curves.items()):

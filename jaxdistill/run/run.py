@@ -1,4 +1,4 @@
-"""A run: a task and a method in a workdir. Phases, caches, seconds, and the files of its results."""
+"""A run: a task and a method in a workdir. Phases, caches, seconds, files of results."""
 
 import dataclasses
 import json
@@ -151,7 +151,8 @@ class Run:
         checkpoint.write_json(self.workdir / "results.json", whole)
         table = report.markdown_table(whole["rows"], columns)
         seconds = ", ".join(f"{k} {v:.0f} s" for k, v in self.seconds.items())
-        text = f"# {title}\n\n{table}\n{notes}\n\nWall time: {seconds}; {whole['versions']['machine']}.\n"
+        machine = whole["versions"]["machine"]
+        text = f"# {title}\n\n{table}\n{notes}\n\nWall time: {seconds}; {machine}.\n"
         (self.workdir / "results.md").write_text(text)
         files = sorted((self.workdir / "curves").glob("*.jsonl"), reverse=True)
         curves = {path.stem: read_curve(path) for path in files}

@@ -40,7 +40,7 @@ class Task(Protocol):
         """Shapes of a batch of this stage, with their places on the mesh."""
 
     def batches(self, stage: Stage, name: str) -> Callable[[int], Any]:
-        """I -> this process's rows of batch i of the stage, a function of (config.seed, name, i)."""
+        """This process's rows of batch i of the stage: a function of (config.seed, name, i)."""
 
     def heads(self, stage: Stage) -> Any:
         """First parameters of the stage's discriminator."""

@@ -20,37 +20,6 @@ from jaxdistill.errors import UserError
 from jaxdistill.run import checkpoint, distributed, loop
 
 
-def user_cache() -> Path:
-    """The folder of what can be made again: $XDG_CACHE_HOME/jaxdistill or ~/.cache/jaxdistill."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxdistill"
-
-
-EXTRAS = {
-    "tensorflow_datasets": "benchmark",
-    "filelock": "benchmark",
-    "tokenizers": "text-to-image",
-    "transformers": "text-to-image",
-    "safetensors": "text-to-image",
-    "grain": "text-to-image",
-    "array_record": "text-to-image",
-    "fastapi": "serve",
-    "uvicorn": "serve",
-    "gcsfs": "tpu",
-}
-"""Module -> the extra that brings it."""
-
-
-def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """What to install for a library that is not there, in one line; None where it is a bug."""
-    extra = EXTRAS.get((error.name or "").partition(".")[0])
-    if extra is None:
-        return None
-    return (
-        f'{error.name} is not installed; run: pip install "jaxdistill[{extra}]" (".[{extra}]" in a'
-        " checkout)"
-    )
-
-
 def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
     """Make the folder, check that it can be written, and that it belongs to this config. Raises
     UserError.

@@ -42,9 +42,9 @@ class Health(NamedTuple):
     columns: int = 20
     scale: int = 4
 
-    def of(self, phase: str, steps: Sequence[int]) -> HealthFn:
-        """The line of a phase: it prints, warns of a collapse, saves a picture, and returns the
-        numbers as {name_steps: value}.
+    def of(self, phase: str, steps: Sequence[int], last: int) -> HealthFn:
+        """The line of a phase that ends at `last`: it prints, warns of a collapse, saves a picture,
+        and returns the numbers as {name_steps: value}.
         """
         before: dict[int, float] = {}
 
@@ -57,7 +57,10 @@ class Health(NamedTuple):
                 text = ", ".join(f"{k} {v:.3f}" for k, v in found.items())
                 say(f"health  {phase} {step}, {counted(n)}: {text}")
                 numbers |= {f"{k}_{n}": v for k, v in found.items()}
-            self.warn(phase, step, {n: numbers[f"diversity_{n}"] for n in images}, before)
+            diversity = {n: numbers[f"diversity_{n}"] for n in images}
+            if low := falling(diversity, before, ended=step >= last):
+                warn(phase, step, low)
+            before.update(diversity)
             columns = min(self.columns, len(self.reference))
             rows = [self.reference[:columns], *(drawn[:columns] for drawn in images.values())]
             path = self.folder / f"{phase}_{step:07d}.png"
@@ -66,19 +69,27 @@ class Health(NamedTuple):
 
         return line
 
-    def warn(
-        self, phase: str, step: int, diversity: Mapping[int, float], before: dict[int, float]
-    ) -> None:
-        """Tell of a diversity that is low and does not rise.
 
-        Few steps of the teacher are blurred, and so is the student at its start: while it recovers
-        it is no collapse.
-        """
-        low = {n: v for n, v in diversity.items() if v < COLLAPSE and v < before.get(n, 0.0) + 0.02}
-        before.update(diversity)
-        if low:
-            where = ", ".join(f"{counted(n)} ({v:.2f})" for n, v in low.items())
-            say(
-                f"WARNING {phase} {step}: diversity below {COLLAPSE} of the teacher's at {where}; if"
-                f" it stays there the student collapses: {MEND}"
-            )
+def falling(
+    diversity: Mapping[int, float], before: Mapping[int, float], *, ended: bool
+) -> dict[int, float]:
+    """Of each step count's diversity, as a share of the teacher's, those that are low and do not
+    rise, or low where training has ended.
+
+    Few steps of the teacher are blurred, and so is the student at its start: while it recovers it
+    is no collapse.
+    """
+    return {
+        n: value
+        for n, value in diversity.items()
+        if value < COLLAPSE and (ended or value < before.get(n, 0.0) + 0.02)
+    }
+
+
+def warn(phase: str, step: int, low: Mapping[int, float]) -> None:
+    """Tell of a diversity that is low."""
+    where = ", ".join(f"{counted(n)} ({value:.2f})" for n, value in low.items())
+    say(
+        f"WARNING {phase} {step}: diversity below {COLLAPSE} of the teacher's at {where}; if it"
+        f" stays there the student collapses: {MEND}"
+    )

@@ -95,15 +95,11 @@ def _check_guidance(flat: Mapping[str, Any]) -> None:
     drop_cond = flat.get("teacher.drop_cond", 1.0)  # a given teacher knows the null conditioning
     if not 0 <= drop_cond <= 1:
         raise ValueError(f"config.teacher.drop_cond must be in [0, 1], got {drop_cond}")
-    scales = {
-        name: value
-        for name, value in flat.items()
-        if name == "teacher.guidance" or (name[:8] == "methods." and name[-9:] == ".guidance")
-    }
-    for name, scale in [
-        *scales.items(),
-        *(("eval.guidances", g) for g in flat.get("eval.guidances", ())),
-    ]:
+    chosen = f"methods.{flat['method.name']}."
+    scales = [("teacher.guidance", flat["teacher.guidance"])]
+    scales += [("eval.guidances", scale) for scale in flat.get("eval.guidances", ())]
+    scales += [(k, v) for k, v in flat.items() if k.startswith(chosen) and k.endswith(".guidance")]
+    for name, scale in scales:
         if scale < 0:
             raise ValueError(f"config.{name} must be at least 0 (1 = none), got {scale:g}")
         if scale != 1.0 and drop_cond == 0:
@@ -148,10 +144,8 @@ def check_frechet(config: ConfigDict, features: int, *names: str) -> None:
             )
 
 
-def check_grids(config: ConfigDict, learned: bool) -> None:
+def check_grids(config: ConfigDict) -> None:
     """Raise ValueError for a grid that is not known."""
-    nested = ("nested",)
-    for phase, extra in (("teacher", nested if learned else ()), ("student", nested)):
-        if "grid" in config[phase]:
-            known = dict.fromkeys((*extra, *card.GRIDS))
-            choose(known, config[phase].grid, f"config.{phase}.grid")
+    for phase, extra in (("teacher", ()), ("student", ("nested",))):
+        known = dict.fromkeys((*extra, *card.GRIDS))
+        choose(known, config[phase].grid, f"config.{phase}.grid")

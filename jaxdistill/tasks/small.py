@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from jaxdistill import methods, partition
 from jaxdistill.interop import card
 from jaxdistill.methods.denoising import denoising
-from jaxdistill.methods.recipe import Kit, Pairs, SamplerSpec, Stage, adamw
+from jaxdistill.methods.recipe import Kit, SamplerSpec, Stage, adamw
 from jaxdistill.model import Model, full_weights, low_rank
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.names import choose
@@ -83,6 +83,7 @@ class SmallTask:
         share: "SmallTask | None" = None,
     ) -> None:
         check_config(config)
+        check_grids(config)
         self.config, self.cond = config, cond
         self.image_shape: tuple[int, ...] = tuple(about["image_shape"])
         self.common = {
@@ -117,6 +118,14 @@ class SmallTask:
         if share is not None:
             self._network, self._features = share._network, share._features
         self._heads = FeatureHeads(config.adversarial.width)
+        self._open_method()
+        self._programs: dict[Any, Any] = {} if share is None else share._programs
+        self._pool: Any = None
+        self._pairs: Any = None
+
+    def _open_method(self) -> None:
+        """The recipe, and the samplers of teacher and student. Raises ValueError."""
+        config = self.config
         build = methods.build(config.method.name, config.methods.to_dict())
         self.distillation = Distillation(self, build)
         self.recipe = self.distillation.recipe
@@ -126,14 +135,10 @@ class SmallTask:
                 f"config.teacher.path is empty: config.method.name = {config.method.name!r} needs"
                 " the student/ folder of a finished run"
             )
-        check_grids(config, bool(learned))
         self.teacher_sampler = self._teacher_sampler()
         self.student_sampler = self.sampler("student", self.recipe.sampler, steps=self.shown_steps)
         self.teacher_sampler.grid(self.teacher_sampler.card["sampler"]["steps"])
         self.grids = {n: self.student_sampler.grid(n) for n in self.kit({}).steps}
-        self._programs: dict[Any, Any] = {} if share is None else share._programs
-        self._pool: Any = None
-        self._pairs: Any = None
 
     # -- what a method asks for (`run.task.Task`)
 
@@ -243,6 +248,13 @@ class SmallTask:
 
         All processes draw, each its part, and hold all.
         """
+        make, blocks = self._blocks(sampled, conds, count, seed)
+        return np.concatenate(distributed.divided(blocks, make))[:count]
+
+    def _blocks(
+        self, sampled: Sampled, conds: Callable[[np.ndarray], Any], count: int, seed: int
+    ) -> tuple[Callable[[int], np.ndarray], int]:
+        """Number of a block -> its images, and how many there are. All processes must call it."""
         block = min(self.config.eval.batch_size, count)
         program = self.program(sampled.sampler, sampled.guidance)
         params, grid = self.layout.place(sampled.params), jnp.asarray(sampled.grid)
@@ -253,7 +265,7 @@ class SmallTask:
             noise = card.noise_of(seed, jnp.asarray(rows), self.image_shape)
             return np.asarray(program(params, noise, conds(np.minimum(rows, count - 1)), grid))
 
-        return np.concatenate(distributed.divided(-(-count // block), make))[:count]
+        return make, -(-count // block)
 
     def student_images(
         self, params: Any, steps: Sequence[int], noise: Any, cond: Any
@@ -279,7 +291,7 @@ class SmallTask:
     # -- what a subclass says
 
     def image_batches(self, size: int, seed: int, rows: np.ndarray | None) -> Batches:
-        """I -> {"x0" in [-1, 1], "cond"} of the training data, of a process's rows."""
+        """A process's rows of batch i of the training data: {"x0" in [-1, 1], "cond"}."""
         raise NotImplementedError
 
     def noise_batches(self, size: int, seed: int, rows: np.ndarray | None) -> Batches:
@@ -346,22 +358,8 @@ class SmallTask:
             )
             sampler = self.sampler("teacher", spec, steps=pairs.steps)
             sampled = Sampled("teacher", pairs.steps, config.teacher.guidance, sampler, teacher)
-            count = self.pair_count(pairs)
+            count = self.distillation.pair_count(config.teacher.guidance != 1.0)
             self._pairs = self._teacher_cache(run, "pairs", "pairs", sampled, count)
-
-    def pair_count(self, pairs: Pairs) -> int:
-        """As many as their share of the budget pays for, or as was said. Raises ValueError."""
-        config, student = self.config, self.config.student
-        if student.iterations:
-            return pairs.number or config.adversarial.pool
-        calls = pairs.steps * (1 if config.teacher.guidance == 1.0 else 2)
-        count = int(pairs.share * student.budget * student.batch_size / calls)
-        if count < 1:
-            raise ValueError(
-                f"pairs_share = {pairs.share:g} of the budget does not pay for one image of"
-                f" {calls} network calls; raise it"
-            )
-        return count
 
     def _teacher_cache(self, run: Run, name: str, what: str, sampled: Sampled, count: int) -> Any:
         """Records {"noise", "target", "number"} of the teacher's images in [-1, 1]."""
@@ -563,6 +561,22 @@ class SmallTask:
         """Trained, or from the checkpoints. `prepare` first."""
         return self.distillation.students(run, teacher, {}, self.health(run, teacher).of)
 
+    def exported(self, run: Run) -> dict[int, Any]:
+        """{steps: parameters} of a finished run's exports, {} where some are missing."""
+        found: dict[int, Any] = {}
+        for card_file in run.workdir.glob("student*/card.json"):
+            params, about = checkpoint.load_export(card_file.parent)
+            found |= dict.fromkeys(about["serves"], params)
+        whole = found.keys() >= set(self.config.student.steps)
+        return dict(sorted(found.items())) if whole else {}
+
+    def served(self, run: Run, teacher: Any) -> dict[int, Any]:
+        """{steps: parameters} of the students: from their exports, or trained and exported."""
+        if found := self.exported(run):
+            return found
+        self.prepare(run, teacher)
+        return self.export(run, self.students(run, teacher), teacher)
+
     def export(self, run: Run, students: Sequence[Student], teacher: Any) -> dict[int, Any]:
         """student/ and a folder for each stage beside it; {steps: merged parameters}."""
         served: dict[int, Any] = {}
@@ -597,11 +611,24 @@ class SmallTask:
     def timed_draw(
         self, sampled: Sampled, conds: Callable[[np.ndarray], Any], count: int, seed: int
     ) -> tuple[np.ndarray, float]:
-        """`draw`, and the images a second of all processes without the compile."""
-        self.draw(sampled, conds, min(self.config.eval.batch_size, count), seed)
-        began = time.perf_counter()
-        images = self.draw(sampled, conds, count, seed)
-        return images, round(len(images) / (time.perf_counter() - began), 1)
+        """`draw`, and the images a second of all processes, by this one's blocks after the first,
+        which compiles; a single one is drawn again.
+        """
+        make, blocks = self._blocks(sampled, conds, count, seed)
+        ends: list[float] = []
+
+        def timed(i: int) -> np.ndarray:
+            images = make(i)
+            ends.append(time.perf_counter())
+            return images
+
+        images = np.concatenate(distributed.divided(blocks, timed))
+        if len(ends) == 1:
+            ends = [time.perf_counter()]
+            timed(0)
+        seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
+        rows = len(images) // blocks * distributed.count()
+        return images[:count], round(rows / seconds, 1)
 
 
 def with_reals(batch: Mapping[str, Any], reals: Mapping[str, Any]) -> dict[str, Any]:

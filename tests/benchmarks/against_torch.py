@@ -41,8 +41,14 @@ from jaxdistill.prediction import as_denoiser, eps_prediction
 from jaxdistill.train import init_state, train_step
 
 WIDE = {"block_out_channels": (128, 256, 448, 448), "cross_attention_dim": 512, "sample_size": 64}
-TINY = {"block_out_channels": (32, 64), "cross_attention_dim": 32, "sample_size": 16, "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}  # fmt: skip
+TINY = {
+    "block_out_channels": (32, 64),
+    "cross_attention_dim": 32,
+    "sample_size": 16,
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 BETAS = schedule.scaled_linear_betas()
 SCHEDULE = schedule.ddpm(BETAS)
 TIMES = np.float32([1000.0, 500.0])

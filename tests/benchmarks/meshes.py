@@ -1,8 +1,8 @@
-"""The text-to-image step on eight CPU devices against one: values, FLOPs and memory on every kind
+r"""The text-to-image step on eight CPU devices against one: values, FLOPs and memory on every kind
 of mesh.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/benchmarks/meshes.py
-    --out=docs/results/meshes.json
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+        python tests/benchmarks/meshes.py --out=docs/results/meshes.json
 
 A tiny UNet of the 1.x layout, float32, with guidance, adversary and noise correction; 16 rows.
 About five minutes on 2 CPU cores.
@@ -27,10 +27,17 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import text_config  # noqa: E402
 
 UNET = {
-    "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (16, 16), "norm_num_groups": 4, "sample_size": 8,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "attention_head_dim": 2, "cross_attention_dim": 16,
-}  # fmt: skip
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (16, 16),
+    "norm_num_groups": 4,
+    "sample_size": 8,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 2,
+    "cross_attention_dim": 16,
+}
 PIPELINE = {"unet": UNET, "scheduler": architectures.PIPELINES["sd15"]["scheduler"]}
 MESHES = (
     {"data": 8},

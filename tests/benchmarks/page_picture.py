@@ -1,11 +1,11 @@
-"""The page of a running `jaxdistill.serve`: milliseconds from a key to its picture, and pictures
+r"""The page of a running `jaxdistill.serve`: milliseconds from a key to its picture, and pictures
 once the teacher has finished.
+
+    python tests/benchmarks/page_picture.py --url=http://127.0.0.1:8000 \
+        --prompt="a red bag above a blue boot" --out=docs/results/page.png
 
 Beside --out, page.png for instance: page_four.png (four seeds of both) and page_phone.png (a narrow
 dark screen).
-
-python tests/benchmarks/page_picture.py --url=http://127.0.0.1:8000 --prompt="a red bag above a blue
-boot" --out=docs/results/page.png
 """
 
 import argparse
@@ -47,9 +47,8 @@ def main() -> None:
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
         page = browser.new_page(viewport={"width": 1280, "height": 720})
-        page.goto(
-            f"{args.url}/#{urllib.parse.urlencode({'prompt': args.prompt, 'seed': args.seed, 'lock': 1})}"
-        )
+        asked = {"prompt": args.prompt, "seed": args.seed, "lock": 1}
+        page.goto(f"{args.url}/#{urllib.parse.urlencode(asked)}")
         page.wait_for_selector("#student img[data-request]")
         page.uncheck("#with-teacher")
         page.fill("#caption", "")

@@ -1,8 +1,8 @@
-"""Load on `jaxdistill.serve` from 1 to 64 pages at once, batched and one image at a time: rate,
+r"""Load on `jaxdistill.serve` from 1 to 64 pages at once, batched and one image at a time: rate,
 latency, wrong images; memory over minutes.
 
-python tests/benchmarks/serve.py --model=runs/benchmark/students/imagine_flash-0
---out=docs/results/serve.json
+    python tests/benchmarks/serve.py --model=runs/benchmark/students/imagine_flash-0 \
+        --out=docs/results/serve.json
 
 Each of `--parts` (load, memory) replaces its own part of the file.
 """
@@ -173,7 +173,7 @@ def main() -> None:
 def load_part(
     flags: list[str], wanted: list[tuple[str, int]], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Rates of 1 to 64 pages, of a server that draws one image at a time and of one that batches."""
+    """Rates of 1 to 64 pages, of a server that draws one image at a time and one that batches."""
     rows, expected = list[dict[str, Any]](), list[np.ndarray]()
     for sizes in ("1", args.sizes):
         with server(flags, sizes) as (port, pid):

@@ -9,9 +9,10 @@ import optax
 from flax import nnx
 
 from jaxdistill import sampling, schedule
-from jaxdistill.methods.imagine_flash import Model, Reconstruction, imagine_flash
+from jaxdistill.methods.imagine_flash import Reconstruction, imagine_flash
+from jaxdistill.model import Model
 from jaxdistill.prediction import v_prediction
-from jaxdistill.train import init_state, train_step
+from jaxdistill.train import Objective, init_state, train_step
 
 
 class Net(nnx.Module):
@@ -36,7 +37,7 @@ loss_fn = imagine_flash(
 )
 tx = optax.adam(1e-3)
 state = init_state({"student": teacher_params}, tx, jax.random.key(0))
-step = jax.jit(partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.99))
+step = jax.jit(partial(train_step, objective=Objective(loss_fn, tx), ema_decay=0.99))
 batch = {
     "x0": jnp.zeros((32, 8, 8, 1)),
     "cond": jnp.arange(32) % 10,

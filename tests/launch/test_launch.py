@@ -590,7 +590,8 @@ elif verb == "ssh":
     homes = homes if flag("worker") == "all" else [homes[int(flag("worker"))]]
     started = []
     for home in homes:
-        environment = dict(os.environ, HOME=str(home), JAXDISTILL_START_SECONDS="1", WORKER=home.name, GIT_CONFIG_GLOBAL="/dev/null")
+        own = {"HOME": str(home), "WORKER": home.name, "JAXDISTILL_START_SECONDS": "1"}
+        environment = dict(os.environ, **own, GIT_CONFIG_GLOBAL="/dev/null")
         started.append(subprocess.Popen(["bash", "-c", flag("command")], cwd=home, env=environment))
     sys.exit(max(process.wait() for process in started))
 else:
@@ -880,7 +881,7 @@ def test_watch_goes_on_to_the_end(pod):
             pod.set(f"fail-{failing}", "")
             pod.preempt()
             wait_until(
-                lambda: not (pod.folder / f"fail-{failing}").exists(),
+                lambda failing=failing: not (pod.folder / f"fail-{failing}").exists(),
                 seconds=20,
                 what="the failing call",
             )
@@ -969,7 +970,11 @@ id=${!#}; id=${id#--process_id=}
 printf '%s\\n' "$@" > "arguments$id"
 printf '%s\\n' "$JAX_PLATFORMS" "${XLA_FLAGS-unset}" > "environment$id"
 echo "out $id"; echo "err $id" >&2
-if [ "$id" = "${DEAF-}" ]; then trap 'echo TERM >> signals$id' TERM; else trap 'echo TERM >> "signals$id"; exit "${CODE-0}"' TERM; fi
+if [ "$id" = "${DEAF-}" ]; then
+  trap 'echo TERM >> signals$id' TERM
+else
+  trap 'echo TERM >> "signals$id"; exit "${CODE-0}"' TERM
+fi
 trap 'echo INT >> "signals$id"' INT
 echo $$ > pid$id
 for i in {1..300}; do

@@ -17,7 +17,8 @@ from jaxdistill.methods.imagine_flash import (
     initial_noise,
     trajectory_noise,
 )
-from jaxdistill.prediction import Prediction, expand, v_prediction, x0_prediction
+from jaxdistill.model import Model
+from jaxdistill.prediction import Prediction, as_denoiser, expand, v_prediction, x0_prediction
 
 KEY = jax.random.key(5)
 flash = compiled(small.flash)
@@ -153,7 +154,7 @@ def test_no_shift_with_the_trajectory_noise_is_no_srl():
 def test_students_x0_along_a_nested_grid_is_each_shorter_samplers_image():
     model, params = make()
     noise = drawn_noise()
-    denoiser = flash_module.as_denoiser(
+    denoiser = as_denoiser(
         model.apply, params, batch()["cond"], schedule=COSINE, parameterization=v_prediction
     )
     step = sampling.ddim(COSINE)
@@ -206,7 +207,7 @@ def test_regression_reaches_the_teachers_own_answer():
     def affine(params, x, t, cond):  # x0 = -v at T
         return -(params["scale"] * x + params["offset"])
 
-    teacher_model = flash_module.Model(exact, COSINE, v_prediction)
+    teacher_model = Model(exact, COSINE, v_prediction)
     student_model = teacher_model._replace(apply=affine)
     k, grid = 4, [np.asarray([1.0], np.float32)]
     plain = Reconstruction(noise_source=None, steps=k)
@@ -218,7 +219,7 @@ def test_regression_reaches_the_teachers_own_answer():
     gradient = jax.jit(jax.grad(lambda p, key: loss_fn(p, {}, data, key)[0]))
     for i in range(300):
         params = jax.tree.map(lambda p, g: p - 0.2 * g, params, gradient(params, jax.random.key(i)))
-    denoiser = flash_module.as_denoiser(
+    denoiser = as_denoiser(
         exact, {}, None, schedule=COSINE, parameterization=teacher_model.parameterization
     )
     x = jnp.asarray([[0.0, 1.0]])
@@ -271,7 +272,7 @@ def test_a_shift_that_leaves_the_range_or_falls_is_refused(shift, message):
 def test_one_compile_serves_all_steps():
     import optax
 
-    from jaxdistill.train import init_state, train_step
+    from jaxdistill.train import Objective, init_state, train_step
 
     model, teacher = make()
     traces = []
@@ -279,7 +280,7 @@ def test_one_compile_serves_all_steps():
     loss_fn = lambda *args: (traces.append(1), inner(*args))[1]  # noqa: E731
     tx = optax.adam(1e-3)
     state = init_state({"student": teacher}, tx, KEY)
-    step = jax.jit(partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.9))
+    step = jax.jit(partial(train_step, objective=Objective(loss_fn, tx), ema_decay=0.9))
     losses = []
     for _ in range(4):
         state, metrics = step(state, batch(), teacher)
@@ -400,7 +401,7 @@ def test_the_shortcut_pulls_first_states_to_the_ends_of_their_trajectories(grids
         return x0
 
     def gradient(p, shortcut):
-        network = flash_module.Model(apply, COSINE, x0_prediction)
+        network = Model(apply, COSINE, x0_prediction)
         kept = [np.asarray(grid, np.float32) for grid in grids]
         loss = flash_module.imagine_flash(
             network, network, grids=kept, null_cond=lambda cond: cond, shortcut=shortcut
@@ -441,7 +442,7 @@ SHARED = [np.float32(grid) for grid in ((1000, 800, 600, 300), (1000, 700, 400),
 
 
 def on_discrete_times(model):
-    return flash_module.Model(model.apply, SD, v_prediction)
+    return Model(model.apply, SD, v_prediction)
 
 
 def states_of(model, student, size, **options):

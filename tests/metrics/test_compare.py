@@ -115,7 +115,7 @@ def place(tmp_path, monkeypatch):
         "load_clip",
         lambda folder, batch_size: image_metrics.CLIP(images, texts, {"weights": "w"}),
     )
-    monkeypatch.setattr(compare, "TILE", 48)  # a smaller picture is sooner drawn
+    monkeypatch.setattr("jaxdistill.metrics.compare.TILE", 48)  # a smaller picture is sooner drawn
     monkeypatch.chdir(tmp_path)
     return tmp_path, calls
 
@@ -563,7 +563,7 @@ def test_page_has_a_row_a_model_and_spread_prompts_as_columns(place, monkeypatch
     folder, _ = place
     grids = []
     plain = report.image_grid
-    monkeypatch.setattr(compare, "TILE", 256)
+    monkeypatch.setattr("jaxdistill.metrics.compare.TILE", 256)
     monkeypatch.setattr(
         report, "image_grid", lambda rows, **options: grids.append(rows) or plain(rows, **options)
     )

@@ -1,18 +1,24 @@
 import jax
 import numpy as np
 import pytest
-from jaxdistill.metrics.evaluate import (
-    Evaluator,
-    Extractor,
+
+from jaxdistill.metrics.distances import (
+    Gaussian,
     class_spread,
     frechet_distance,
+    gaussian_of,
     health,
     nearest_neighbour_distance,
     precision_recall,
+    saturation,
 )
-
-from jaxdistill.metrics import evaluate
 from jaxdistill.tasks.labelled_images.data import Dataset, Split, digits
+from jaxdistill.tasks.labelled_images.scores import (
+    Evaluator,
+    Extractor,
+    make_extractor,
+    train_extractor,
+)
 
 # --------------------------------------------------------------------------------- Fréchet distance
 
@@ -42,6 +48,14 @@ def test_frechet_distance_of_axis_aligned_gaussians_is_the_closed_form():
     assert frechet_distance(a, b) == pytest.approx(
         ((s_a - s_b) ** 2).sum() + (shift**2).sum(), rel=1e-9
     )
+
+
+def test_a_gaussian_stands_for_its_features():
+    a, b = (np.random.default_rng(seed).normal(size=(30, 4)) for seed in (1, 2))
+    wanted = frechet_distance(a, b)
+    for left in (a, gaussian_of(a)):
+        for right in (b, Gaussian(b.mean(0), np.cov(b, rowvar=False))):
+            assert frechet_distance(left, right) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_frechet_distance_does_not_change_under_a_common_rotation():
@@ -229,8 +243,8 @@ def test_nearest_neighbour_distance_is_a_median():
 
 
 def test_saturation_is_the_share_of_values_at_either_end():
-    assert evaluate.saturation(np.array([0.0, 1.0, 0.5, 0.001, 0.999, 0.1])) == pytest.approx(4 / 6)
-    assert evaluate.saturation(np.array([2 / 255, 253 / 255])) == 0.0
+    assert saturation(np.array([0.0, 1.0, 0.5, 0.001, 0.999, 0.1])) == pytest.approx(4 / 6)
+    assert saturation(np.array([2 / 255, 253 / 255])) == 0.0
 
 
 def test_health_of_the_teacher_against_itself_is_one_at_no_distance():
@@ -271,7 +285,7 @@ def real():
 
 
 def train(dataset):
-    return evaluate.train_extractor(
+    return train_extractor(
         dataset, channels=(8,), features=6, steps=60, batch_size=32, learning_rate=1e-2
     )
 
@@ -292,10 +306,8 @@ def test_extractor_hash_changes_with_one_bit_of_the_weights(real, extractor):
     leaves = [np.array(leaf) for leaf in leaves]
     leaves[-1].view(np.uint8).reshape(-1)[0] ^= 1
     arguments = {"num_classes": 10, "channels": (8,), "features": 6}
-    changed = evaluate.make_extractor(
-        jax.tree.unflatten(structure, leaves), real.train.images, **arguments
-    )
-    same = evaluate.make_extractor(extractor.params, real.train.images, **arguments)
+    changed = make_extractor(jax.tree.unflatten(structure, leaves), real.train.images, **arguments)
+    same = make_extractor(extractor.params, real.train.images, **arguments)
     assert changed.hash != extractor.hash and same.hash == extractor.hash
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from shell import TINY, assert_same_bits, flip_bit, folder_bytes, run_command, run_script
@@ -185,7 +186,7 @@ def break_params(monkeypatch, folder):
         (Path(directory) / "half").write_text("x")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "save", broken)
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", broken)
     return some_params(1), CARD
 
 

@@ -1,5 +1,6 @@
 import gc
 import json
+import shutil
 import signal
 import sys
 from functools import partial
@@ -10,16 +11,24 @@ import numpy as np
 import optax
 import pytest
 import tensorboardX
-from ml_collections import ConfigDict
 from shell import assert_same_bits
 
 from jaxdistill import partition
 from jaxdistill.costs import chips
 from jaxdistill.run import loop
 from jaxdistill.run.checkpoint import Checkpoints
-from jaxdistill.run.loop import Curve, NonFiniteError, Stopped, StopSignal, read_curve, train_loop
-from jaxdistill.run.workdir import train_phase
-from jaxdistill.train import init_state, train_step
+from jaxdistill.run.loop import (
+    Curve,
+    Loop,
+    NonFiniteError,
+    Place,
+    Stopped,
+    StopSignal,
+    read_curve,
+    train_loop,
+)
+from jaxdistill.run.phase import Training, train
+from jaxdistill.train import Objective, init_state, train_step
 
 STEPS = 20
 TX = optax.adam(0.05)
@@ -32,7 +41,7 @@ def loss_fn(params, teacher, batch, key):
     return jnp.mean(error**2), {"bias": jnp.mean(error)}
 
 
-STEP = jax.jit(partial(train_step, loss_fn=loss_fn, tx=TX, ema_decay=0.9))
+STEP = jax.jit(partial(train_step, objective=Objective(loss_fn, TX), ema_decay=0.9))
 
 
 def fresh_state():
@@ -41,6 +50,11 @@ def fresh_state():
 
 def batch(i):
     return np.random.default_rng(i).normal(size=8).astype(np.float32)
+
+
+LAYOUT = partition.layout()
+PLACES = {"every": 2, "checkpoint_every": 4, "checkpoints": "", "profile": 0}
+"""What a place of the tests' loops is; the rest of `run`'s changes are the loop's."""
 
 
 def run(
@@ -52,31 +66,25 @@ def run(
     stop=None,
     **changes,
 ):
-    settings = {
-        "steps": STEPS,
-        "log_every": 2,
-        "health_every": 5,
-        "checkpoint_every": 4,
-        "advice": "lower the learning rate",
-    } | changes
-    return train_loop(
-        "toy",
-        fresh_state,
-        step_fn,
-        batches,
-        jnp.float32(0.5),
+    place = {key: changes.pop(key, default) for key, default in PLACES.items()}
+    settings = {"steps": STEPS, "health_every": 5, "advice": "lower the learning rate", **changes}
+    toy = Loop(
+        name="toy",
+        first=fresh_state,
         like=jax.eval_shape(fresh_state),
-        workdir=folder,
+        step=step_fn,
+        batches=batches,
+        given=jnp.float32(0.5),
         health=health,
-        stop=stop or StopSignal(),
         **settings,
     )
+    return train_loop(toy, Place(folder, stop or StopSignal(), LAYOUT, **place))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return run(folder)[0], (folder / "curves" / "toy.jsonl").read_text()
+    return run(folder).state, (folder / "curves" / "toy.jsonl").read_text()
 
 
 class Killed(Exception):
@@ -107,7 +115,7 @@ def test_killed_and_resumed_loop_ends_in_the_same_bits_and_the_same_curve(
         with pytest.raises(Killed):
             run(tmp_path, batches=killed_at(n))
         assert newest(tmp_path) == (n // 4 * 4 or None)
-    state, _ = run(tmp_path)
+    state = run(tmp_path).state
     assert_same_bits(state, uninterrupted[0])
     assert (tmp_path / "curves" / "toy.jsonl").read_text() == uninterrupted[1]
 
@@ -121,10 +129,10 @@ def test_resume_reads_each_batch_by_its_step_and_none_twice(tmp_path):
 
 
 def test_finished_loop_returns_its_state_without_a_step(tmp_path, uninterrupted):
-    run(tmp_path)
-    state, seconds = run(tmp_path, batches=killed_at(0), step_fn=lambda *_: None)
-    assert_same_bits(state, uninterrupted[0])
-    assert seconds.total > 0
+    before = run(tmp_path).health
+    found = run(tmp_path, batches=killed_at(0), step_fn=lambda *_: None)
+    assert_same_bits(found.state, uninterrupted[0])
+    assert found.seconds.total > 0 and found.health == before
 
 
 def test_seconds_add_up_over_restarts(tmp_path, monkeypatch):
@@ -134,7 +142,7 @@ def test_seconds_add_up_over_restarts(tmp_path, monkeypatch):
         run(tmp_path, batches=killed_at(5))
     saved = Checkpoints(tmp_path / "checkpoints" / "toy").restore(fresh_state())[1]["seconds"]
     assert saved > 0
-    assert run(tmp_path)[1].total > saved
+    assert run(tmp_path).seconds.total > saved
 
 
 def test_final_step_is_saved_whatever_the_interval(tmp_path):
@@ -165,9 +173,9 @@ def test_curve_holds_each_steps_own_loss(uninterrupted):
 
 def test_health_gets_the_averaged_parameters(uninterrupted, tmp_path):
     seen = {}
-    state, _ = run(
+    state = run(
         tmp_path, health=lambda params, step: seen.update({step: np.asarray(params["w"])}) or {}
-    )
+    ).state
     assert list(seen) == [5, 10, 15, 20]
     assert np.array_equal(seen[20], state.ema_params["w"]) and not np.array_equal(
         seen[20], state.params["w"]
@@ -284,21 +292,21 @@ def test_signal_saves_after_the_step_and_the_rest_ends_in_the_same_bits(tmp_path
         and "resumes" in text
     )
     assert newest(tmp_path) == n + 1
-    state, _ = run(tmp_path)
+    state = run(tmp_path).state
     assert_same_bits(state, uninterrupted[0])
     assert (tmp_path / "curves" / "toy.jsonl").read_text() == uninterrupted[1]
 
 
 def test_signal_in_the_last_step_finishes(tmp_path, uninterrupted):
     stop = StopSignal()
-    state, _ = run(
+    found = run(
         tmp_path,
         batches=lambda i: (
             setattr(stop, "received", "SIGINT" if i == STEPS - 1 else None) or batch(i)
         ),
         stop=stop,
     )
-    assert_same_bits(state, uninterrupted[0])
+    assert_same_bits(found.state, uninterrupted[0])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -456,7 +464,7 @@ def test_time_lost_to_saving_is_what_the_loop_waits_for_checkpoints_and_nothing_
 
     if stopped_at:
         with pytest.raises(Stopped):
-            run(tmp_path, batches=batches, stop=stop, log_every=5)
+            run(tmp_path, batches=batches, stop=stop, every=5)
         # Saves after 4, 8 and 10 steps, each of which waits for the one before; then the wait for
         # the last, and the end.
         assert (
@@ -469,7 +477,7 @@ def test_time_lost_to_saving_is_what_the_loop_waits_for_checkpoints_and_nothing_
         ] == pytest.approx(before)
     else:
         before = 0.0
-    _, seconds = run(tmp_path, log_every=5)
+    seconds = run(tmp_path, every=5).seconds
     saves = 3 if stopped_at else 5
     assert seconds.saving == pytest.approx(before + saves * 3.5 + 7.5)
     assert seconds.total - seconds.saving == pytest.approx(STEPS)
@@ -521,7 +529,7 @@ def test_no_trace_is_written_while_the_watchdog_waits_for_a_step(tmp_path, monke
     monkeypatch.setattr(loop.distributed, "Watchdog", Watchdog)
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("trace"))
-    often = {"log_every": 1, "health_every": STEPS, "checkpoint_every": STEPS}
+    often = {"every": 1, "health_every": STEPS, "checkpoint_every": STEPS}
     run(tmp_path / "whole", profile=3, **often)
     assert calls[calls.index("trace") - 1] == "pause" and calls.count("step") == STEPS
     calls.clear()
@@ -538,26 +546,43 @@ def valley(params, step):
 
 
 @pytest.mark.parametrize("stopped", [[], [7], [12], [18]], ids=str)
-def test_the_best_averages_are_returned_also_after_a_kill(tmp_path, uninterrupted, stopped):
-    kept = {}
+def test_the_best_averages_and_their_numbers_are_returned_also_after_a_kill(
+    tmp_path, uninterrupted, stopped
+):
+    """In a workdir of its own each time, with the checkpoints elsewhere."""
+    kept, checkpoints = {}, str(tmp_path / "checkpoints")
 
     def health(params, step):
         kept[step] = jax.tree.map(np.asarray, params)
         return valley(params, step)
 
+    best = {"health": health, "keep_best": "fd_1", "checkpoints": checkpoints}
     for n in stopped:
         with pytest.raises(Killed):
-            run(tmp_path, batches=killed_at(n), health=health, keep_best="fd_1")
-    state, _ = run(tmp_path, health=health, keep_best="fd_1")
-    assert_same_bits(state.ema_params, kept[10])
-    assert_same_bits(
-        state.params, uninterrupted[0].params
-    )  # only the averages are those of another step
+            run(tmp_path / f"killed at {n}", batches=killed_at(n), **best)
+    for again in range(2):  # and of a finished one
+        state, _, numbers = run(tmp_path / f"finished {again}", **best)
+        assert_same_bits(state.ema_params, kept[10])
+        assert numbers == {"fd_1": 1.0, "w0": float(kept[10]["w"][0])}
+        # Only the averages are those of another step.
+        assert_same_bits(state.params, uninterrupted[0].params)
 
 
 def test_numbers_that_are_no_numbers_are_never_the_best(tmp_path, uninterrupted):
-    state, _ = run(tmp_path, health=lambda params, step: {"fd_1": float("nan")}, keep_best="fd_1")
-    assert_same_bits(state, uninterrupted[0])
+    found = run(tmp_path, health=lambda params, step: {"fd_1": float("nan")}, keep_best="fd_1")
+    assert_same_bits(found.state, uninterrupted[0])
+    assert np.isnan(found.health["fd_1"])
+
+
+@pytest.mark.parametrize("stopped", [[], [7], [12]], ids=str)
+def test_a_number_that_is_none_does_not_win_over_a_later_or_an_earlier_one(tmp_path, stopped):
+    def health(params, step):
+        return {"fd_1": {5: float("nan"), 10: 2.0}.get(step, float("nan")), "step": float(step)}
+
+    for n in stopped:
+        with pytest.raises(Killed):
+            run(tmp_path, batches=killed_at(n), health=health, keep_best="fd_1")
+    assert run(tmp_path, health=health, keep_best="fd_1").health == {"fd_1": 2.0, "step": 10.0}
 
 
 def test_an_unknown_health_number_is_named(tmp_path):
@@ -565,6 +590,36 @@ def test_an_unknown_health_number_is_named(tmp_path):
         ValueError, match="keep_best = 'fd_9' is no health number; use one of fd_1, w0"
     ):
         run(tmp_path, health=valley, keep_best="fd_9")
+
+
+# ------------------------------------------------------------------------------- numbers to results
+
+ODD = {"third": 1 / 3, "tiny": 5e-324, "nan": float("nan"), "inf": float("inf")}
+
+
+@pytest.mark.parametrize("at", [12, 15, STEPS], ids=lambda n: f"killed at {n}")
+def test_a_run_that_has_lost_its_curves_and_files_returns_the_same_health_numbers(tmp_path, at):
+    """They are in the checkpoint, to the bit: also those that JSON has no word for, and those of a
+    line that came before the checkpoint.
+    """
+
+    def health(params, step):
+        return {"w0": float(params["w"][0]), "step": float(step), **ODD}
+
+    wanted = run(tmp_path / "whole", health=health).health
+    assert wanted["step"] == STEPS
+    # After the last checkpoint before the kill no further line is due.
+    options = {"checkpoints": str(tmp_path / "kept"), "health_every": 10}
+    if at < STEPS:
+        with pytest.raises(Killed):
+            run(tmp_path / "lost", batches=killed_at(at), health=health, **options)
+        meta = Checkpoints(tmp_path / "kept" / "toy").restore(fresh_state())[1]
+        assert loop.numbers_of(meta["health"])["step"] == 10
+    run(tmp_path / "lost", health=health, **options)
+    shutil.rmtree(tmp_path / "lost")
+    found = run(tmp_path / "new", health=lambda *_: {}, batches=killed_at(0), **options).health
+    assert found.keys() == wanted.keys()
+    np.testing.assert_array_equal([*found.values()], [*wanted.values()])  # NaN is NaN
 
 
 def test_the_devices_hold_one_state_at_a_first_start_and_at_a_resumed_one(tmp_path):
@@ -581,24 +636,20 @@ def test_the_devices_hold_one_state_at_a_first_start_and_at_a_resumed_one(tmp_pa
     def loss(params, teacher, batch, key):
         return jnp.mean((params["w"] - batch) ** 2), {}
 
+    place = Place(tmp_path, StopSignal(), LAYOUT, every=1, checkpoint_every=2)
     for steps in (2, 4):
-        train_phase(
-            "toy",
-            lambda: {"w": jnp.ones(width)},
-            {"w": jax.ShapeDtypeStruct((width,), jnp.float32)},
-            jax.random.key(0),
-            loss,
-            optax.adam(0.1),
-            lambda i: np.zeros((1, 1), np.float32),
-            None,
-            health,
-            layout=partition.layout(),
-            ema_decay=0.9,
+        training = Training(
+            name="toy",
+            objective=Objective(loss, optax.adam(0.1)),
+            params=lambda: {"w": jnp.ones(width)},
+            shapes={"w": jax.ShapeDtypeStruct((width,), jnp.float32)},
+            key=jax.random.key(0),
+            batches=lambda i: np.zeros((1, 1), np.float32),
+            given=None,
+            health=health,
             steps=steps,
             health_every=2,
-            log=ConfigDict({"every": 1, "checkpoint_every": 2}),
-            workdir=tmp_path,
-            stop=StopSignal(),
-            advice="",
+            ema_decay=0.9,
         )
+        train(training, place)
     assert counted == [4, 4]

@@ -4,9 +4,10 @@ import pytest
 import tiny
 from shell import run_command
 
-from configs import digits, fashion, sd15, sd21, sdxl
-from jaxdistill import ablate, sample, variants
-from jaxdistill.tasks.labelled_images import experiment
+from configs import base, digits, fashion, sd15, sd21, sdxl
+from jaxdistill import ablate, sample
+from jaxdistill.methods import METHODS
+from jaxdistill.tasks import open_task
 
 
 @pytest.mark.parametrize(
@@ -25,19 +26,31 @@ from jaxdistill.tasks.labelled_images import experiment
         ({"model.name": "resnet"}, "model.name = 'resnet' is not known"),
         ({"data.name": "mnist"}, "data.name = 'mnist' is not known"),
         ({"data.name": "fashion"}, "config.data.folder is empty"),
-        ({"method.noise": "white"}, "method.noise = 'white' is not known"),
-        ({"method.shift": "step"}, "method.shift = 'step' is not known"),
         (
-            {"method.shift": "linear", "shifts.linear.high": 1.2},
+            {"methods.imagine_flash.noise": "white"},
+            "config.methods.imagine_flash: noise = 'white' is not known",
+        ),
+        (
+            {"methods.imagine_flash.shift": "step"},
+            "config.methods.imagine_flash: shift = 'step' is not known",
+        ),
+        (
+            {
+                "methods.imagine_flash.shift": "linear",
+                "methods.imagine_flash.shifts.linear.high": 1.2,
+            },
             "linear_shift needs 0 < low <= high <= 1, got",
         ),
         (
-            {"method.shift": "power", "shifts.power.strength": 1.5},
+            {
+                "methods.imagine_flash.shift": "power",
+                "methods.imagine_flash.shifts.power.strength": 1.5,
+            },
             "power_shift needs 0 <= strength < 1",
         ),
         (
-            {"method.teacher_solver": "heun"},
-            "method.teacher_solver = 'heun' is not known; choose one of 'ddim', 'dpm_solver_pp_2m'",
+            {"methods.imagine_flash.teacher_solver": "heun"},
+            "teacher_solver = 'heun' is not known; choose one of 'ddim', 'dpm_solver_pp_2m'",
         ),
         ({"teacher.solver": "euler"}, "sampler.solver = 'euler' is not known"),
         ({"adversarial.loss": "wasserstein"}, "adversarial.loss = 'wasserstein' is not known"),
@@ -47,7 +60,10 @@ from jaxdistill.tasks.labelled_images import experiment
             {"student.keep_best": "fd_9"},
             "config.student.keep_best = 'fd_9' is not known; use one of fd_1, ",
         ),
-        ({"method.teacher_steps": 0}, "config.method.teacher_steps must be at least 1, got 0"),
+        (
+            {"methods.imagine_flash.teacher_steps": 0},
+            "config.methods.imagine_flash: the teacher needs k >= 1 steps, got 0",
+        ),
         (
             {"student.decay_to": 1.5},
             "config.student.decay_to must be in [0, 1] (1: no decay), got 1.5",
@@ -66,7 +82,7 @@ from jaxdistill.tasks.labelled_images import experiment
 )
 def test_a_bad_config_is_refused_with_the_value_and_the_mend(changes, message):
     with pytest.raises(ValueError) as error:
-        experiment.build(ablate.changed(tiny.get_config(), changes))
+        open_task(ablate.changed(tiny.get_config(), changes))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -82,37 +98,29 @@ def test_a_bad_config_is_refused_with_the_value_and_the_mend(changes, message):
         ),
         (
             {"method.name": "end"},
-            "method.name = 'end' is not known; choose one of 'imagine_flash', 'endpoint'",
+            "config.method.name = 'end' is not known; choose one of 'imagine_flash', 'matched'",
         ),
         ({"student.steps": (1, 2)}, 'set config.student.steps="(1,)", got (1, 2)'),
-        ({"teacher.steps": 1}, "set config.teacher.steps to the several steps of that one, got 1"),
-        ({"teacher.guidance": 1.5}, "set config.teacher.guidance=1, got 1.5"),
-        ({"adversarial.weight": 0.1}, "set config.adversarial.weight=0, got 0.1"),
+        ({"methods.endpoint.steps": 1}, "endpoint needs a grid of several steps, got [1.0]"),
     ],
 )
 def test_a_bad_config_of_one_step_from_several_is_refused(changes, message):
     with pytest.raises(ValueError) as error:
-        experiment.build(
-            ablate.changed(variants.chosen(tiny.get_config(), "one", file="tiny"), changes)
-        )
+        open_task(ablate.changed(base.chosen(tiny.get_config(), "one", file="tiny"), changes))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "config", [digits, fashion, sd15, sd21, sdxl], ids=lambda config: config.__name__
 )
-def test_each_config_has_its_variant_of_one_step_and_no_other(config):
-    found, plain = config.get_config("one"), config.get_config()
-    assert experiment.from_student(found) and not experiment.from_student(plain)
-    assert found.teacher.steps == 3 and found.teacher.guidance == 1.0
+def test_each_config_has_a_variant_of_each_method_and_no_other(config):
+    for name in METHODS:
+        assert config.get_config(name).method.name == name
+    assert config.get_config("one").method.name == "endpoint"
+    assert config.get_config("one").student.steps == (1,)
     file = config.__name__.removeprefix("configs.")
-    with pytest.raises(
-        ValueError,
-        match=(
-            rf"configs/{file}.py:two is not known; use one of configs/{file}.py,"
-            rf" configs/{file}.py:one"
-        ),
-    ):
+    message = rf"configs/{file}.py:two is not known; use one of configs/{file}.py, :imagine_flash,"
+    with pytest.raises(ValueError, match=message):
         config.get_config("two")
 
 
@@ -127,7 +135,7 @@ def test_a_model_that_does_not_fit_the_images_is_refused():
             "time_scale": 1000.0,
         }
     with pytest.raises(ValueError, match="does not take images of shape"):
-        experiment.build(config)
+        open_task(config)
 
 
 @pytest.mark.slow

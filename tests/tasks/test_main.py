@@ -10,9 +10,10 @@ import tiny
 from PIL import Image
 
 from jaxdistill import ablate, main, sample
+from jaxdistill.errors import UserError
 from jaxdistill.interop import card
 from jaxdistill.run import checkpoint
-from jaxdistill.tasks.labelled_images import experiment
+from jaxdistill.tasks import open_task
 
 WITHOUT_US = """
 import sys
@@ -25,7 +26,8 @@ noise = np.load(folder + "/noise.npy")
 for n in (1, 2, 3):
     for b in (1, 5):
         times = np.float32([1.0, 0.5, 0.2][:n])
-        np.save(f"{folder}/out_{n}_{b}.npy", program.call(params, noise[:b], np.arange(b, dtype=np.int32), times))
+        images = program.call(params, noise[:b], np.arange(b, dtype=np.int32), times)
+        np.save(f"{folder}/out_{n}_{b}.npy", images)
 assert "jaxdistill" not in sys.modules
 """
 
@@ -102,9 +104,9 @@ def test_a_second_start_evaluates_and_leaves_the_student_alone(finished):
 
 def test_another_configs_workdir_is_refused(finished):
     config = tiny.get_config()
-    config.student.learning_rate = 5e-4
+    config.methods.imagine_flash.learning_rate = 5e-4
     with pytest.raises(
-        main.UserError, match=r"student\.learning_rate = 0\.004 there, 0\.0005 here"
+        UserError, match=r"imagine_flash\.learning_rate = 0\.004 there, 0\.0005 here"
     ):
         main.run(config, finished[0])
 
@@ -113,23 +115,26 @@ def test_another_configs_workdir_is_refused(finished):
     "changes",
     [
         ablate.VARIANTS["eps model"].changes,
-        {"adversarial.weight": 0.0, "student.grid": "trailing"},
+        {"methods.imagine_flash.adversarial_weight": 0.0, "student.grid": "trailing"},
         {
-            "method.backward": False,
-            "method.whole_trajectory": False,
+            "methods.imagine_flash.backward": False,
+            "methods.imagine_flash.whole_trajectory": False,
             "adversarial.loss": "non_saturating",
         },
     ],
 )
-def test_every_switch_changes_a_working_loss(changes):
-    made = experiment.build(ablate.changed(tiny.get_config(), changes))
-    params = card.init_params(made.model, made.image_shape, 0)
-    data = {"x0": jnp.zeros((12, 8, 8, 1)), "cond": jnp.arange(12) % 10}
-    loss, metrics = jax.jit(made.student_loss)(
-        made.student_params(params), params, data, jax.random.key(0)
-    )
+def test_every_switch_makes_a_working_loss(changes):
+    task = open_task(ablate.changed(tiny.get_config(), changes))
+    teacher, found = task.first_params(), task.distillation
+    stage = task.recipe.stages[0]
+    params = found.first_params(0, teacher, None)
+    batch = {"x0": jnp.zeros((12, 8, 8, 1)), "cond": jnp.arange(12) % 10}
+    batch |= {"real": batch["x0"], "real_cond": batch["cond"]}
+    given = {"teacher": teacher, "null": {}}
+    loss, metrics = jax.jit(found.loss(0))(params, given, batch, jax.random.key(0))
     assert np.isfinite(float(loss))
-    assert ("discriminator" in metrics) == (changes.get("adversarial.weight") != 0.0)
+    weight = changes.get("methods.imagine_flash.adversarial_weight")
+    assert ("discriminator" in metrics) == ("discriminator" in stage.networks) == (weight != 0.0)
 
 
 def test_sample_writes_what_it_says(finished, tmp_path):

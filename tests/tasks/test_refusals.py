@@ -18,23 +18,25 @@ from shell import (
 )
 
 from jaxdistill import main, sample
+from jaxdistill.errors import UserError
 from jaxdistill.run import checkpoint
-from jaxdistill.tasks.labelled_images import experiment
+from jaxdistill.run.workdir import prepare_workdir
+from jaxdistill.tasks import open_task
 
 # ---------------------------------------------------------------------------------- before any work
 
 
 def test_a_workdir_in_a_bucket_is_refused():
     with pytest.raises(
-        main.UserError,
+        UserError,
         match=r"--workdir=gs:/b/x must be a folder of this machine; checkpoints may go to a bucket",
     ):
-        main.prepare_workdir(Path("gs://b/x"), tiny_config())
+        prepare_workdir(Path("gs://b/x"), tiny_config())
 
 
-POWER = {"method.shift": "power"}
-TABLE = {"method.shift": "table"}
-NO_DROP = {"teacher.drop_cond": 0.0, "method.guidance": 1.0}
+POWER = {"methods.imagine_flash.shift": "power"}
+TABLE = {"methods.imagine_flash.shift": "table"}
+NO_DROP = {"teacher.drop_cond": 0.0, "methods.imagine_flash.guidance": 1.0}
 BAD = {
     # (changes, words of the message)
     "more features than half the reference holds": (
@@ -62,10 +64,13 @@ BAD = {
         {**NO_DROP, "teacher.guidance": 1.0, "eval.guidances": (1.0, 2.0)},
         ("eval.guidances", "2", "drop_cond"),
     ),
-    "guidance that is no number": ({"method.guidance": float("nan")}, ("method.guidance", "nan")),
+    "guidance that is no number": (
+        {"methods.imagine_flash.guidance": float("nan")},
+        ("methods.imagine_flash.guidance", "nan"),
+    ),
     "weight that is no number": (
-        {"adversarial.weight": float("nan")},
-        ("adversarial.weight", "nan"),
+        {"methods.imagine_flash.adversarial_weight": float("nan")},
+        ("methods.imagine_flash.adversarial_weight", "nan"),
     ),
     # v x̂0 = α x - σ v gives back x_0 only where α² + σ² = 1, flow x̂0 = x - σ u only where α + σ =
     # 1.
@@ -91,19 +96,31 @@ BAD = {
         ("steps", "2000", "1000"),
     ),
     "gamma above T": (
-        {**TABLE, "shifts.table.times": (0.0, 1.0), "shifts.table.values": (0.1, 1.3)},
+        {
+            **TABLE,
+            "methods.imagine_flash.shifts.table.times": (0.0, 1.0),
+            "methods.imagine_flash.shifts.table.values": (0.1, 1.3),
+        },
         ("table", "1.3", "(0, 1]"),
     ),
     "gamma at 0": (
-        {**TABLE, "shifts.table.times": (0.0, 1.0), "shifts.table.values": (0.0, 0.5)},
+        {
+            **TABLE,
+            "methods.imagine_flash.shifts.table.times": (0.0, 1.0),
+            "methods.imagine_flash.shifts.table.values": (0.0, 0.5),
+        },
         ("table", "0.0", "(0, 1]"),
     ),
     "gamma that falls": (
-        {**TABLE, "shifts.table.times": (0.0, 1.0), "shifts.table.values": (0.9, 0.5)},
+        {
+            **TABLE,
+            "methods.imagine_flash.shifts.table.times": (0.0, 1.0),
+            "methods.imagine_flash.shifts.table.values": (0.9, 0.5),
+        },
         ("table", "non-decreasing"),
     ),
     "gamma that turns": (
-        {**POWER, "shifts.power.strength": 0.5},
+        {**POWER, "methods.imagine_flash.shifts.power.strength": 0.5},
         ("power", "strength=0.5", "power=3.0"),
     ),
     "discriminator's noise levels": (
@@ -118,7 +135,7 @@ BAD = {
 def test_config_is_refused_before_any_work_with_value_and_mend(name):
     changes, words = BAD[name]
     with pytest.raises(ValueError) as error:
-        experiment.build(tiny_config(**changes))
+        open_task(tiny_config(**changes))
     text = str(error.value)
     assert "\n" not in text
     for word in words:
@@ -129,14 +146,14 @@ def test_config_is_refused_before_any_work_with_value_and_mend(name):
     "changes",
     [
         POWER,
-        {"method.shift": "linear"},
-        {"method.shift": "none"},
+        {"methods.imagine_flash.shift": "linear"},
+        {"methods.imagine_flash.shift": "none"},
         NO_DROP | {"teacher.guidance": 1.0},
     ],
 )
 def test_neighbouring_good_config_is_accepted(changes):
     changes = {"eval.guidances": (1.0,)} | changes
-    experiment.build(tiny_config(**changes))
+    open_task(tiny_config(**changes))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +164,7 @@ def test_neighbouring_good_config_is_accepted(changes):
     ],
 )
 def test_pair_of_prediction_and_schedule_that_fits_is_accepted(changes):
-    experiment.build(tiny_config(**changes))
+    open_task(tiny_config(**changes))
 
 
 @pytest.mark.parametrize("kind", ["absent", "extractor", "other images", "other schedule"])
@@ -164,7 +181,7 @@ def test_given_teacher_that_does_not_fit_is_refused_before_any_work(finished, tm
     elif kind == "other schedule":
         shutil.copytree(finished[0] / "teacher", path)
         changes = {"schedule.snr_scale": 2.0}
-    with pytest.raises(main.UserError) as error:
+    with pytest.raises(UserError) as error:
         main.run(tiny_config(**{"teacher.path": str(path)}, **changes), tmp_path / "run")
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     assert not (tmp_path / "run" / "extractor").exists()
@@ -173,8 +190,8 @@ def test_given_teacher_that_does_not_fit_is_refused_before_any_work(finished, tm
 def test_second_config_leaves_the_folder_of_the_first_untouched(finished, tmp_path):
     folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
     before = folder_bytes(folder)
-    with pytest.raises(main.UserError) as error:
-        main.run(tiny_config(**{"student.learning_rate": 0.123, "seed": 9}), folder)
+    with pytest.raises(UserError) as error:
+        main.run(tiny_config(**{"methods.imagine_flash.learning_rate": 0.123, "seed": 9}), folder)
     text = str(error.value)
     assert (
         "\n" not in text
@@ -194,7 +211,7 @@ def test_bit_flipped_in_an_export_of_a_run_stops_the_second_start(finished, tmp_
         key=lambda p: p.stat().st_size,
     )
     flip_bit(victim)
-    with pytest.raises(main.UserError) as error:
+    with pytest.raises(UserError) as error:
         main.run(tiny_config(), folder)
     assert (
         str(victim) in str(error.value)
@@ -207,7 +224,7 @@ def test_checkpoint_of_another_model_stops_the_run(finished, tmp_path):
     folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
     for name in ("student", "config.json"):
         (shutil.rmtree if (folder / name).is_dir() else Path.unlink)(folder / name)
-    with pytest.raises(main.UserError) as error:
+    with pytest.raises(UserError) as error:
         main.run(tiny_config(**{"adversarial.width": 24}), folder)
     text = str(error.value)
     assert "\n" not in text and "checkpoints" in text and "student" in text and "workdir" in text
@@ -233,7 +250,7 @@ def test_command_answers_a_loss_that_is_no_number_in_one_line_and_keeps_what_was
         "jaxdistill.main",
         f"--config={TINY}",
         f"--workdir={folder}",
-        "--config.student.learning_rate=1e30",
+        "--config.methods.imagine_flash.learning_rate=1e30",
     )
     assert found.returncode > 0, found.stdout
     errors = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
@@ -242,11 +259,7 @@ def test_command_answers_a_loss_that_is_no_number_in_one_line_and_keeps_what_was
         and found.stderr.endswith(errors[0] + "\n")
         and "Traceback" not in found.stderr
     ), found.stderr
-    assert (
-        "student step " in errors[0]
-        and "nan" in errors[0]
-        and "config.student.learning_rate" in errors[0]
-    )
+    assert "student step " in errors[0] and "nan" in errors[0] and "learning rate" in errors[0]
     assert not (folder / "student").exists()
     assert {name: folder_bytes(folder / name) for name in before} == before
 
@@ -310,7 +323,10 @@ def test_sample_answers_a_bad_flag_in_one_line(finished, tmp_path, capsys, flags
             "from jaxdistill import sample; sample.main(['--model={folder}', '--prompt=a cat',"
             " '--out=x.png'])"
         ),
-        "from jaxdistill import main; main.run_text(None)",
+        (
+            "sys.argv = ['main', '--config=configs/sd15.py', '--workdir={folder}/run',"
+            " '--config.teacher.folder={folder}']; from jaxdistill import main; main.main()"
+        ),
     ],
 )
 def test_without_the_extra_text_to_image_says_what_to_install(call, tmp_path):
@@ -326,6 +342,5 @@ def test_without_the_extra_text_to_image_says_what_to_install(call, tmp_path):
     )
     assert_one_error_line(
         found,
-        "safetensors is not installed; text to image needs: pip install"
-        ' "jaxdistill[text-to-image]"',
+        'safetensors is not installed; run: pip install "jaxdistill[text-to-image]"',
     )

@@ -328,7 +328,7 @@ def looped_attention(q: Array, k: Array, v: Array, *, scores: int = 2**23) -> Ar
 
 
 def auto_attention(q: Array, k: Array, v: Array) -> Array:
-    """`looped_attention` for many positions where the program runs on a CPU, XLA's own elsewhere."""
+    """`looped_attention` for many positions on a CPU, XLA's own elsewhere."""
     if q.shape[1] * k.shape[1] < 2**16:
         return plain_attention(q, k, v)
     return jax.lax.platform_dependent(q, k, v, cpu=looped_attention, default=plain_attention)

@@ -58,7 +58,7 @@ class LabelledImages(SmallTask):
     """See `SmallTask`. Raises ValueError."""
 
     def __init__(self, config: ConfigDict) -> None:
-        self.dataset = make_dataset(config.data)
+        self.dataset = make_dataset(config.data.to_dict())
         names = list(self.dataset.class_names)
         super().__init__(
             config,
@@ -149,8 +149,7 @@ class LabelledImages(SmallTask):
         extractor = self.extractor(run)
         self.validation = Evaluator(self.dataset, self.dataset.validation, extractor)
         teacher = self.teacher(run)
-        self.prepare(run, teacher)
-        served = self.export(run, self.students(run, teacher), teacher)
+        served = self.served(run, teacher)
         # Exports and checkpoints are on disk: a signal from here on may end the process at once.
         run.place.stop.release()
         if distributed.is_main():

@@ -19,7 +19,7 @@ from jaxdistill.tasks.scenes.recognise import SceneRecogniser, compare, unit
 FILE = "reference.npz"
 SPLITS = ("validation", "test")
 FEATURES = 2000
-"""Rows of features that are kept, for precision and recall; of more there are mean and covariance."""
+"""Rows of features that are kept for precision and recall. Mean and covariance are of more."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def load(path: Path) -> tuple[dict[str, Reference], float]:
         raise UserError(f"{path} cannot be read ({error}); copy it anew") from None
     found = {}
     for split in {name.partition("/")[0] for name in arrays if "/" in name}:
-        part = {name.partition("/")[2]: a for name, a in arrays.items() if name.startswith(split)}
+        prefix = f"{split}/"
+        part = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
         names = [str(name) for name in part["ceiling_names"]]
         found[split] = Reference(
             captions=[str(caption) for caption in part["captions"]],

@@ -162,7 +162,7 @@ def train_captions(count: int) -> list[str]:
 
 
 def render(scene: Scene, sprites: dict[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """The scene's image, uint8 [32, 32, 3]: random garments of the right kind, jittered, on black."""
+    """The scene's image, uint8 [32, 32, 3]: random garments of its kinds, jittered, on black."""
     canvas = np.zeros((SIDE, SIDE, 3), np.float32)
     for half, (colour, garment) in enumerate((scene.first, scene.second)):
         along, across = 16 * half + rng.integers(0, 3), 6 + rng.integers(0, 7)
@@ -268,3 +268,8 @@ def open_scenes(source: str | Path, folder: str | Path, *, scale: float = 1.0) -
     builder = FashionScenes(data_dir=str(folder), config=config, file_format="array_record")
     builder.download_and_prepare()
     return {split: builder.as_data_source(split) for split in SPLITS}
+
+
+def images_of(items: Any, count: int) -> np.ndarray:
+    """uint8 [count, 32, 32, 3] of a data source's first items, or all of fewer."""
+    return np.stack([items[i]["image"] for i in range(min(count, len(items)))])

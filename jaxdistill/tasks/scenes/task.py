@@ -112,8 +112,7 @@ class SceneData:
 
     def images(self, split: str, count: int) -> np.ndarray:
         """uint8 [count, h, w, 3], the split's first."""
-        items = self.sources[split]
-        return np.stack([items[i]["image"] for i in range(min(count, len(items)))])
+        return scenes.images_of(self.sources[split], count)
 
     @cached_property
     def recogniser(self) -> SceneRecogniser:
@@ -278,8 +277,7 @@ class Scenes(SmallTask):
         if not self.config.base:
             self.data.base = run.workdir
         teacher = self.teacher(run)
-        self.prepare(run, teacher)
-        served = self.export(run, self.students(run, teacher), teacher)
+        served = self.served(run, teacher)
         run.place.stop.release()
         return self.evaluate(run, teacher, served)
 
@@ -361,7 +359,7 @@ class Scenes(SmallTask):
 
 def cache_folder(config: ConfigDict) -> Path:
     """Of embeddings and scenes: config.data.cache, or the user's cache folder."""
-    from jaxdistill.run.workdir import user_cache
+    from jaxdistill.run.compilation import user_cache
 
     return Path(config.data.cache) if config.data.cache else user_cache() / "scenes"
 

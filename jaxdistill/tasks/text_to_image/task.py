@@ -97,7 +97,7 @@ class TextToImageTask(TextSetup):
         return diffusers_folder.load_params(unet, dtype=DTYPES[dtype], shardings=places)
 
     def student(self, teacher: Any) -> Any:
-        """The folder's weights in float32, whatever the teacher computes with, or zero updates."""
+        """The folder's weights in float32, whatever the teacher's dtype, or updates of zero."""
         del teacher
         if self.config.student.lora_rank:
             return self.weights.fresh(self.abstract)
@@ -159,22 +159,14 @@ class TextToImageTask(TextSetup):
                 folder, pipe.params, scheduler, share=pipe, layout=pipe.layout
             )
             sampler = {"steps": pairs.steps, "solver": solver}
-            self.teacher_cache(cache, drawn, "pairs", "pairs", self.pair_count(), sampler)
-
-    def pair_count(self) -> int:
-        """As many as their share of the budget pays for, or as was said. Raises UserError."""
-        config, pairs, student = self.config, self.recipe.pairs, self.config.student
-        assert pairs is not None
-        if student.iterations:
-            return pairs.number or config.adversarial.pool
-        calls = pairs.steps * (2 if pipeline.guides(config.teacher.guidance) else 1)
-        count = int(pairs.share * student.budget * student.batch_size / calls)
-        if count < 1:
-            raise UserError(
-                f"config.student.budget = {student.budget} does not pay for one pair of"
-                f" {calls} network calls; raise it"
+            self.teacher_cache(
+                cache,
+                drawn,
+                "pairs",
+                "pairs",
+                self.distillation.pair_count(pipeline.guides(config.teacher.guidance)),
+                sampler,
             )
-        return count
 
     def encoded(
         self, pipe: pipeline.TextToImage, captions: Sequence[str], numbers: list[int]
@@ -227,7 +219,7 @@ class TextToImageTask(TextSetup):
         return found
 
     def batches(self, stage: Stage, name: str) -> Batches:
-        """I -> this process's rows of batch i, a function of (seed, name, i) alone."""
+        """This process's rows of batch i: a function of (seed, name, i) alone."""
         size, config = self.config.student.batch_size, self.config
         rows = partition.process_rows(self.layout.mesh, size)
         kind = "images" if config.adversarial.reals == "data" else "teacher"

@@ -14,11 +14,11 @@ from shell import assert_one_error_line, run_command
 
 from configs import base
 from jaxdistill import partition
-from jaxdistill.costs import chips, hlo, plan
+from jaxdistill.costs import chips, hlo
 from jaxdistill.costs.flops import flops_of
 from jaxdistill.interop import architectures, card, diffusers_scheduler
 from jaxdistill.run.phase import programs
-from jaxdistill.tasks.text_to_image import pipeline
+from jaxdistill.tasks.text_to_image import pipeline, plan
 from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
 TINY = {
