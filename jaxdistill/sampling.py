@@ -616,9 +616,10 @@ def last_by(step: Step, last: Step) -> Step:
 
 def keys_of(noise: Batch) -> Array:
     """Keys [b] that are functions of each image's own start, not of its batch."""
-    bits = jax.lax.bitcast_convert_type(
-        noise.reshape(len(noise), -1)[:, 0].astype(jnp.float32), jnp.uint32
-    )
+    first = noise[
+        (slice(None), *(0,) * (noise.ndim - 1))
+    ]  # b may be free, as in an exported program
+    bits = jax.lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
     return jax.vmap(jax.random.key)(bits)
 
 

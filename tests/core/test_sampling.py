@@ -25,9 +25,11 @@ from jaxdistill.sampling import (
     dpm_solver_pp_2m,
     guidance,
     guided_denoiser,
+    keys_of,
     leading_grid,
     linspace_grid,
     noise_correction,
+    renoise,
     rollout,
     start,
     trailing_grid,
@@ -740,3 +742,26 @@ def test_prefix_of_a_grid_visits_the_same_states(solver, length):
     np.testing.assert_allclose(part.x, whole.x[:length], atol=1e-6)
     np.testing.assert_allclose(part.x0, whole.x0[:length], atol=1e-6)
     np.testing.assert_allclose(stopped.x, whole.x[length], atol=1e-6)
+
+
+def test_fresh_noise_of_each_image_is_drawn_for_any_number_of_images():
+    """In a program that is exported for a free number of rows."""
+    made = ddpm(scaled_linear_betas())
+    noise = jax.random.normal(jax.random.key(0), (3, 4, 4, 1))
+
+    def draw(noise):
+        denoiser = as_denoiser(
+            lambda params, x, t, cond: jnp.tanh(x),
+            None,
+            None,
+            schedule=made,
+            parameterization=x0_prediction,
+        )
+        grid = trailing_grid(2, made.T)
+        return rollout(renoise(made, keys_of(noise)), denoiser, start(noise), grid)[0].x
+
+    (b,) = jax.export.symbolic_shape("b")
+    shape = jax.ShapeDtypeStruct((b, *noise.shape[1:]), noise.dtype)
+    exported = jax.export.export(jax.jit(draw))(shape)
+    np.testing.assert_allclose(exported.call(noise), draw(noise), atol=1e-6)
+    np.testing.assert_allclose(exported.call(noise[:1]), draw(noise)[:1], atol=1e-6)

@@ -23,12 +23,19 @@ from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
 TINY = {
     "unet": {
-        "in_channels": 4, "out_channels": 4, "sample_size": 16, "layers_per_block": 1, "block_out_channels": (32, 32), "norm_num_groups": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "attention_head_dim": 2, "cross_attention_dim": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "sample_size": 16,
+        "layers_per_block": 1,
+        "block_out_channels": (32, 32),
+        "norm_num_groups": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 2,
+        "cross_attention_dim": 32,
     },
     "scheduler": architectures.PIPELINES["sd15"]["scheduler"],
-}  # fmt: skip
+}
 
 
 def make_config(**changes):
