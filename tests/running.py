@@ -24,7 +24,7 @@ CAPTION = "a red bag above a blue boot"
 
 
 def make_export(folder: Path, role: str, *, steps: int, guidance: float) -> Path:
-    """An export of random weights whose images differ by caption, seed, steps and noise correction."""
+    """A random export: images differ by caption, seed, steps and noise correction."""
     encoder = sentence_encoder.load(GOLDEN)
     sampler = {
         "solver": "ddim",

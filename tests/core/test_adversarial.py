@@ -43,7 +43,7 @@ def test_each_term_pulls_on_its_own_player_only():
 
 
 def test_generator_moves_toward_the_reals():
-    """Features are the noised image itself: the mean of the fakes must go to the mean of the reals."""
+    """Features are the noised image: the mean of the fakes must go to the mean of the reals."""
     made = adversarial.adversary(
         lambda p, x, t, c: [x],
         lambda h, f, c: (f[0] @ h["w"] + h["b"])[:, None],

@@ -71,19 +71,40 @@ CLIP_CONFIG = {
     "model_type": "clip",
     "projection_dim": 24,
     "text_config": {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "quick_gelu",
-        "vocab_size": 523, "bos_token_id": 521, "eos_token_id": 522, "pad_token_id": 522, "max_position_embeddings": 77,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_act": "quick_gelu",
+        "vocab_size": 523,
+        "bos_token_id": 521,
+        "eos_token_id": 522,
+        "pad_token_id": 522,
+        "max_position_embeddings": 77,
     },
     "vision_config": {
-        "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "gelu",
-        "image_size": 32, "patch_size": 8,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_act": "gelu",
+        "image_size": 32,
+        "patch_size": 8,
     },
-}  # fmt: skip
+}
 PREPROCESSOR = {
-    "crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}, "resample": 3, "do_resize": True, "do_center_crop": True,
-    "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "image_processor_type": "CLIPImageProcessor",
-    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-}  # fmt: skip
+    "crop_size": {"height": 32, "width": 32},
+    "size": {"shortest_edge": 32},
+    "resample": 3,
+    "do_resize": True,
+    "do_center_crop": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+    "image_processor_type": "CLIPImageProcessor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 
 
 # ------------------------------------------------------------------------------------------- inputs
@@ -143,7 +164,7 @@ def clip_weights():
 
 
 def write_clip(folder):
-    """A tiny CLIP folder as transformers 4 wrote them, with a vocabulary of bytes and some merges."""
+    """A tiny CLIP folder as transformers 4 wrote them: a vocabulary of bytes, some merges."""
     folder.mkdir(parents=True)
     symbols = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(c) for c in symbols] + [chr(256 + i) for i in range(256 - len(symbols))]
@@ -232,7 +253,7 @@ def libraries():
         sys.modules.update(standins)
         try:
             found = {name: importlib.import_module(f"torch_fidelity.{name}") for name in fidelity}
-        finally:  # by hand: patch.dict would also forget what torch-fidelity imported, and torch cannot be imported twice
+        finally:  # by hand: patch.dict would forget torch too, which cannot be imported twice
             for name, module in before.items():
                 sys.modules.pop(name) if module is None else sys.modules.update({name: module})
         others = {
@@ -809,8 +830,10 @@ def test_reference_of_a_folder_comes_back_from_its_file(folder, tmp_path):
         found = image_metrics.feature_scores(fake, again, ["fid"])
         assert found == wanted
         assert found["protocol"] == {
-            "inception": CHEAP.protocol, "reference": {"name": "real", "hash": reference.hash, "count": 12}, "count": 6
-        }  # fmt: skip
+            "inception": CHEAP.protocol,
+            "reference": {"name": "real", "hash": reference.hash, "count": 12},
+            "count": 6,
+        }
     with pytest.raises(
         MetricError, match="kid needs the reference's features, but real holds statistics only"
     ):

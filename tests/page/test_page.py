@@ -61,9 +61,13 @@ def shown(page, model: str = "student") -> np.ndarray:
     """The pixels of the model's first picture, read from the page."""
     # blob: URLs are no `connect-src` of the page: drawn on a canvas instead, once the newest is
     # decoded.
-    script = """async (s) => { const i = document.querySelector(s), c = document.createElement("canvas");
-      for (let n = 0; n < 300 && !(await i.decode().then(() => true, () => false)); n++) await new Promise((r) => setTimeout(r, 10));
-      c.width = i.naturalWidth; c.height = i.naturalHeight; const x = c.getContext("2d"); x.drawImage(i, 0, 0);
+    script = """async (s) => {
+      const i = document.querySelector(s), c = document.createElement("canvas");
+      const decoded = () => i.decode().then(() => true, () => false);
+      for (let n = 0; n < 300 && !(await decoded()); n++)
+        await new Promise((r) => setTimeout(r, 10));
+      c.width = i.naturalWidth; c.height = i.naturalHeight;
+      const x = c.getContext("2d"); x.drawImage(i, 0, 0);
       return [c.width, c.height, ...x.getImageData(0, 0, c.width, c.height).data]; }"""
     width, height, *values = page.evaluate(script, f"#{model} img")
     return np.asarray(values, int).reshape(height, width, 4)[..., :3]

@@ -271,9 +271,10 @@ def test_busy_late_wrong_and_broken_requests_are_told_apart():
         answers: dict[str, tuple] = {}
         threads = []
         for name in ("first", "second", "third"):
-            ask = lambda name=name: answers.update(
-                {name: running.get("/api/image", {"prompt": name})}
-            )
+
+            def ask(name: str = name) -> None:
+                answers[name] = running.get("/api/image", {"prompt": name})
+
             threads.append(threading.Thread(target=ask))
             threads[-1].start()
             time.sleep(0.15)  # one is being drawn, then two wait

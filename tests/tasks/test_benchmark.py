@@ -45,7 +45,7 @@ def smoke(source, tmp_path_factory):
         f"--config.data.source={source}",
         f"--config.text.folder={GOLDEN}",
         f"--workdir={workdir}",
-        "--config.benchmark.methods=('imagine_flash', 'step_distillation')",  # all of them run in .ci/run
+        "--config.benchmark.methods=('imagine_flash', 'step_distillation')",  # .ci/run runs all
     ]
     found = run_command("jaxdistill.benchmark", *flags, timeout=600)
     assert found.returncode == 0, found.stderr[-3000:]

@@ -209,7 +209,8 @@ def test_latents_of_another_shape_are_refused(tmp_path, capsys):
 def test_an_eps_teacher_with_zero_terminal_snr_is_refused_before_its_weights_are_read(tmp_path):
     shutil.copytree(folders.folder("sd"), tmp_path / "sd")
     path = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_betas_zero_snr": True}))
+    changes = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     (tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     found = run_command(
         "jaxdistill.sample",
