@@ -94,7 +94,7 @@ def gaussian_denoiser(schedule):
 
 
 def gaussian_flow(schedule, x, t, t_end):
-    """The exact probability-flow ODE from t to t_end for that data: each point keeps its quantile."""
+    """The exact probability-flow ODE from t to t_end for that data: quantiles are kept."""
     alpha, sigma, alpha_end, sigma_end = (
         np.float64(f(s)) for s in (t, t_end) for f in (schedule.alpha, schedule.sigma)
     )
