@@ -99,6 +99,8 @@ def main() -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     import everywhere
 
+    from jaxdistill.run.loop import Stopped
+
     path = root / "rows.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     rows = [row for row in rows if "error" not in row]
@@ -106,6 +108,8 @@ def main() -> None:
         began = time.perf_counter()
         try:
             row = everywhere.run_case(task, method, lora, root)
+        except Stopped as stopped:
+            sys.exit(str(stopped))
         except Exception as error:  # the others are of interest, too
             traceback.print_exc()
             said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -164,7 +164,7 @@ def test_a_run_that_loses_its_workdir_ends_in_the_same_rows(tmp_path, keep_best)
         "student.health_every": 2,
         "student.steps": (1,),
         "student.keep_best": keep_best,
-        "methods.imagine_flash.learning_rate": 1e-2,  # so large that the last is not the best
+        "methods.imagine_flash.learning_rate": 0.1,  # so large that the last is not the best
         "log.checkpoint_every": 6,
     }
     config, lost = make_config(tmp_path, **changes), tmp_path / "lost"
