@@ -240,6 +240,15 @@ def test_a_students_times_are_those_that_stock_diffusers_takes(solver, T):
         np.testing.assert_array_equal(grid, np.asarray(expected) + 1)
 
 
+@pytest.mark.parametrize("solver", STUDENTS)
+def test_a_student_ends_at_clean_images(solver):
+    config = diffusers_scheduler.student_config(LEADING, solver=solver, noise_correction=False)
+    run = diffusers_scheduler.read(config, WHERE).run
+    # Diffusers' DDIM steps 1000 // N: of 6 and 7 steps the last ends at its timestep 0.
+    clean = [steps for steps in range(1, 9) if run(steps).next_times[-1] == 0]
+    assert clean == ([1, 2, 3, 4, 5, 8] if solver == "ddim" else list(range(1, 9)))
+
+
 @pytest.mark.parametrize("more", [{}, V, V_ZERO], ids=["eps", "v", "zero_snr"])
 @pytest.mark.parametrize("solver", STUDENTS)
 def test_a_student_is_sampled_by_stock_diffusers(solver, more, same_noise):
