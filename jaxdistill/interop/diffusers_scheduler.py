@@ -132,7 +132,7 @@ class Scheduler(NamedTuple):
     parameterization: Parameterization
     solver: Callable[[Array], Step]
     start: Callable[[Array, Array], Any]
-    run: Callable[[int], Run]
+    run: "Runs"
     clip: float
     noise_correction: bool
     timestep_scaling: float
@@ -407,12 +407,16 @@ class Runs:
     betas: np.ndarray
     schedule: NoiseSchedule
 
+    @property
+    def most(self) -> int:
+        """The largest number of steps."""
+        return self.original if self.spacing == LCM else len(self.betas)
+
     def __call__(self, steps: int) -> Run:
-        """The run of so many steps. Raises ValueError."""
+        """The run of so many steps, in 1..most. Raises ValueError."""
+        if not 1 <= steps <= self.most:
+            raise ValueError(f"steps must be in 1..{self.most}, got {steps}")
         count = len(self.betas)
-        most = self.original if self.spacing == LCM else count
-        if not 1 <= steps <= most:
-            raise ValueError(f"steps must be in 1..{most}, got {steps}")
         times = self.by_sigma(steps) if self.by_ratio else self.timesteps(steps) + 1.0
         next_times = self.following(times, count // steps)
         if self.kind == PNDM and steps > 1:

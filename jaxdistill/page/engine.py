@@ -209,11 +209,8 @@ class PipelinePainter:
 
     def __init__(self, pipe: TextToImage, sizes: Sequence[int]) -> None:
         self.sizes, self.steps, self.guidance = tuple(sorted(sizes)), pipe.steps, pipe.guidance
-        self.size, self.max_steps, self.correct = (
-            pipe.check(),
-            1000,
-            pipe.scheduler.noise_correction,
-        )
+        self.size, self.correct = pipe.check(), pipe.scheduler.noise_correction
+        self.max_steps = pipe.scheduler.run.most
         other = pipe.scheduler._replace(noise_correction=not self.correct)
         twin = TextToImage(pipe.folder, pipe.params, other, settings=pipe.settings, share=pipe)
         self.pipes = {self.correct: pipe, not self.correct: twin}

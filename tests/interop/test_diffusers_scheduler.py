@@ -439,8 +439,10 @@ def test_a_chosen_solver_clips_only_where_the_folder_says_so():
         assert diffusers_scheduler.read(given, Path("x"), xl=True, solver="ddim").clip == clip
 
 
-def test_too_many_or_few_steps_are_refused():
-    found = diffusers_scheduler.read({"_class_name": DDIM, **LEADING}, WHERE)
-    for steps in (0, 1001):
-        with pytest.raises(ValueError, match=r"steps must be in 1\.\.1000"):
+@pytest.mark.parametrize("name, most", [(DDIM, 1000), ("LCMScheduler", 50)])
+def test_too_many_or_few_steps_are_refused(name, most):
+    found = diffusers_scheduler.read({"_class_name": name, **LEADING}, WHERE)
+    assert found.run.most == most and len(found.run(most).times) == most
+    for steps in (0, most + 1):
+        with pytest.raises(ValueError, match=rf"steps must be in 1\.\.{most}"):
             found.run(steps)

@@ -285,6 +285,7 @@ def test_the_servers_painter_draws_what_the_pipeline_draws():
         pipeline.load, folders.folder("sd"), grid="trailing", solver="ddim"
     )  # starts at T, where noise correction acts
     painter, found = PipelinePainter(load(), (2,)), {}
+    assert painter.max_steps == 1000  # the scheduler's own limit
     for correct in (False, True):
         run = painter.start(
             np.array([3]), [painter.encode("a cat")], 3, correct
