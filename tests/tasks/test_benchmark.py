@@ -1,31 +1,37 @@
+import dataclasses
 import json
 import os
 import shutil
-import sys
 import threading
 
 import jax
 import numpy as np
 import pytest
 from idx import write_fashion
-from jax.experimental.compilation_cache import compilation_cache
 from matplotlib import pyplot as plt
-from paths import ROOT, TESTS
+from paths import TESTS
 from PIL import Image
 from shell import assert_one_error_line, run_command
 
-from jaxdistill import benchmark, main, sample, sampling, schedule, teacher_states
+from configs import benchmark as config_file
+from jaxdistill import benchmark, sample, sampling, schedule, teacher_states
+from jaxdistill.errors import UserError
 from jaxdistill.interop import card
 from jaxdistill.interop.text_export import TextExport
-from jaxdistill.methods import contenders
-from jaxdistill.run import loop, report
+from jaxdistill.methods.matched import added
+from jaxdistill.run import loop, record_cache, report
 from jaxdistill.tasks.scenes.scenes import open_scenes
-
-sys.path.insert(0, str(ROOT))
-from configs import benchmark as config_file
+from jaxdistill.tasks.scenes.task import SceneData, Scenes, caption_of, watched
 
 METHODS = ("imagine_flash", "step_distillation")
 GOLDEN = TESTS / "golden" / "bert"
+
+
+def config_of(size=""):
+    """Of a size, with a source of scenes."""
+    config = config_file.get_config(size)
+    config.data.source = "fashion-mnist"
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def smoke(source, tmp_path_factory):
         f"--config.data.source={source}",
         f"--config.text.folder={GOLDEN}",
         f"--workdir={workdir}",
-        "--config.methods=('imagine_flash', 'step_distillation')",  # all of them run in .ci/run
+        "--config.benchmark.methods=('imagine_flash', 'step_distillation')",
     ]
     found = run_command("jaxdistill.benchmark", *flags, timeout=600)
     assert found.returncode == 0, found.stderr[-3000:]
@@ -55,12 +61,14 @@ def test_smoke_benchmark_scores_every_method_at_every_step_count(smoke):
     workdir, _ = smoke
     results = json.loads((workdir / "results.json").read_text())
     found = {(row["method"], row["steps"]) for row in results["rows"]}
-    config = config_file.get_config("smoke")
+    config = config_of("smoke")
     assert found == {(m, n) for m in METHODS for n in config.student.steps} | {
         ("teacher", n) for n in (1, 2, 4)
     }
     for row in results["rows"]:
-        assert np.isfinite([row[k] for k in benchmark.SHOWN]).all() and row["images_per_second"] > 0
+        assert (
+            np.isfinite([row[k] for k in benchmark.SCORES]).all() and row["images_per_second"] > 0
+        )
     assert results["floor_fd"] > 0 and set(results["ceiling"]) == {
         "colour",
         "garment",
@@ -69,19 +77,6 @@ def test_smoke_benchmark_scores_every_method_at_every_step_count(smoke):
     }
     assert "| step_distillation | 2 |" in (workdir / "results.md").read_text()
     assert Image.open(workdir / "results.png").size[0] == 1200
-
-
-@pytest.mark.long
-def test_methods_spend_the_same_budget(smoke):
-    workdir, _ = smoke
-    config = config_file.get_config("smoke")
-    for method in METHODS:
-        cards = [
-            json.loads(p.read_text()) for p in (workdir / "students").glob(f"{method}-0*/card.json")
-        ]
-        spent = sum(card["calls_an_iteration"] * card["iterations"] for card in cards)
-        slack = sum(card["calls_an_iteration"] for card in cards)
-        assert config.student.budget - slack <= spent <= config.student.budget, method
 
 
 @pytest.mark.long
@@ -111,16 +106,16 @@ def test_rows_alone_carry_a_finished_benchmark_and_other_settings_are_refused(sm
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["imagine_flash-0", "step_distillation-0-2"])
+@pytest.mark.parametrize("name", ["imagine_flash-0", "step_distillation-0"])
 def test_export_draws_the_images_that_were_scored(smoke, name):
     """The card alone, with the encoder, brings back solver, grid and noise correction."""
     workdir, _ = smoke
     config, model = (
-        config_file.get_config("smoke"),
-        TextExport(workdir / "students" / name, encoder=GOLDEN),
+        config_of("smoke"),
+        TextExport(workdir / "students" / name / "student", encoder=GOLDEN),
     )
     scenes = open_scenes(workdir, workdir / "scenes", scale=config.data.scale)
-    captions = [benchmark.caption_of(item) for item in scenes["test"]][: config.eval.samples]
+    captions = [caption_of(item) for item in scenes["test"]][: config.eval.samples]
     images = model(captions, steps=2, seed=config.eval.seed, batch_size=config.eval.batch_size)
     scored = np.load(workdir / "pictures" / f"{name.split('-')[0]}-0-2-1.npy").astype(np.float32)
     np.testing.assert_allclose(images[: len(scored)] * 255.0, scored, atol=1.01)
@@ -134,15 +129,21 @@ def test_export_draws_the_images_that_were_scored(smoke, name):
 @pytest.mark.long
 def test_each_stages_export_names_a_step_count_that_it_serves(smoke):
     steps = {
-        p.parent.name: json.loads(p.read_text())["sampler"]["steps"]
-        for p in smoke[0].glob("students/*/card.json")
+        str(p.parent.relative_to(smoke[0] / "students")): json.loads(p.read_text())["sampler"][
+            "steps"
+        ]
+        for p in smoke[0].glob("students/*/student*/card.json")
     }
-    assert steps == {"imagine_flash-0": 2, "step_distillation-0-2": 2, "step_distillation-0-1": 1}
+    assert steps == {
+        "imagine_flash-0/student": 2,
+        "step_distillation-0/student": 2,
+        "step_distillation-0/student_1_step": 1,
+    }
 
 
 @pytest.mark.long
 def test_sample_reads_captions(smoke, tmp_path, capsys):
-    folder, out = smoke[0] / "students" / "imagine_flash-0", tmp_path / "x.npz"
+    folder, out = smoke[0] / "students" / "imagine_flash-0" / "student", tmp_path / "x.npz"
     flags = [f"--model={folder}", f"--out={out}", f"--text_encoder={GOLDEN}"]
     caption = "a red bag above a blue boot"
     sample.main([*flags, f"--prompt={caption}", "--num=2", "--steps=1", "--seed=3"])
@@ -168,7 +169,7 @@ def test_sample_reads_captions(smoke, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"methods": ("imagine_flash", "magic")}, ("methods", "'magic'", "dmd2", "tdm")),
+        ({"benchmark.methods": ("direct", "magic")}, ("methods", "'magic'", "dmd2", "tdm")),
         ({"base": "/nowhere"}, ("config.base = /nowhere", "config.json")),
         ({"eval.samples": 5}, ("eval.samples = 5", "at least 9")),
         ({"eval.samples": 0}, ("eval.samples = 0",)),
@@ -177,10 +178,10 @@ def test_sample_reads_captions(smoke, tmp_path, capsys):
     ],
 )
 def test_bad_config_is_refused_before_any_work(changes, words):
-    config = config_file.get_config("smoke")
+    config = config_of("smoke")
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError) as error:
-        benchmark.check(config)
+        benchmark.check_all(config)
     for word in words:
         assert word in str(error.value)
 
@@ -188,7 +189,7 @@ def test_bad_config_is_refused_before_any_work(changes, words):
 @pytest.mark.long
 def test_variants_run_on_the_exports_of_another_benchmark(smoke, tmp_path):
     made, flags = smoke
-    config = config_file.get_config("smoke")
+    config = config_of("smoke")
     base, workdir = tmp_path / "base", tmp_path / "run"
     base.mkdir()
     shutil.copy(made / "config.json", base)
@@ -196,7 +197,11 @@ def test_variants_run_on_the_exports_of_another_benchmark(smoke, tmp_path):
         shutil.copytree(made / part, base / part)
     before = {p: p.stat().st_mtime_ns for p in base.rglob("*")}
     changed = [f for f in flags if "workdir" not in f and "methods" not in f]
-    few = ("--config.methods=('direct',)", "--config.seeds=(1,)", "--config.student.steps=(1,)")
+    few = (
+        "--config.benchmark.methods=('direct',)",
+        "--config.benchmark.seeds=(1,)",
+        "--config.student.steps=(1,)",
+    )
     run = [*changed, f"--config.base={base}", f"--workdir={workdir}", *few]
     found = run_command("jaxdistill.benchmark", *run, timeout=300)
     assert found.returncode == 0, found.stderr[-3000:]
@@ -211,9 +216,9 @@ def test_variants_run_on_the_exports_of_another_benchmark(smoke, tmp_path):
     }
     config.base, config.teacher.iterations = str(base), 31
     with pytest.raises(ValueError, match=r"teacher.iterations = 30, here it is 31"):
-        benchmark.check(config)
+        benchmark.check_all(config)
     config.teacher.iterations, config.teacher.guidance = 30, 3.0  # the sampler's: free
-    benchmark.check(config)
+    benchmark.check_all(config)
 
 
 @pytest.mark.long
@@ -239,9 +244,9 @@ def test_teacher_is_scored_on_real_and_on_the_students_states(smoke, tmp_path):
     assert len(at_T) == 2 and np.isfinite(at_T).all()
     assert (tmp_path / "teacher_states.png").stat().st_size > 5000
     found = run_command("jaxdistill.teacher_states", f"--benchmark={workdir}", "--student=nobody")
-    assert found.returncode == 2 and "students/nobody/card.json" in found.stderr
+    assert found.returncode == 2 and "students/nobody/student/card.json" in found.stderr
     found = run_command(
-        "jaxdistill.teacher_states", f"--benchmark={workdir}", "--student=step_distillation-0-2"
+        "jaxdistill.teacher_states", f"--benchmark={workdir}", "--student=step_distillation-0"
     )
     assert (
         found.returncode == 2
@@ -250,62 +255,24 @@ def test_teacher_is_scored_on_real_and_on_the_students_states(smoke, tmp_path):
     )
 
 
-def setting_of(config):
-    """What the methods of a config share, without text."""
-    return benchmark.setting_of(config, sampling.unconstrained, {})
-
-
 @pytest.mark.parametrize("size", ["ablation", "leakage"])
 def test_every_variant_of_the_studies_can_be_built(size):
-    config = config_file.get_config(size)
-    benchmark.check(config)
-    setting = setting_of(config)
-    full = config_file.get_config().method_settings.imagine_flash
-    for name in config.methods:
-        method = benchmark.choose_method(config, name)(setting, config.method_settings[name], 100)
-        assert method.sampler.grid(3)[0] == 1.0
-        changes = {
-            k for k, v in config.method_settings[name].items() if k != "method" and v != full.get(k)
-        }
-        assert size == "leakage" or len(changes - {"shift_settings"}) == (name != "full"), (
-            name,
-            changes,
-        )
+    config = config_of(size)
+    benchmark.check_all(config)
+    full = config_of().methods.imagine_flash
+    for name in config.benchmark.methods:
+        assert benchmark.recipe_of(config, name).sampler.times[0] == 1.0
+        changes = {k for k, v in config.methods[name].items() if k != "method" and v != full.get(k)}
+        assert size == "leakage" or len(changes) == (name != "full"), (name, changes)
 
 
 def test_what_is_left_to_train_is_known_from_the_rows(tmp_path):
-    class Fake(benchmark.Benchmark):
-        def __init__(self):
-            self.config, self.workdir = config_file.get_config("smoke"), tmp_path
-            self.config.methods, self.config.seeds = ("imagine_flash", "direct"), (0, 1)
-            self.setting = setting_of(self.config)
-
-    assert Fake().unscored() == 4
+    made = rows_of(tmp_path, methods=("imagine_flash", "direct"), seeds=(0, 1))
+    assert made.unscored() == 4
     rows = [{"method": "direct", "seed": seed, "steps": n} for seed, n in ((0, 1), (0, 2), (1, 1))]
-    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
-    assert Fake().unscored() == 3  # seed 1 of `direct` lacks two steps
-
-
-def test_programs_are_kept_for_the_other_processes_unless_the_environment_names_a_place(
-    tmp_path, monkeypatch
-):
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    benchmark.keep_programs(tmp_path / "first")  # the tests' own cache
-    jax.jit(lambda x: x * 2.25)(np.ones(7, np.float32)).block_until_ready()
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    try:
-        benchmark.keep_programs(tmp_path / "second")
-        jax.jit(lambda x: x * 3.25)(np.ones(7, np.float32)).block_until_ready()
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-    assert not (tmp_path / "first").exists() and any((tmp_path / "second").iterdir())
+    stored = {"protocol": made.task.protocol(), "rows": rows}
+    made.rows_path.write_text(json.dumps(stored))
+    assert made.unscored() == 3  # seed 1 of `direct` lacks two steps
 
 
 def test_the_smoke_size_compiles_without_costly_passes_and_the_others_with_them(monkeypatch):
@@ -314,7 +281,7 @@ def test_the_smoke_size_compiles_without_costly_passes_and_the_others_with_them(
         for size, left_out in (("", False), ("smoke", True), ("search", False)):
             jax.config.update("jax_disable_most_optimizations", False)
             monkeypatch.setenv("XLA_FLAGS", "--mine")
-            benchmark.choose_optimizations(config_file.get_config(size))
+            benchmark.choose_optimizations(config_of(size))
             assert jax.config.read("jax_disable_most_optimizations") == left_out
             assert os.environ["XLA_FLAGS"] == (
                 f"{benchmark.QUICK} --mine" if left_out else "--mine"
@@ -326,6 +293,7 @@ def test_the_smoke_size_compiles_without_costly_passes_and_the_others_with_them(
 def test_processes_below_none_are_refused(tmp_path):
     flags = [
         "--config=configs/benchmark.py:smoke",
+        "--config.data.source=fashion-mnist",
         f"--workdir={tmp_path / 'run'}",
         "--processes=-1",
     ]
@@ -336,69 +304,55 @@ def test_processes_below_none_are_refused(tmp_path):
 
 
 def test_methods_follow_the_teachers_guidance_and_steps_until_they_have_their_own():
-    config = config_file.get_config("ablation")
-    config.method_settings.lcm.guidance = 7.0
+    config = config_of("ablation")
+    config.methods.lcm.guidance = 7.0
     assert config.teacher.guidance == 2.0
-    config.teacher.update({"guidance": 4.0, "steps": 30})
-    settings = config.method_settings.to_dict()
+    config.teacher.guidance = 4.0
+    settings = config.methods.to_dict()
     assert settings["lcm"]["guidance"] == 7.0
-    assert {
-        settings[name]["guidance"] for name in ("imagine_flash", "tdm", "step_distillation", "full")
-    } == {4.0}
-    assert (
-        settings["matched"]["guidance"] == settings["matched"]["matching"]["guidance"] == 5.5
-    )  # as much beyond 1, and a half more
-    assert settings["direct"]["pairs_steps"] == 30
-    assert (settings["guidance_less"]["guidance"], settings["guidance_more"]["guidance"]) == (
-        2.5,
-        5.5,
-    )
+    following = ("imagine_flash", "tdm", "step_distillation", "full", "dmd2_faithful")
+    assert {settings[name]["guidance"] for name in following} == {4.0}
+    matched = settings["matched"]  # as much beyond 1, and a half more
+    assert matched["flash"]["guidance"] == matched["matching"]["guidance"] == 5.5
+    less, more = (settings[f"guidance_{name}"]["guidance"] for name in ("less", "more"))
+    assert (less, more) == (2.5, 5.5)
 
 
 def test_the_search_changes_a_competitors_rates_or_its_guidance_and_nothing_else():
-    config, shipped = config_file.get_config("search"), config_file.get_config().method_settings
-    benchmark.check(config)
-    assert config.eval.split == "validation" and len(config.methods) == 3 * 6 + 2
-    for name in config.methods:
-        found, method = config.method_settings[name].to_dict(), config.method_settings[name].method
+    config, shipped = config_of("search"), config_of().methods
+    benchmark.check_all(config)
+    assert config.eval.split == "validation" and len(config.benchmark.methods) == 3 * 6 + 2
+    for name in config.benchmark.methods:
+        found, method = config.methods[name].to_dict(), config.methods[name].method
         kind = name.rpartition("_")[2]
         factor = {"faster": 3.0, "slower": 1 / 3}.get(kind, 1.0)
         for key, value in shipped[method].to_dict().items():
             if key == "guidance" and kind == "guided":
                 value = 2.5
-            assert found[key] == (value * factor if key.endswith("learning_rate") else value), (
-                name,
-                key,
-            )
+            expected = value * factor if key.endswith("learning_rate") else value
+            assert found[key] == expected, (name, key)
 
 
 def test_matched_is_imagine_flash_then_tdm_then_one_step_with_one_sampler():
-    config = config_file.get_config()
-    build, block = benchmark.choose_method(config, "matched"), config.method_settings.matched
-    flash, matched = (
-        benchmark.choose_method(config, name)(setting_of(config), config.method_settings[name], 100)
-        for name in ("imagine_flash", "matched")
-    )
+    config = config_of()
+    flash, matched = (benchmark.recipe_of(config, name) for name in ("imagine_flash", "matched"))
     np.testing.assert_allclose([stage.share for stage in matched.stages], [0.35, 0.35, 0.3])
     assert [tuple(stage.serves) for stage in matched.stages] == [(), (2, 3, 4), (1,)]
-    assert [tuple(stage.groups) for stage in matched.stages] == [
+    assert [stage.networks for stage in matched.stages] == [
         ("student", "discriminator"),
         ("student", "fake"),
         ("student",),
     ]
     assert [stage.teacher for stage in matched.stages] == ["teacher", "teacher", "previous"]
-    assert [list(matched.sampler.grid(n)) for n in (1, 2)] == [[1.0], [1.0, 0.5]]
-    assert {
-        **matched.sampler.card["sampler"],
-        "grid": "nested",
-        "times": [1.0, 0.75, 0.5, 0.3],
-    } == flash.sampler.card["sampler"]
-    block.matching.grid = "nested"
-    assert build(setting_of(config), block, 100).sampler.card == flash.sampler.card
+    assert tuple(map(tuple, matched.sampler.times))[:2] == ((1.0,), (1.0, 0.5))
+    nested = {"grid": "nested", "times": (1.0, 0.75, 0.5, 0.3)}
+    assert dataclasses.replace(matched.sampler, **nested) == flash.sampler
+    config.methods.matched.matching.grid = "nested"
+    assert benchmark.recipe_of(config, "matched").sampler == flash.sampler
     for share in (0.0, 0.7, -0.5):
-        block.matching.share = share
+        config.methods.matched.matching.share = share
         with pytest.raises(ValueError, match=r"matching\.share must be"):
-            build(setting_of(config), block, 100)
+            benchmark.recipe_of(config, "matched")
 
 
 def test_listed_grids_are_chosen_by_their_length_and_checked():
@@ -429,7 +383,7 @@ def test_added_losses_have_keys_of_their_own_and_the_weight():
         lambda p, t, b, key, n=n: (p * jax.random.uniform(key), {n: p, "both": n})
         for n in ("a", "b")
     )
-    value, metrics = contenders.added(first, second, weight=3.0)(2.0, None, {}, jax.random.key(0))
+    value, metrics = added(first, second, weight=3.0)(2.0, None, {}, jax.random.key(0))
     keys = jax.random.split(jax.random.key(0))
     np.testing.assert_allclose(
         value, 2.0 * jax.random.uniform(keys[0]) + 6.0 * jax.random.uniform(keys[1]), rtol=1e-6
@@ -439,12 +393,10 @@ def test_added_losses_have_keys_of_their_own_and_the_weight():
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_for_pairs_that_leaves_nothing_is_refused(share):
-    config = config_file.get_config()
-    config.method_settings.direct.pairs_share = share
+    config = config_of()
+    config.methods.direct.pairs_share = share
     with pytest.raises(ValueError, match="pairs_share must be above 0 and below 1"):
-        benchmark.choose_method(config, "direct")(
-            setting_of(config), config.method_settings.direct, 100
-        )
+        benchmark.recipe_of(config, "direct")
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
@@ -532,15 +484,15 @@ def test_chart_by_an_axis_reads_the_number_in_the_name():
     ],
 )
 def test_bad_settings_of_a_method_are_refused_before_any_work(change, said):
-    config = config_file.get_config()
-    config.method_settings.matched.update_from_flattened_dict(change)
-    with pytest.raises(ValueError, match=r"config\.method_settings\.matched: ") as refused:
-        benchmark.check(config)
+    config = config_of()
+    config.methods.matched.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=r"config\.methods\.matched: ") as refused:
+        benchmark.check_all(config)
     assert said in str(refused.value)
 
 
 def test_a_student_of_one_step_that_nobody_asked_for_is_refused():
-    config = config_file.get_config()
+    config = config_of()
     config.student.steps = (2, 3)
     with pytest.raises(
         ValueError,
@@ -549,22 +501,20 @@ def test_a_student_of_one_step_that_nobody_asked_for_is_refused():
             r" to 0"
         ),
     ):
-        benchmark.check(config)
-    config.method_settings.matched.one.share = 0.0
-    stages = benchmark.choose_method(config, "matched")(
-        setting_of(config), config.method_settings.matched, 1
-    ).stages
+        benchmark.check_all(config)
+    config.methods.matched.one.share = 0.0
+    stages = benchmark.recipe_of(config, "matched").stages
     assert [tuple(stage.serves) for stage in stages] == [(), (2, 3)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("pie", "config.chart.kind = 'pie'"), ("axis", "CURVE_snr_100")]
+    ("kind", "said"), [("pie", "config.benchmark.chart.kind = 'pie'"), ("axis", "CURVE_snr_100")]
 )
 def test_a_chart_that_cannot_be_drawn_is_refused_before_any_work(kind, said):
-    config = config_file.get_config("smoke")
-    config.chart.update({"kind": kind, "axis": "snr"})
+    config = config_of("smoke")
+    config.benchmark.chart.update({"kind": kind, "axis": "snr"})
     with pytest.raises(ValueError, match=said):
-        benchmark.check(config)
+        benchmark.check_all(config)
 
 
 def test_unknown_size_of_the_config_is_refused():
@@ -572,73 +522,72 @@ def test_unknown_size_of_the_config_is_refused():
         config_file.get_config("huge")
 
 
-def test_stored_rows_of_another_recogniser_are_never_mixed(tmp_path, monkeypatch):
-    class Fake(benchmark.Benchmark):
-        def __init__(self):
-            self.config, self.workdir, self.caches = (
-                config_file.get_config("smoke"),
-                tmp_path,
-                tmp_path,
-            )
+class Known:
+    """Data of which only the recogniser's hash is known."""
 
-        def prepare(self):
-            return type("R", (), {"hash": "this"})(), None, None
-
-        def evaluator(self, recogniser, split):
-            return None
-
-    (tmp_path / "rows.json").write_text(
-        json.dumps({"protocol": {"recogniser_sha256": "that"}, "rows": []})
-    )
-    with pytest.raises(main.UserError, match="another protocol"):
-        Fake().run()
-    config = Fake().config
-    protocol = {
-        "split": config.eval.split,
-        "recogniser_sha256": "this",
-        "samples": config.eval.samples,
-        "sampling_seed": config.eval.seed,
-    }
-    stored = {
-        "protocol": {**protocol, "pixel_range": [0.0, 1.0]},
-        "rows": [{"method": "mine", "seed": 0, "steps": 1}],
-    }
-    (tmp_path / "rows.json").write_text(json.dumps(stored))
-    with pytest.raises(main.UserError, match="rows of mine, which"):
-        Fake().run()
+    recogniser = type("Recogniser", (), {"hash": "this"})()
 
 
-def test_pairs_of_noise_and_target_stay_together():
-    targets = np.arange(6, dtype=np.float32).reshape(6, 1, 1, 1)
-    batches = benchmark.PairBatches(
-        targets,
-        [str(i) for i in range(6)],
-        lambda c: {"tokens": np.array([int(x) for x in c])},
-        4,
-        0,
-    )
+def rows_of(workdir, **wanted):
+    """A benchmark of which only the rows are there."""
+    made = shared(workdir)
+    made.config = config_of("smoke")
+    made.config.benchmark.update(wanted)
+    made.data, made.rows_path = Known(), workdir / "rows.json"
+    made.task = object.__new__(Scenes)
+    made.task.config, made.task.data = made.config, made.data
+    return made
+
+
+def test_stored_rows_of_another_recogniser_or_method_are_never_mixed(tmp_path):
+    made = rows_of(tmp_path)
+    other = {**made.task.protocol(), "recogniser_sha256": "that"}
+    made.rows_path.write_text(json.dumps({"protocol": other, "rows": []}))
+    with pytest.raises(UserError, match="another protocol"):
+        made.known_rows()
+    stored = {"protocol": made.task.protocol(), "rows": [{"method": "mine", "seed": 0, "steps": 1}]}
+    made.rows_path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="rows of mine, which"):
+        made.known_rows()
+
+
+def test_rows_stand_in_the_order_of_the_config_whoever_finished_first(tmp_path):
+    made = rows_of(tmp_path, methods=("tdm", "add"), seeds=(0, 1))
+    steps, guidance = made.config.teacher.steps, made.config.teacher.guidance
+    row = lambda method, seed, n, g: dict(method=method, seed=seed, steps=n, guidance=g)  # noqa: E731
+    ordered = [
+        row("teacher", 0, steps, guidance),
+        row("teacher", 0, steps, 5.0),
+        row("teacher", 0, 1, guidance),
+        *(row(m, seed, n, 1.0) for m in ("tdm", "add") for seed in (0, 1) for n in (1, 2)),
+    ]
+    mixed = [ordered[i] for i in np.random.default_rng(0).permutation(len(ordered))]
+    assert mixed != ordered == made.in_order(mixed)
+
+
+def test_pairs_of_noise_target_and_caption_stay_together(tmp_path):
+    numbers = np.arange(6)
+    field = numbers.astype(np.float32).reshape(6, 1, 1, 1)
+    writer = record_cache.Writer(tmp_path / "pairs", 6, block=6)
+    writer.add({"noise": field, "target": -field, "number": numbers[:, None]})
+    writer.close()
+    task = object.__new__(Scenes)
+    task._pairs, task.train_conds = record_cache.Cache(tmp_path / "pairs"), lambda rows: rows
+    batches, others = (task.pair_batches(4, seed, np.arange(4)) for seed in (0, 1))
     for i in range(5):
         batch = batches(i)
-        rows = batch["cond"]["tokens"]
-        np.testing.assert_array_equal(batch["target"].ravel(), rows)
-        np.testing.assert_array_equal(batch["noise"], benchmark.pair_noise(rows))
-        assert len(rows) == 4
-    others = benchmark.PairBatches(
-        targets,
-        [str(i) for i in range(6)],
-        lambda c: {"tokens": np.array([int(x) for x in c])},
-        4,
-        1,
-    )
-    assert any(
-        (others(i)["cond"]["tokens"] != batches(i)["cond"]["tokens"]).any() for i in range(5)
-    )  # seeds have orders of their own
+        np.testing.assert_array_equal(batch["noise"].ravel(), batch["cond"])
+        np.testing.assert_array_equal(batch["target"], -batch["noise"])
+        assert len(batch["cond"]) == 4
+    different = [(others(i)["cond"] != batches(i)["cond"]).any() for i in range(5)]
+    assert any(different)  # seeds have orders of their own
 
 
 def shared(workdir):
     """A benchmark of which only the sharing of work is there."""
     made = object.__new__(benchmark.Benchmark)
     made.workdir, made.stop = workdir, loop.StopSignal()
+    made.claims = benchmark.Claims(workdir, made.heed_stop)
     return made
 
 
@@ -647,7 +596,7 @@ def test_processes_leave_each_other_their_tasks_and_take_over_what_is_left(tmp_p
     begun, leave = threading.Event(), threading.Event()
 
     def other():
-        with one.claim("a") as mine:
+        with one.claims.claim("a") as mine:
             assert mine
             begun.set()
             leave.wait(20)  # and dies without having done it
@@ -660,7 +609,7 @@ def test_processes_leave_each_other_their_tasks_and_take_over_what_is_left(tmp_p
         "b": lambda: (done.append("b"), leave.set()),
         "c": lambda: done.append("c"),
     }
-    two.share(tasks)
+    two.claims.share(tasks)
     thread.join()
     assert done == ["b", "c", "a"]
 
@@ -668,7 +617,7 @@ def test_processes_leave_each_other_their_tasks_and_take_over_what_is_left(tmp_p
 def test_a_signal_ends_what_is_watched(tmp_path):
     made, seen = shared(tmp_path), []
     with pytest.raises(loop.Stopped, match="SIGTERM; start the same command"):
-        for step in made.watched("images", range(0, 9, 3)):
+        for step in watched("images", made.heed_stop)(range(0, 9, 3)):
             seen.append(step)
             made.stop.received = "SIGTERM" if step == 3 else None
     assert seen == [0, 3]
@@ -678,10 +627,41 @@ def test_a_signal_ends_the_wait_for_another_process(tmp_path):
     one, two = shared(tmp_path), shared(tmp_path)
     two.stop.received = "SIGTERM"
     with (
-        one.claim("teacher"),
+        one.claims.claim("teacher"),
         pytest.raises(loop.Stopped, match="SIGTERM; start the same command"),
-        two.claim("teacher"),
+        two.claims.claim("teacher"),
     ):
         pass
-    with two.claim("teacher", wait=False) as mine:
+    with two.claims.claim("teacher", wait=False) as mine:
         assert mine
+
+
+# ---------------------------------------------------------------------------- the budget
+
+
+@pytest.fixture(scope="module")
+def first(source, tmp_path_factory):
+    """A task of the smoke size on real scenes; others share its data and programs."""
+    config = smoke_config(source)
+    return Scenes(config, data=SceneData(config, tmp_path_factory.mktemp("data")))
+
+
+def smoke_config(source, **changes):
+    config = config_of("smoke")
+    config.data.source, config.text.folder = str(source), str(GOLDEN)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.mark.parametrize("method", [*METHODS, "matched", "direct", "dmd2_faithful"])
+def test_methods_spend_the_same_budget(first, method):
+    """In network calls: FLOPs of the losses and gradients over those of one call."""
+    task = Scenes(benchmark.of_method(first.config, method, 0), data=first.data, share=first)
+    distillation, student = task.distillation, task.config.student
+    stages = range(len(task.recipe.stages))
+    spent = sum(distillation.calls(i) * distillation.iterations(i) for i in stages)
+    slack = sum(distillation.calls(i) for i in stages)
+    if task.recipe.pairs:
+        calls = 2 * task.recipe.pairs.steps / student.batch_size
+        spent, slack = spent + calls * distillation.pair_count(guided=True), slack + calls
+    assert student.budget - slack <= spent <= student.budget
