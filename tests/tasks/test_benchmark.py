@@ -172,7 +172,7 @@ def test_sample_reads_captions(smoke, tmp_path, capsys):
         ({"benchmark.methods": ("direct", "magic")}, ("methods", "'magic'", "dmd2", "tdm")),
         ({"base": "/nowhere"}, ("config.base = /nowhere", "config.json")),
         ({"eval.samples": 5}, ("eval.samples = 5", "at least 9")),
-        ({"eval.samples": 0}, ("eval.samples = 0",)),
+        ({"eval.samples": 0}, ("eval.samples must be at least 1, got 0",)),
         ({"eval.split": "train"}, ("eval.split", "'train'", "'test'")),
         ({"student.steps": (0, 1)}, ("student.steps", "at least 1")),
     ],

@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
 
-from jaxdistill.tasks.scenes import scenes
-from jaxdistill.tasks.scenes.recognise import SceneEvaluator, compare, train_recogniser, unit
+from jaxdistill.errors import UserError
+from jaxdistill.metrics.distances import class_spread, frechet_distance
+from jaxdistill.tasks.scenes import reference, scenes
+from jaxdistill.tasks.scenes.recognise import compare, train_recogniser, unit
+from jaxdistill.tasks.scenes.reference import Reference
+from jaxdistill.tasks.scenes.scores import SceneEvaluator
 
 ASKED = np.array([[0, 1, 2, 3, 4], [1, 0, 0, 5, 7]])
 
@@ -75,10 +79,29 @@ def test_features_have_unit_mean_variance_and_blocks_do_not_matter(trained):
     np.testing.assert_allclose(recogniser(images[:7])[1], features[:7], atol=1e-4)
 
 
+def reference_of(recogniser, images, labels, *, spread):
+    """Of these scenes, which stand for the unseen ones as well."""
+    found, features = recogniser(images)
+    return Reference(
+        captions=[f"caption {i}" for i in range(len(images))],
+        labels=labels,
+        unseen=[f"unseen {i}" for i in range(len(images))],
+        unseen_labels=labels,
+        mean=features.mean(0),
+        covariance=np.cov(features, rowvar=False),
+        features=features,
+        halves=frechet_distance(features[::2], features[1::2]),
+        ceiling=compare(found, labels),
+        spread=spread,
+        diversity_captions=10,
+        repeats=2,
+    )
+
+
 def test_evaluator_gives_reals_the_ceiling_and_noise_a_low_score(trained):
     recogniser, images, labels = trained
-    evaluator = SceneEvaluator(recogniser, images, labels, labels, repeats=2, spread=1.0)
-    ceiling, floor = evaluator.ceiling(), evaluator.floor_fd()
+    known = reference_of(recogniser, images, labels, spread=1.0)
+    evaluator, ceiling, floor = SceneEvaluator(recogniser, known), known.ceiling, known.halves
     real = evaluator(images, images, images[:20])
     assert (
         real.fd < 1e-6 < floor and real.all_right == ceiling["all_right"] == real.unseen_all_right
@@ -90,9 +113,39 @@ def test_evaluator_gives_reals_the_ceiling_and_noise_a_low_score(trained):
     assert evaluator.quick(images)["fd"] < 1e-6
 
 
+def test_a_stored_reference_scores_as_the_scenes_themselves(trained, tmp_path):
+    recogniser, images, labels = trained
+    known = reference_of(recogniser, images, labels, spread=2.0)
+    other = reference_of(recogniser, images[:200], labels[:200], spread=1.0)
+    path = tmp_path / reference.FILE
+    stored = {"validation": other, "test": known}
+    reference.save(path, stored, scale=recogniser.scale, count=len(images))
+    found, scale = reference.load(path)
+    assert scale == recogniser.scale and found.keys() == {"validation", "test"}
+    assert found["test"].captions == known.captions and found["test"].unseen == known.unseen
+    noise = np.random.default_rng(0).normal(size=images.shape)
+    worse = np.clip(images + 0.1 * noise, 0.0, 1.0).astype(np.float32)
+    for split, before in stored.items():
+        expected, scores = (
+            SceneEvaluator(recogniser, r)(worse[:200], worse[:50], worse[:20])
+            for r in (before, found[split])
+        )
+        for name, value in expected._asdict().items():
+            # Features are stored in half precision, for precision and recall alone.
+            off = 0.02 if name in ("precision", "recall") else 1e-6
+            assert getattr(scores, name) == pytest.approx(value, abs=off), (split, name)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"{reference.FILE} cannot be read"):
+        reference.load(path)
+
+
 def test_diversity_is_the_spread_within_a_caption(trained):
     recogniser, images, labels = trained
-    evaluator = SceneEvaluator(recogniser, images, labels, labels, repeats=2, spread=2.0)
+    known = reference_of(recogniser, images, labels, spread=2.0)
+    evaluator = SceneEvaluator(recogniser, known)
     twins = np.repeat(images[:10], 2, axis=0)
     assert evaluator(images, images, twins).diversity == 0.0
     assert evaluator(images, images, images[:20]).diversity > 0.0
+    assert evaluator(images, images, images[:20]).diversity == pytest.approx(
+        class_spread(images[:20], np.arange(20) // 2) / 2.0
+    )

@@ -169,7 +169,7 @@ def test_missing_idx_files_are_named(tmp_path):
 
 def test_captions_of_a_stored_dataset_serve_as_prompts(opened):
     """Any TFDS set in array_record files, without TensorFlow and without its builder's code."""
-    from jaxdistill.tasks.text_to_image.distil import prompts_of
+    from jaxdistill.tasks.text_to_image.data import prompts_of
 
     _, folder, _ = opened
     name = "fashion_scenes"
@@ -186,7 +186,7 @@ def test_captions_of_a_stored_dataset_serve_as_prompts(opened):
 
 
 def test_images_of_a_stored_dataset_serve_as_reals(opened):
-    from jaxdistill.tasks.text_to_image.distil import captioned_images
+    from jaxdistill.tasks.text_to_image.data import captioned_images
 
     _, folder, sources = opened
     found = captioned_images("tfds:fashion_scenes:validation", str(folder))
