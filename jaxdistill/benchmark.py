@@ -30,6 +30,7 @@ from jaxdistill.run.loop import NonFiniteError, Stopped, StopSignal
 from jaxdistill.run.run import Run
 from jaxdistill.run.workdir import flatten, prepare_workdir, say, versions
 from jaxdistill.tasks.scenes.task import PICTURED, SHAPE, SceneData, Scenes, check, watched
+from jaxdistill.tasks.settings import check_config
 from jaxdistill.tasks.small import Sampled
 
 SCORES = (
@@ -137,18 +138,12 @@ class Benchmark:
 
     # -- rows
 
-    def protocol(self) -> dict[str, Any]:
-        """What rows must have in common."""
-        ev = self.config.eval
-        found: dict[str, Any] = self.task.protocol(self.data.evaluator(ev.split))["protocol"]
-        return found
-
     def known_rows(self) -> list[Any]:
         """Those that are there. Raises UserError for rows of another protocol or method."""
         if not self.rows_path.exists():
             return []
         stored = json.loads(self.rows_path.read_text())
-        if stored["protocol"] != self.protocol():
+        if stored["protocol"] != self.task.protocol():
             raise UserError(
                 f"{self.rows_path} holds rows of another protocol ({stored['protocol']}); remove it"
                 " or use another workdir"
@@ -175,7 +170,7 @@ class Benchmark:
         say("  " + ", ".join(f"{k} {v}" for k, v in row.items()))
         with self.claims.claim("rows"):
             rows = [*self.known_rows(), row]
-            checkpoint.write_json(self.rows_path, {"protocol": self.protocol(), "rows": rows})
+            checkpoint.write_json(self.rows_path, {"protocol": self.task.protocol(), "rows": rows})
 
     def scored(self, name: str, seed: int) -> bool:
         """Whether the rows hold all step counts of a method's seed."""
@@ -249,7 +244,8 @@ class Benchmark:
         results = {
             "rows": rows,
             "reference": first[0],
-            **self.task.protocol(evaluator),
+            **self.task.reals(evaluator),
+            "protocol": self.task.protocol(),
             "config": json.loads(config.to_json()),
             "versions": versions(),
         }
@@ -357,13 +353,14 @@ def check_base(config: ConfigDict) -> None:
 
 def check_all(config: ConfigDict) -> None:
     """Raise ValueError for what can be known before any work."""
+    check_config(config)
     check(config)
     check_base(config)
     wanted = config.benchmark
     if not wanted.methods:
         raise UserError("config.benchmark.methods is empty; name keys of config.methods")
     for name in wanted.methods:
-        choose(config.methods, name, "config.benchmark.methods")
+        choose(dict.fromkeys(config.methods), name, "config.benchmark.methods")
         recipe_of(config, name)
     choose(report.CHARTS, wanted.chart.kind, "config.benchmark.chart.kind")
     if wanted.chart.kind == "axis":

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from jaxdistill.metrics.distances import frechet_distance
+from jaxdistill.errors import UserError
+from jaxdistill.metrics.distances import class_spread, frechet_distance
 from jaxdistill.tasks.scenes import reference, scenes
 from jaxdistill.tasks.scenes.recognise import compare, train_recogniser, unit
 from jaxdistill.tasks.scenes.reference import Reference
@@ -78,21 +79,18 @@ def test_features_have_unit_mean_variance_and_blocks_do_not_matter(trained):
     np.testing.assert_allclose(recogniser(images[:7])[1], features[:7], atol=1e-4)
 
 
-def reference_of(trained, *, spread=1.0):
-    """Of the images of `trained`."""
-    recogniser, images, labels = trained
+def reference_of(recogniser, images, labels, *, spread):
+    """Of these scenes, which stand for the unseen ones as well."""
     found, features = recogniser(images)
-    half = len(features) // 2
-    captions = [f"caption {i}" for i in range(len(images))]
     return Reference(
-        captions=captions,
+        captions=[f"caption {i}" for i in range(len(images))],
         labels=labels,
-        unseen=captions,
+        unseen=[f"unseen {i}" for i in range(len(images))],
         unseen_labels=labels,
         mean=features.mean(0),
         covariance=np.cov(features, rowvar=False),
         features=features,
-        halves=frechet_distance(features[:half], features[half:]),
+        halves=frechet_distance(features[::2], features[1::2]),
         ceiling=compare(found, labels),
         spread=spread,
         diversity_captions=10,
@@ -101,37 +99,53 @@ def reference_of(trained, *, spread=1.0):
 
 
 def test_evaluator_gives_reals_the_ceiling_and_noise_a_low_score(trained):
-    recogniser, images, _ = trained
-    real_scenes = reference_of(trained)
-    evaluator = SceneEvaluator(recogniser, real_scenes)
+    recogniser, images, labels = trained
+    known = reference_of(recogniser, images, labels, spread=1.0)
+    evaluator, ceiling, floor = SceneEvaluator(recogniser, known), known.ceiling, known.halves
     real = evaluator(images, images, images[:20])
-    ceiling = real_scenes.ceiling["all_right"]
-    assert real.fd < 1e-6 < real_scenes.halves
-    assert real.all_right == ceiling == real.unseen_all_right
+    assert (
+        real.fd < 1e-6 < floor and real.all_right == ceiling["all_right"] == real.unseen_all_right
+    )
     assert real.precision == real.recall == 1.0
     noise = np.random.default_rng(0).uniform(size=images.shape).astype(np.float32)
     worse = evaluator(noise, noise, noise[:20])
-    assert worse.fd > 10 * real_scenes.halves and worse.all_right < 0.1 and worse.recall < 0.2
+    assert worse.fd > 10 * floor and worse.all_right < 0.1 and worse.recall < 0.2
     assert evaluator.quick(images)["fd"] < 1e-6
 
 
+def test_a_stored_reference_scores_as_the_scenes_themselves(trained, tmp_path):
+    recogniser, images, labels = trained
+    known = reference_of(recogniser, images, labels, spread=2.0)
+    other = reference_of(recogniser, images[:200], labels[:200], spread=1.0)
+    path = tmp_path / reference.FILE
+    stored = {"validation": other, "test": known}
+    reference.save(path, stored, scale=recogniser.scale, count=len(images))
+    found, scale = reference.load(path)
+    assert scale == recogniser.scale and found.keys() == {"validation", "test"}
+    assert found["test"].captions == known.captions and found["test"].unseen == known.unseen
+    noise = np.random.default_rng(0).normal(size=images.shape)
+    worse = np.clip(images + 0.1 * noise, 0.0, 1.0).astype(np.float32)
+    for split, before in stored.items():
+        expected, scores = (
+            SceneEvaluator(recogniser, r)(worse[:200], worse[:50], worse[:20])
+            for r in (before, found[split])
+        )
+        for name, value in expected._asdict().items():
+            # Features are stored in half precision, for precision and recall alone.
+            off = 0.02 if name in ("precision", "recall") else 1e-6
+            assert getattr(scores, name) == pytest.approx(value, abs=off), (split, name)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"{reference.FILE} cannot be read"):
+        reference.load(path)
+
+
 def test_diversity_is_the_spread_within_a_caption(trained):
-    recogniser, images, _ = trained
-    evaluator = SceneEvaluator(recogniser, reference_of(trained, spread=2.0))
+    recogniser, images, labels = trained
+    known = reference_of(recogniser, images, labels, spread=2.0)
+    evaluator = SceneEvaluator(recogniser, known)
     twins = np.repeat(images[:10], 2, axis=0)
     assert evaluator(images, images, twins).diversity == 0.0
     assert evaluator(images, images, images[:20]).diversity > 0.0
-
-
-def test_a_stored_reference_scores_as_the_scenes_themselves(trained, tmp_path):
-    recogniser, images, _ = trained
-    whole, path = reference_of(trained), tmp_path / "reference.npz"
-    reference.save(path, {"test": whole}, scale=recogniser.scale, count=100)
-    found, scale = reference.load(path)
-    assert scale == recogniser.scale and found["test"].captions == whole.captions[:100]
-    noise = np.random.default_rng(0).uniform(size=(100, *images.shape[1:])).astype(np.float32)
-    scores = [
-        SceneEvaluator(recogniser, real)(noise, noise, noise[:20])
-        for real in (whole, found["test"])
-    ]
-    np.testing.assert_allclose(*scores, rtol=2e-3, atol=1e-6)
+    assert evaluator(images, images, images[:20]).diversity == pytest.approx(
+        class_spread(images[:20], np.arange(20) // 2) / 2.0
+    )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -123,7 +124,7 @@ def load(path: Path) -> tuple[dict[str, Reference], float]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}); copy it anew") from None
     found = {}
     for split in {name.partition("/")[0] for name in arrays if "/" in name}:

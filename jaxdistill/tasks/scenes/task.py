@@ -323,7 +323,8 @@ class Scenes(SmallTask):
             {
                 "rows": rows,
                 "reference": first if first["model"] == "teacher" else None,
-                **self.protocol(evaluator),
+                **self.reals(evaluator),
+                "protocol": self.protocol(),
             },
             title=f"Scenes, {self.config.method.name}, seed {self.config.seed}",
             notes=(
@@ -340,19 +341,21 @@ class Scenes(SmallTask):
         distributed.barrier("results are written")
         return results
 
-    def protocol(self, evaluator: SceneEvaluator) -> dict[str, Any]:
-        """What scores depend on, and what real scenes score."""
-        ev, found = self.config.eval, evaluator.reference
+    def reals(self, evaluator: SceneEvaluator) -> dict[str, Any]:
+        """What real scenes score."""
+        found = evaluator.reference
+        ceiling = {k: round(v, 4) for k, v in found.ceiling.items()}
+        return {"ceiling": ceiling, "floor_fd": round(found.halves, 5)}
+
+    def protocol(self) -> dict[str, Any]:
+        """What scores depend on, beside the sampler."""
+        ev = self.config.eval
         return {
-            "ceiling": {k: round(v, 4) for k, v in found.ceiling.items()},
-            "floor_fd": round(found.halves, 5),
-            "protocol": {
-                "split": ev.split,
-                "recogniser_sha256": self.data.recogniser.hash,
-                "samples": ev.samples,
-                "sampling_seed": ev.seed,
-                "pixel_range": [0.0, 1.0],
-            },
+            "split": ev.split,
+            "recogniser_sha256": self.data.recogniser.hash,
+            "samples": ev.samples,
+            "sampling_seed": ev.seed,
+            "pixel_range": [0.0, 1.0],
         }
 
     def score(
