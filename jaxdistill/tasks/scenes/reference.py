@@ -121,6 +121,11 @@ def save(path: Path, references: Mapping[str, Reference], *, scale: float, count
 
 def load(path: Path) -> tuple[dict[str, Reference], float]:
     """({split: reference}, scale of the features). Raises UserError."""
+    if not path.exists():
+        raise UserError(
+            f"{path} is missing: run `python -m jaxdistill.tasks.scenes.measure`, or set"
+            " config.data.source to the folder of Fashion-MNIST's idx files"
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
