@@ -18,7 +18,9 @@ for name in sys.argv[1:]:
         rows == report["rows_a_chip"] * report["chips"]
         and 0 < report["memory_gib"]["needed"] < report["memory_gib"]["chip"]
     ), name
-    assert 0.85 < report["flops_ratio"] < 1.05, (name, report["flops_ratio"])
+    # Over the loss and its gradient as they are written. The compilers spare some products of this
+    # tiny net (v4: 0.98) and do others twice (v6e: 1.08).
+    assert 0.9 < report["flops_ratio"] < 1.15, (name, report["flops_ratio"])
     # No activations: nothing with a batch's rows in front, or those of N states or of two guided
     # calls.
     front = "|".join(str(n * rows) for n in (1, 2, 3))
