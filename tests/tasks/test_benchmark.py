@@ -11,7 +11,7 @@ from idx import write_fashion
 from matplotlib import pyplot as plt
 from paths import TESTS
 from PIL import Image
-from shell import assert_one_error_line, run_command
+from shell import assert_one_error_line, assert_same_bits, run_command
 
 from configs import benchmark as config_file
 from jaxdistill import benchmark, sample, sampling, schedule, teacher_states
@@ -19,7 +19,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.interop import card
 from jaxdistill.interop.text_export import TextExport
 from jaxdistill.methods.matched import added
-from jaxdistill.run import loop, record_cache, report
+from jaxdistill.run import checkpoint, loop, record_cache, report
 from jaxdistill.tasks.scenes.scenes import open_scenes
 from jaxdistill.tasks.scenes.task import SceneData, Scenes, caption_of, watched
 
@@ -205,7 +205,10 @@ def test_variants_run_on_the_exports_of_another_benchmark(smoke, tmp_path):
     run = [*changed, f"--config.base={base}", f"--workdir={workdir}", *few]
     found = run_command("jaxdistill.benchmark", *run, timeout=300)
     assert found.returncode == 0, found.stderr[-3000:]
-    assert not (workdir / "teacher").exists() and not (workdir / "recogniser").exists()
+    # The teacher is a copy and nothing was trained but the student.
+    assert_same_bits(*(checkpoint.load_export(f / "teacher")[0] for f in (base, workdir)))
+    assert not (workdir / "curves" / "teacher.jsonl").exists()
+    assert not (workdir / "recogniser").exists() and (made / "curves" / "teacher.jsonl").exists()
     assert {p: p.stat().st_mtime_ns for p in base.rglob("*")} == before
     rows = {
         name: json.loads((folder / "results.json").read_text())["reference"]

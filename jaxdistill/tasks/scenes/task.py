@@ -226,7 +226,8 @@ class Scenes(SmallTask):
         self, config: ConfigDict, *, data: SceneData | None = None, share: SmallTask | None = None
     ) -> None:
         check(config)
-        self.data = data or SceneData(config, cache_folder(config))
+        watch = watched("captions", lambda: None)
+        self.data = data or SceneData(config, cache_folder(config), watch=watch)
         """Captions, embeddings and, where there is a source, real scenes."""
         super().__init__(
             config,
