@@ -1,482 +1,411 @@
 """`python -m jaxdistill.benchmark --config=configs/benchmark.py --workdir=DIR`: few-step methods on
 one teacher, one table.
 
-Runs over a list of methods and seeds on scenes. Every method gets the same budget in network calls
-and the same batch. A killed benchmark goes on where it stopped, and finished students are not
-trained again. On a CPU several processes share the work, each on its own cores (`--processes`).
+Runs over a list of methods and seeds on one task; `jaxdistill.ablate` is another list. A killed
+benchmark goes on where it stopped, and finished students are not trained again. On a CPU several
+processes share the work, each on its own cores (`--processes`).
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
-from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from jaxdistill.errors import UserError
-from jaxdistill.methods.recipe import Recipe
 from jaxdistill.names import choose
 from jaxdistill.run import checkpoint, compilation, report, workers
 from jaxdistill.run.cli import Command, one_line_errors
-from jaxdistill.run.loop import NonFiniteError, Stopped, StopSignal
+from jaxdistill.run.loop import NonFiniteError, StopSignal
 from jaxdistill.run.run import Run
-from jaxdistill.run.workdir import flatten, prepare_workdir, say, versions
-from jaxdistill.tasks.scenes.task import PICTURED, SHAPE, SceneData, Scenes, check, watched
-from jaxdistill.tasks.settings import check_config
-from jaxdistill.tasks.small import Sampled
+from jaxdistill.run.workdir import prepare_workdir, say, versions
+from jaxdistill.tasks import open_task
+from jaxdistill.tasks.settings import changed
+from jaxdistill.tasks.small import Sampled, SmallTask
 
-SCORES = (
-    "fd",
-    "precision",
-    "recall",
-    "colour",
-    "garment",
-    "relation",
-    "all_right",
-    "unseen_all_right",
-    "diversity",
-)
-"""Of the table."""
+KEYS = ("method", "seed", "model", "steps", "guidance")
+"""What tells a row from the others."""
 
-SHARED = ("data.scale", "text.length", "model", "schedule", "prediction", "teacher", "recogniser")
-"""Parts of the config that a benchmark and its base must have in common."""
-
-FREE = ("guidance", "steps", "grid", "health_every", "path", "solver", "time_skew")
-"""Keys of the teacher that may differ: how it is sampled and watched, not what it is."""
+LEFT_OUT = ("model", "steps", "guidance", "fd_noise", "fd_validation", "images_per_second")
+"""Columns of a run's table that a table of means has not, or not as a score."""
 
 
-def of_method(config: ConfigDict, name: str, seed: int) -> ConfigDict:
-    """The config of one student."""
-    one = config.copy_and_resolve_references()
-    one.method.name, one.seed = name, seed
-    return one
+class Entry(NamedTuple):
+    """A run of a list: its name in the table, its seed, the keys that it changes, and its folder in
+    the workdir. Its teacher is the `given` folder of another run, `origin`, or its own.
+    """
+
+    name: str
+    seed: int
+    changes: Mapping[str, Any]
+    folder: str
+    origin: "Entry | None" = None
+    given: str = "teacher"
+
+    @property
+    def key(self) -> str:
+        """Its name among claims and pictures."""
+        return slug(self.name, self.seed)
 
 
-class Claims:
-    """Shared work: who does what, among processes that see one folder."""
+class Listing(NamedTuple):
+    """The runs of a command; the title of their names' column; the name of its files; its chart;
+    and the names that rows may have.
+    """
 
-    def __init__(self, folder: Path, heed: Callable[[], None]) -> None:
-        self._folder, self._heed = folder / "claims", heed
-        self._folder.mkdir(parents=True, exist_ok=True)
-
-    @contextmanager
-    def claim(self, name: str, *, wait: bool = True) -> Iterator[bool]:
-        """Whether this process has `name` to itself inside the block: at once, or with `wait` as
-        soon as no other has it.
-
-        The system ends the claim of a process that dies. Raises Stopped where a signal comes while
-        it waits.
-        """
-        lock, told = FileLock(self._folder / f"{name}.lock"), False
-        while not lock.is_locked:
-            try:
-                lock.acquire(timeout=1.0 if wait else 0.0)
-            except Timeout:
-                if not wait:
-                    yield False
-                    return
-                self._heed()
-                if not told:
-                    say(f"{name}: waiting for another process")
-                    told = True
-        try:
-            yield True
-        finally:
-            lock.release()
-
-    def share(self, tasks: Mapping[str, Callable[[], None]]) -> None:
-        """Do the tasks that no other process is at; then those that others were at, which is
-        nothing where they finished them.
-        """
-        others = []
-        for name, task in tasks.items():
-            with self.claim(name, wait=False) as mine:
-                if mine:
-                    task()
-                else:
-                    others.append(name)
-        for name in others:
-            with self.claim(name):
-                tasks[name]()
+    entries: Sequence[Entry]
+    column: str
+    output: str
+    chart: Mapping[str, Any]
+    known: Sequence[str]
 
 
-class Benchmark:
-    """One teacher and its students in one workdir."""
+def slug(name: str, seed: int) -> str:
+    """Folder name of one run."""
+    return f"{name.replace(' ', '-').replace(',', '')}-{seed}"
 
-    def __init__(self, config: ConfigDict, workdir: Path, stop: StopSignal) -> None:
-        self.config, self.workdir, self.stop = config, workdir, stop
-        self.claims = Claims(workdir, self.heed_stop)
-        folder = Path(config.data.cache) if config.data.cache else caches_of(config, workdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with Claims(folder, self.heed_stop).claim("scenes"):
-            watch = watched("captions", self.heed_stop)
-            self.data = SceneData(config, folder, base=workdir, watch=watch)
-        first = of_method(config, config.benchmark.methods[0], config.seed)
-        self.task = Scenes(first, data=self.data)
+
+def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The values of KEYS."""
+    return tuple(row[key] for key in KEYS)
+
+
+class Study:
+    """The runs of a list in one workdir. Making it opens all tasks and writes nothing. Raises
+    UserError for what can be known before any work.
+    """
+
+    def __init__(
+        self, config: ConfigDict, workdir: Path, listing: Listing, stop: StopSignal
+    ) -> None:
+        self.config, self.workdir, self.listing, self.stop = config, workdir, listing, stop
+        self.entries = listing.entries
+        self.tasks: dict[str, SmallTask] = {}
+        for entry in self.entries:
+            self.tasks[entry.key] = self.opened(entry)
+        self.first = self.tasks[self.entries[0].key]
+        self.claims = workers.Claims(workdir / "claims", stop)
         self.rows_path = workdir / "rows.json"
 
-    def heed_stop(self) -> None:
-        """Raise Stopped after a signal, where no training step would see it."""
-        if self.stop.received:
-            again = "start the same command again to go on"
-            raise Stopped(f"stopped by {self.stop.received}; {again}")
+    def opened(self, entry: Entry) -> SmallTask:
+        """Its task; all share the first one's data and programs."""
+        changes = {**entry.changes, "seed": entry.seed}
+        if entry.origin:
+            changes["teacher.path"] = str(self.workdir / entry.origin.folder / entry.given)
+        share = next(iter(self.tasks.values()), None)
+        try:
+            task = open_task(changed(self.config, changes), share=share)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if not isinstance(task, SmallTask):
+            raise UserError(f"config.task = {self.config.task!r} has no table of methods")
+        if task.recipe.learns_from and entry.given != "student":
+            raise UserError(
+                f"{entry.name} learns from a student of several steps, and this list has none for"
+                " it; `python -m jaxdistill.ablate` has"
+            )
+        return task
 
-    def prepare(self) -> Any:
-        """The teacher's parameters, and the recogniser: trained at the first start."""
-        with self.claims.claim("teacher"):
-            self.task.validation  # noqa: B018 (trains the recogniser)
-            run = Run(self.task.config, self.workdir, self.stop, self.task.layout)
-            return self.task.teacher(run)
+    def run_of(self, entry: Entry) -> Run:
+        """Its phases, in its folder."""
+        folder, task = self.workdir / entry.folder, self.tasks[entry.key]
+        folder.mkdir(parents=True, exist_ok=True)
+        return Run(task.config, folder, self.stop, task.layout, caches=self.workdir / "cache")
+
+    def open(self) -> None:
+        """Make what the scores need, at the first start."""
+        with self.claims.claim("scores"):
+            self.first.data.open(self.run_of(self.entries[0]._replace(folder="")))
 
     # -- rows
 
-    def known_rows(self) -> list[Any]:
-        """Those that are there. Raises UserError for rows of another protocol or method."""
+    def stored(self) -> list[dict[str, Any]]:
+        """The rows that are there. Raises UserError for rows of another protocol or list."""
         if not self.rows_path.exists():
             return []
-        stored = json.loads(self.rows_path.read_text())
-        if stored["protocol"] != self.task.protocol():
+        stored, protocol = json.loads(self.rows_path.read_text()), self.first.protocol()
+        if stored["protocol"] != protocol:
             raise UserError(
                 f"{self.rows_path} holds rows of another protocol ({stored['protocol']}); remove it"
                 " or use another workdir"
             )
-        methods = self.config.benchmark.methods
-        if unknown := {row["method"] for row in stored["rows"]} - {"teacher", *methods}:
+        if unknown := {row["method"] for row in stored["rows"]} - set(self.listing.known):
             raise UserError(
-                f"{self.rows_path} holds rows of {min(unknown)}, which config.benchmark.methods"
-                " does not name; take them out or add it"
+                f"{self.rows_path} holds rows of {min(unknown)}, which this list does not name;"
+                " take them out or add it"
             )
         return list(stored["rows"])
 
-    def add_row(self, name: str, seed: int, sampled: Sampled, task: Scenes) -> None:
-        """Score what is not scored yet."""
-        key = {"method": name, "seed": seed, "steps": sampled.steps, "guidance": sampled.guidance}
-        if any(all(row[k] == v for k, v in key.items()) for row in self.known_rows()):
-            return
-        evaluator = self.data.evaluator(self.config.eval.split)
-        scores, images = task.score(sampled, evaluator)
-        path = self.picture_path(key)
+    def wanted(self, entry: Entry) -> dict[tuple[Any, ...], Sampled]:
+        """{identity of a row: who is scored}, the reference first."""
+        about = {"method": entry.name, "seed": entry.seed}
+        return {identity({**about, **s.key}): s for s in self.tasks[entry.key].sampled()}
+
+    def missing(self, entry: Entry) -> list[Sampled]:
+        """Who is not scored yet."""
+        known = {identity(row) for row in self.stored()}
+        return [s for key, s in self.wanted(entry).items() if key not in known]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Those of the list in its order, with "ratio", FD over that of the reference of their
+        teacher: processes add them as they finish.
+        """
+        stored, rows = {identity(row): row for row in self.stored()}, []
+        for entry in self.entries:
+            reference = stored.get(next(iter(self.wanted(entry.origin or entry))))
+            fd = reference["fd"] if reference and reference["model"] == "teacher" else None
+            for row in (stored[key] for key in self.wanted(entry) if key in stored):
+                rows.append({**row, "ratio": round(row["fd"] / fd, 4) if fd else None})
+        return rows
+
+    def add_row(self, entry: Entry, sampled: Sampled) -> None:
+        """Score and keep it, and its first images."""
+        task = self.tasks[entry.key]
+        scores, images = task.row(sampled, *task.drawn(sampled))
+        path = self.picture_path(entry, sampled)
         path.parent.mkdir(exist_ok=True)
         np.save(path, (images * 255.0 + 0.5).astype(np.uint8))
-        row = {**key, **scores}
-        say("  " + ", ".join(f"{k} {v}" for k, v in row.items()))
+        row = {"method": entry.name, "seed": entry.seed, **scores}
         with self.claims.claim("rows"):
-            rows = [*self.known_rows(), row]
-            checkpoint.write_json(self.rows_path, {"protocol": self.task.protocol(), "rows": rows})
-
-    def scored(self, name: str, seed: int) -> bool:
-        """Whether the rows hold all step counts of a method's seed."""
-        rows = [row for row in self.known_rows() if (row["method"], row["seed"]) == (name, seed)]
-        return {row["steps"] for row in rows} >= set(self.config.student.steps)
-
-    def unscored(self) -> int:
-        """How many students are still to be trained or scored."""
-        wanted = self.config.benchmark
-        return sum(not self.scored(name, seed) for name in wanted.methods for seed in wanted.seeds)
+            rows = [*self.stored(), row]
+            about = {"protocol": self.first.protocol(), "rows": rows}
+            checkpoint.write_json(self.rows_path, about)
 
     # -- work
 
-    def score_teacher(self, teacher: Any, guidance: float, steps: int) -> None:
-        """A row of the teacher."""
-        sampler = self.task.teacher_sampler
-        sampled = Sampled("teacher", steps, guidance, sampler, teacher)
-        self.add_row("teacher", self.config.seed, sampled, self.task)
-
-    def make_student(self, teacher: Any, name: str, seed: int) -> None:
-        """Train a method's student and score it. Of a finished one rows.json alone is needed."""
-        self.heed_stop()
-        if self.scored(name, seed):
-            return
-        task = Scenes(of_method(self.config, name, seed), data=self.data, share=self.task)
-        folder = self.workdir / "students" / f"{name}-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        run = Run(task.config, folder, self.stop, task.layout, caches=self.workdir / "cache")
-        say(f"{name}, seed {seed}")
-        if not (served := task.exported(run)):
-            with self.caches_of_teacher(task):
-                task.prepare(run, teacher)
-            served = task.export(run, task.students(run, teacher), teacher)
-        for steps, params in served.items():
-            sampled = Sampled("student", steps, 1.0, task.student_sampler, params)
-            self.add_row(name, seed, sampled, task)
-
-    @contextmanager
-    def caches_of_teacher(self, task: Scenes) -> Iterator[None]:
-        """One process at a time makes the pool or the pairs that others may need, too."""
-        if task.recipe.pairs or task.config.adversarial.reals == "teacher":
-            with self.claims.claim("pairs"):
-                yield
+    def teacher(self, entry: Entry) -> Any:
+        """Its teacher's parameters. What they come from is made first where it is missing."""
+        task, origin = self.tasks[entry.key], entry.origin
+        if origin is None:
+            with self.claims.claim(f"teacher-{entry.key}"):
+                return task.teacher(self.run_of(entry))
+        if entry.given == "student":
+            with self.claims.claim(origin.key):
+                self.students(origin)
         else:
-            yield
+            self.teacher(origin)
+        return task.given_teacher(Path(task.config.teacher.path))
 
-    def run(self, teacher: Any = None, *, helper: bool = False) -> dict[str, Any]:
-        """Teacher, students, scores, files; a `helper` leaves the files to another process, and its
-        result is empty.
-        """
-        config = self.config
-        teacher = self.prepare() if teacher is None else teacher
-        scale, steps = config.teacher.guidance, config.teacher.steps
-        samplers = [(g, steps) for g in dict.fromkeys((scale, *config.eval.guidances))]
-        samplers += [(scale, n) for n in config.student.steps]
-        tasks: dict[str, Callable[[], None]] = {
-            f"teacher-{g:g}-{n}": partial(self.score_teacher, teacher, g, n) for g, n in samplers
-        }
-        wanted = config.benchmark
-        for seed in wanted.seeds:
-            for name in wanted.methods:
-                tasks[f"{name}-{seed}"] = partial(self.make_student, teacher, name, seed)
-        self.claims.share(tasks)
-        return {} if helper else self.write()
+    def students(self, entry: Entry) -> dict[int, Any]:
+        """{steps: parameters}, from its exports or trained."""
+        task, run = self.tasks[entry.key], self.run_of(entry)
+        if found := task.exported(run):
+            return found
+        teacher = self.teacher(entry)
+        with self.claims.claim("caches"):  # which others may need, too
+            task.prepare(run, teacher)
+        return task.served(run, teacher)
 
-    def write(self) -> dict[str, Any]:
-        """results.json, results.md, results.png."""
-        config, rows = self.config, self.in_order(self.known_rows())
-        evaluator = self.data.evaluator(config.eval.split)
-        first = [r for r in rows if (r["method"], r["steps"]) == ("teacher", config.teacher.steps)]
+    def make(self, entry: Entry) -> None:
+        """A run and its rows. Of a finished one rows.json alone is needed."""
+        self.stop.heed()
+        if not (missing := self.missing(entry)):
+            return
+        say(f"{entry.name}, seed {entry.seed}")
+        models = {sampled.model for sampled in missing}
+        students = self.students(entry) if "student" in models else {}
+        teacher = self.teacher(entry) if "teacher" in models else None
+        for sampled in missing:
+            params = teacher if sampled.model == "teacher" else students[sampled.steps]
+            self.add_row(entry, sampled._replace(params=params))
+
+    def run(self) -> None:
+        """All that no other process has done or does."""
+        self.claims.share({entry.key: partial(self.make, entry) for entry in self.entries})
+
+    def train_teachers(self, processes: int) -> None:
+        """Where they are fewer than the processes: one training is faster with all cores."""
+        own = [entry for entry in self.entries if entry.origin is None]
+        for entry in own if len(own) < processes else ():
+            self.teacher(entry)
+
+    # -- results
+
+    def write(self) -> str:
+        """The files of the results: .json, .md, .png. Returns the table."""
+        task, listing, rows = self.first, self.listing, self.rows()
+        found = averages(rows)
         results = {
             "rows": rows,
-            "reference": first[0],
-            **self.task.reals(evaluator),
-            "protocol": self.task.protocol(),
-            "config": json.loads(config.to_json()),
+            "means": found,
+            "reference": rows[0] if rows[0]["model"] == "teacher" else None,
+            **task.reals(),
+            "protocol": task.protocol(),
+            "config": json.loads(self.config.to_json()),
             "versions": versions(),
         }
+        seeds = sorted({entry.seed for entry in self.entries})
+        name = f"{task.common['data']['name']}, {self.config.eval.split} split"
+        text = (
+            f"# {name}, seeds {', '.join(map(str, seeds))}\n\n"
+            f"{table(found, listing.column, task.columns)}\nMean ± standard deviation over seeds."
+            f" The FD of a reference is that of its teacher's first row. {task.notes()}\n\n"
+            f"{results['versions']['machine']}.\n"
+        )
+        chart = {**listing.chart, "scores": task.charted}
         with self.claims.claim("results"):
-            checkpoint.write_json(self.workdir / "results.json", results)
-            (self.workdir / "results.md").write_text(table(results))
-            captions, chart = evaluator.reference.captions[:PICTURED], config.benchmark.chart
-            path, shown = self.workdir / "results.png", self.pictured(rows)
-            report.methods_picture(path, results, captions, shown, chart=chart.to_dict())
-        return results
+            checkpoint.write_json(self.workdir / f"{listing.output}.json", results)
+            (self.workdir / f"{listing.output}.md").write_text(text)
+            path, shown = self.workdir / f"{listing.output}.png", self.pictures()
+            report.methods_picture(path, results, task.captions(), shown, chart)
+        return text
 
-    def in_order(self, rows: Sequence[Any]) -> list[Any]:
-        """Rows in the order of the config: processes add them as they finish."""
-        methods, teacher = ["teacher", *self.config.benchmark.methods], self.config.teacher
-
-        def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
-            reference = (row["steps"] != teacher.steps, row["guidance"] != teacher.guidance)
-            at = methods.index(row["method"])
-            return at, row["seed"], *reference, row["guidance"], row["steps"]
-
-        return sorted(rows, key=place)
-
-    def picture_path(self, key: Mapping[str, Any]) -> Path:
+    def picture_path(self, entry: Entry, sampled: Sampled) -> Path:
         """Where the first images of a row are kept."""
-        name = f"{key['method']}-{key['seed']}-{key['steps']}-{key['guidance']:g}.npy"
+        name = f"{entry.key}-{sampled.model}-{sampled.steps}-{sampled.guidance:g}.npy"
         return self.workdir / "pictures" / name
 
-    def pictured(self, rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], np.ndarray]:
-        """{(method, steps): its first images [c, h, w, ch]}: the reference, and each method's first
-        seed at 3 steps (or the most below).
+    def pictures(self) -> dict[tuple[str, int], np.ndarray]:
+        """{(name, steps): its first images [c, h, w, ch]}: the first reference, and each name's
+        first seed at the steps that its task shows.
         """
-        config, shown = self.config, dict[tuple[str, int], np.ndarray]()
-        wanted = [("teacher", config.teacher.steps, config.seed)]
-        seeds = config.benchmark.seeds[:1]
-        count = self.task.shown_steps
-        wanted += [(name, count, seed) for name in config.benchmark.methods for seed in seeds]
+        shown: dict[tuple[str, int], np.ndarray] = {}
         # Where rows.json alone was carried here there is no picture.
-        blank = np.full((min(PICTURED, config.eval.samples), *SHAPE), 127, np.uint8)
-        for method, steps, seed in wanted:
-            key = (method, steps, seed)
-            row = next(r for r in rows if (r["method"], r["steps"], r["seed"]) == key)
-            path = self.picture_path(row)
-            images = np.load(path) if path.exists() else blank
-            shown[method, steps] = images.astype(np.float32) / 255.0
+        shape = (len(self.first.captions()), *self.first.image_shape)
+        blank = np.full(shape, 127, np.uint8)
+        for entry in self.entries:
+            task, sampled = self.tasks[entry.key], list(self.wanted(entry).values())
+            picked = [s for s in sampled[:1] if s.model == "teacher" and not shown]
+            picked += [s for s in sampled if (s.model, s.steps) == ("student", task.shown_steps)]
+            for s in picked:
+                path = self.picture_path(entry, s)
+                images = np.load(path) if path.exists() else blank
+                name = "teacher" if s.model == "teacher" else entry.name
+                shown.setdefault((name, s.steps), images.astype(np.float32) / 255.0)
         return shown
 
 
-def caches_of(config: ConfigDict, workdir: Path) -> Path:
-    """Where scenes and embeddings stand: beside the base's, unless that is an export alone."""
-    base = Path(config.base) if config.base else workdir
-    return base if (base / "scenes").exists() else workdir
+def averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation ("KEY_sd") over seeds of all scores."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    by = [key for key in KEYS if key != "seed"]
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in by), []).append(row)
+    found = []
+    for values, group in groups.items():
+        mean = {**dict(zip(by, values, strict=True)), "seeds": len(group)}
+        for key in (key for key in group[0] if key not in KEYS):
+            scores = [row[key] for row in group if row[key] is not None]
+            mean[key] = round(float(np.mean(scores)), 4) if scores else None
+            spread = round(float(np.std(scores, ddof=1)), 4) if len(scores) > 1 else None
+            mean[f"{key}_sd"] = spread
+        found.append(mean)
+    return found
 
 
-def table(results: Mapping[str, Any]) -> str:
-    """results.md: mean ± standard deviation over seeds."""
-    reference, groups = results["reference"], dict[tuple[str, int], list[Mapping[str, Any]]]()
-    for row in results["rows"]:
-        groups.setdefault((row["method"], row["steps"]), []).append(row)
+def table(
+    means: Sequence[Mapping[str, Any]], column: str, columns: Mapping[str, tuple[str, str]]
+) -> str:
+    """Of `averages`: mean ± standard deviation. `columns`: of a run's table."""
+    forms = {key: form for key, (_, form) in columns.items() if key not in LEFT_OUT}
 
-    def shown(values: Sequence[float], digits: int = 3) -> str:
-        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.{digits}f}{spread}"
+    def cell(mean: Mapping[str, Any], key: str) -> str | None:
+        parts = [mean[key], mean[f"{key}_sd"]]
+        return " ± ".join(forms[key].format(part) for part in parts if part is not None) or None
 
     rows = []
-    for (method, steps), found in groups.items():
-        cells = {key: shown([row[key] for row in found]) for key in SCORES}
-        ratio = shown([row["fd"] / reference["fd"] for row in found], 2)
-        rows.append(
-            {"method": method, "steps": steps, "seeds": len(found), "ratio": ratio, **cells}
-        )
-    titles = {"method": "method", "steps": "steps", "seeds": "seeds", "ratio": "FD / teacher's"}
-    columns = {key: (title, "{}") for key, title in {**titles, **{k: k for k in SCORES}}.items()}
-    ceiling = ", ".join(f"{k} {v:.3f}" for k, v in results["ceiling"].items())
-    protocol = results["protocol"]
-    return (
-        f"# Few-step methods on scenes, {protocol['split']} split\n\n"
-        f"{report.markdown_table(rows, columns)}\n{protocol['samples']:,} samples a row; two halves"
-        f" of the real scenes are {results['floor_fd']:.3f} apart. Real scenes score {ceiling}."
-        f" Recogniser {protocol['recogniser_sha256']}; {results['versions']['machine']}.\n"
-    )
+    for mean in means:
+        guidance = f", guidance {mean['guidance']:g}" if mean["model"] == "teacher" else ""
+        about = {"method": mean["method"], "model": mean["model"] + guidance}
+        scores = {key: cell(mean, key) for key in forms}
+        rows.append({**about, "steps": mean["steps"], **scores})
+    titles = {"method": column, "model": "model", "steps": "steps"}
+    titles |= {key: columns[key][0] for key in forms}
+    return report.markdown_table(rows, {key: (title, "{}") for key, title in titles.items()})
 
 
-def check_base(config: ConfigDict) -> None:
-    """Raise UserError where config.base holds no teacher, or one of other settings."""
-    if not config.base:
-        return
-    folder = Path(config.base)
-    for part in ("config.json", "teacher/card.json", "recogniser/card.json"):
-        if not (folder / part).exists():
-            raise UserError(
-                f"config.base = {config.base} has no {part}; give the workdir of a benchmark that"
-                " has trained its teacher"
-            )
-    there = flatten(json.loads((folder / "config.json").read_text()))
-    here = flatten(json.loads(config.to_json()))
-    for key in sorted(there.keys() & here.keys()):
-        shared = any(key == part or key.startswith(f"{part}.") for part in SHARED)
-        free = key.startswith("teacher.") and key.removeprefix("teacher.") in FREE
-        if shared and not free and there[key] != here[key]:
-            raise UserError(
-                f"config.base = {config.base} was made with {key} = {there[key]}, here it is"
-                f" {here[key]}"
-            )
-
-
-def check_all(config: ConfigDict) -> None:
-    """Raise ValueError for what can be known before any work."""
-    check_config(config)
-    check(config)
-    check_base(config)
-    wanted = config.benchmark
-    if not wanted.methods:
-        raise UserError("config.benchmark.methods is empty; name keys of config.methods")
-    for name in wanted.methods:
-        choose(dict.fromkeys(config.methods), name, "config.benchmark.methods")
-        recipe_of(config, name)
-    choose(report.CHARTS, wanted.chart.kind, "config.benchmark.chart.kind")
-    if wanted.chart.kind == "axis":
-        for name in wanted.methods:
-            report.on_axis(name, wanted.chart.axis)
-
-
-def recipe_of(config: ConfigDict, name: str) -> Recipe:
-    """A method's recipe on a network that does nothing. Raises ValueError for its settings."""
-    from jaxdistill import methods
-    from jaxdistill.interop import card
-    from jaxdistill.methods.recipe import Kit, SamplerSpec
-    from jaxdistill.model import Model
-    from jaxdistill.prediction import v_prediction
-    from jaxdistill.sampling import check_grid
-    from jaxdistill.tasks.settings import adversarial_settings, student_settings
-
-    schedule = card.build_schedule(config.schedule.to_dict())
-
-    def grid(spec: SamplerSpec, steps: int) -> Any:
-        block = card.sampler_block(spec, steps=steps)
-        return check_grid(card.build_grid(block, steps, schedule.T), schedule.T)
-
-    kit = Kit(
-        network=Model(lambda params, x, t, cond: x, schedule, v_prediction),
-        null_cond=lambda cond: cond,
-        grid=grid,
-        features=lambda params, x, t, cond: [x],
-        heads=lambda params, states, cond: states[0],
-        student=student_settings(config.student),
-        adversarial=adversarial_settings(config.adversarial),
-    )
-    blocks = config.copy_and_resolve_references().methods.to_dict()
-    return methods.build(name, blocks)(kit)
-
-
-def processes_of(wanted: int) -> int:
-    """How many processes --processes asks for. Raises UserError where that cannot be."""
-    cpu = jax.default_backend() == "cpu"
-    if wanted < 0:
-        raise UserError(f"--processes must be at least 0, got {wanted}")
-    if wanted > 1 and not cpu:
+def listed(config: ConfigDict) -> Listing:
+    """A teacher and the methods of config.benchmark, each with each seed. Raises UserError."""
+    wanted = config.get("benchmark")
+    if wanted is None or not wanted.methods:
         raise UserError(
-            f"--processes = {wanted} shares the cores of a CPU; a {jax.default_backend()} takes one"
-            " process"
+            "config.benchmark.methods is empty; name keys of config.methods, as"
+            " configs/benchmark.py does"
         )
-    return wanted or (min(len(workers.cores()), workers.MOST) if cpu else 1)
-
-
-QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-"""Flags of XLA's CPU compiler: kernels without MLIR, and a program in one piece. The TPU's compiler
-ends a process that has them.
-"""
-
-
-def choose_optimizations(config: ConfigDict) -> None:
-    """Leave XLA's costly passes out where config.compute.optimize is False, before anything is
-    compiled.
-    """
-    if not config.compute.optimize:
-        jax.config.update("jax_disable_most_optimizations", True)
-        if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]
-            # Which the other processes inherit.
-            os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+    try:
+        choose(report.CHARTS, wanted.chart.kind, "config.benchmark.chart.kind")
+        for name in wanted.methods:
+            choose(dict.fromkeys(config.methods), name, "config.benchmark.methods")
+            if wanted.chart.kind == "axis":
+                report.on_axis(name, wanted.chart.axis)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    first = {"method.name": wanted.methods[0], "eval.models": ("teacher",)}
+    teacher = Entry("teacher", config.seed, first, "")
+    students = [
+        Entry(
+            name,
+            seed,
+            {"method.name": name, "eval.models": ("student",)},
+            f"students/{slug(name, seed)}",
+            teacher,
+        )
+        for seed in wanted.seeds
+        for name in wanted.methods
+    ]
+    known = ("teacher", *wanted.methods)
+    return Listing([teacher, *students], "method", "results", wanted.chart.to_dict(), known)
 
 
 def define(values: flags.FlagValues) -> None:
-    """The command's own flags."""
+    """The flags of a list's command."""
     about = "Processes that share the work on a CPU, each on its own cores; 0: one a core, up to 4."
     flags.DEFINE_integer("processes", 0, about, flag_values=values)
     about = "Set by the command itself: the process that this one helps."
     flags.DEFINE_integer("helper", 0, about, flag_values=values)
 
 
-def work(command: Command, config: ConfigDict) -> None:
-    """The benchmark, by as many processes as were asked for."""
-    workdir, helper = command.folder(), command.helper
-    count = processes_of(command.processes)
+def work(command: Command, config: ConfigDict, listing: Listing, module: str) -> None:
+    """The list, by as many processes as were asked for."""
+    workdir, stop = command.folder(), StopSignal()
+    count = workers.count_of(command.processes)
+    if not config.compute.get("optimize", True):
+        compilation.compile_quickly()
+    study = Study(config, workdir, listing, stop)
     prepare_workdir(workdir, config)
-    compilation.use_cache()
-    with StopSignal().installed() as stop:
-        if helper:
-            workers.end_with(helper)
-            Benchmark(config, workdir, stop).run(helper=True)
+    compilation.use_cache(config.compute.compilation_cache)
+    with stop.installed():
+        if command.helper:
+            workers.end_with(command.helper)
+        study.open()
+        if command.helper:
+            study.run()
             return
-        bench = Benchmark(config, workdir, stop)
-        count, teacher = min(count, bench.unscored()), None
+        count = min(count, sum(bool(study.missing(entry)) for entry in study.entries))
         if count > 1:
-            teacher = bench.prepare()  # one training is faster with all cores
+            study.train_teachers(count)
             logs = workdir / "logs"
             say(f"{count} processes share the rest; all but the first write to {logs}")
-            again = [sys.executable, "-m", "jaxdistill.benchmark", *sys.argv[1:]]
-            workers.run([*again, f"--helper={os.getpid()}"], count, logs, stop)
-            bench.heed_stop()
-        # What a process that failed has left, and the files.
-        print(table(bench.run(teacher)))
+            again = [sys.executable, "-m", module, *sys.argv[1:], f"--helper={os.getpid()}"]
+            workers.run(again, count, logs, stop)
+            stop.heed()
+        study.run()  # what a process that failed has left
+        print(study.write())
 
 
-def main() -> None:
-    """The command."""
+def run_list(command: Command, make: Callable[[ConfigDict], Listing], module: str) -> None:
+    """A list's command."""
     with one_line_errors():
-        command = Command(__doc__, define=define).parse()
-        config = command.given_config()
-        choose_optimizations(config)
+        config = command.parse().given_config()
         try:
-            check_all(config)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        try:
-            work(command, config)
+            work(command, config, make(config), module)
         except (UserError, NonFiniteError) as error:
             if not command.helper:
                 raise
             # The error is that of the process it helps, which comes to the same place.
             print(f"process {os.getpid()} has failed: {error}")
             sys.exit(2)
+
+
+def main() -> None:
+    """The command."""
+    run_list(Command(__doc__, define=define), listed, "jaxdistill.benchmark")
 
 
 if __name__ == "__main__":

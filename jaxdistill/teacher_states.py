@@ -20,7 +20,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from jaxdistill import sampling
-from jaxdistill.benchmark import Benchmark, of_method
 from jaxdistill.errors import UserError
 from jaxdistill.interop import card
 from jaxdistill.methods import imagine_flash
@@ -28,9 +27,12 @@ from jaxdistill.methods.recipe import settings_from
 from jaxdistill.prediction import diffuse
 from jaxdistill.run import checkpoint, loop, report
 from jaxdistill.run.cli import Command, one_line_errors
+from jaxdistill.run.run import Run
 from jaxdistill.run.workdir import versions
 from jaxdistill.tasks.scenes.task import SHAPE, Scenes
+from jaxdistill.tasks.settings import changed
 
+Rows = list[dict[str, Any]]
 SOURCES = ("real", "student", "renoised", "renoised_fresh")
 
 
@@ -74,13 +76,14 @@ def states_of(task: Scenes, student: Any, method: str) -> Callable[..., dict[Any
     return states
 
 
-def measure(bench: Benchmark, folder: Path, samples: int, steps: int) -> list[dict[str, Any]]:
+def measure(task: Scenes, workdir: Path, folder: Path, samples: int, steps: int) -> Rows:
     """Rows {"source", "t", "fd", "all_right"}: the teacher's images from each source and time."""
-    config, data, split = bench.config, bench.data, bench.config.eval.split
+    config, data, split = task.config, task.data, task.config.eval.split
     student, about = checkpoint.load_export(folder)
-    task = Scenes(of_method(config, about["method"], about["seed"]), data=data, share=bench.task)
-    states, teacher = states_of(task, jax.device_put(student), about["method"]), bench.prepare()
+    teacher = jax.device_put(checkpoint.load_export(workdir / "teacher")[0])
+    states = states_of(task, jax.device_put(student), about["method"])
     evaluator, conds = data.evaluator(split), data.conds(data.captions[split])
+    samples = min(samples, len(data.captions[split]))
     real = data.images(split, samples).astype(np.float32) / 127.5 - 1.0
     size, kit = config.eval.batch_size, task.kit({})
 
@@ -116,7 +119,7 @@ def write(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     table = report.markdown_table(rows, {**columns, "all_right": ("all right", "{:.3f}")})
     (out / "teacher_states.md").write_text(table)
     figure = report.new_figure(10.0, 4.0)
-    for axes, (key, title) in zip(figure.subplots(1, 2), report.SCORES.items(), strict=True):
+    for axes, (key, title) in zip(figure.subplots(1, 2), Scenes.charted.items(), strict=True):
         for source in SOURCES:
             points = [(r["t"], r[key]) for r in rows if r["source"] == source]
             axes.plot(*zip(*points, strict=True), marker="o", label=source.replace("_", " "))
@@ -150,7 +153,7 @@ def main() -> None:
     with one_line_errors():
         command = Command(__doc__, config=False, workdir=False, define=define).parse()
         folder, part = Path(command.benchmark or ""), f"students/{command.student}/student"
-        for name in ("config.json", f"{part}/card.json"):
+        for name in ("config.json", "teacher/card.json", f"{part}/card.json"):
             if not (folder / name).exists():
                 raise UserError(
                     f"--benchmark={folder} has no {name}; give the workdir of a finished benchmark,"
@@ -159,11 +162,14 @@ def main() -> None:
         config = ConfigDict(json.loads((folder / "config.json").read_text()))
         if not config.data.source:
             raise UserError(f"--benchmark={folder} ran from captions alone; scenes are needed")
-        settings_of(config, json.loads((folder / part / "card.json").read_text())["method"])
+        card_of = json.loads((folder / part / "card.json").read_text())
+        settings_of(config, card_of["method"])
+        changes = {"method.name": card_of["method"], "seed": card_of["seed"]}
+        task = Scenes(changed(config, changes))
         with loop.StopSignal().installed() as stop:
-            bench = Benchmark(config, folder, stop)
-            count = min(command.samples, len(bench.data.captions[config.eval.split]))
-            rows = measure(bench, folder / part, count, command.steps)
+            task.data.open(Run(task.config, folder, stop, task.layout))
+            rows = measure(task, folder, folder / part, command.samples, command.steps)
+        count = min(command.samples, len(task.data.captions[config.eval.split]))
         about = {"student": command.student, "samples": count, "steps": command.steps}
         out = Path(command.out or folder)
         print(write(out, {**about, "split": config.eval.split}, rows))

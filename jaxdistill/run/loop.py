@@ -94,6 +94,12 @@ class StopSignal:
         """As `at`, where no steps are counted."""
         return self.at(self._last + 1)
 
+    def heed(self) -> None:
+        """Raise Stopped after a signal, where no step of a training would see it."""
+        if self.received:
+            again = "start the same command again to go on"
+            raise Stopped(f"stopped by {self.received}; {again}")
+
     @contextmanager
     def installed(self) -> Iterator["StopSignal"]:
         """Handle both signals inside the block. Of several processes each leaves SIGTERM to JAX."""

@@ -86,7 +86,7 @@ def results_picture(
     results: Mapping[str, Any],
     pictures: Mapping[tuple[str, int], np.ndarray],
     columns: Mapping[str, tuple[str, str]],
-    captions: Sequence[str] = (),
+    captions: Sequence[str],
 ) -> None:
     """Teacher and student on the same noise, one row a sampler, above FD against network calls.
 
@@ -107,10 +107,7 @@ def results_picture(
     top = upper.subplots()
     left, right = lower.subplots(1, 2)
     show_rows(top, grid, names)
-    if captions:
-        show_captions(top, grid, captions)
-    else:
-        top.set_title("one noise a column", fontsize=10)
+    show_captions(top, grid, captions)
     fd_curve(left, results)
     shown = list(columns)
     texts = [[columns[key][1].format(r[key]) for key in shown] for r in results["rows"]]
@@ -204,7 +201,7 @@ def methods_picture(
     results: Mapping[str, Any],
     captions: Sequence[str],
     pictures: Mapping[tuple[str, int], np.ndarray],
-    chart: Mapping[str, str] | None = None,
+    chart: Mapping[str, Any],
 ) -> None:
     """The chart of a benchmark's scores; below, a row of images a method, a caption a column.
 
@@ -213,10 +210,9 @@ def methods_picture(
       results: as in a benchmark's results.json.
       captions: of the columns.
       pictures: {(method, steps): images [c, h, w, ch]} in row order.
-      chart: {"kind", "axis", "label"}: one of CHARTS, and of an axis its name within the methods'
-        names and its title. Default: "methods".
+      chart: {"kind", "scores", "axis", "label"}: one of CHARTS, {key: title} of the scores that it
+        shows, and of an axis its name within the methods' names and its title.
     """
-    chart = chart or {"kind": "methods"}
     names = list(pictures)
     grid = image_grid(np.stack([pictures[name] for name in names]))
     width = 12.0
@@ -240,12 +236,9 @@ def show_captions(axes: Any, grid: np.ndarray, captions: Sequence[str]) -> None:
     axes.tick_params(length=0)
 
 
-SCORES = {"fd": "Fréchet distance ↓", "all_right": "caption all right ↑"}
-
-
-def methods_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, str]) -> None:
-    """FD and all-right against steps, a curve a method and the teacher as a line."""
-    for axes, (key, title) in zip(figure.subplots(1, 2), SCORES.items(), strict=True):
+def methods_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, Any]) -> None:
+    """Two scores against steps, a curve a method and the teacher as a line."""
+    for axes, (key, title) in zip(figure.subplots(1, 2), chart["scores"].items(), strict=True):
         method_curves(axes, results, key)
         axes.set_ylabel(title)
     figure.legend(
@@ -257,11 +250,11 @@ def methods_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, s
     )
 
 
-def variants_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, str]) -> None:
+def variants_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, Any]) -> None:
     """FD of each variant as a multiple of the first one's mean, a point a seed, a panel a step
     count.
     """
-    rows = [r for r in results["rows"] if r["method"] != "teacher"]
+    rows = [r for r in results["rows"] if r["model"] == "student"]
     methods, counts = (
         list(dict.fromkeys(r["method"] for r in rows)),
         sorted({r["steps"] for r in rows}),
@@ -274,6 +267,8 @@ def variants_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, 
         }
         first = np.mean(values[methods[0]])
         for place, found in enumerate(values.values()):
+            if not found:  # a student of fewer step counts
+                continue
             axes.plot(
                 np.asarray(found) / first, [place] * len(found), "o", ms=4, alpha=0.6, c="tab:blue"
             )
@@ -296,11 +291,11 @@ def on_axis(name: str, axis: str) -> tuple[str, float]:
     return found[1], float(found[2])
 
 
-def axis_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, str]) -> None:
+def axis_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, Any]) -> None:
     """Scores at the most steps against a number in the methods' names, a curve a CURVE of
     `on_axis`, a point a seed.
     """
-    rows = [r for r in results["rows"] if r["method"] != "teacher"]
+    rows = [r for r in results["rows"] if r["model"] == "student"]
     most = max(r["steps"] for r in rows)
     curves: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
     for row in rows:
@@ -308,7 +303,7 @@ def axis_chart(figure: Any, results: Mapping[str, Any], chart: Mapping[str, str]
             curve, value = on_axis(row["method"], chart["axis"])
             curves.setdefault(curve, {}).setdefault(value, []).append(row)
     reference = results["reference"]
-    for axes, (key, title) in zip(figure.subplots(1, 2), SCORES.items(), strict=True):
+    for axes, (key, title) in zip(figure.subplots(1, 2), chart["scores"].items(), strict=True):
         for place, (curve, points) in enumerate(curves.items()):
             at = sorted(points)
             axes.plot(
@@ -384,7 +379,7 @@ def method_curves(axes: Any, results: Mapping[str, Any], key: str) -> None:
     if key in results["ceiling"]:
         axes.axhline(results["ceiling"][key], ls="-.", c="gray", lw=1)
     else:
-        axes.axhline(results["floor_fd"], ls="-.", c="gray", lw=1, label="real scenes")
+        axes.axhline(results["floor_fd"], ls="-.", c="gray", lw=1, label="real images")
         axes.set_yscale("log")
     axes.set_xlabel("network calls an image")
     ticks = sorted({r["steps"] for r in results["rows"] if r["steps"] < reference["steps"]})

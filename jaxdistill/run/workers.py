@@ -9,11 +9,66 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import jax
+from filelock import FileLock, Timeout
+
+from jaxdistill.errors import UserError
 from jaxdistill.run.loop import StopSignal
+from jaxdistill.run.workdir import say
+
+
+class Claims:
+    """Shared work: who does what, among processes that see one folder. A signal that `stop`
+    receives ends a wait.
+    """
+
+    def __init__(self, folder: Path, stop: StopSignal) -> None:
+        self._folder, self._stop = folder, stop
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def claim(self, name: str, *, wait: bool = True) -> Iterator[bool]:
+        """Whether this process has `name` to itself inside the block: at once, or with `wait` as
+        soon as no other has it.
+
+        The system ends the claim of a process that dies. Raises Stopped.
+        """
+        lock, told = FileLock(self._folder / f"{name}.lock"), False
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=1.0 if wait else 0.0)
+            except Timeout:
+                if not wait:
+                    yield False
+                    return
+                self._stop.heed()
+                if not told:
+                    say(f"{name}: waiting for another process")
+                    told = True
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def share(self, tasks: Mapping[str, Callable[[], None]]) -> None:
+        """Do the tasks that no other process is at; then those that others were at, which is
+        nothing where they finished them.
+        """
+        others = []
+        for name, task in tasks.items():
+            with self.claim(name, wait=False) as mine:
+                if mine:
+                    task()
+                else:
+                    others.append(name)
+        for name in others:
+            with self.claim(name):
+                tasks[name]()
+
 
 MOST = 4
 """Processes that are started where nobody says how many: each holds data and programs of its own.
@@ -27,6 +82,19 @@ def cores() -> list[int]:
         if hasattr(os, "sched_getaffinity")
         else list(range(os.cpu_count() or 1))
     )
+
+
+def count_of(wanted: int) -> int:
+    """How many processes --processes asks for. Raises UserError where that cannot be."""
+    cpu = jax.default_backend() == "cpu"
+    if wanted < 0:
+        raise UserError(f"--processes must be at least 0, got {wanted}")
+    if wanted > 1 and not cpu:
+        raise UserError(
+            f"--processes = {wanted} shares the cores of a CPU; a {jax.default_backend()} takes one"
+            " process"
+        )
+    return wanted or (min(len(cores()), MOST) if cpu else 1)
 
 
 def run(command: Sequence[str], count: int, logs: Path, stop: StopSignal) -> list[int]:

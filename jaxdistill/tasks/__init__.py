@@ -15,11 +15,13 @@ TASKS = {
 """Name in a config -> module and class. Imported on demand: their libraries differ."""
 
 
-def open_task(config: ConfigDict) -> Any:
-    """The task of a config, checked; nothing heavy is computed, nothing is written.
+def open_task(config: ConfigDict, *, share: Any = None) -> Any:
+    """The task of a config, checked; nothing heavy is computed, nothing is written. `share`:
+    another one whose data and programs serve as well (see `tasks.small`).
 
     Raises ValueError in one line for what cannot be, ModuleNotFoundError where an extra is not
     installed.
     """
     module, name = choose(TASKS, config.get("task", ""), "config.task")
-    return getattr(importlib.import_module(module), name)(config)
+    make = getattr(importlib.import_module(module), name)
+    return make(config) if share is None else make(config, share=share)

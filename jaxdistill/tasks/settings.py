@@ -33,6 +33,17 @@ COUNTS = (
 RATES = ("teacher.learning_rate", "adversarial.learning_rate")
 
 
+def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A locked copy of the config with dotted keys set, after references are resolved.
+
+    Raises KeyError for a key that is not there.
+    """
+    copy = ConfigDict(config.to_dict())
+    copy.lock()
+    copy.update_from_flattened_dict(dict(changes))
+    return copy
+
+
 def check_config(config: ConfigDict) -> None:
     """Raise ValueError, in one line, for a number that cannot be."""
     flat = flatten(config.to_dict())

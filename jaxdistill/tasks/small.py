@@ -5,7 +5,7 @@ A subclass says what its data, its conditioning and its scores are.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,13 +44,20 @@ Batches = Callable[[int], Any]
 
 
 class Sampled(NamedTuple):
-    """One row of a table: who draws, with how many steps, and at which guidance scale."""
+    """One row of a table: who draws, with how many steps, and at which guidance scale; its
+    parameters where they are known.
+    """
 
     model: str
     steps: int
     guidance: float
     sampler: card.Sampler
-    params: Any
+    params: Any = None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What tells it from the others."""
+        return {"model": self.model, "steps": self.steps, "guidance": self.guidance}
 
     @property
     def grid(self) -> TimeGrid:
@@ -66,11 +73,23 @@ class SmallTask:
       about: the card's "data": {"name", "image_shape", "range", ...}.
       cond: shapes of one row of conditioning, a pytree.
       text: the card's "text", for networks that read captions.
-      share: a task of the same network, whose compiled programs serve as well.
+      share: a task of the same data. If its network is the same its compiled programs serve as
+        well, and losses are not traced in advance.
+
+    Attributes:
+      data: what the runs of a list share: data, and the networks of the scores.
+      columns: {key of a row: (title, format)} of a run's table.
+      shown: keys of the table in a run's picture.
+      charted: {key: title} of the scores in a chart of methods.
 
     Raises:
       ValueError: in one line, for what can be known before any work.
     """
+
+    data: Any
+    columns: Mapping[str, tuple[str, str]]
+    shown: Sequence[str]
+    charted: Mapping[str, str]
 
     def __init__(
         self,
@@ -103,8 +122,9 @@ class SmallTask:
         for phase in ("teacher", "student"):
             name = f"config.{phase}.batch_size"
             partition.check_batch(config[phase].batch_size, self.layout.mesh, name)
+        same = share if share and share.common == self.common else None
         x = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
-        self.abstract = card.check_model(self.model, x, cond)
+        self.abstract: Any = same.abstract if same else card.check_model(self.model, x, cond)
         self.weights = full_weights()
         if rank := config.student.lora_rank:
             key = key_of(config.seed, "lora")
@@ -115,19 +135,22 @@ class SmallTask:
         apply, features = jax.jit(self.model.apply), partial(self.model.apply, features=True)
         self._network = Model(apply, self.schedule, self.parameterization)
         self._features = jax.jit(features)
-        if share is not None:
-            self._network, self._features = share._network, share._features
+        if same:
+            self._network, self._features = same._network, same._features
         self._heads = FeatureHeads(config.adversarial.width)
         self._open_method()
-        self._programs: dict[Any, Any] = {} if share is None else share._programs
+        self._programs: dict[Any, Any] = same._programs if same else {}
         self._pool: Any = None
         self._pairs: Any = None
+        self.check()
+        if not same:
+            self.distillation.check()
 
     def _open_method(self) -> None:
         """The recipe, and the samplers of teacher and student. Raises ValueError."""
         config = self.config
         build = methods.build(config.method.name, config.methods.to_dict())
-        self.distillation = Distillation(self, build)
+        self.distillation: Distillation = Distillation(self, build)
         self.recipe = self.distillation.recipe
         learned = self.recipe.learns_from
         if learned and not self.teacher_path:
@@ -317,6 +340,36 @@ class SmallTask:
     def quick(self, images: np.ndarray) -> dict[str, float]:
         """Scores on validation for a health line."""
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise ValueError for settings that only this task has."""
+
+    def drawn(self, sampled: Sampled) -> tuple[tuple[np.ndarray, ...], float]:
+        """The sets of images that are scored, the pictured ones first, and images a second."""
+        raise NotImplementedError
+
+    def scores(self, *images: np.ndarray) -> Any:
+        """Of `drawn`: a NamedTuple with at least "fd"."""
+        raise NotImplementedError
+
+    def captions(self) -> Sequence[str]:
+        """Of the first images, which a picture shows."""
+        raise NotImplementedError
+
+    def reals(self) -> dict[str, Any]:
+        """What real images score: "ceiling" {score: value}, "floor_fd" of two halves of them."""
+        raise NotImplementedError
+
+    def protocol(self) -> dict[str, Any]:
+        """What scores depend on, beside the sampler."""
+        raise NotImplementedError
+
+    def notes(self) -> str:
+        """Below a table."""
+        raise NotImplementedError
+
+    def write_more(self, folder: Path, served: Mapping[int, Any]) -> None:
+        """Files of a run beside its exports."""
 
     # -- data
 
@@ -593,20 +646,78 @@ class SmallTask:
             served |= dict.fromkeys(student.stage.serves, params)
         return dict(sorted(served.items()))
 
-    # -- the table
+    # -- the run
 
-    def sampled(self, teacher: Any, served: Mapping[int, Any]) -> Iterator[Sampled]:
+    def execute(self, run: Run) -> dict[str, Any]:
+        """The whole job; returns what results.json holds, {} in processes other than the first."""
+        if self.teacher_path and not (run.workdir / "teacher").exists():
+            self.given_teacher(Path(self.teacher_path))
+        self.data.open(run)
+        teacher = self.teacher(run)
+        served = self.served(run, teacher)
+        # Exports and checkpoints are on disk: a signal from here on may end the process at once.
+        run.place.stop.release()
+        if distributed.is_main():
+            self.write_more(run.workdir, served)
+        distributed.barrier("exports are written")
+        return self.evaluate(run, teacher, served)
+
+    def sampled(self) -> list[Sampled]:
         """Who is scored, the reference first."""
         config, sampler = self.config, self.teacher_sampler
-        block = sampler.card["sampler"]
+        steps, scale = (sampler.card["sampler"][key] for key in ("steps", "guidance"))
+        counts, found = sorted(set(config.student.steps)), list[Sampled]()
         if "teacher" in config.eval.models:
-            for scale in dict.fromkeys((block["guidance"], *config.eval.guidances)):
-                yield Sampled("teacher", block["steps"], scale, sampler, teacher)
-            for n in served:
-                yield Sampled("teacher", n, block["guidance"], sampler, teacher)
+            keys = [(steps, g) for g in (scale, *config.eval.guidances)]
+            keys += [(n, scale) for n in counts]
+            found += [Sampled("teacher", n, g, sampler) for n, g in dict.fromkeys(keys)]
         if "student" in config.eval.models:
-            for n, params in served.items():
-                yield Sampled("student", n, 1.0, self.student_sampler, params)
+            found += [Sampled("student", n, 1.0, self.student_sampler) for n in counts]
+        return found
+
+    def row(
+        self, sampled: Sampled, images: tuple[np.ndarray, ...], rate: float
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """Its scores, said as they come, and its first images. `images`, `rate`: of `drawn`."""
+        scores = rounded(self.scores(*images)._asdict())
+        row = {**sampled.key, **scores, "images_per_second": rate}
+        say("  " + ", ".join(f"{key} {value}" for key, value in row.items()))
+        return row, images[0][: len(self.captions())]
+
+    def evaluate(self, run: Run, teacher: Any, served: Mapping[int, Any]) -> dict[str, Any]:
+        """The table and its picture. All processes draw, the first one scores."""
+        config, rows = self.config, list[dict[str, Any]]()
+        say(f"evaluation on the {config.eval.split} split")
+        with run.timed("evaluation"):
+            wanted = [
+                s._replace(params=teacher if s.model == "teacher" else served[s.steps])
+                for s in self.sampled()
+            ]
+            drawn = [(sampled, *self.drawn(sampled)) for sampled in wanted]
+            if not distributed.is_main():
+                distributed.barrier("results are written")  # who left before would end it
+                return {}
+            pictures: dict[tuple[str, int], np.ndarray] = {}
+            for sampled, images, rate in drawn:
+                row, first = self.row(sampled, images, rate)
+                rows.append(row)
+                pictures.setdefault((sampled.model, sampled.steps), first)  # the reference's
+        reference = rows[0] if rows[0]["model"] == "teacher" else None
+        for row in rows:
+            row["ratio"] = round(row["fd"] / reference["fd"], 4) if reference else None
+        reals, protocol = self.reals(), self.protocol()
+        name = self.common["data"]["name"]
+        results = run.write_results(
+            {"rows": rows, "reference": reference, **reals, "protocol": protocol},
+            title=f"{name}, {config.method.name}, seed {config.seed}",
+            notes=self.notes(),
+            columns=self.columns,
+        )
+        shown = {key: self.columns[key] for key in self.shown}
+        path = run.workdir / "results.png"
+        report.results_picture(path, results, pictures, shown, self.captions())
+        distributed.barrier("results are written")
+        return results
 
     def timed_draw(
         self, sampled: Sampled, conds: Callable[[np.ndarray], Any], count: int, seed: int

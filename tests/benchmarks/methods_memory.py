@@ -135,7 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", required=True, help="folder of the reports")
     parser.add_argument("--out", required=True, help="folder of methods_memory.json and .md")
-    parser.add_argument("--cases", default="", help="some of the cases, as XL-tdm-LoRA,1.5-dmd2-full")
+    parser.add_argument(
+        "--cases", default="", help="some of the cases, as XL-tdm-LoRA,1.5-dmd2-full"
+    )
     args = parser.parse_args()
     folder, out = Path(args.workdir).resolve(), Path(args.out).resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxdistill.interop import card
 from jaxdistill.names import choose
-from jaxdistill.run import checkpoint, distributed, report
+from jaxdistill.run import checkpoint
 from jaxdistill.run.distillation import check_keep_best
 from jaxdistill.run.run import Run
 from jaxdistill.run.workdir import say
@@ -20,11 +22,12 @@ from jaxdistill.tasks.labelled_images import data
 from jaxdistill.tasks.labelled_images.scores import (
     Evaluator,
     Extractor,
+    Metrics,
     make_extractor,
     train_extractor,
 )
 from jaxdistill.tasks.settings import check_frechet
-from jaxdistill.tasks.small import Batches, SmallTask, rounded
+from jaxdistill.tasks.small import Batches, Sampled, SmallTask
 
 COLUMNS = {
     "model": ("model", "{}"),
@@ -54,11 +57,60 @@ def make_dataset(block: Mapping[str, Any]) -> data.Dataset:
     return choose(makers, block["name"], "config.data.name")()
 
 
+class LabelledData:
+    """A dataset and, once it is open, the extractor and the evaluators of its scores.
+
+    Raises ValueError.
+    """
+
+    extractor: Extractor
+
+    def __init__(self, config: ConfigDict) -> None:
+        self.config = config
+        self.dataset = make_dataset(config.data.to_dict())
+
+    def open(self, run: Run) -> None:
+        """The frozen classifier of the metrics: trained at the first start, then read."""
+        ev, folder = self.config.eval, run.workdir / "extractor"
+        size: dict[str, Any] = {"channels": tuple(ev.channels), "features": ev.features}
+        if (folder / "card.json").exists():
+            params, _ = checkpoint.load_export(folder)
+            classes, images = len(self.dataset.class_names), self.dataset.train.images
+            self.extractor = make_extractor(params, images, num_classes=classes, **size)
+            return
+        with run.timed("extractor"):
+            say("feature extractor: training")
+            self.extractor = train_extractor(self.dataset, steps=ev.extractor_steps, **size)
+        about = {"role": "feature extractor", "hash": self.extractor.hash}
+        sizes = {"channels": list(ev.channels), "features": ev.features}
+        made = {"format": card.FORMAT, **about, "data": self.dataset.name, **sizes}
+        checkpoint.export(folder, self.extractor.params, made)
+
+    def split(self) -> data.Split:
+        """The one that config.eval.split names. Raises ValueError."""
+        splits = {"test": self.dataset.test, "validation": self.dataset.validation}
+        return choose(splits, self.config.eval.split, "config.eval.split")
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Scores against that split."""
+        return Evaluator(self.dataset, self.split(), self.extractor)
+
+    @cached_property
+    def validation(self) -> Evaluator:
+        """Scores for the health lines."""
+        return Evaluator(self.dataset, self.dataset.validation, self.extractor)
+
+
 class LabelledImages(SmallTask):
     """See `SmallTask`. Raises ValueError."""
 
-    def __init__(self, config: ConfigDict) -> None:
-        self.dataset = make_dataset(config.data.to_dict())
+    columns, shown = COLUMNS, PICTURED
+    charted = MappingProxyType({"fd": "Fréchet distance ↓", "accuracy": "accuracy ↑"})
+
+    def __init__(self, config: ConfigDict, *, share: "LabelledImages | None" = None) -> None:
+        self.data = share.data if share else LabelledData(config)
+        self.dataset = self.data.dataset
         names = list(self.dataset.class_names)
         super().__init__(
             config,
@@ -70,9 +122,8 @@ class LabelledImages(SmallTask):
             },
             model={**config.model.to_dict(), "num_classes": len(names)},
             cond=jax.ShapeDtypeStruct((1,), jnp.int32),
+            share=share,
         )
-        self.check()
-        self.distillation.check()
 
     def check(self) -> None:
         """Raise ValueError for settings that only this task has."""
@@ -84,7 +135,7 @@ class LabelledImages(SmallTask):
         for name in ev.models:
             choose({"teacher": 0, "student": 0}, name, "config.eval.models")
         check_frechet(self.config, ev.features, "eval.samples", "log.health_samples")
-        count = len(self.scored_split().labels)
+        count = len(self.data.split().labels)
         if ev.features >= count // 2:
             raise ValueError(
                 f"config.eval.features = {ev.features} is too many for halves of the"
@@ -92,11 +143,6 @@ class LabelledImages(SmallTask):
             )
         steps = sorted(self.config.student.steps)
         check_keep_best(self.config.student.keep_best, ("fd", "distance"), steps)
-
-    def scored_split(self) -> data.Split:
-        """The split that config.eval.split names. Raises ValueError."""
-        splits = {"test": self.dataset.test, "validation": self.dataset.validation}
-        return choose(splits, self.config.eval.split, "config.eval.split")
 
     # -- conditioning and data
 
@@ -120,125 +166,59 @@ class LabelledImages(SmallTask):
 
     def quick(self, images: np.ndarray) -> dict[str, float]:
         """The Fréchet distance to the validation split."""
-        return {"fd": self.validation.quick_fd(images)}
+        return {"fd": self.data.validation.quick_fd(images)}
 
-    # -- the run
+    # -- the table
 
-    def extractor(self, run: Run) -> Extractor:
-        """The frozen classifier of the metrics: trained at the first start, then read."""
-        ev, folder = self.config.eval, run.workdir / "extractor"
-        size: dict[str, Any] = {"channels": tuple(ev.channels), "features": ev.features}
-        if (folder / "card.json").exists():
-            params, _ = checkpoint.load_export(folder)
-            classes = len(self.dataset.class_names)
-            return make_extractor(params, self.dataset.train.images, num_classes=classes, **size)
-        with run.timed("extractor"):
-            say("feature extractor: training")
-            made = train_extractor(self.dataset, steps=ev.extractor_steps, **size)
-        about = {"role": "feature extractor", "hash": made.hash, "data": self.dataset.name}
-        sizes = {"channels": list(ev.channels), "features": ev.features}
-        card = {"format": self.common["format"], **about, **sizes}
-        checkpoint.export(folder, made.params, card)
-        return made
-
-    def execute(self, run: Run) -> dict[str, Any]:
-        """The whole job; returns what results.json holds, {} in processes other than the first."""
-        path = self.teacher_path
-        if path and not (run.workdir / "teacher").exists():
-            self.given_teacher(Path(path))
-        extractor = self.extractor(run)
-        self.validation = Evaluator(self.dataset, self.dataset.validation, extractor)
-        teacher = self.teacher(run)
-        served = self.served(run, teacher)
-        # Exports and checkpoints are on disk: a signal from here on may end the process at once.
-        run.place.stop.release()
-        if distributed.is_main():
-            self.write_program(run.workdir / "sampler.stablehlo", next(iter(served.values())))
-        distributed.barrier("exports are written")
-        return self.evaluate(run, extractor, teacher, served)
-
-    def evaluate(
-        self, run: Run, extractor: Extractor, teacher: Any, served: Mapping[int, Any]
-    ) -> dict[str, Any]:
-        """The table and its picture. All processes draw, the first one scores."""
+    def drawn(self, sampled: Sampled) -> tuple[tuple[np.ndarray, ...], float]:
+        """Of the classes in turn."""
         ev = self.config.eval
-        say(f"evaluation on the {ev.split} split")
-        with run.timed("evaluation"):
-            drawn = [
-                (sampled, *self.timed_draw(sampled, self.labels, ev.samples, ev.seed))
-                for sampled in self.sampled(teacher, served)
-            ]
-            if not distributed.is_main():
-                distributed.barrier("results are written")  # who left before would end it
-                return {}
-            evaluator = Evaluator(self.dataset, self.scored_split(), extractor)
-            rows, pictures = self.score(drawn, evaluator)
-        results = run.write_results(
-            self.results(rows, evaluator),
-            title=f"{self.dataset.name}, seed {self.config.seed}",
-            notes=self.notes(evaluator),
-            columns=COLUMNS,
-        )
-        shown = {key: COLUMNS[key] for key in PICTURED}
-        report.results_picture(run.workdir / "results.png", results, pictures, shown)
-        distributed.barrier("results are written")
-        return results
+        images, rate = self.timed_draw(sampled, self.labels, ev.samples, ev.seed)
+        return (images,), rate
 
-    def score(
-        self, drawn: Sequence[Any], evaluator: Evaluator
-    ) -> tuple[list[dict[str, Any]], dict[tuple[str, int], np.ndarray]]:
-        """Rows of the table, and the first images of each sampler."""
-        labels = self.labels(np.arange(self.config.eval.samples))
-        rows: list[dict[str, Any]] = []
-        pictures: dict[tuple[str, int], np.ndarray] = {}
-        reference = self.teacher_sampler.card["sampler"]["guidance"]
-        for sampled, images, rate in drawn:
-            scores = rounded(evaluator(images, labels)._asdict())
-            row = {"model": sampled.model, "steps": sampled.steps, "guidance": sampled.guidance}
-            rows.append({**row, **scores, "images_per_second": rate})
-            told = ", ".join(f"{key} {value}" for key, value in scores.items())
-            say(f"  {sampled.model} {sampled.steps:2d} steps, {sampled.guidance:g}: {told}")
-            if sampled.guidance == reference or sampled.model == "student":
-                pictured = images[: 2 * len(self.dataset.class_names)]
-                pictures[sampled.model, sampled.steps] = pictured
-        return rows, pictures
+    def scores(self, *images: np.ndarray) -> Metrics:
+        """Against the scored split."""
+        return self.data.evaluator(images[0], self.labels(np.arange(len(images[0]))))
 
-    def results(self, rows: list[dict[str, Any]], evaluator: Evaluator) -> dict[str, Any]:
-        """What results.json says beyond every run's."""
-        first = rows[0] if rows[0]["model"] == "teacher" else None
-        keys = ("model", "steps", "guidance", "fd", "fd_noise")
-        reference = {k: first[k] for k in keys} if first else None
-        for row in rows:
-            row["ratio"] = round(row["fd"] / reference["fd"], 4) if reference else None
-        ev, reals = self.config.eval, evaluator.reference
+    def captions(self) -> Sequence[str]:
+        """The classes, twice."""
+        return [str(name) for name in self.dataset.class_names] * 2
+
+    def reals(self) -> dict[str, Any]:
+        """Of two halves, of the train split, and what the classifier itself reaches."""
+        evaluator = self.data.evaluator
         return {
-            "rows": rows,
-            "reference": reference,
+            "ceiling": {"accuracy": round(evaluator.classifier_accuracy, 4)},
             "floor_fd": round(evaluator.floor_fd(), 5),
             "train_fd": round(evaluator.floor_fd_train(), 5),
-            "protocol": {
-                "split": ev.split,
-                "reference_set": f"{self.dataset.name} {ev.split} split",
-                "reference_count": len(reals.labels),
-                "reference_sha256": data.fingerprint(reals),
-                "extractor_sha256": evaluator.extractor.hash,
-                "extractor_accuracy": round(evaluator.classifier_accuracy, 4),
-                "features": ev.features,
-                "samples": ev.samples,
-                "sampling_seed": ev.seed,
-                "pixel_range": [0.0, 1.0],
-                "fd_noise": "standard error over samples, by a jackknife over 50 blocks of them",
-                "floor_fd": (
-                    f"between two halves of the {ev.split} split (half as many images as any row's"
-                    " reference)"
-                ),
-                "train_fd": f"of the training images to the {ev.split} split",
-            },
         }
 
-    def notes(self, evaluator: Evaluator) -> str:
+    def protocol(self) -> dict[str, Any]:
+        """What scores depend on, beside the sampler."""
+        ev, evaluator = self.config.eval, self.data.evaluator
+        return {
+            "split": ev.split,
+            "reference_set": f"{self.dataset.name} {ev.split} split",
+            "reference_count": len(evaluator.reference.labels),
+            "reference_sha256": data.fingerprint(evaluator.reference),
+            "extractor_sha256": evaluator.extractor.hash,
+            "extractor_accuracy": round(evaluator.classifier_accuracy, 4),
+            "features": ev.features,
+            "samples": ev.samples,
+            "sampling_seed": ev.seed,
+            "pixel_range": [0.0, 1.0],
+            "fd_noise": "standard error over samples, by a jackknife over 50 blocks of them",
+            "floor_fd": (
+                f"between two halves of the {ev.split} split (half as many images as any row's"
+                " reference)"
+            ),
+            "train_fd": f"of the training images to the {ev.split} split",
+        }
+
+    def notes(self) -> str:
         """Below the table of results.md."""
-        ev, count = self.config.eval, len(evaluator.reference.labels)
+        ev, evaluator = self.config.eval, self.data.evaluator
+        count = len(evaluator.reference.labels)
         return (
             f"FD of {ev.samples:,} samples to the {count} images of the {self.dataset.name}"
             f" {ev.split} split. Two real halves are {evaluator.floor_fd():.3f} apart, the training"
@@ -246,6 +226,10 @@ class LabelledImages(SmallTask):
             f" {evaluator.extractor.hash}, accuracy {evaluator.classifier_accuracy:.3f} on the same"
             " images."
         )
+
+    def write_more(self, folder: Path, served: Mapping[int, Any]) -> None:
+        """sampler.stablehlo."""
+        self.write_program(folder / "sampler.stablehlo", next(iter(served.values())))
 
     def write_program(self, path: Path, params: Any) -> None:
         """sampler.stablehlo: (params, noise [b, h, w, c], labels [b], times [n]) -> images

@@ -5,9 +5,11 @@ teacher and a recogniser, and as the methods' data. Without it a finished teache
 captions alone, and scored against statistics of real scenes that are stored beside the recogniser.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grain
@@ -19,18 +21,18 @@ from ml_collections import ConfigDict
 from jaxdistill.errors import UserError
 from jaxdistill.interop import sentence_encoder
 from jaxdistill.names import choose
-from jaxdistill.run import checkpoint, distributed, report
+from jaxdistill.run import checkpoint, compilation
 from jaxdistill.run.distillation import check_keep_best
 from jaxdistill.run.loop import tqdm
 from jaxdistill.run.run import Run
-from jaxdistill.run.workdir import say
+from jaxdistill.run.workdir import flatten, say
 from jaxdistill.tasks.labelled_images.data import fashion_mnist
 from jaxdistill.tasks.scenes import reference, scenes
 from jaxdistill.tasks.scenes.recognise import SCALE_IMAGES, SceneRecogniser, train_recogniser, unit
 from jaxdistill.tasks.scenes.reference import Reference
-from jaxdistill.tasks.scenes.scores import SceneEvaluator
+from jaxdistill.tasks.scenes.scores import SceneEvaluator, SceneScores
 from jaxdistill.tasks.settings import check_frechet
-from jaxdistill.tasks.small import Batches, Sampled, SmallTask, rounded
+from jaxdistill.tasks.small import Batches, Sampled, SmallTask
 
 SHAPE = (scenes.SIDE, scenes.SIDE, 3)
 PICTURED = 8
@@ -56,62 +58,96 @@ COLUMNS = {
 SHOWN = ("fd", "precision", "recall", "all_right", "diversity")
 """Columns of the picture's table."""
 
+SHARED = ("data.scale", "text.length", "model", "schedule", "prediction", "teacher", "recogniser")
+"""Parts of the config that a run and its base must have in common."""
+
+FREE = ("guidance", "steps", "grid", "health_every", "path", "solver", "time_skew")
+"""Keys of the teacher that may differ: how it is sampled and watched, not what it is."""
+
 
 class SceneData:
     """Captions with their embeddings and, where there is a source, real scenes; the recogniser.
 
-    All runs of a comparison share one. Making it reads no weights but the text encoder's.
+    All runs of a comparison share one. Making it reads no weights but the text encoder's; scenes
+    and embeddings are made, or read, where they are first asked for. Raises UserError.
     """
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        folder: Path,
-        *,
-        base: Path | None = None,
-        watch: Callable[..., Any] = iter,
-    ) -> None:
-        """`folder`: of what is made from the source, and of embeddings. `base`: where a recogniser
-        is trained, by default there; config.base wins.
-        """
+    def __init__(self, config: ConfigDict, *, base: Path | None = None) -> None:
+        """`base`: where a recogniser is trained, by default in the run; config.base wins."""
         self.config = config
-        self.base = Path(config.base) if config.base else base or folder
+        self.base = Path(config.base) if config.base else base
         self.encoder = sentence_encoder.load(config.text.folder)
-        self.sources: Mapping[str, Any] = {}
-        source = config.data.source
-        if source:
-            self.sources = scenes.open_scenes(source, folder / "scenes", scale=config.data.scale)
-            self.captions = {
+        self.references: dict[str, Reference] = {}
+        self._evaluators: dict[str, SceneEvaluator] = {}
+        self._watch: Callable[..., Any] = iter
+        if not config.data.source:
+            path = Path(config.base, "recogniser", reference.FILE)
+            self.references, self._scale = reference.load(path)
+            self._check_counts()
+
+    def _check_counts(self) -> None:
+        """Raise UserError where more captions are asked for than are stored."""
+        most = len(self.references["validation"].captions)
+        count = max(self.config.eval.samples, self.config.log.health_samples)
+        if count > most:
+            raise UserError(
+                f"config.eval.samples and config.log.health_samples can be at most {most} where"
+                f" config.data.source is empty, got {count}"
+            )
+
+    def open(self, run: Run) -> None:
+        """Make what is missing for the scores; the run's signals end it. A run without a base has
+        its recogniser in its own folder.
+        """
+        self.base = self.base or run.workdir
+        self._watch = watched("captions", run.place.stop.heed)
+        self.embeddings  # noqa: B018
+        self.evaluator("validation")
+        self.evaluator(self.config.eval.split)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of embeddings and scenes: config.data.cache, or the user's cache folder."""
+        cache = self.config.data.cache
+        return Path(cache) if cache else compilation.user_cache() / "scenes"
+
+    @cached_property
+    def sources(self) -> Mapping[str, Any]:
+        """{split: real scenes}, {} where there is no source."""
+        block = self.config.data
+        if not block.source:
+            return {}
+        return scenes.open_scenes(block.source, self.folder / "scenes", scale=block.scale)
+
+    @cached_property
+    def captions(self) -> dict[str, list[str]]:
+        """{split: captions}; without scenes those that a run reads, as each costs the encoder
+        time.
+        """
+        if self.sources:
+            return {
                 split: [item["caption"].decode() for item in items]
                 for split, items in self.sources.items()
             }
-            self.references: dict[str, Reference] = {}
-        else:
-            self.references, self._scale = reference.load(self.base / "recogniser" / reference.FILE)
-            self.captions = self._needed()
-        wanted = [caption for captions in self.captions.values() for caption in captions]
-        length = config.text.length
-        self.embeddings = sentence_encoder.cached_embeddings(
-            self.encoder, wanted, folder / "text", length=length, watch=watch
-        )
-
-    def _needed(self) -> dict[str, list[str]]:
-        """The captions that a run without scenes reads: each costs the encoder time. Raises
-        UserError.
-        """
         ev, first, second = self.config.eval, *(self.references[s] for s in ("validation", "test"))
         count = max(ev.samples, self.config.log.health_samples)
-        if count > len(first.captions):
-            raise UserError(
-                f"config.eval.samples and config.log.health_samples can be at most"
-                f" {len(first.captions)} where config.data.source is empty, got {count}"
-            )
         return {
             "train": scenes.train_captions(self.config.data.captions),
             "validation": list(first.captions[:count]),
             "test": list(second.captions[: ev.samples]),
             "unseen": list(second.unseen[: ev.unseen]),
         }
+
+    @cached_property
+    def embeddings(self) -> sentence_encoder.Embeddings:
+        """Of all captions."""
+        return sentence_encoder.cached_embeddings(
+            self.encoder,
+            [caption for captions in self.captions.values() for caption in captions],
+            self.folder / "text",
+            length=self.config.text.length,
+            watch=self._watch,
+        )
 
     @property
     def text(self) -> dict[str, Any]:
@@ -134,6 +170,7 @@ class SceneData:
     @cached_property
     def recogniser(self) -> SceneRecogniser:
         """Read from `base`, or trained there at the first need."""
+        assert self.base is not None, "open the data first"
         block, folder = self.config.recogniser, self.base / "recogniser"
         size: dict[str, Any] = {"channels": tuple(block.channels), "features": block.features}
         if (folder / "card.json").exists():
@@ -177,7 +214,9 @@ class SceneData:
 
     def evaluator(self, split: str) -> SceneEvaluator:
         """Scores against a split of real scenes."""
-        return SceneEvaluator(self.recogniser, self.reference(split))
+        if split not in self._evaluators:
+            self._evaluators[split] = SceneEvaluator(self.recogniser, self.reference(split))
+        return self._evaluators[split]
 
     def conds(self, captions: Sequence[str]) -> Callable[[np.ndarray], Any]:
         """Numbers -> the conditioning of these captions, in turn."""
@@ -218,17 +257,16 @@ def image_of(item: Any) -> np.ndarray:
 
 
 class Scenes(SmallTask):
-    """See `SmallTask`. `data`: shared with other runs; by default made below `folder` (or, for a
-    run of its own, when the run begins). Raises ValueError.
-    """
+    """See `SmallTask`. `data`: shared with other runs. Raises ValueError."""
+
+    columns, shown = COLUMNS, SHOWN
+    charted = MappingProxyType({"fd": "Fréchet distance ↓", "all_right": "caption all right ↑"})
 
     def __init__(
-        self, config: ConfigDict, *, data: SceneData | None = None, share: SmallTask | None = None
+        self, config: ConfigDict, *, data: SceneData | None = None, share: "Scenes | None" = None
     ) -> None:
         check(config)
-        watch = watched("captions", lambda: None)
-        self.data = data or SceneData(config, cache_folder(config), watch=watch)
-        """Captions, embeddings and, where there is a source, real scenes."""
+        self.data = data or (share.data if share else SceneData(config))
         super().__init__(
             config,
             about={"name": "scenes", "image_shape": list(SHAPE), "range": [-1.0, 1.0]},
@@ -237,10 +275,11 @@ class Scenes(SmallTask):
             text=self.data.text,
             share=share,
         )
-        steps = sorted(config.student.steps)
-        check_keep_best(config.student.keep_best, ("fd", "distance"), steps)
-        if share is None:
-            self.distillation.check()
+
+    def check(self) -> None:
+        """Raise ValueError for a name of config.student.keep_best."""
+        steps = sorted(self.config.student.steps)
+        check_keep_best(self.config.student.keep_best, ("fd", "distance"), steps)
 
     @property
     def teacher_path(self) -> str:
@@ -280,70 +319,41 @@ class Scenes(SmallTask):
 
     def quick(self, images: np.ndarray) -> dict[str, float]:
         """FD and all-right on validation."""
-        return self.validation.quick(images)
+        return self.data.evaluator("validation").quick(images)
 
-    @cached_property
-    def validation(self) -> SceneEvaluator:
-        """Scores for the health lines."""
-        return self.data.evaluator("validation")
+    # -- the table
 
-    # -- the run
+    @property
+    def evaluator(self) -> SceneEvaluator:
+        """Scores against the split of config.eval."""
+        return self.data.evaluator(self.config.eval.split)
 
-    def execute(self, run: Run) -> dict[str, Any]:
-        """The whole job; returns what results.json holds, {} in processes other than the first."""
-        if not self.config.base:
-            self.data.base = run.workdir
-        teacher = self.teacher(run)
-        served = self.served(run, teacher)
-        run.place.stop.release()
-        return self.evaluate(run, teacher, served)
-
-    def evaluate(self, run: Run, teacher: Any, served: Mapping[int, Any]) -> dict[str, Any]:
-        """The table and its picture. All processes draw, the first one scores."""
-        ev, rows = self.config.eval, list[dict[str, Any]]()
-        pictures: dict[tuple[str, int], np.ndarray] = {}
-        say(f"evaluation on the {ev.split} split")
-        with run.timed("evaluation"):
-            evaluator = self.data.evaluator(ev.split)
-            for sampled in self.sampled(teacher, served):
-                row, images = self.score(sampled, evaluator)
-                key = {"model": sampled.model, "steps": sampled.steps}
-                rows.append({**key, "guidance": sampled.guidance, **row})
-                pictures[sampled.model, sampled.steps] = images
-                say("  " + ", ".join(f"{k} {v}" for k, v in rows[-1].items()))
-        if not distributed.is_main():
-            distributed.barrier("results are written")
-            return {}
-        first = rows[0]
-        for row in rows:
-            row["ratio"] = (
-                round(row["fd"] / first["fd"], 4) if first["model"] == "teacher" else None
-            )
-        results = run.write_results(
-            {
-                "rows": rows,
-                "reference": first if first["model"] == "teacher" else None,
-                **self.reals(evaluator),
-                "protocol": self.protocol(),
-            },
-            title=f"Scenes, {self.config.method.name}, seed {self.config.seed}",
-            notes=(
-                f"FD of {ev.samples:,} samples to the real scenes of the {ev.split} split. Two"
-                f" halves of these are {evaluator.reference.halves:.3f} apart. Recogniser"
-                f" {self.data.recogniser.hash}."
-            ),
-            columns=COLUMNS,
+    def drawn(self, sampled: Sampled) -> tuple[tuple[np.ndarray, ...], float]:
+        """Of the split's captions, of unseen ones, and several of a caption."""
+        ev, found = self.config.eval, self.evaluator.reference
+        conds = self.data.conds
+        count = min(ev.samples, len(found.captions))
+        first = found.captions[: min(ev.diversity_captions, found.diversity_captions, count)]
+        repeated = [caption for caption in first for _ in range(found.repeats)]
+        unseen = min(count, ev.unseen, len(found.unseen))
+        images, rate = self.timed_draw(sampled, conds(found.captions), count, ev.seed)
+        more = (
+            self.draw(sampled, conds(found.unseen), unseen, ev.seed + 1),
+            self.draw(sampled, conds(repeated), len(repeated), ev.seed + 2),
         )
-        shown = {key: COLUMNS[key] for key in SHOWN}
-        captions = evaluator.reference.captions[:PICTURED]
-        path = run.workdir / "results.png"
-        report.results_picture(path, results, pictures, shown, captions)
-        distributed.barrier("results are written")
-        return results
+        return (images, *more), rate
 
-    def reals(self, evaluator: SceneEvaluator) -> dict[str, Any]:
+    def scores(self, *images: np.ndarray) -> SceneScores:
+        """Against real scenes."""
+        return self.evaluator(*images)
+
+    def captions(self) -> Sequence[str]:
+        """The first of the scored split."""
+        return self.evaluator.reference.captions[: min(PICTURED, self.config.eval.samples)]
+
+    def reals(self) -> dict[str, Any]:
         """What real scenes score."""
-        found = evaluator.reference
+        found = self.evaluator.reference
         ceiling = {k: round(v, 4) for k, v in found.ceiling.items()}
         return {"ceiling": ceiling, "floor_fd": round(found.halves, 5)}
 
@@ -358,36 +368,22 @@ class Scenes(SmallTask):
             "pixel_range": [0.0, 1.0],
         }
 
-    def score(
-        self, sampled: Sampled, evaluator: SceneEvaluator
-    ) -> tuple[dict[str, Any], np.ndarray]:
-        """Scores with the split's captions, and the first images."""
-        ev, found = self.config.eval, evaluator.reference
-        seen = self.data.conds(found.captions)
-        unseen = self.data.conds(found.unseen)
-        count = min(ev.samples, len(found.captions))
-        first = found.captions[: min(ev.diversity_captions, found.diversity_captions, count)]
-        repeated = self.data.conds([c for c in first for _ in range(found.repeats)])
-        images, rate = self.timed_draw(sampled, seen, count, ev.seed)
-        scores = evaluator(
-            images,
-            self.draw(sampled, unseen, min(count, ev.unseen, len(found.unseen)), ev.seed + 1),
-            self.draw(sampled, repeated, len(first) * found.repeats, ev.seed + 2),
+    def notes(self) -> str:
+        """Below the table of results.md."""
+        ev, reals = self.config.eval, self.reals()
+        ceiling = ", ".join(f"{k} {v:.3f}" for k, v in reals["ceiling"].items())
+        return (
+            f"FD of {ev.samples:,} samples to the real scenes of the {ev.split} split. Two halves"
+            f" of these are {reals['floor_fd']:.3f} apart; they score {ceiling}. Recogniser"
+            f" {self.data.recogniser.hash}."
         )
-        return {**rounded(scores._asdict()), "images_per_second": rate}, images[:PICTURED]
-
-
-def cache_folder(config: ConfigDict) -> Path:
-    """Of embeddings and scenes: config.data.cache, or the user's cache folder."""
-    from jaxdistill.run.compilation import user_cache
-
-    return Path(config.data.cache) if config.data.cache else user_cache() / "scenes"
 
 
 def check(config: ConfigDict) -> None:
     """Raise ValueError for what only this task has."""
     choose({"validation": 0, "test": 0}, config.eval.split, "config.eval.split")
     check_frechet(config, config.recogniser.features, "eval.samples", "log.health_samples")
+    check_base(config)
     if config.data.source:
         return
     about = "config.data.source is empty: a run from captions alone"
@@ -398,6 +394,29 @@ def check(config: ConfigDict) -> None:
         )
     if config.adversarial.reals != "teacher":
         raise ValueError(f"{about} has no images as reals: set config.adversarial.reals=teacher")
+
+
+def check_base(config: ConfigDict) -> None:
+    """Raise UserError where config.base holds no teacher, or one of other settings."""
+    if not config.base:
+        return
+    folder = Path(config.base)
+    for part in ("config.json", "teacher/card.json", "recogniser/card.json"):
+        if not (folder / part).exists():
+            raise UserError(
+                f"config.base = {config.base} has no {part}; give the workdir of a benchmark that"
+                " has trained its teacher"
+            )
+    there = flatten(json.loads((folder / "config.json").read_text()))
+    here = flatten(json.loads(config.to_json()))
+    for key in sorted(there.keys() & here.keys()):
+        shared = any(key == part or key.startswith(f"{part}.") for part in SHARED)
+        free = key.startswith("teacher.") and key.removeprefix("teacher.") in FREE
+        if shared and not free and there[key] != here[key]:
+            raise UserError(
+                f"config.base = {config.base} was made with {key} = {there[key]}, here it is"
+                f" {here[key]}"
+            )
 
 
 def watched(name: str, stopped: Callable[[], None]) -> Callable[[Iterable[int]], Iterator[int]]:
