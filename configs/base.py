@@ -4,6 +4,7 @@ Every key can be set as --config.key=value. What a method can be told is in `con
 name of the method; `--config.method.name=` chooses one.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -120,6 +121,19 @@ def small_teacher(config: ConfigDict, **changes: Any) -> None:
         }
     )
     config.log.update({"health_samples": 500, "teacher_steps": 20})  # of the health lines
+
+
+def compared(config: ConfigDict, methods: Sequence[str]) -> None:
+    """The block of `jaxdistill.benchmark`."""
+    config.benchmark = ConfigDict(
+        {
+            "methods": tuple(methods),  # keys of config.methods
+            "seeds": (0, 1, 2),  # of the students; the teacher is trained once, with config.seed
+            # Of results.png: methods against steps | variants against the first one | axis: by a
+            # number in the names, CURVE_AXIS_100.
+            "chart": {"kind": "methods", "axis": "", "label": ""},
+        }
+    )
 
 
 def chosen(config: ConfigDict, name: str, *, file: str) -> ConfigDict:

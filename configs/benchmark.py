@@ -7,7 +7,8 @@ FOLDER holds Fashion-MNIST's four idx files. `configs/benchmark.py:smoke` is the
 minutes, on little data. On that benchmark's teacher, with `--config.base=runs/benchmark`: `:tuning`
 tries settings of ours and scores them on validation, `:search` the competitors' learning rates,
 `:updates` how many fake-score updates DMD2 and TDM want, `:ablation` takes Imagine Flash apart, and
-`:leakage` trains it forward and backward at times of more and less signal.
+`:leakage` trains it forward and backward at times of more and less signal. `:digits` compares the
+methods on the digits, without FOLDER.
 """
 
 import math
@@ -16,7 +17,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import base, scenes
+from configs import base, digits, scenes
+from jaxdistill.methods import METHODS
 
 COMPARED = (
     "imagine_flash",
@@ -33,23 +35,20 @@ COMPARED = (
 
 
 def get_config(size: str = "") -> ConfigDict:
-    """The config; `size` is a key of SIZES."""
-    if size not in SIZES:
-        known = ", ".join("configs/benchmark.py" + (f":{name}" if name else "") for name in SIZES)
+    """The config; `size` is a key of SIZES, or "digits"."""
+    if size not in (*SIZES, "digits"):
+        names = (*SIZES, "digits")
+        known = ", ".join("configs/benchmark.py" + (f":{name}" if name else "") for name in names)
         raise ValueError(f"configs/benchmark.py:{size} is not known; use one of {known}")
+    if size == "digits":
+        config = digits.get_config()
+        config.student.update({"iterations": 0, "budget": 28_000})  # Imagine Flash's 1,100
+        base.compared(config, [name for name in METHODS if name != "endpoint"])
+        return config
     config = scenes.whole()
-    config.compute.optimize = True  # False: without XLA's costly passes, where compiling costs more
     # The paper's five updates of fake score and discriminator for one of the student.
     variant(config, "dmd2_faithful", "dmd2", {"fake_updates": 5})
-    config.benchmark = ConfigDict(
-        {
-            "methods": COMPARED,  # keys of config.methods
-            "seeds": (0, 1, 2),  # of the students; the teacher is trained once, with config.seed
-            # Of results.png: methods against steps | variants against the first one | axis: by a
-            # number in the names, CURVE_AXIS_100.
-            "chart": {"kind": "methods", "axis": "", "label": ""},
-        }
-    )
+    base.compared(config, COMPARED)
     SIZES[size](config)
     return config
 
@@ -226,7 +225,6 @@ def at_snr(scale: float, steps: int = 3) -> tuple[float, ...]:
 def smoke(config: ConfigDict) -> None:
     """Everything small: it shows that all parts work, not how good they are."""
     config.benchmark.seeds = (0,)
-    config.compute.optimize = False
     config.data.scale = 0.01
     config.model.update({"channels": (8,), "patch": 4})
     config.teacher.update({"iterations": 30, "batch_size": 16, "steps": 4, "health_every": 30})

@@ -13,8 +13,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from jaxdistill import benchmark
-from jaxdistill.errors import UserError
 from jaxdistill.methods import METHODS
+from jaxdistill.names import choose
 from jaxdistill.run.cli import Command
 
 
@@ -58,12 +58,9 @@ VARIANTS: dict[str, Variant] = {
 
 
 def listed(config: ConfigDict, seeds: Sequence[int], names: Sequence[str]) -> benchmark.Listing:
-    """These variants and those whose teachers they share, with each seed. Raises UserError."""
+    """These variants and those whose teachers they share, with each seed. Raises ValueError."""
     for name in names:
-        if name not in VARIANTS:
-            raise UserError(
-                f"--variants: {name!r} is not known; choose from {', '.join(map(repr, VARIANTS))}"
-            )
+        choose(VARIANTS, name, "--variants")
     needed = [n for n in VARIANTS if n in names or any(VARIANTS[m].teacher_of == n for m in names)]
     entries: dict[tuple[str | None, int], benchmark.Entry] = {}
     for seed in seeds:
@@ -97,7 +94,7 @@ def main() -> None:
             seeds = [int(seed) for seed in command.seeds]
         except ValueError:
             given = ",".join(command.seeds)
-            raise UserError(f"--seeds={given} is no list of whole numbers") from None
+            raise ValueError(f"--seeds={given} is no list of whole numbers") from None
         return listed(config, seeds, command.variants or list(VARIANTS))
 
     benchmark.run_list(command, make, "jaxdistill.ablate")

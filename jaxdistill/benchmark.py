@@ -78,7 +78,7 @@ def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 class Study:
     """The runs of a list in one workdir. Making it opens all tasks and writes nothing. Raises
-    UserError for what can be known before any work.
+    ValueError for what can be known before any work.
     """
 
     def __init__(
@@ -99,14 +99,11 @@ class Study:
         if entry.origin:
             changes["teacher.path"] = str(self.workdir / entry.origin.folder / entry.given)
         share = next(iter(self.tasks.values()), None)
-        try:
-            task = open_task(changed(self.config, changes), share=share)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        task = open_task(changed(self.config, changes), share=share)
         if not isinstance(task, SmallTask):
-            raise UserError(f"config.task = {self.config.task!r} has no table of methods")
+            raise ValueError(f"config.task = {self.config.task!r} has no table of methods")
         if task.recipe.learns_from and entry.given != "student":
-            raise UserError(
+            raise ValueError(
                 f"{entry.name} learns from a student of several steps, and this list has none for"
                 " it; `python -m jaxdistill.ablate` has"
             )
@@ -142,22 +139,24 @@ class Study:
             )
         return list(stored["rows"])
 
-    def wanted(self, entry: Entry) -> dict[tuple[Any, ...], Sampled]:
+    def wanted(
+        self, entry: Entry, teacher: Any = None, students: Mapping[int, Any] | None = None
+    ) -> dict[tuple[Any, ...], Sampled]:
         """{identity of a row: who is scored}, the reference first."""
         about = {"method": entry.name, "seed": entry.seed}
-        return {identity({**about, **s.key}): s for s in self.tasks[entry.key].sampled()}
+        sampled = self.tasks[entry.key].sampled(teacher, students)
+        return {identity({**about, **s.key}): s for s in sampled}
 
-    def missing(self, entry: Entry) -> list[Sampled]:
-        """Who is not scored yet."""
-        known = {identity(row) for row in self.stored()}
-        return [s for key, s in self.wanted(entry).items() if key not in known]
+    def missing(self, entry: Entry) -> set[tuple[Any, ...]]:
+        """Identities of rows that are not there yet."""
+        return self.wanted(entry).keys() - {identity(row) for row in self.stored()}
 
     def rows(self) -> list[dict[str, Any]]:
-        """Those of the list in its order, with "ratio", FD over that of the reference of their
-        teacher: processes add them as they finish.
+        """Those of the list, ordered by name, with "ratio": FD over that of the first row of their
+        teacher.
         """
         stored, rows = {identity(row): row for row in self.stored()}, []
-        for entry in self.entries:
+        for entry in sorted(self.entries, key=lambda e: self.listing.known.index(e.name)):
             reference = stored.get(next(iter(self.wanted(entry.origin or entry))))
             fd = reference["fd"] if reference and reference["model"] == "teacher" else None
             for row in (stored[key] for key in self.wanted(entry) if key in stored):
@@ -208,12 +207,12 @@ class Study:
         if not (missing := self.missing(entry)):
             return
         say(f"{entry.name}, seed {entry.seed}")
-        models = {sampled.model for sampled in missing}
+        models = {key[KEYS.index("model")] for key in missing}
         students = self.students(entry) if "student" in models else {}
         teacher = self.teacher(entry) if "teacher" in models else None
-        for sampled in missing:
-            params = teacher if sampled.model == "teacher" else students[sampled.steps]
-            self.add_row(entry, sampled._replace(params=params))
+        for key, sampled in self.wanted(entry, teacher, students).items():
+            if key in missing:
+                self.add_row(entry, sampled)
 
     def run(self) -> None:
         """All that no other process has done or does."""
@@ -262,22 +261,20 @@ class Study:
         return self.workdir / "pictures" / name
 
     def pictures(self) -> dict[tuple[str, int], np.ndarray]:
-        """{(name, steps): its first images [c, h, w, ch]}: the first reference, and each name's
-        first seed at the steps that its task shows.
+        """{(name, steps): the first images [c, h, w, ch] of its first seed}: of a student at the
+        steps that its task shows, else of the reference.
         """
         shown: dict[tuple[str, int], np.ndarray] = {}
         # Where rows.json alone was carried here there is no picture.
-        shape = (len(self.first.captions()), *self.first.image_shape)
-        blank = np.full(shape, 127, np.uint8)
-        for entry in self.entries:
-            task, sampled = self.tasks[entry.key], list(self.wanted(entry).values())
-            picked = [s for s in sampled[:1] if s.model == "teacher" and not shown]
-            picked += [s for s in sampled if (s.model, s.steps) == ("student", task.shown_steps)]
-            for s in picked:
-                path = self.picture_path(entry, s)
-                images = np.load(path) if path.exists() else blank
-                name = "teacher" if s.model == "teacher" else entry.name
-                shown.setdefault((name, s.steps), images.astype(np.float32) / 255.0)
+        blank = np.full((len(self.first.captions()), *self.first.image_shape), 127, np.uint8)
+        firsts = {entry.name: entry for entry in reversed(self.entries)}
+        for name in filter(firsts.get, self.listing.known):
+            task = self.tasks[firsts[name].key]
+            at, sampled = ("student", task.shown_steps), task.sampled()
+            chosen = next((s for s in sampled if (s.model, s.steps) == at), sampled[0])
+            path = self.picture_path(firsts[name], chosen)
+            images = np.load(path) if path.exists() else blank
+            shown[name, chosen.steps] = images.astype(np.float32) / 255.0
         return shown
 
 
@@ -321,21 +318,18 @@ def table(
 
 
 def listed(config: ConfigDict) -> Listing:
-    """A teacher and the methods of config.benchmark, each with each seed. Raises UserError."""
+    """A teacher and the methods of config.benchmark, each with each seed. Raises ValueError."""
     wanted = config.get("benchmark")
     if wanted is None or not wanted.methods:
-        raise UserError(
+        raise ValueError(
             "config.benchmark.methods is empty; name keys of config.methods, as"
             " configs/benchmark.py does"
         )
-    try:
-        choose(report.CHARTS, wanted.chart.kind, "config.benchmark.chart.kind")
-        for name in wanted.methods:
-            choose(dict.fromkeys(config.methods), name, "config.benchmark.methods")
-            if wanted.chart.kind == "axis":
-                report.on_axis(name, wanted.chart.axis)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    choose(report.CHARTS, wanted.chart.kind, "config.benchmark.chart.kind")
+    for name in wanted.methods:
+        choose(dict.fromkeys(config.methods), name, "config.benchmark.methods")
+        if wanted.chart.kind == "axis":
+            report.on_axis(name, wanted.chart.axis)
     first = {"method.name": wanted.methods[0], "eval.models": ("teacher",)}
     teacher = Entry("teacher", config.seed, first, "")
     students = [
@@ -361,24 +355,22 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("helper", 0, about, flag_values=values)
 
 
-def work(command: Command, config: ConfigDict, listing: Listing, module: str) -> None:
-    """The list, by as many processes as were asked for."""
-    workdir, stop = command.folder(), StopSignal()
+def work(command: Command, make: Callable[[ConfigDict], Listing], module: str) -> None:
+    """A list, by as many processes as were asked for."""
+    config, workdir, stop = command.given_config(), command.folder(), StopSignal()
     count = workers.count_of(command.processes)
-    if not config.compute.get("optimize", True):
-        compilation.compile_quickly()
-    study = Study(config, workdir, listing, stop)
+    try:
+        study = Study(config, workdir, make(config), stop)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     prepare_workdir(workdir, config)
     compilation.use_cache(config.compute.compilation_cache)
     with stop.installed():
         if command.helper:
             workers.end_with(command.helper)
         study.open()
-        if command.helper:
-            study.run()
-            return
         count = min(count, sum(bool(study.missing(entry)) for entry in study.entries))
-        if count > 1:
+        if count > 1 and not command.helper:
             study.train_teachers(count)
             logs = workdir / "logs"
             say(f"{count} processes share the rest; all but the first write to {logs}")
@@ -386,21 +378,20 @@ def work(command: Command, config: ConfigDict, listing: Listing, module: str) ->
             workers.run(again, count, logs, stop)
             stop.heed()
         study.run()  # what a process that failed has left
-        print(study.write())
+        if not command.helper:
+            print(study.write())
 
 
 def run_list(command: Command, make: Callable[[ConfigDict], Listing], module: str) -> None:
-    """A list's command."""
+    """The command of a list; `make` raises ValueError."""
     with one_line_errors():
-        config = command.parse().given_config()
+        command.parse()
         try:
-            work(command, config, make(config), module)
+            work(command, make, module)
         except (UserError, NonFiniteError) as error:
-            if not command.helper:
-                raise
-            # The error is that of the process it helps, which comes to the same place.
-            print(f"process {os.getpid()} has failed: {error}")
-            sys.exit(2)
+            if command.helper:  # the process it helps comes to the same place and says it
+                sys.exit(f"process {os.getpid()} has failed: {error}")
+            raise
 
 
 def main() -> None:

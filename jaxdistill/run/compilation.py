@@ -23,20 +23,6 @@ LOCK_SECONDS = 10
 """How long another process may hold the cache; JAX waits as long."""
 
 
-QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-"""Flags of XLA's CPU compiler: kernels without MLIR, and a program in one piece. The TPU's compiler
-ends a process that has them.
-"""
-
-
-def compile_quickly() -> None:
-    """Leave XLA's costly passes out, before anything is compiled: where compiling costs more."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]
-        # Which processes that this one starts inherit.
-        os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
-
-
 def user_cache() -> Path:
     """The folder of what can be made again: $XDG_CACHE_HOME/jaxdistill or ~/.cache/jaxdistill."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxdistill"

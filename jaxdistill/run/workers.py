@@ -28,7 +28,6 @@ class Claims:
 
     def __init__(self, folder: Path, stop: StopSignal) -> None:
         self._folder, self._stop = folder, stop
-        self._folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def claim(self, name: str, *, wait: bool = True) -> Iterator[bool]:
@@ -37,6 +36,7 @@ class Claims:
 
         The system ends the claim of a process that dies. Raises Stopped.
         """
+        self._folder.mkdir(parents=True, exist_ok=True)
         lock, told = FileLock(self._folder / f"{name}.lock"), False
         while not lock.is_locked:
             try:
@@ -55,19 +55,14 @@ class Claims:
             lock.release()
 
     def share(self, tasks: Mapping[str, Callable[[], None]]) -> None:
-        """Do the tasks that no other process is at; then those that others were at, which is
-        nothing where they finished them.
+        """Do the tasks that no other process is at; then all again, to wait for the others and to
+        do what they have left. A task that is done does nothing.
         """
-        others = []
-        for name, task in tasks.items():
-            with self.claim(name, wait=False) as mine:
-                if mine:
-                    task()
-                else:
-                    others.append(name)
-        for name in others:
-            with self.claim(name):
-                tasks[name]()
+        for wait in (False, True):
+            for name, task in tasks.items():
+                with self.claim(name, wait=wait) as mine:
+                    if mine:
+                        task()
 
 
 MOST = 4

@@ -45,14 +45,14 @@ Batches = Callable[[int], Any]
 
 class Sampled(NamedTuple):
     """One row of a table: who draws, with how many steps, and at which guidance scale; its
-    parameters where they are known.
+    parameters, None where they do not matter.
     """
 
     model: str
     steps: int
     guidance: float
     sampler: card.Sampler
-    params: Any = None
+    params: Any
 
     @property
     def key(self) -> dict[str, Any]:
@@ -361,8 +361,10 @@ class SmallTask:
         raise NotImplementedError
 
     def protocol(self) -> dict[str, Any]:
-        """What scores depend on, beside the sampler."""
-        raise NotImplementedError
+        """What scores depend on, beside the sampler: what all tasks have."""
+        ev = self.config.eval
+        common = {"split": ev.split, "samples": ev.samples, "sampling_seed": ev.seed}
+        return {**common, "pixel_range": [0.0, 1.0]}
 
     def notes(self) -> str:
         """Below a table."""
@@ -662,7 +664,9 @@ class SmallTask:
         distributed.barrier("exports are written")
         return self.evaluate(run, teacher, served)
 
-    def sampled(self) -> list[Sampled]:
+    def sampled(
+        self, teacher: Any = None, served: Mapping[int, Any] | None = None
+    ) -> list[Sampled]:
         """Who is scored, the reference first."""
         config, sampler = self.config, self.teacher_sampler
         steps, scale = (sampler.card["sampler"][key] for key in ("steps", "guidance"))
@@ -670,9 +674,10 @@ class SmallTask:
         if "teacher" in config.eval.models:
             keys = [(steps, g) for g in (scale, *config.eval.guidances)]
             keys += [(n, scale) for n in counts]
-            found += [Sampled("teacher", n, g, sampler) for n, g in dict.fromkeys(keys)]
+            found += [Sampled("teacher", n, g, sampler, teacher) for n, g in dict.fromkeys(keys)]
         if "student" in config.eval.models:
-            found += [Sampled("student", n, 1.0, self.student_sampler) for n in counts]
+            student = partial(Sampled, "student", guidance=1.0, sampler=self.student_sampler)
+            found += [student(steps=n, params=(served or {}).get(n)) for n in counts]
         return found
 
     def row(
@@ -689,11 +694,7 @@ class SmallTask:
         config, rows = self.config, list[dict[str, Any]]()
         say(f"evaluation on the {config.eval.split} split")
         with run.timed("evaluation"):
-            wanted = [
-                s._replace(params=teacher if s.model == "teacher" else served[s.steps])
-                for s in self.sampled()
-            ]
-            drawn = [(sampled, *self.drawn(sampled)) for sampled in wanted]
+            drawn = [(s, *self.drawn(s)) for s in self.sampled(teacher, served)]
             if not distributed.is_main():
                 distributed.barrier("results are written")  # who left before would end it
                 return {}

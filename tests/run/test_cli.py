@@ -151,7 +151,11 @@ def test_help_says_an_example_and_all_flags_and_does_nothing_else(call, module, 
     assert (code, err) == (0, "")
     first, *_ = out.splitlines()
     assert first.startswith(f"`python -m {module.__name__} --config=")
-    own = {"main": ["coordinator"], "benchmark": ["processes"], "ablate": ["seeds", "variants"]}
+    own = {
+        "main": ["coordinator"],
+        "benchmark": ["processes"],
+        "ablate": ["seeds", "variants", "processes"],
+    }
     wanted = own.get(module.__name__.rpartition(".")[2], ["topology", "search"])
     for name in ("config", *wanted):
         assert f"\n  --{name}: " in out

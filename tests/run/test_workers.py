@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 from shell import wait_until
@@ -74,6 +75,48 @@ raise SystemExit(10 * len(got))
 
     threading.Thread(target=send).start()
     assert workers.run(python(code), 2, tmp_path / "logs", stop) == [10, 10]
+
+
+def claims(folder):
+    """Of one process."""
+    return workers.Claims(folder, loop.StopSignal())
+
+
+def test_processes_leave_each_other_their_tasks_and_take_over_what_is_left(tmp_path):
+    one, two, done = claims(tmp_path), claims(tmp_path), []
+    begun, leave = threading.Event(), threading.Event()
+
+    def other():
+        with one.claim("a") as mine:
+            assert mine
+            begun.set()
+            leave.wait(20)  # and dies without having done it
+
+    def do(name):
+        if name not in done:
+            done.append(name)
+        if name == "b":
+            leave.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    begun.wait(20)
+    two.share({name: partial(do, name) for name in "abc"})
+    thread.join()
+    assert done == ["b", "c", "a"]
+
+
+def test_a_signal_ends_the_wait_for_another_process(tmp_path):
+    one, two = claims(tmp_path), claims(tmp_path)
+    two._stop.received = "SIGTERM"
+    with (
+        one.claim("teacher"),
+        pytest.raises(loop.Stopped, match="SIGTERM; start the same command"),
+        two.claim("teacher"),
+    ):
+        pass
+    with two.claim("teacher", wait=False) as mine:
+        assert mine
 
 
 def test_a_helper_ends_with_the_process_it_helps(tmp_path):

@@ -5,9 +5,10 @@ import tiny
 from shell import assert_one_error_line, run_command
 
 from configs import base, digits, fashion, sd15, sd21, sdxl
-from jaxdistill import ablate, sample
+from jaxdistill import sample
 from jaxdistill.methods import METHODS
 from jaxdistill.tasks import open_task
+from jaxdistill.tasks.settings import changed
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ from jaxdistill.tasks import open_task
 )
 def test_a_bad_config_is_refused_with_the_value_and_the_mend(changes, message):
     with pytest.raises(ValueError) as error:
-        open_task(ablate.changed(tiny.get_config(), changes))
+        open_task(changed(tiny.get_config(), changes))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -106,7 +107,7 @@ def test_a_bad_config_is_refused_with_the_value_and_the_mend(changes, message):
 )
 def test_a_bad_config_of_one_step_from_several_is_refused(changes, message):
     with pytest.raises(ValueError) as error:
-        open_task(ablate.changed(base.chosen(tiny.get_config(), "one", file="tiny"), changes))
+        open_task(changed(base.chosen(tiny.get_config(), "one", file="tiny"), changes))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -1,8 +1,8 @@
 import dataclasses
 import json
-import os
 import shutil
-import threading
+from functools import cache
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,17 +21,35 @@ from jaxdistill.interop.text_export import TextExport
 from jaxdistill.methods.matched import added
 from jaxdistill.run import checkpoint, loop, record_cache, report
 from jaxdistill.tasks.scenes.scenes import open_scenes
-from jaxdistill.tasks.scenes.task import SceneData, Scenes, caption_of, watched
+from jaxdistill.tasks.scenes.scores import SceneScores
+from jaxdistill.tasks.scenes.task import Scenes, caption_of, watched
+from jaxdistill.tasks.settings import changed
 
 METHODS = ("imagine_flash", "step_distillation")
 GOLDEN = TESTS / "golden" / "bert"
 
 
 def config_of(size=""):
-    """Of a size, with a source of scenes."""
+    """Of a size, with a source of scenes and a small encoder."""
     config = config_file.get_config(size)
-    config.data.source = "fashion-mnist"
+    config.data.source, config.text.folder = "fashion-mnist", str(GOLDEN)
     return config
+
+
+def study_of(config, workdir=Path("unused")):
+    """Every name of the list once; nothing is made."""
+    config.benchmark.seeds = config.benchmark.seeds[:1]
+    return benchmark.Study(config, workdir, benchmark.listed(config), loop.StopSignal())
+
+
+@cache
+def opened():
+    """A task of the benchmark's size; others share its network."""
+    return Scenes(config_of())
+
+
+def recipe_of(config, name):
+    return Scenes(changed(config, {"method.name": name}), share=opened()).recipe
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +65,13 @@ def smoke(source, tmp_path_factory):
         "--config=configs/benchmark.py:smoke",
         f"--config.data.source={source}",
         f"--config.text.folder={GOLDEN}",
+        f"--config.data.cache={workdir.parent / 'cache'}",
         f"--workdir={workdir}",
         "--config.benchmark.methods=('imagine_flash', 'step_distillation')",
     ]
     found = run_command("jaxdistill.benchmark", *flags, timeout=600)
     assert found.returncode == 0, found.stderr[-3000:]
-    assert "| imagine_flash | 1 |" in found.stdout
+    assert "| imagine_flash | student | 1 |" in found.stdout
     return workdir, flags
 
 
@@ -67,7 +86,8 @@ def test_smoke_benchmark_scores_every_method_at_every_step_count(smoke):
     }
     for row in results["rows"]:
         assert (
-            np.isfinite([row[k] for k in benchmark.SCORES]).all() and row["images_per_second"] > 0
+            np.isfinite([row[k] for k in SceneScores._fields]).all()
+            and row["images_per_second"] > 0
         )
     assert results["floor_fd"] > 0 and set(results["ceiling"]) == {
         "colour",
@@ -75,7 +95,7 @@ def test_smoke_benchmark_scores_every_method_at_every_step_count(smoke):
         "relation",
         "all_right",
     }
-    assert "| step_distillation | 2 |" in (workdir / "results.md").read_text()
+    assert "| step_distillation | student | 2 |" in (workdir / "results.md").read_text()
     assert Image.open(workdir / "results.png").size[0] == 1200
 
 
@@ -114,10 +134,10 @@ def test_export_draws_the_images_that_were_scored(smoke, name):
         config_of("smoke"),
         TextExport(workdir / "students" / name / "student", encoder=GOLDEN),
     )
-    scenes = open_scenes(workdir, workdir / "scenes", scale=config.data.scale)
+    scenes = open_scenes(workdir, workdir.parent / "cache/scenes", scale=config.data.scale)
     captions = [caption_of(item) for item in scenes["test"]][: config.eval.samples]
     images = model(captions, steps=2, seed=config.eval.seed, batch_size=config.eval.batch_size)
-    scored = np.load(workdir / "pictures" / f"{name.split('-')[0]}-0-2-1.npy").astype(np.float32)
+    scored = np.load(workdir / "pictures" / f"{name}-student-2-1.npy").astype(np.float32)
     np.testing.assert_allclose(images[: len(scored)] * 255.0, scored, atol=1.01)
     assert model.card["sampler"]["steps"] == 2 and model.card["sampler"]["guidance"] == 1.0
     # An image is a function of its caption, the seed and its number, not of its batch.
@@ -181,7 +201,7 @@ def test_bad_config_is_refused_before_any_work(changes, words):
     config = config_of("smoke")
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError) as error:
-        benchmark.check_all(config)
+        study_of(config)
     for word in words:
         assert word in str(error.value)
 
@@ -219,9 +239,9 @@ def test_variants_run_on_the_exports_of_another_benchmark(smoke, tmp_path):
     }
     config.base, config.teacher.iterations = str(base), 31
     with pytest.raises(ValueError, match=r"teacher.iterations = 30, here it is 31"):
-        benchmark.check_all(config)
+        study_of(config)
     config.teacher.iterations, config.teacher.guidance = 30, 3.0  # the sampler's: free
-    benchmark.check_all(config)
+    study_of(config)
 
 
 @pytest.mark.long
@@ -261,36 +281,27 @@ def test_teacher_is_scored_on_real_and_on_the_students_states(smoke, tmp_path):
 @pytest.mark.parametrize("size", ["ablation", "leakage"])
 def test_every_variant_of_the_studies_can_be_built(size):
     config = config_of(size)
-    benchmark.check_all(config)
+    tasks = study_of(config).tasks
     full = config_of().methods.imagine_flash
     for name in config.benchmark.methods:
-        assert benchmark.recipe_of(config, name).sampler.times[0] == 1.0
+        assert tasks[f"{name}-0"].recipe.sampler.times[0] == 1.0
         changes = {k for k, v in config.methods[name].items() if k != "method" and v != full.get(k)}
         assert size == "leakage" or len(changes) == (name != "full"), (name, changes)
 
 
-def test_what_is_left_to_train_is_known_from_the_rows(tmp_path):
-    made = rows_of(tmp_path, methods=("imagine_flash", "direct"), seeds=(0, 1))
-    assert made.unscored() == 4
-    rows = [{"method": "direct", "seed": seed, "steps": n} for seed, n in ((0, 1), (0, 2), (1, 1))]
-    stored = {"protocol": made.task.protocol(), "rows": rows}
-    made.rows_path.write_text(json.dumps(stored))
-    assert made.unscored() == 3  # seed 1 of `direct` lacks two steps
+def test_a_list_without_names_is_refused():
+    for config in (config_file.scenes.get_config(), config_of()):
+        if "benchmark" in config:
+            config.benchmark.methods = ()
+        with pytest.raises(ValueError, match=r"config\.benchmark\.methods is empty"):
+            benchmark.listed(config)
 
 
-def test_the_smoke_size_compiles_without_costly_passes_and_the_others_with_them(monkeypatch):
-    before = jax.config.read("jax_disable_most_optimizations")
-    try:
-        for size, left_out in (("", False), ("smoke", True), ("search", False)):
-            jax.config.update("jax_disable_most_optimizations", False)
-            monkeypatch.setenv("XLA_FLAGS", "--mine")
-            benchmark.choose_optimizations(config_of(size))
-            assert jax.config.read("jax_disable_most_optimizations") == left_out
-            assert os.environ["XLA_FLAGS"] == (
-                f"{benchmark.QUICK} --mine" if left_out else "--mine"
-            )
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+def test_a_method_that_needs_a_student_is_refused_before_any_work():
+    config = config_of("smoke")
+    config.benchmark.methods, config.student.steps = ("endpoint",), (1,)
+    with pytest.raises(ValueError, match="endpoint learns from a student"):
+        study_of(config)
 
 
 def test_processes_below_none_are_refused(tmp_path):
@@ -323,7 +334,7 @@ def test_methods_follow_the_teachers_guidance_and_steps_until_they_have_their_ow
 
 def test_the_search_changes_a_competitors_rates_or_its_guidance_and_nothing_else():
     config, shipped = config_of("search"), config_of().methods
-    benchmark.check_all(config)
+    study_of(config)
     assert config.eval.split == "validation" and len(config.benchmark.methods) == 3 * 6 + 2
     for name in config.benchmark.methods:
         found, method = config.methods[name].to_dict(), config.methods[name].method
@@ -338,7 +349,7 @@ def test_the_search_changes_a_competitors_rates_or_its_guidance_and_nothing_else
 
 def test_matched_is_imagine_flash_then_tdm_then_one_step_with_one_sampler():
     config = config_of()
-    flash, matched = (benchmark.recipe_of(config, name) for name in ("imagine_flash", "matched"))
+    flash, matched = (recipe_of(config, name) for name in ("imagine_flash", "matched"))
     np.testing.assert_allclose([stage.share for stage in matched.stages], [0.35, 0.35, 0.3])
     assert [tuple(stage.serves) for stage in matched.stages] == [(), (2, 3, 4), (1,)]
     assert [stage.networks for stage in matched.stages] == [
@@ -351,11 +362,11 @@ def test_matched_is_imagine_flash_then_tdm_then_one_step_with_one_sampler():
     nested = {"grid": "nested", "times": (1.0, 0.75, 0.5, 0.3)}
     assert dataclasses.replace(matched.sampler, **nested) == flash.sampler
     config.methods.matched.matching.grid = "nested"
-    assert benchmark.recipe_of(config, "matched").sampler == flash.sampler
+    assert recipe_of(config, "matched").sampler == flash.sampler
     for share in (0.0, 0.7, -0.5):
         config.methods.matched.matching.share = share
         with pytest.raises(ValueError, match=r"matching\.share must be"):
-            benchmark.recipe_of(config, "matched")
+            recipe_of(config, "matched")
 
 
 def test_listed_grids_are_chosen_by_their_length_and_checked():
@@ -399,7 +410,7 @@ def test_a_share_for_pairs_that_leaves_nothing_is_refused(share):
     config = config_of()
     config.methods.direct.pairs_share = share
     with pytest.raises(ValueError, match="pairs_share must be above 0 and below 1"):
-        benchmark.recipe_of(config, "direct")
+        recipe_of(config, "direct")
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
@@ -414,6 +425,7 @@ def test_times_of_a_scaled_snr_have_it(scale):
 
 def test_picture_of_methods_has_a_row_for_each(tmp_path):
     score = {"fd": 1.0, "all_right": 0.5, "seed": 0}
+    chart = {"kind": "methods", "scores": Scenes.charted}
     rows = [{"method": "teacher", "steps": n, "guidance": 2.0, **score} for n in (50, 1, 2)]
     rows += [
         {"method": m, "steps": n, "guidance": 1.0, **score}
@@ -424,20 +436,18 @@ def test_picture_of_methods_has_a_row_for_each(tmp_path):
     sizes = []
     for methods in (("imagine_flash",), ("imagine_flash", "lcm")):
         pictures = {(m, 2): np.full((3, 32, 32, 3), 0.5, np.float32) for m in methods}
-        report.methods_picture(
-            tmp_path / "p.png", results, ["a red bag above a blue bag"] * 3, pictures
-        )
+        captions = ["a red bag above a blue bag"] * 3
+        report.methods_picture(tmp_path / "p.png", results, captions, pictures, chart)
         sizes.append(Image.open(tmp_path / "p.png").size)
     assert sizes[0][0] == sizes[1][0] and sizes[1][1] > sizes[0][1] + 100
 
 
 def test_chart_of_variants_shows_each_as_a_multiple_of_the_first():
     scores = (("full", 1.0), ("full", 3.0), ("forward", 4.0), ("forward", 4.0))
-    rows = [{"method": method, "steps": 3, "guidance": 1.0, "fd": fd} for method, fd in scores]
+    rows = [{"method": m, "model": "student", "steps": 3, "fd": fd} for m, fd in scores]
     figure = plt.figure()
-    report.variants_chart(
-        figure, {"rows": [{"method": "teacher", "steps": 50, "fd": 9.0}, *rows]}, {}
-    )
+    teacher = {"method": "full", "model": "teacher", "steps": 50, "fd": 9.0}
+    report.variants_chart(figure, {"rows": [teacher, *rows]}, {})
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["full", "forward"]
     points = [line.get_xdata() for line in axes.get_lines() if line.get_marker() == "o"]
@@ -453,12 +463,13 @@ def test_chart_by_an_axis_reads_the_number_in_the_name():
         "backward_snr_400": 1.0,
     }
     rows = [
-        {"method": m, "steps": 3, "seed": 0, "guidance": 1.0, "fd": fd, "all_right": 0.5}
+        {"method": m, "model": "student", "steps": 3, "seed": 0, "fd": fd, "all_right": 0.5}
         for m, fd in scores.items()
     ]
     results = {"rows": rows, "reference": {"fd": 0.9, "all_right": 0.8, "steps": 50}}
     figure = plt.figure()
-    report.axis_chart(figure, results, {"axis": "snr", "label": "SNR"})
+    chart = {"axis": "snr", "label": "SNR", "scores": Scenes.charted}
+    report.axis_chart(figure, results, chart)
     curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
     assert curves["forward"] == [[25, 3.0], [400, 5.0]] and curves["backward"] == [
         [25, 2.0],
@@ -490,7 +501,7 @@ def test_bad_settings_of_a_method_are_refused_before_any_work(change, said):
     config = config_of()
     config.methods.matched.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=r"config\.methods\.matched: ") as refused:
-        benchmark.check_all(config)
+        study_of(config)
     assert said in str(refused.value)
 
 
@@ -504,9 +515,9 @@ def test_a_student_of_one_step_that_nobody_asked_for_is_refused():
             r" to 0"
         ),
     ):
-        benchmark.check_all(config)
+        study_of(config)
     config.methods.matched.one.share = 0.0
-    stages = benchmark.recipe_of(config, "matched").stages
+    stages = recipe_of(config, "matched").stages
     assert [tuple(stage.serves) for stage in stages] == [(), (2, 3)]
 
 
@@ -517,7 +528,7 @@ def test_a_chart_that_cannot_be_drawn_is_refused_before_any_work(kind, said):
     config = config_of("smoke")
     config.benchmark.chart.update({"kind": kind, "axis": "snr"})
     with pytest.raises(ValueError, match=said):
-        benchmark.check_all(config)
+        study_of(config)
 
 
 def test_unknown_size_of_the_config_is_refused():
@@ -531,41 +542,81 @@ class Known:
     recogniser = type("Recogniser", (), {"hash": "this"})()
 
 
-def rows_of(workdir, **wanted):
-    """A benchmark of which only the rows are there."""
-    made = shared(workdir)
-    made.config = config_of("smoke")
-    made.config.benchmark.update(wanted)
-    made.data, made.rows_path = Known(), workdir / "rows.json"
-    made.task = object.__new__(Scenes)
-    made.task.config, made.task.data = made.config, made.data
+def known(workdir, **wanted):
+    """A benchmark whose scores could be made."""
+    config = config_of("smoke")
+    config.benchmark.update(wanted)
+    listing = benchmark.listed(config)
+    made = benchmark.Study(config, workdir, listing, loop.StopSignal())
+    made.first.data = Known()
     return made
 
 
+def store(study, rows, **other):
+    """Its rows.json."""
+    stored = {"protocol": {**study.first.protocol(), **other}, "rows": rows}
+    study.rows_path.write_text(json.dumps(stored))
+
+
+def row_of(method, seed, steps, guidance=1.0):
+    model = "teacher" if method == "teacher" else "student"
+    at = {"method": method, "seed": seed, "model": model, "steps": steps, "guidance": guidance}
+    return {**at, "fd": 2.0}
+
+
+def test_what_is_left_to_train_is_known_from_the_rows(tmp_path):
+    made = known(tmp_path, methods=("imagine_flash", "direct"), seeds=(0, 1))
+    unscored = lambda: {e.key for e in made.entries if made.missing(e)}  # noqa: E731
+    four = {"imagine_flash-0", "imagine_flash-1", "direct-0", "direct-1"}
+    assert unscored() == {"teacher-0", *four}
+    store(made, [row_of("direct", 0, 1), row_of("direct", 0, 2), row_of("direct", 1, 1)])
+    assert unscored() == {"teacher-0", *four} - {"direct-0"}  # seed 1 lacks two steps
+
+
 def test_stored_rows_of_another_recogniser_or_method_are_never_mixed(tmp_path):
-    made = rows_of(tmp_path)
-    other = {**made.task.protocol(), "recogniser_sha256": "that"}
-    made.rows_path.write_text(json.dumps({"protocol": other, "rows": []}))
+    made = known(tmp_path)
+    store(made, [], recogniser_sha256="that")
     with pytest.raises(UserError, match="another protocol"):
-        made.known_rows()
-    stored = {"protocol": made.task.protocol(), "rows": [{"method": "mine", "seed": 0, "steps": 1}]}
-    made.rows_path.write_text(json.dumps(stored))
+        made.stored()
+    store(made, [row_of("mine", 0, 1)])
     with pytest.raises(UserError, match="rows of mine, which"):
-        made.known_rows()
+        made.stored()
 
 
 def test_rows_stand_in_the_order_of_the_config_whoever_finished_first(tmp_path):
-    made = rows_of(tmp_path, methods=("tdm", "add"), seeds=(0, 1))
+    made = known(tmp_path, methods=("tdm", "add"), seeds=(0, 1))
+    made.first.config.eval.guidances = (5.0,)
     steps, guidance = made.config.teacher.steps, made.config.teacher.guidance
-    row = lambda method, seed, n, g: dict(method=method, seed=seed, steps=n, guidance=g)  # noqa: E731
     ordered = [
-        row("teacher", 0, steps, guidance),
-        row("teacher", 0, steps, 5.0),
-        row("teacher", 0, 1, guidance),
-        *(row(m, seed, n, 1.0) for m in ("tdm", "add") for seed in (0, 1) for n in (1, 2)),
+        row_of("teacher", 0, steps, guidance),
+        row_of("teacher", 0, steps, 5.0),
+        row_of("teacher", 0, 1, guidance),
+        *(row_of(m, seed, n) for m in ("tdm", "add") for seed in (0, 1) for n in (1, 2)),
     ]
     mixed = [ordered[i] for i in np.random.default_rng(0).permutation(len(ordered))]
-    assert mixed != ordered == made.in_order(mixed)
+    store(made, mixed)
+    found = made.rows()
+    assert {row.pop("ratio") for row in found} == {1.0}
+    assert mixed != ordered == found
+
+
+def test_means_are_over_seeds_and_tell_guidances_apart():
+    """Rows of one step count at two guidances are no two seeds."""
+    rows = [row_of("teacher", 0, 4, 1.0), row_of("teacher", 0, 4, 2.0)]
+    rows += [{**row_of("tdm", seed, 1), "fd": fd} for seed, fd in ((0, 1.0), (1, 2.0))]
+    rows = [{**row, "all_right": None} for row in rows]
+    found = benchmark.averages(rows)
+    assert [mean["seeds"] for mean in found] == [1, 1, 2]
+    assert (found[0]["fd"], found[0]["fd_sd"]) == (2.0, None)
+    assert (found[2]["fd"], found[2]["fd_sd"]) == (1.5, 0.7071)
+    columns = {"fd": ("FD", "{:.2f}"), "all_right": ("all right", "{:.3f}")}
+    lines = benchmark.table(found, "name", columns).splitlines()
+    assert lines[0] == "| name | model | steps | FD | all right |"
+    assert lines[2:] == [
+        "| teacher | teacher, guidance 1 | 4 | 2.00 |  |",
+        "| teacher | teacher, guidance 2 | 4 | 2.00 |  |",
+        "| tdm | student | 1 | 1.50 ± 0.71 |  |",
+    ]
 
 
 def test_pairs_of_noise_target_and_caption_stay_together(tmp_path):
@@ -586,80 +637,28 @@ def test_pairs_of_noise_target_and_caption_stay_together(tmp_path):
     assert any(different)  # seeds have orders of their own
 
 
-def shared(workdir):
-    """A benchmark of which only the sharing of work is there."""
-    made = object.__new__(benchmark.Benchmark)
-    made.workdir, made.stop = workdir, loop.StopSignal()
-    made.claims = benchmark.Claims(workdir, made.heed_stop)
-    return made
-
-
-def test_processes_leave_each_other_their_tasks_and_take_over_what_is_left(tmp_path):
-    one, two, done = shared(tmp_path), shared(tmp_path), []
-    begun, leave = threading.Event(), threading.Event()
-
-    def other():
-        with one.claims.claim("a") as mine:
-            assert mine
-            begun.set()
-            leave.wait(20)  # and dies without having done it
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    begun.wait(20)
-    tasks = {
-        "a": lambda: done.append("a"),
-        "b": lambda: (done.append("b"), leave.set()),
-        "c": lambda: done.append("c"),
-    }
-    two.claims.share(tasks)
-    thread.join()
-    assert done == ["b", "c", "a"]
-
-
-def test_a_signal_ends_what_is_watched(tmp_path):
-    made, seen = shared(tmp_path), []
+def test_a_signal_ends_what_is_watched():
+    stop, seen = loop.StopSignal(), []
     with pytest.raises(loop.Stopped, match="SIGTERM; start the same command"):
-        for step in watched("images", made.heed_stop)(range(0, 9, 3)):
+        for step in watched("images", stop.heed)(range(0, 9, 3)):
             seen.append(step)
-            made.stop.received = "SIGTERM" if step == 3 else None
+            stop.received = "SIGTERM" if step == 3 else None
     assert seen == [0, 3]
-
-
-def test_a_signal_ends_the_wait_for_another_process(tmp_path):
-    one, two = shared(tmp_path), shared(tmp_path)
-    two.stop.received = "SIGTERM"
-    with (
-        one.claims.claim("teacher"),
-        pytest.raises(loop.Stopped, match="SIGTERM; start the same command"),
-        two.claims.claim("teacher"),
-    ):
-        pass
-    with two.claims.claim("teacher", wait=False) as mine:
-        assert mine
 
 
 # ---------------------------------------------------------------------------- the budget
 
 
 @pytest.fixture(scope="module")
-def first(source, tmp_path_factory):
-    """A task of the smoke size on real scenes; others share its data and programs."""
-    config = smoke_config(source)
-    return Scenes(config, data=SceneData(config, tmp_path_factory.mktemp("data")))
-
-
-def smoke_config(source, **changes):
-    config = config_of("smoke")
-    config.data.source, config.text.folder = str(source), str(GOLDEN)
-    config.update_from_flattened_dict(changes)
-    return config
+def first():
+    """A task of the smoke size; others share its programs."""
+    return Scenes(config_of("smoke"))
 
 
 @pytest.mark.parametrize("method", [*METHODS, "matched", "direct", "dmd2_faithful"])
 def test_methods_spend_the_same_budget(first, method):
     """In network calls: FLOPs of the losses and gradients over those of one call."""
-    task = Scenes(benchmark.of_method(first.config, method, 0), data=first.data, share=first)
+    task = Scenes(changed(first.config, {"method.name": method}), share=first)
     distillation, student = task.distillation, task.config.student
     stages = range(len(task.recipe.stages))
     spent = sum(distillation.calls(i) * distillation.iterations(i) for i in stages)

@@ -33,7 +33,8 @@ def real(tmp_path_factory):
     config.data.source = str(write_fashion(tmp_path_factory.mktemp("idx")))
     config.text.folder = str(GOLDEN)
     base = folder / "base"
-    task = Scenes(config, data=SceneData(config, folder, base=base))
+    config.data.cache = str(folder)
+    task = Scenes(config, data=SceneData(config, base=base))
     checkpoint.export(base / "teacher", task.first_params(), task.teacher_sampler.card)
     assert task.data.recogniser.hash  # is trained and exported
     checkpoint.write_json(base / "config.json", json.loads(config.to_json()))
@@ -57,7 +58,8 @@ def alone(base, cache, method="imagine_flash", /, **changes):
 @pytest.fixture(scope="module")
 def task(real, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    return Scenes(alone(real[1], cache), share=real[0])
+    config = alone(real[1], cache)
+    return Scenes(config, data=SceneData(config), share=real[0])
 
 
 def test_stored_statistics_score_as_the_scenes_that_they_are_of(real, task):

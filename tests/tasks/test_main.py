@@ -14,6 +14,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.interop import card
 from jaxdistill.run import checkpoint
 from jaxdistill.tasks import open_task
+from jaxdistill.tasks.settings import changed
 
 WITHOUT_US = """
 import sys
@@ -124,7 +125,7 @@ def test_another_configs_workdir_is_refused(finished):
     ],
 )
 def test_every_switch_makes_a_working_loss(changes):
-    task = open_task(ablate.changed(tiny.get_config(), changes))
+    task = open_task(changed(tiny.get_config(), changes))
     teacher, found = task.first_params(), task.distillation
     stage = task.recipe.stages[0]
     params = found.first_params(0, teacher, None)
@@ -169,16 +170,6 @@ def test_sample_serves_the_teacher_guidance_and_pictures(finished, tmp_path):
     np.testing.assert_allclose(
         plain, uncorrected, atol=1e-5
     )  # the identity for v and zero terminal SNR
-
-
-def test_ablation_writes_one_table_and_does_not_repeat_itself(tmp_path, monkeypatch):
-    text = ablate.ablate(tiny.get_config(), tmp_path, [0], ["no SRL"])
-    assert text.count("| no SRL | student |") == 3 and text.count("| full | student |") == 3
-    monkeypatch.setattr(main, "run", None)
-    assert ablate.ablate(tiny.get_config(), tmp_path, [0], ["no SRL"]) == text
-    assert {
-        row["variant"] for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]
-    } == {"full", "no SRL"}
 
 
 def test_a_flipped_bit_in_an_export_is_named(finished, tmp_path):

@@ -194,19 +194,16 @@ class LabelledImages(SmallTask):
         }
 
     def protocol(self) -> dict[str, Any]:
-        """What scores depend on, beside the sampler."""
+        """With the reference and the extractor."""
         ev, evaluator = self.config.eval, self.data.evaluator
         return {
-            "split": ev.split,
+            **super().protocol(),
             "reference_set": f"{self.dataset.name} {ev.split} split",
             "reference_count": len(evaluator.reference.labels),
             "reference_sha256": data.fingerprint(evaluator.reference),
             "extractor_sha256": evaluator.extractor.hash,
             "extractor_accuracy": round(evaluator.classifier_accuracy, 4),
             "features": ev.features,
-            "samples": ev.samples,
-            "sampling_seed": ev.seed,
-            "pixel_range": [0.0, 1.0],
             "fd_noise": "standard error over samples, by a jackknife over 50 blocks of them",
             "floor_fd": (
                 f"between two halves of the {ev.split} split (half as many images as any row's"

@@ -358,15 +358,8 @@ class Scenes(SmallTask):
         return {"ceiling": ceiling, "floor_fd": round(found.halves, 5)}
 
     def protocol(self) -> dict[str, Any]:
-        """What scores depend on, beside the sampler."""
-        ev = self.config.eval
-        return {
-            "split": ev.split,
-            "recogniser_sha256": self.data.recogniser.hash,
-            "samples": ev.samples,
-            "sampling_seed": ev.seed,
-            "pixel_range": [0.0, 1.0],
-        }
+        """With the recogniser."""
+        return {**super().protocol(), "recogniser_sha256": self.data.recogniser.hash}
 
     def notes(self) -> str:
         """Below the table of results.md."""
