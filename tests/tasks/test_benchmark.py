@@ -289,6 +289,13 @@ def test_every_variant_of_the_studies_can_be_built(size):
         assert size == "leakage" or len(changes) == (name != "full"), (name, changes)
 
 
+@pytest.mark.parametrize("size", ["", "tuning", "updates", "digits"])
+def test_every_size_can_be_opened(size):
+    config = config_of(size) if size != "digits" else config_file.get_config(size)
+    names = {name.rpartition("-")[0] for name in study_of(config).tasks}
+    assert names == {"teacher", *config.benchmark.methods}
+
+
 def test_a_list_without_names_is_refused():
     for config in (config_file.scenes.get_config(), config_of()):
         if "benchmark" in config:
@@ -299,7 +306,7 @@ def test_a_list_without_names_is_refused():
 
 def test_a_method_that_needs_a_student_is_refused_before_any_work():
     config = config_of("smoke")
-    config.benchmark.methods, config.student.steps = ("endpoint",), (1,)
+    config.benchmark.methods, config.student.steps = ("add", "endpoint"), (1,)
     with pytest.raises(ValueError, match="endpoint learns from a student"):
         study_of(config)
 
@@ -498,8 +505,10 @@ def test_chart_by_an_axis_reads_the_number_in_the_name():
     ],
 )
 def test_bad_settings_of_a_method_are_refused_before_any_work(change, said):
-    config = config_of()
+    config = config_of("smoke")
+    config.methods.matched = config_of().methods.matched
     config.methods.matched.update_from_flattened_dict(change)
+    config.benchmark.methods, config.student.steps = ("matched",), (1, 2, 3, 4)
     with pytest.raises(ValueError, match=r"config\.methods\.matched: ") as refused:
         study_of(config)
     assert said in str(refused.value)
@@ -507,7 +516,7 @@ def test_bad_settings_of_a_method_are_refused_before_any_work(change, said):
 
 def test_a_student_of_one_step_that_nobody_asked_for_is_refused():
     config = config_of()
-    config.student.steps = (2, 3)
+    config.student.steps, config.benchmark.methods = (2, 3), ("matched",)
     with pytest.raises(
         ValueError,
         match=(

@@ -31,7 +31,7 @@ from jaxdistill.tasks.scenes import reference, scenes
 from jaxdistill.tasks.scenes.recognise import SCALE_IMAGES, SceneRecogniser, train_recogniser, unit
 from jaxdistill.tasks.scenes.reference import Reference
 from jaxdistill.tasks.scenes.scores import SceneEvaluator, SceneScores
-from jaxdistill.tasks.settings import check_frechet
+from jaxdistill.tasks.settings import check_config, check_frechet
 from jaxdistill.tasks.small import Batches, Sampled, SmallTask
 
 SHAPE = (scenes.SIDE, scenes.SIDE, 3)
@@ -373,7 +373,8 @@ class Scenes(SmallTask):
 
 
 def check(config: ConfigDict) -> None:
-    """Raise ValueError for what only this task has."""
+    """Raise ValueError for what can be known before the text encoder is read."""
+    check_config(config)
     choose({"validation": 0, "test": 0}, config.eval.split, "config.eval.split")
     check_frechet(config, config.recogniser.features, "eval.samples", "log.health_samples")
     check_base(config)
