@@ -66,15 +66,13 @@ def listed(config: ConfigDict, seeds: Sequence[int], names: Sequence[str]) -> be
     for seed in seeds:
         for name in needed:
             variant = VARIANTS[name]
-            origin, changes = entries.get((variant.teacher_of, seed)), dict(variant.changes)
-            if origin:
-                changes["eval.models"] = ("student",)
+            origin = entries.get((variant.teacher_of, seed))
+            changes = {**variant.changes, **(benchmark.SCORED if origin else {})}
             folder = benchmark.slug(name, seed)
-            entries[name, seed] = benchmark.Entry(
-                name, seed, changes, folder, origin, variant.given
-            )
+            entry = benchmark.Entry(name, seed, changes, folder, origin, variant.given)
+            entries[name, seed] = entry
     chart = {"kind": "variants"}
-    return benchmark.Listing(list(entries.values()), "variant", "ablation", chart, list(VARIANTS))
+    return benchmark.Listing(list(entries.values()), "variant", "ablation", chart)
 
 
 def define(values: flags.FlagValues) -> None:

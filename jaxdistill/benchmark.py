@@ -29,11 +29,15 @@ from jaxdistill.tasks import open_task
 from jaxdistill.tasks.settings import changed
 from jaxdistill.tasks.small import Sampled, SmallTask
 
-KEYS = ("method", "seed", "model", "steps", "guidance")
-"""What tells a row from the others."""
+ABOUT = ("method", "model", "steps", "guidance")
+"""What a row of means is of; the rows that it is of have a seed, too."""
 
 LEFT_OUT = ("model", "steps", "guidance", "fd_noise", "fd_validation", "images_per_second")
 """Columns of a run's table that a table of means has not, or not as a score."""
+
+
+SCORED = {"eval.models": ("student",)}
+"""Of a run whose teacher is another's."""
 
 
 class Entry(NamedTuple):
@@ -50,20 +54,17 @@ class Entry(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name among claims and pictures."""
+        """Its name in a workdir."""
         return slug(self.name, self.seed)
 
 
 class Listing(NamedTuple):
-    """The runs of a command; the title of their names' column; the name of its files; its chart;
-    and the names that rows may have.
-    """
+    """The runs of a command; the title of their names, the name of its files, and its chart."""
 
     entries: Sequence[Entry]
     column: str
     output: str
     chart: Mapping[str, Any]
-    known: Sequence[str]
 
 
 def slug(name: str, seed: int) -> str:
@@ -71,9 +72,10 @@ def slug(name: str, seed: int) -> str:
     return f"{name.replace(' ', '-').replace(',', '')}-{seed}"
 
 
-def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The values of KEYS."""
-    return tuple(row[key] for key in KEYS)
+def key_of(row: Mapping[str, Any]) -> str:
+    """What tells a row from the others; its picture's name."""
+    run = slug(row["method"], row["seed"])
+    return f"{run}-{row['model']}-{row['steps']}-{row['guidance']:g}"
 
 
 class Study:
@@ -122,57 +124,51 @@ class Study:
 
     # -- rows
 
-    def stored(self) -> list[dict[str, Any]]:
-        """The rows that are there. Raises UserError for rows of another protocol or list."""
+    def stored(self) -> dict[str, dict[str, Any]]:
+        """{key: row} of all that are there. Raises UserError for rows of another protocol."""
         if not self.rows_path.exists():
-            return []
-        stored, protocol = json.loads(self.rows_path.read_text()), self.first.protocol()
-        if stored["protocol"] != protocol:
+            return {}
+        stored = json.loads(self.rows_path.read_text())
+        if stored["protocol"] != self.first.protocol():
             raise UserError(
                 f"{self.rows_path} holds rows of another protocol ({stored['protocol']}); remove it"
                 " or use another workdir"
             )
-        if unknown := {row["method"] for row in stored["rows"]} - set(self.listing.known):
-            raise UserError(
-                f"{self.rows_path} holds rows of {min(unknown)}, which this list does not name;"
-                " take them out or add it"
-            )
-        return list(stored["rows"])
+        return {key_of(row): row for row in stored["rows"]}
 
-    def wanted(
-        self, entry: Entry, teacher: Any = None, students: Mapping[int, Any] | None = None
-    ) -> dict[tuple[Any, ...], Sampled]:
-        """{identity of a row: who is scored}, the reference first."""
+    def wanted(self, entry: Entry) -> dict[str, Sampled]:
+        """{key of a row: who is scored}, the reference first."""
         about = {"method": entry.name, "seed": entry.seed}
-        sampled = self.tasks[entry.key].sampled(teacher, students)
-        return {identity({**about, **s.key}): s for s in sampled}
+        return {key_of({**about, **s.key}): s for s in self.tasks[entry.key].sampled()}
 
-    def missing(self, entry: Entry) -> set[tuple[Any, ...]]:
-        """Identities of rows that are not there yet."""
-        return self.wanted(entry).keys() - {identity(row) for row in self.stored()}
+    def missing(self, entry: Entry) -> dict[str, Sampled]:
+        """Those of `wanted` that are not scored yet."""
+        stored = self.stored()
+        return {key: s for key, s in self.wanted(entry).items() if key not in stored}
 
     def rows(self) -> list[dict[str, Any]]:
         """Those of the list, ordered by name, with "ratio": FD over that of the first row of their
-        teacher.
+        teacher. Rows of other names are left alone.
         """
-        stored, rows = {identity(row): row for row in self.stored()}, []
-        for entry in sorted(self.entries, key=lambda e: self.listing.known.index(e.name)):
+        stored, rows = self.stored(), []
+        names = list(dict.fromkeys(entry.name for entry in self.entries))
+        for entry in sorted(self.entries, key=lambda entry: names.index(entry.name)):
             reference = stored.get(next(iter(self.wanted(entry.origin or entry))))
             fd = reference["fd"] if reference and reference["model"] == "teacher" else None
             for row in (stored[key] for key in self.wanted(entry) if key in stored):
                 rows.append({**row, "ratio": round(row["fd"] / fd, 4) if fd else None})
         return rows
 
-    def add_row(self, entry: Entry, sampled: Sampled) -> None:
+    def add_row(self, entry: Entry, key: str, sampled: Sampled) -> None:
         """Score and keep it, and its first images."""
         task = self.tasks[entry.key]
         scores, images = task.row(sampled, *task.drawn(sampled))
-        path = self.picture_path(entry, sampled)
+        path = self.picture(key)
         path.parent.mkdir(exist_ok=True)
         np.save(path, (images * 255.0 + 0.5).astype(np.uint8))
         row = {"method": entry.name, "seed": entry.seed, **scores}
         with self.claims.claim("rows"):
-            rows = [*self.stored(), row]
+            rows = [*self.stored().values(), row]
             about = {"protocol": self.first.protocol(), "rows": rows}
             checkpoint.write_json(self.rows_path, about)
 
@@ -207,12 +203,12 @@ class Study:
         if not (missing := self.missing(entry)):
             return
         say(f"{entry.name}, seed {entry.seed}")
-        models = {key[KEYS.index("model")] for key in missing}
+        models = {sampled.model for sampled in missing.values()}
         students = self.students(entry) if "student" in models else {}
         teacher = self.teacher(entry) if "teacher" in models else None
-        for key, sampled in self.wanted(entry, teacher, students).items():
-            if key in missing:
-                self.add_row(entry, sampled)
+        for key, sampled in missing.items():
+            params = teacher if sampled.model == "teacher" else students[sampled.steps]
+            self.add_row(entry, key, sampled._replace(params=params))
 
     def run(self) -> None:
         """All that no other process has done or does."""
@@ -255,10 +251,9 @@ class Study:
             report.methods_picture(path, results, task.captions(), shown, chart)
         return text
 
-    def picture_path(self, entry: Entry, sampled: Sampled) -> Path:
+    def picture(self, key: str) -> Path:
         """Where the first images of a row are kept."""
-        name = f"{entry.key}-{sampled.model}-{sampled.steps}-{sampled.guidance:g}.npy"
-        return self.workdir / "pictures" / name
+        return self.workdir / "pictures" / f"{key}.npy"
 
     def pictures(self) -> dict[tuple[str, int], np.ndarray]:
         """{(name, steps): the first images [c, h, w, ch] of its first seed}: of a student at the
@@ -267,27 +262,24 @@ class Study:
         shown: dict[tuple[str, int], np.ndarray] = {}
         # Where rows.json alone was carried here there is no picture.
         blank = np.full((len(self.first.captions()), *self.first.image_shape), 127, np.uint8)
-        firsts = {entry.name: entry for entry in reversed(self.entries)}
-        for name in filter(firsts.get, self.listing.known):
-            task = self.tasks[firsts[name].key]
-            at, sampled = ("student", task.shown_steps), task.sampled()
-            chosen = next((s for s in sampled if (s.model, s.steps) == at), sampled[0])
-            path = self.picture_path(firsts[name], chosen)
-            images = np.load(path) if path.exists() else blank
-            shown[name, chosen.steps] = images.astype(np.float32) / 255.0
-        return shown
+        for name, entry in {entry.name: entry for entry in reversed(self.entries)}.items():
+            wanted, at = self.wanted(entry), ("student", self.tasks[entry.key].shown_steps)
+            students = (key for key, s in wanted.items() if (s.model, s.steps) == at)
+            key = next(students, next(iter(wanted)))
+            images = np.load(self.picture(key)) if self.picture(key).exists() else blank
+            shown[name, wanted[key].steps] = images.astype(np.float32) / 255.0
+        return dict(reversed(shown.items()))
 
 
 def averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation ("KEY_sd") over seeds of all scores."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    by = [key for key in KEYS if key != "seed"]
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in by), []).append(row)
+        groups.setdefault(tuple(row[key] for key in ABOUT), []).append(row)
     found = []
     for values, group in groups.items():
-        mean = {**dict(zip(by, values, strict=True)), "seeds": len(group)}
-        for key in (key for key in group[0] if key not in KEYS):
+        mean = {**dict(zip(ABOUT, values, strict=True)), "seeds": len(group)}
+        for key in (key for key in group[0] if key not in (*ABOUT, "seed")):
             scores = [row[key] for row in group if row[key] is not None]
             mean[key] = round(float(np.mean(scores)), 4) if scores else None
             spread = round(float(np.std(scores, ddof=1)), 4) if len(scores) > 1 else None
@@ -309,9 +301,8 @@ def table(
     rows = []
     for mean in means:
         guidance = f", guidance {mean['guidance']:g}" if mean["model"] == "teacher" else ""
-        about = {"method": mean["method"], "model": mean["model"] + guidance}
         scores = {key: cell(mean, key) for key in forms}
-        rows.append({**about, "steps": mean["steps"], **scores})
+        rows.append({**mean, "model": mean["model"] + guidance, **scores})
     titles = {"method": column, "model": "model", "steps": "steps"}
     titles |= {key: columns[key][0] for key in forms}
     return report.markdown_table(rows, {key: (title, "{}") for key, title in titles.items()})
@@ -333,24 +324,17 @@ def listed(config: ConfigDict) -> Listing:
     first = {"method.name": wanted.methods[0], "eval.models": ("teacher",)}
     teacher = Entry("teacher", config.seed, first, "")
     students = [
-        Entry(
-            name,
-            seed,
-            {"method.name": name, "eval.models": ("student",)},
-            f"students/{slug(name, seed)}",
-            teacher,
-        )
+        Entry(name, seed, {"method.name": name, **SCORED}, f"students/{slug(name, seed)}", teacher)
         for seed in wanted.seeds
         for name in wanted.methods
     ]
-    known = ("teacher", *wanted.methods)
-    return Listing([teacher, *students], "method", "results", wanted.chart.to_dict(), known)
+    return Listing([teacher, *students], "method", "results", wanted.chart.to_dict())
 
 
 def define(values: flags.FlagValues) -> None:
     """The flags of a list's command."""
     about = "Processes that share the work on a CPU, each on its own cores; 0: one a core, up to 4."
-    flags.DEFINE_integer("processes", 0, about, flag_values=values)
+    flags.DEFINE_integer("processes", 0, about, lower_bound=0, flag_values=values)
     about = "Set by the command itself: the process that this one helps."
     flags.DEFINE_integer("helper", 0, about, flag_values=values)
 

@@ -82,8 +82,6 @@ def cores() -> list[int]:
 def count_of(wanted: int) -> int:
     """How many processes --processes asks for. Raises UserError where that cannot be."""
     cpu = jax.default_backend() == "cpu"
-    if wanted < 0:
-        raise UserError(f"--processes must be at least 0, got {wanted}")
     if wanted > 1 and not cpu:
         raise UserError(
             f"--processes = {wanted} shares the cores of a CPU; a {jax.default_backend()} takes one"

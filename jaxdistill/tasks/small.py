@@ -45,14 +45,14 @@ Batches = Callable[[int], Any]
 
 class Sampled(NamedTuple):
     """One row of a table: who draws, with how many steps, and at which guidance scale; its
-    parameters, None where they do not matter.
+    parameters where they are known.
     """
 
     model: str
     steps: int
     guidance: float
     sampler: card.Sampler
-    params: Any
+    params: Any = None
 
     @property
     def key(self) -> dict[str, Any]:
@@ -664,20 +664,17 @@ class SmallTask:
         distributed.barrier("exports are written")
         return self.evaluate(run, teacher, served)
 
-    def sampled(
-        self, teacher: Any = None, served: Mapping[int, Any] | None = None
-    ) -> list[Sampled]:
-        """Who is scored, the reference first."""
+    def sampled(self) -> list[Sampled]:
+        """Who is scored, the reference first; without parameters."""
         config, sampler = self.config, self.teacher_sampler
         steps, scale = (sampler.card["sampler"][key] for key in ("steps", "guidance"))
         counts, found = sorted(set(config.student.steps)), list[Sampled]()
         if "teacher" in config.eval.models:
             keys = [(steps, g) for g in (scale, *config.eval.guidances)]
             keys += [(n, scale) for n in counts]
-            found += [Sampled("teacher", n, g, sampler, teacher) for n, g in dict.fromkeys(keys)]
+            found += [Sampled("teacher", n, g, sampler) for n, g in dict.fromkeys(keys)]
         if "student" in config.eval.models:
-            student = partial(Sampled, "student", guidance=1.0, sampler=self.student_sampler)
-            found += [student(steps=n, params=(served or {}).get(n)) for n in counts]
+            found += [Sampled("student", n, 1.0, self.student_sampler) for n in counts]
         return found
 
     def row(
@@ -694,7 +691,10 @@ class SmallTask:
         config, rows = self.config, list[dict[str, Any]]()
         say(f"evaluation on the {config.eval.split} split")
         with run.timed("evaluation"):
-            drawn = [(s, *self.drawn(s)) for s in self.sampled(teacher, served)]
+            drawn = []
+            for sampled in self.sampled():
+                params = teacher if sampled.model == "teacher" else served[sampled.steps]
+                drawn.append((sampled, *self.drawn(sampled._replace(params=params))))
             if not distributed.is_main():
                 distributed.barrier("results are written")  # who left before would end it
                 return {}

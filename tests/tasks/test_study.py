@@ -75,7 +75,7 @@ def test_a_benchmark_runs_a_list_of_methods_on_labelled_images(finished_list):
 
 def test_a_run_of_a_list_is_that_of_the_same_config_alone(finished, finished_list):
     """The same seeds and streams, so the same scores."""
-    rows = [r for r in finished_list[0].stored() if r["method"] in ("teacher", METHODS[0])]
+    rows = [r for r in finished_list[0].stored().values() if r["method"] in ("teacher", METHODS[0])]
     rows = [r for r in rows if r["seed"] == 0]
     alone = {(r["model"], r["steps"], r["guidance"]): r for r in finished[1]["rows"]}
     assert len(rows) == len(alone)
@@ -134,7 +134,7 @@ def test_a_variant_gets_the_teacher_or_the_student_of_its_seed(tmp_path):
     assert paths["full-1"] == paths["eps-model-0"] == ""
     # Any of them can be made first: what it is given is made before it.
     study.make(next(entry for entry in study.entries if entry.key == "endpoint-0"))
-    assert [row["method"] for row in study.stored()] == ["endpoint"]
+    assert list(study.stored()) == ["endpoint-0-student-1-1"]
     assert (tmp_path / "full-0/student/card.json").exists() and not (tmp_path / "full-1").exists()
 
 
