@@ -18,6 +18,7 @@ SCHEDULERS = {
     "imagine_flash": "NoiseCorrectionDDIMScheduler",
     "matched": "NoiseCorrectionDDIMScheduler",
     "endpoint": "NoiseCorrectionDDIMScheduler",
+    "direct": "NoiseCorrectionDDIMScheduler",
     "lcm": "LCMScheduler",
     "add": "LCMScheduler",
     "dmd2": "LCMScheduler",
