@@ -664,21 +664,23 @@ def save_student(
     checkpoint.write_json(temporary / "unet" / "config.json", source.unet.config)
     (temporary / "scheduler").mkdir()
     checkpoint.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
-    index = dict(source.components)
-    for name, entry in source.components.items():
-        if isinstance(entry, list) and entry[0] and not (temporary / name).is_dir():
-            index[name] = [
-                None,
-                None,
-            ]  # a safety checker that the teacher's folder names and does not hold
-            if name == "safety_checker":
-                index["requires_safety_checker"] = False
-    if scheduler_code is None:
-        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    else:
+    if scheduler_code:
         (temporary / "scheduler" / f"{scheduler_code[0]}.py").write_text(scheduler_code[1])
-        index["scheduler"] = [scheduler_code[0], scheduler["_class_name"]]
+    library = scheduler_code[0] if scheduler_code else "diffusers"
+    index = _index(source, temporary) | {"scheduler": [library, scheduler["_class_name"]]}
     checkpoint.write_json(temporary / "model_index.json", index)
     for name, value in (extra or {}).items():
         checkpoint.write_json(temporary / name, value)
     checkpoint.swap_in(temporary, target)
+
+
+def _index(source: Folder, written: Path) -> dict[str, Any]:
+    """The source's model_index.json for a folder that has these components."""
+    index = dict(source.components)
+    for name, entry in source.components.items():
+        if isinstance(entry, list) and entry[0] and not (written / name).is_dir():
+            # A safety checker that the teacher's folder names and does not hold.
+            index[name] = [None, None]
+            if name == "safety_checker":
+                index["requires_safety_checker"] = False
+    return index

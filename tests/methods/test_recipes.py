@@ -109,6 +109,27 @@ STAGES = [
 
 
 @pytest.mark.parametrize(("name", "i"), STAGES)
+def test_a_networks_call_has_whole_multiples_of_the_batchs_rows(name, i):
+    """So that each of the devices that divide a batch has its part of every call."""
+    seen = []
+
+    def spied(params, x, t, cond):
+        seen.append(x.shape[0])
+        return apply(params, x, t, cond)
+
+    steps = (1,) if name == "endpoint" else (1, 2, 3)
+    network = Model(spied, COSINE, x0_prediction)
+    stage = build(name, {})(replace(kit(*steps), network=network)).stages[i]
+    params = dict.fromkeys(stage.networks, jnp.float32(0.3))
+    teacher = jnp.float32(0.7)
+    given = {"previous": teacher, "original": teacher} if stage.teacher == "both" else teacher
+    for loss in (stage.loss, stage.critic):
+        if loss is not None:
+            jax.eval_shape(loss, params, given, batch_of(stage), KEY)
+    assert seen and not any(rows % ROWS for rows in seen)
+
+
+@pytest.mark.parametrize(("name", "i"), STAGES)
 def test_a_stages_loss_reads_what_the_stage_says(name, i):
     """Its networks and no other; of them it pulls on those with an optimizer, and on the teacher
     never; and it looks at images only where it asks for them.
@@ -229,6 +250,19 @@ def test_a_row_of_tdms_batch_meets_its_own_conditioning_alone(grids, part):
         for other in range(row):
             together = value(row, other)
             np.testing.assert_allclose(together - alone[row], alone[other] - plain, atol=1e-5)
+
+
+def test_tdms_program_holds_one_copy_of_the_student_for_all_its_grids():
+    def calls(*steps):
+        seen = []
+        spied = lambda *inputs: (seen.append(1), apply(*inputs))[1]  # noqa: E731
+        network = Model(spied, COSINE, x0_prediction)
+        grids = [trailing_grid(n, 1.0) for n in steps]
+        found = tdm(network, network, grids=grids, null_cond=jnp.zeros_like, guidance_scale=2.0)
+        jax.eval_shape(found.loss, NETWORKS, REAL, states(ROWS), KEY)
+        return len(seen)
+
+    assert calls(3) == calls(2, 3) == calls(1, 2, 3, 4)
 
 
 # ---------------------------------------------------------------------------------------- settings

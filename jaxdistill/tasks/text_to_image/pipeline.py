@@ -390,50 +390,34 @@ class TextToImage:
         height, width = self.check(
             steps=steps, guidance=guidance, height=height, width=width, batch_size=batch_size
         )
-        steps, guidance = (
-            self.steps if steps is None else steps,
-            (self.guidance if guidance is None else guidance),
-        )
-        run = self.scheduler.run(steps)
+        steps = self.steps if steps is None else steps
+        guidance = self.guidance if guidance is None else guidance
         if latents is None:
             noise = self.draw(seed, start, len(prompts), height, width)
         else:
-            noise = check_latents(
-                latents,
-                (
-                    len(prompts),
-                    self.unet.in_channels,
-                    height // self.vae.factor,
-                    width // self.vae.factor,
-                ),
-            )
+            size = (height // self.vae.factor, width // self.vae.factor)
+            noise = check_latents(latents, (len(prompts), self.unet.in_channels, *size))
         cond = self.text(prompts)
-        guided = guides(guidance)
-        null = self.text.negative(negative_prompt) if guided else {}
+        null = self.text.negative(negative_prompt) if guides(guidance) else {}
         if self.folder.xl:
             cond["time_ids"] = np.tile(time_ids(height, width), (len(prompts), 1))
         found, block = [], min(batch_size, len(prompts)) * self.parts
         for i in range(0, len(prompts), block):
-            rows = np.arange(i, i + block) % len(
-                prompts
-            )  # the last block is filled up, so that one program serves all
+            # The last block is filled up, so that one program serves all.
+            rows = np.arange(i, i + block) % len(prompts)
             part = {k: self.place(v[rows]) for k, v in cond.items()}
-            starts = self.place(noise[rows])
-            state = self.scheduler.begin(starts, run)
-            for t, t_next in zip(run.times, run.next_times, strict=True):
-                state = self.advance(
-                    self.params,
-                    state,
-                    starts,
-                    part,
-                    null,
-                    t,
-                    t_next,
-                    np.float32(guidance),
-                    guided=guided,
-                )
-            found.append(self.decode(state.x) if decode else np.asarray(state.x))
+            x = self._sampled(self.place(noise[rows]), part, null, steps, guidance)
+            found.append(self.decode(x) if decode else np.asarray(x))
         return np.concatenate(found)[: len(prompts)]
+
+    def _sampled(self, starts: Array, cond: Any, null: Any, steps: int, guidance: float) -> Array:
+        """The latents to which the sampler leads from these starts, one block of rows."""
+        run, scale, guided = self.scheduler.run(steps), np.float32(guidance), guides(guidance)
+        state = self.scheduler.begin(starts, run)
+        for t, t_next in zip(run.times, run.next_times, strict=True):
+            args = (self.params, state, starts, cond, null, t, t_next, scale)
+            state = self.advance(*args, guided=guided)
+        return state.x
 
 
 def check_latents(latents: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
