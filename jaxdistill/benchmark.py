@@ -239,8 +239,8 @@ class Study:
         name = f"{task.common['data']['name']}, {self.config.eval.split} split"
         text = (
             f"# {name}, seeds {', '.join(map(str, seeds))}\n\n"
-            f"{table(found, listing.column, task.columns)}\nMean ± standard deviation over seeds."
-            f" The FD of a reference is that of its teacher's first row. {task.notes()}\n\n"
+            f"{table(found, listing.column, task.columns)}\nMean ± standard deviation over seeds;"
+            f" the reference of a row is the first one of its teacher. {task.notes()}\n\n"
             f"{results['versions']['machine']}.\n"
         )
         chart = {**listing.chart, "scores": task.charted}
