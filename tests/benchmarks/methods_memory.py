@@ -62,10 +62,10 @@ COLUMNS = {
     "method": ("method", "{}"),
     "weights": ("weights", "{}"),
     "rows_a_chip": ("rows a chip", "{:g}"),
-    "state": ("trained networks, averages, optimizers, GiB", "{:.2f}"),
-    "frozen": ("frozen, GiB", "{:.2f}"),
-    "temporaries": ("temporaries, GiB", "{:.2f}"),
-    "needed": ("needed, GiB", "{:.2f}"),
+    "state": ("trained, averages, optimizers", "{:.2f}"),
+    "frozen": ("frozen", "{:.2f}"),
+    "temporaries": ("temporaries", "{:.2f}"),
+    "needed": ("needed", "{:.2f}"),
     "ratio": ("/ LoRA Imagine Flash", "{:.3f}"),
     "flops": ("TFLOPs a row", "{:.1f}"),
     "compile_seconds": ("compiled in, s", "{:.0f}"),
@@ -124,9 +124,9 @@ def written(folder: Path, out: Path) -> None:
     )
     text = (
         "# Memory of the methods at full size\n\n"
-        f"A train step on {TOPOLOGY}, as the TPU's compiler plans it, a chip; of a method in several"
-        " stages, the one with the most networks. LoRA of rank 64: every chip holds the frozen"
-        " teacher once. Full: all weights are divided over the four chips.\n\n"
+        f"A train step on {TOPOLOGY}, as the TPU's compiler plans it: GiB a chip. Of a method in"
+        " several stages it is the one with the most networks. LoRA of rank 64: every chip holds"
+        " the frozen teacher once. Full: all weights are divided over the four chips.\n\n"
     )
     (out / "methods_memory.md").write_text(text + report.markdown_table(rows, COLUMNS))
 

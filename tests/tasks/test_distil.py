@@ -84,7 +84,7 @@ def finished(tmp_path_factory):
     return tmp_path / "run"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_run_ends_in_the_bits_of_one_that_was_not(finished, tmp_path):
     folder = finished
     main.run(make_config(tmp_path), tmp_path / "whole")
@@ -221,7 +221,7 @@ def test_what_a_run_leaves(finished):
     assert cards["role"] == "text-to-image student" and cards["components"] == "../diffusers"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_student_of_one_step_learns_from_a_finished_one(finished, tmp_path):
     config = base.chosen(make_config(tmp_path), "one", file="text_config")
     config.update_from_flattened_dict(

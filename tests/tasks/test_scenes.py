@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -151,15 +154,29 @@ def test_dataset_holds_captions_labels_and_images_that_agree(opened):
             assert bool({scene.first, scene.second} & HELD_OUT) == (split == "unseen")
 
 
-def test_dataset_is_the_same_from_its_seed_and_read_again_from_disk(opened, tmp_path):
+def test_dataset_is_the_same_from_its_seed_and_read_again_from_disk(opened, tmp_path, monkeypatch):
     source, folder, sources = opened
-    for again in (
-        scenes.open_scenes("nowhere", folder, scale=0.004),
-        scenes.open_scenes(source, tmp_path, scale=0.004),
-    ):
+    made = scenes.open_scenes(source, tmp_path / "scenes", scale=0.004)
+    copy = shutil.copytree(source, tmp_path / "copy")
+    with monkeypatch.context() as patch:
+        patch.setattr(scenes, "fashion_mnist", None)  # a second call draws nothing
+        kept = scenes.open_scenes(copy, folder, scale=0.004)
+    for again in (kept, made):
         for i in (0, 7, 199):
             np.testing.assert_array_equal(again["train"][i]["image"], sources["train"][i]["image"])
             assert again["train"][i]["caption"] == sources["train"][i]["caption"]
+
+
+def test_other_garments_make_other_scenes_in_the_same_folder(opened, tmp_path):
+    source, folder, sources = opened
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    labels = other / "train-labels-idx1-ubyte"
+    raw = labels.read_bytes()
+    labels.write_bytes(raw[:8] + bytes((value + 1) % 10 for value in raw[8:]))
+    first = sources["train"][0]["image"]
+    assert np.any(scenes.open_scenes(other, folder, scale=0.004)["train"][0]["image"] != first)
+    again = scenes.open_scenes(source, folder, scale=0.004)["train"][0]["image"]
+    np.testing.assert_array_equal(again, first)
 
 
 def test_missing_idx_files_are_named(tmp_path):

@@ -7,6 +7,7 @@ what is there; a fifth of the (colour, garment) pairs never occurs in training, 
 compositions can be asked for.
 """
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jaxdistill.tasks.labelled_images.data import DataError, fashion_mnist
+from jaxdistill.tasks.labelled_images.data import FASHION_FILES, DataError, fashion_mnist, find_idx
 
 SIDE, SPRITE = 32, 14
 GARMENTS = {
@@ -259,15 +260,26 @@ class FashionScenes(tfds.core.GeneratorBasedBuilder):
 
 def open_scenes(source: str | Path, folder: str | Path, *, scale: float = 1.0) -> dict[str, Any]:
     """The random-access data sources {split: [{"image", "caption", "labels"}]} in `folder`, made
-    there at the first call.
+    there at the first call with these garments.
 
     Raises DataError where the idx files in `source` are missing or damaged.
     """
-    name = "whole" if scale == 1.0 else f"part_{scale:g}"
+    part = "whole" if scale == 1.0 else f"part_{scale:g}"
+    name = f"{part}_{hash_of_files(source)}"
     config = SceneConfig(name=name, source=str(source), scale=scale)
     builder = FashionScenes(data_dir=str(folder), config=config, file_format="array_record")
     builder.download_and_prepare()
     return {split: builder.as_data_source(split) for split in SPLITS}
+
+
+def hash_of_files(source: str | Path) -> str:
+    """First 12 hex digits of the SHA-256 of the idx files in a folder. Raises DataError where one
+    is missing.
+    """
+    digest = hashlib.sha256()
+    for stem, _ in FASHION_FILES.values():
+        digest.update(find_idx(Path(source), stem).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def images_of(items: Any, count: int) -> np.ndarray:
