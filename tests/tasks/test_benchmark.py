@@ -127,14 +127,14 @@ def test_rows_alone_carry_a_finished_benchmark_and_other_settings_are_refused(sm
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["imagine_flash-0", "step_distillation-0"])
-def test_export_draws_the_images_that_were_scored(smoke, name):
+def test_export_draws_the_images_that_were_scored(smoke, source, name):
     """The card alone, with the encoder, brings back solver, grid and noise correction."""
     workdir, _ = smoke
     config, model = (
         config_of("smoke"),
         TextExport(workdir / "students" / name / "student", encoder=GOLDEN),
     )
-    scenes = open_scenes(workdir, workdir.parent / "cache/scenes", scale=config.data.scale)
+    scenes = open_scenes(source, workdir.parent / "cache/scenes", scale=config.data.scale)
     captions = [caption_of(item) for item in scenes["test"]][: config.eval.samples]
     images = model(captions, steps=2, seed=config.eval.seed, batch_size=config.eval.batch_size)
     scored = np.load(workdir / "pictures" / f"{name}-student-2-1.npy").astype(np.float32)
