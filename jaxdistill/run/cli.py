@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,6 +131,10 @@ def _flag_error(error: Exception) -> str:
     if "Error whilst parsing config file" in str(error):  # with the traceback of what it raised
         last = str(error).strip().splitlines()[-1]
         return f"--config cannot be loaded: {last.removeprefix('ValueError: ')}"
+    frames = traceback.extract_tb(error.__traceback__)
+    if own := [frame for frame in frames if frame.name == "get_config"]:
+        where = f"{own[-1].filename}, line {own[-1].lineno}"
+        return f"--config cannot be loaded: {type(error).__name__}: {error} ({where})"
     # KeyError's str is the repr of its message, once more for each block it passed through.
     text = str(error).replace("\\n", " ").replace("\\", "").replace("'", "")
     text = re.sub(r"\s+", " ", text).strip()

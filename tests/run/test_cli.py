@@ -124,6 +124,9 @@ def test_what_a_config_file_refuses_is_one_line(own_config):
     assert_refused(own_config(text), "error: --config cannot be loaded: mine.py:two is not known\n")
     text = "def get_config():\n    return 1 + 'a'\n"
     assert_refused(own_config(text), "error: --config cannot be loaded: TypeError: unsupported")
+    text = "def get_config():\n    return {}['b']\n"
+    found = own_config(text)
+    assert_refused(found, "error: --config cannot be loaded: KeyError: 'b' (", "mine.py, line 2)")
 
 
 def test_a_name_after_the_colon_that_the_config_does_not_know_is_one_line(call, tmp_path):
