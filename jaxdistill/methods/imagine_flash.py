@@ -7,7 +7,6 @@ passed in.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -231,54 +230,6 @@ def slots_of(grids: Sequence[TimeGrid], batch_size: int) -> Slots:
     )
 
 
-def walk(
-    step: Step,
-    denoiser_of: Callable[[Array], Denoiser],
-    noise: Array,
-    slots: Slots,
-    *,
-    unroll: bool = False,
-) -> tuple[Trajectory, Array]:
-    """All grids in one loop: (states and predictions of each slot, the x_T of each).
-
-    Predictions carry a gradient, states do not. `denoiser_of`: x_T of the rows -> their denoiser;
-    noise [S, b, ...] holds what a restart of slot s draws. Raises ValueError for a solver that
-    takes one time for the whole batch.
-    """
-
-    def body(carry: Any, slot: Any) -> Any:
-        t, t_next, restart, fresh = slot
-        # A row that starts anew has no history: all of its state is that of a first step.
-        state, x_T = jax.lax.stop_gradient(
-            jax.tree.map(
-                lambda new, old: jnp.where(expand(restart, new), new, old),
-                (start(fresh, own_times=True), fresh),
-                carry,
-            )
-        )
-        prediction = denoiser_of(x_T)(state.x, t)
-        return (step(prediction, state, t, t_next), x_T), (
-            Trajectory(t, state.x, *prediction),
-            x_T,
-        )
-
-    first = (start(noise[0], own_times=True), noise[0])
-    return scan(body, first, (*map(jnp.asarray, slots), noise), unroll=unroll)[1]
-
-
-def ends_of(x0: Array, grids: Sequence[TimeGrid]) -> list[tuple[Array, Array]]:
-    """(first x̂0, end) of each whole trajectory of several steps; x0 [S, b, ...] of rows that walk
-    the grids as in `slots_of`. A trajectory cut short has no end.
-    """
-    pairs = []
-    for i, grid in enumerate(grids):
-        if len(grid) > 1:
-            rows = x0[:, i :: len(grids)]
-            firsts = range(0, len(rows) - len(grid) + 1, len(grid))
-            pairs += [(rows[at], rows[at + len(grid) - 1]) for at in firsts]
-    return pairs
-
-
 def shortcut_distance(pairs: Sequence[tuple[Array, Array]]) -> Array:
     """Mean of ‖x̂0(x_T) - stopgrad(x_end)‖² over pairs of a trajectory's first x̂0 and its end,
     each [b, ...].
@@ -409,6 +360,31 @@ def imagine_flash(
             t=jnp.broadcast_to(trajectory.t[:, None], trajectory.x.shape[:2])
         )
 
+    def slotted(params: Any, cond: Any, noise: Array, slots: Slots) -> tuple[Trajectory, Array]:
+        """All grids in one loop. noise [S, b, ...] holds what a restart of slot s draws.
+
+        Returns each state's own x_T as well.
+        """
+
+        def body(carry: Any, slot: Any) -> Any:
+            t, t_next, restart, fresh = slot
+            # A row that starts anew has no history: all of its state is that of a first step.
+            state, x_T = jax.lax.stop_gradient(
+                jax.tree.map(
+                    lambda new, old: jnp.where(expand(restart, new), new, old),
+                    (start(fresh, own_times=True), fresh),
+                    carry,
+                )
+            )
+            prediction = student_denoiser(params, cond, x_T)(state.x, t)
+            return (student_step(prediction, state, t, t_next), x_T), (
+                Trajectory(t, state.x, *prediction),
+                x_T,
+            )
+
+        first = (start(noise[0], own_times=True), noise[0])
+        return scan(body, first, (*map(jnp.asarray, slots), noise), unroll=unroll)[1]
+
     def one_step(params: Any, cond: Any, x_T: Array, grid: TimeGrid, key: Array) -> Trajectory:
         """A trajectory of length one: a state drawn for each example, uniformly over the grid."""
         index = constrain(jax.random.randint(key, x_T.shape[:1], 0, len(grid)))
@@ -445,9 +421,7 @@ def imagine_flash(
         if backward and whole_trajectory and len(grids) > 1:
             slots = slots_of(grids, shape[0])
             noise = jax.vmap(constrain)(jax.random.normal(key_noise, (len(slots.t), *shape), dtype))
-            denoiser_of = partial(student_denoiser, params, batch["cond"])
-            walked = walk(student_step, denoiser_of, noise, slots, unroll=unroll)
-            return [Visited(*walked, batch["cond"], grids)]
+            return [Visited(*slotted(params, batch["cond"], noise, slots), batch["cond"], grids)]
         noise = constrain(jax.random.normal(key_noise, shape, dtype))
         parts = []
         for i, grid in enumerate(grids):
@@ -507,8 +481,7 @@ def imagine_flash(
         if whole_trajectory:
             metrics |= errors_by_step(error, parts)
         if shortcut > 0:
-            pairs = [p for part in parts for p in ends_of(part.trajectory.x0, part.grids)]
-            metrics["shortcut"] = shortcut_distance(pairs)
+            metrics["shortcut"] = distance_to_end(parts)
             value += shortcut * metrics["shortcut"]
         if adversary is not None:
             if adversary_states == "one":
@@ -537,6 +510,18 @@ def imagine_flash(
                     for j in range(len(grid))
                 }
         return found
+
+    def distance_to_end(parts: Sequence[Visited]) -> Array:
+        """`shortcut_distance` of all grids of several steps."""
+        pairs = []
+        for part in parts:
+            for i, grid in enumerate(part.grids):
+                rows = part.trajectory.x0[:, i :: len(part.grids)]
+                firsts = (
+                    range(0, len(rows) - len(grid) + 1, len(grid)) if len(grid) > 1 else ()
+                )  # a trajectory cut short has no end
+                pairs += [(rows[at], rows[at + len(grid) - 1]) for at in firsts]
+        return shortcut_distance(pairs)
 
     def one_state(x0: Array, parts: Sequence[Visited], key: Array) -> tuple[Array, Any]:
         """One random state of each row, from the flattened states of all parts."""

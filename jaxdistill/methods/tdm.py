@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxdistill.methods.dmd2 import Losses, matching_gradient
-from jaxdistill.methods.imagine_flash import ends_of, flat, shortcut_distance, slots_of, tile, walk
+from jaxdistill.methods.imagine_flash import flat, shortcut_distance, tile
 from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
 from jaxdistill.model import Model
 from jaxdistill.prediction import expand
-from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, unconstrained
+from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, rollout, start, unconstrained
 from jaxdistill.schedule import NoiseSchedule, training_time
 
 
@@ -89,8 +90,7 @@ def tdm(
     Args:
       student: the generator.
       teacher: the real score; also the architecture of the fake one.
-      grids: one for each number of steps; the batch is divided among them, and all walk in one
-        loop (`slots_of`), so that the program holds one copy of the student.
+      grids: one for each number of steps; the batch is divided among them.
       null_cond: cond -> null conditioning.
       guidance_scale: of the real score.
       low: lowest time of the scores, share of T.
@@ -124,21 +124,30 @@ def tdm(
     lowest, highest = (training_time(schedule, u, low * T, high * T) for u in (0.0, 1.0))
 
     def intervals(student_params: Any, batch: Any, key: Array) -> Intervals:
-        """Every interval of the rows' trajectories; x_s and x0 carry the gradient."""
+        """Every interval of one trajectory a row; x_s and x0 carry the gradient."""
         n = batch["x0"].shape[0]
         if n < len(kept):
             raise ValueError(
                 f"a batch of {n} rows is too small for {len(kept)} grids that share it"
             )
-        slots, (shape, dtype) = slots_of(kept, n), (batch["x0"].shape, batch["x0"].dtype)
-        noise = jax.vmap(constrain)(jax.random.normal(key, (len(slots.t), *shape), dtype))
-        denoiser = student.denoiser(student_params, batch["cond"])
-        visited, _ = walk(step, lambda x_T: denoiser, noise, slots, unroll=unroll)
-        t, s = (flat(jnp.asarray(times)) for times in (slots.t, slots.t_next))
-        x0, eps = flat(visited.x0), flat(visited.eps)
-        x_s = expand(schedule.alpha(s), x0) * x0 + expand(schedule.sigma(s), x0) * eps
-        cond = tile(batch["cond"], len(slots.t))
-        return Intervals(x_s, x0, t, s, cond, ends_of(visited.x0, kept))
+        noise = constrain(jax.random.normal(key, batch["x0"].shape, batch["x0"].dtype))
+        parts, ends = [], []
+        for i, grid in enumerate(kept):
+            # Strided, not blocked: with a sharded batch each device keeps its own rows.
+            x_T, cond = jax.tree.map(lambda a, i=i: a[i :: len(kept)], (noise, batch["cond"]))
+            denoiser = student.denoiser(student_params, cond)
+            end, visited = rollout(
+                step, denoiser, start(x_T), grid, stop_gradient=True, unroll=unroll
+            )
+            times = jnp.asarray(np.append(grid, 0.0), jnp.float32)
+            t, s = (jnp.repeat(part[:, None], len(x_T), axis=1) for part in (times[:-1], times[1:]))
+            x0, eps, t, s = (flat(a) for a in (visited.x0, visited.eps, t, s))
+            x_s = expand(schedule.alpha(s), x0) * x0 + expand(schedule.sigma(s), x0) * eps
+            parts.append(Intervals(x_s, x0, t, s, tile(cond, len(grid))))
+            if len(grid) > 1:
+                ends.append((visited.x0[0], end.x))
+        together = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+        return together._replace(ends=ends)
 
     def diffused(found: Intervals, key: Array) -> tuple[Array, Array, Array, Array]:
         """x_s on to a random τ of its interval: (x_τ, τ, b, ε) of `diffuse_on`."""

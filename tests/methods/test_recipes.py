@@ -252,19 +252,6 @@ def test_a_row_of_tdms_batch_meets_its_own_conditioning_alone(grids, part):
             np.testing.assert_allclose(together - alone[row], alone[other] - plain, atol=1e-5)
 
 
-def test_tdms_program_holds_one_copy_of_the_student_for_all_its_grids():
-    def calls(*steps):
-        seen = []
-        spied = lambda *inputs: (seen.append(1), apply(*inputs))[1]  # noqa: E731
-        network = Model(spied, COSINE, x0_prediction)
-        grids = [trailing_grid(n, 1.0) for n in steps]
-        found = tdm(network, network, grids=grids, null_cond=jnp.zeros_like, guidance_scale=2.0)
-        jax.eval_shape(found.loss, NETWORKS, REAL, states(ROWS), KEY)
-        return len(seen)
-
-    assert calls(3) == calls(2, 3) == calls(1, 2, 3, 4)
-
-
 # ---------------------------------------------------------------------------------------- settings
 
 
