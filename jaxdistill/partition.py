@@ -88,12 +88,12 @@ def data_mesh() -> Mesh:
     return make_mesh()
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The leading axis divided over "data" and "fsdp"."""
     return NamedSharding(mesh, ROWS)
 
 
-def parts(mesh: Mesh) -> int:
+def parts(mesh: Mesh | AbstractMesh) -> int:
     """Into how many a batch is divided."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -103,9 +103,21 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def constrain_batch(mesh: Mesh) -> Callable[[Array], Array]:
-    """The sharding constraint for noise and other random batches."""
-    return lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+def constrain_batch(mesh: Mesh | AbstractMesh) -> Callable[[Array], Array]:
+    """The sharding constraint for noise and other random batches, which raises ValueError where the
+    devices cannot have equal parts of the rows.
+    """
+
+    def constrain(x: Array) -> Array:
+        if x.shape[0] % parts(mesh):
+            raise ValueError(
+                f"{x.shape[0]} rows do not divide evenly among {parts(mesh)} devices: each must get"
+                " config.student.batch_size / config.student.accumulate / devices rows, a multiple"
+                " of the grids that share a batch"
+            )
+        return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+    return constrain
 
 
 # --------------------------------------------------------------------------------------- parameters

@@ -98,7 +98,7 @@ def tdm(
       fake_weight: of the fake score's loss.
       shortcut: weight of the first state's distance to the trajectory's end; grids of one step have
         none. 0 is the paper's form.
-      constrain: sharding constraint of random batches.
+      constrain: sharding constraint of random batches, and of each grid's part of one.
       unroll: as of `rollout`.
 
     Returns:
@@ -135,6 +135,7 @@ def tdm(
         for i, grid in enumerate(kept):
             # Strided, not blocked: with a sharded batch each device keeps its own rows.
             x_T, cond = jax.tree.map(lambda a, i=i: a[i :: len(kept)], (noise, batch["cond"]))
+            x_T = constrain(x_T)  # which refuses what the devices cannot divide
             denoiser = student.denoiser(student_params, cond)
             end, visited = rollout(
                 step, denoiser, start(x_T), grid, stop_gradient=True, unroll=unroll

@@ -19,10 +19,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
-TOPOLOGY = "v4:2x2x1"
+TOPOLOGY = "v5p:2x2x1"
 SIZES = {
-    "1.5": ["--config=configs/tpu_v4.py", "--config.student.batch_size=16"],
-    "XL": ["--config=configs/tpu_v4.py:sdxl", "--config.student.batch_size=8"],
+    "1.5": ["--config=configs/tpu_v4.py", "--config.student.batch_size=24"],
+    "XL": ["--config=configs/tpu_v4.py:sdxl", "--config.student.batch_size=24"],
 }
 COMMON = ["--config.compute.scan=True", "--config.student.accumulate=1"]
 WEIGHTS = {

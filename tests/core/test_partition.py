@@ -119,6 +119,11 @@ def test_a_batch_that_does_not_divide_is_refused():
         partition.check_batch(0, partition.data_mesh(), "config.student.batch_size")
 
 
+def test_rows_that_the_devices_cannot_divide_evenly_are_refused():
+    with pytest.raises(ValueError, match=r"^12 rows do not divide evenly among 8 devices: each"):
+        partition.constrain_batch(abstract_mesh())(jnp.zeros((12, 3)))
+
+
 def abstract_mesh(data=2, fsdp=4, tensor=2):
     return jax.sharding.AbstractMesh((data, fsdp, tensor), partition.AXES)
 

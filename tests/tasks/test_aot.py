@@ -12,7 +12,7 @@ import pytest
 import text_config
 from shell import assert_one_error_line, run_command
 
-from configs import base
+from configs import base, tpu_v4
 from jaxdistill import partition
 from jaxdistill.costs import chips, hlo
 from jaxdistill.costs.flops import flops_of
@@ -334,3 +334,12 @@ def test_every_size_of_the_tpu_config_is_a_plan():
         assert config.student.batch_size % file.CHIPS == 0
     with pytest.raises(ValueError, match=r"tpu_v4\.py:v9 is not known"):
         file.get_config("v9")
+
+
+@pytest.mark.parametrize("method", ["imagine_flash", "matched", "tdm"])
+@pytest.mark.parametrize("size", ["", "v5e-", "v6e-", "sdxl-"])
+def test_each_chip_has_rows_of_each_grid_that_shares_a_batch(size, method):
+    config = tpu_v4.get_config(size + method)
+    counts = {"matched": config.methods.matched.matching.counts, "tdm": config.student.steps}
+    rows, left = divmod(config.student.batch_size, config.student.accumulate * tpu_v4.CHIPS)
+    assert left == 0 and rows > 0 and rows % len(counts.get(method, [1])) == 0
