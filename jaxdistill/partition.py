@@ -14,6 +14,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jaxdistill.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 """The batch is divided over the first two, parameters over the last two."""
 
@@ -104,13 +106,13 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def constrain_batch(mesh: Mesh | AbstractMesh) -> Callable[[Array], Array]:
-    """The sharding constraint for noise and other random batches, which raises ValueError where the
+    """The sharding constraint for noise and other random batches, which raises UserError where the
     devices cannot have equal parts of the rows.
     """
 
     def constrain(x: Array) -> Array:
         if x.shape[0] % parts(mesh):
-            raise ValueError(
+            raise UserError(
                 f"{x.shape[0]} rows do not divide evenly among {parts(mesh)} devices: each must get"
                 " config.student.batch_size / config.student.accumulate / devices rows, a multiple"
                 " of the grids that share a batch"

@@ -15,12 +15,14 @@ from paths import ROOT
 from shell import quick
 
 from jaxdistill import partition
+from jaxdistill.errors import UserError
 
 SCRIPT = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 sys.path.insert(0, "tests")
 from jaxdistill import partition
+from jaxdistill.errors import UserError
 from jaxdistill.run.phase import Training, programs
 from jaxdistill.train import Objective
 from small import batch, flash, make
@@ -120,7 +122,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 def test_rows_that_the_devices_cannot_divide_evenly_are_refused():
-    with pytest.raises(ValueError, match=r"^12 rows do not divide evenly among 8 devices: each"):
+    with pytest.raises(UserError, match=r"^12 rows do not divide evenly among 8 devices: each"):
         partition.constrain_batch(abstract_mesh())(jnp.zeros((12, 3)))
 
 
