@@ -37,16 +37,15 @@ times their chips.
 
 SIZES = ("v5e", "v6e", "sdxl")
 
-GRIDS = {"matched": 2, "tdm": 3}
-"""That divide a batch: a chip has a multiple of so many rows of a micro-batch."""
-
 
 def get_config(name: str = "") -> ConfigDict:
     """The config; `name` is one of SIZES, a method's, or both joined by "-"."""
     first, _, rest = name.partition("-")
     size, method = (first, rest) if first in SIZES else ("", name)
     config = base.chosen(whole(size), method, file="tpu_v4")
-    grids, student = GRIDS.get(config.method.name, 1), config.student
+    student, matching = config.student, config.methods.matched.matching
+    # That share a micro-batch: a chip must have rows of each.
+    grids = {"matched": len(matching.counts), "tdm": len(student.steps)}.get(config.method.name, 1)
     parts = max(1, student.batch_size // CHIPS // grids)
     student.batch_size = parts * grids * CHIPS
     student.accumulate = min(student.accumulate, parts)

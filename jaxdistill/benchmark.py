@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,12 +124,17 @@ class Study:
 
     # -- rows
 
+    @cached_property
+    def protocol(self) -> dict[str, Any]:
+        """What the scores of all rows depend on."""
+        return self.first.protocol()
+
     def stored(self) -> dict[str, dict[str, Any]]:
         """{key: row} of all that are there. Raises UserError for rows of another protocol."""
         if not self.rows_path.exists():
             return {}
         stored = json.loads(self.rows_path.read_text())
-        if stored["protocol"] != self.first.protocol():
+        if stored["protocol"] != self.protocol:
             raise UserError(
                 f"{self.rows_path} holds rows of another protocol ({stored['protocol']}); remove it"
                 " or use another workdir"
@@ -169,8 +174,7 @@ class Study:
         row = {"method": entry.name, "seed": entry.seed, **scores}
         with self.claims.claim("rows"):
             rows = [*self.stored().values(), row]
-            about = {"protocol": self.first.protocol(), "rows": rows}
-            checkpoint.write_json(self.rows_path, about)
+            checkpoint.write_json(self.rows_path, {"protocol": self.protocol, "rows": rows})
 
     # -- work
 
@@ -231,7 +235,7 @@ class Study:
             "means": found,
             "reference": rows[0] if rows[0]["model"] == "teacher" else None,
             **task.reals(),
-            "protocol": task.protocol(),
+            "protocol": self.protocol,
             "config": json.loads(self.config.to_json()),
             "versions": versions(),
         }

@@ -114,7 +114,7 @@ def written(folder: Path, out: Path) -> None:
     files = {case: folder / f"{case.name}.json" for case in CASES}
     rows = [row_of(c, json.loads(f.read_text())) for c, f in files.items() if f.exists()]
     rows.sort(key=lambda row: list(SIZES).index(row["size"]))
-    first = {row["size"]: row["needed"] for row in rows if (row["method"] == FIRST)}
+    first = {row["size"]: row["needed"] for row in rows if row["method"] == FIRST}
     for row in rows:
         if row["size"] in first:
             row["ratio"] = row["needed"] / first[row["size"]]

@@ -22,7 +22,6 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 sys.path.insert(0, "tests")
 from jaxdistill import partition
-from jaxdistill.errors import UserError
 from jaxdistill.run.phase import Training, programs
 from jaxdistill.train import Objective
 from small import batch, flash, make

@@ -94,6 +94,8 @@ class LabelledData:
     @cached_property
     def evaluator(self) -> Evaluator:
         """Scores against that split."""
+        if self.config.eval.split == "validation":
+            return self.validation
         return Evaluator(self.dataset, self.split(), self.extractor)
 
     @cached_property

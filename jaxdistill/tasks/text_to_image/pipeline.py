@@ -14,7 +14,7 @@ from jaxtyping import Array
 from jaxdistill import partition, sampling
 from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
-from jaxdistill.interop.diffusers_scheduler import Scheduler
+from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
 from jaxdistill.interop.prompts import load_tokenizer, say_cut
 from jaxdistill.run import checkpoint
 
@@ -392,6 +392,7 @@ class TextToImage:
         )
         steps = self.steps if steps is None else steps
         guidance = self.guidance if guidance is None else guidance
+        run = self.scheduler.run(steps)
         if latents is None:
             noise = self.draw(seed, start, len(prompts), height, width)
         else:
@@ -406,13 +407,13 @@ class TextToImage:
             # The last block is filled up, so that one program serves all.
             rows = np.arange(i, i + block) % len(prompts)
             part = {k: self.place(v[rows]) for k, v in cond.items()}
-            x = self._sampled(self.place(noise[rows]), part, null, steps, guidance)
+            x = self._sampled(self.place(noise[rows]), part, null, run, guidance)
             found.append(self.decode(x) if decode else np.asarray(x))
         return np.concatenate(found)[: len(prompts)]
 
-    def _sampled(self, starts: Array, cond: Any, null: Any, steps: int, guidance: float) -> Array:
-        """The latents to which the sampler leads from these starts, one block of rows."""
-        run, scale, guided = self.scheduler.run(steps), np.float32(guidance), guides(guidance)
+    def _sampled(self, starts: Array, cond: Any, null: Any, run: Run, guidance: float) -> Array:
+        """The latents to which a scheduler's run leads from these starts, one block of rows."""
+        scale, guided = np.float32(guidance), guides(guidance)
         state = self.scheduler.begin(starts, run)
         for t, t_next in zip(run.times, run.next_times, strict=True):
             args = (self.params, state, starts, cond, null, t, t_next, scale)
