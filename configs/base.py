@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxdistill.methods import METHODS
-from jaxdistill.methods.recipe import settings_block
+from jaxdistill.methods.recipe import settings_block, settings_from
 
 
 def base(task: str, *, guidance: float) -> ConfigDict:
@@ -77,7 +77,9 @@ def methods(config: ConfigDict) -> ConfigDict:
     """The settings of all methods, as their papers have them; `guidance` follows the teacher's."""
     blocks = ConfigDict()
     for name, method in METHODS.items():
-        blocks[name] = ConfigDict(settings_block(method.settings()))
+        blocks[name] = ConfigDict(
+            settings_block(settings_from(method.settings, {}, f"config.methods.{name}"))
+        )
     for block in (*blocks.values(), blocks.matched.flash, blocks.matched.matching):
         follow(config, block)
     return blocks

@@ -8,11 +8,11 @@ No image is needed: the teacher comes with the repository, as do the statistics 
 scores are made against. A student at 1 to 4 steps, its table and picture. Any method by name:
 `configs/scenes.py:imagine_flash`, `:dmd2`, ...
 
-11 minutes of CPU time of two cores, compiling among them: 3,000 network calls on a batch of 16 for
-the student, 940 for the teacher's images. Expect on test, of 500 images (an FD of so few is larger
-than that of the 2,000 in docs/results/benchmark.md): the teacher at 25 steps FD 1.60, all right
-0.82; the student FD 2.91 / 2.02 / 1.76 / 1.68 and all right 0.75 / 0.80 / 0.81 / 0.79 at
-1 / 2 / 3 / 4 steps.
+7.5 minutes on two CPU cores that do nothing else, compiling among them: 3,000 network calls on a
+batch of 16 for the student, 940 for the teacher's images. Expect on test, of 500 images (an FD of
+so few is larger than that of the 2,000 in docs/results/benchmark.md): the teacher at 25 steps FD
+1.60, all right 0.82; the student FD 2.91 / 2.02 / 1.76 / 1.68 and all right 0.75 / 0.80 / 0.81 /
+0.79 at 1 / 2 / 3 / 4 steps.
 
 With --config.base="" and --config.data.source=FOLDER, the folder of Fashion-MNIST's idx files, a
 teacher and a recogniser are trained first (an hour).

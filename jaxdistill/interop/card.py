@@ -119,6 +119,16 @@ def check_model(model: nn.Module, x: Any, cond: Any) -> Any:
             f"the model returns shape {out.shape} for images of shape {x.shape}; it must keep the"
             " shape"
         )
+    rows = jax.export.symbolic_shape("b")
+    inputs = (x, jax.ShapeDtypeStruct((1,), x.dtype), cond)
+    free = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*rows, *a.shape[1:]), a.dtype), inputs)
+    try:
+        jax.eval_shape(model.apply, params, *free)
+    except (TypeError, ValueError) as error:  # an export serves batches of any size
+        raise ValueError(
+            "the model must leave its batch open (x.shape[0], not len(x)):"
+            f" {str(error).splitlines()[0]}"
+        ) from None
     return params
 
 

@@ -19,7 +19,7 @@ from jaxdistill.methods import (
     step_distillation,
     tdm,
 )
-from jaxdistill.methods.recipe import Kit, Recipe, settings_from
+from jaxdistill.methods.recipe import Kit, Recipe, check_recipe, settings_from
 from jaxdistill.names import choose
 
 
@@ -63,7 +63,7 @@ def build(name: str, blocks: Mapping[str, Any]) -> Callable[[Kit], Recipe]:
 
     def make(kit: Kit) -> Recipe:
         try:
-            return method.recipe(kit, settings)
+            return check_recipe(method.recipe(kit, settings), kit.steps)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 

@@ -92,6 +92,26 @@ class Recipe(NamedTuple):
     learns_from: int = 0
 
 
+def check_recipe(found: Any, steps: Sequence[int]) -> Recipe:
+    """The recipe itself, where it can be trained for these step counts. Raises ValueError."""
+    stages = found.stages if isinstance(found, Recipe) else None
+    if not isinstance(stages, (list, tuple)) or not all(isinstance(s, Stage) for s in stages):
+        raise ValueError(
+            f"a recipe must return Recipe([Stage(...), ...], SamplerSpec(...)), got {found!r:.80}"
+        )
+    for stage in stages:
+        where = f"Stage({stage.name!r})."
+        choose(dict.fromkeys(("noise", "images", "pairs")), stage.data, f"{where}data")
+        choose(dict.fromkeys(("teacher", "previous", "both")), stage.teacher, f"{where}teacher")
+        if "student" not in stage.networks:
+            raise ValueError(f"{where}optimizers must hold one of 'student'")
+    if lost := set(steps).difference(*(stage.serves for stage in stages)):
+        raise ValueError(
+            f"no stage serves {min(lost)} steps; name them in Stage.serves (kit.steps: all)"
+        )
+    return found
+
+
 # ------------------------------------------------------------------------ what a task offers to all
 
 
@@ -248,9 +268,14 @@ def adamw(
 def settings_from(kind: Any, block: Mapping[str, Any], where: str) -> Any:
     """A settings dataclass from a config's block; nested dataclasses from nested blocks.
 
-    Raises ValueError for a key that it does not have, naming those it has.
+    Raises ValueError for a key that it does not have, naming those it has, and for a field without
+    a default.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    missing = dataclasses.MISSING
+    for name, field in fields.items():
+        if field.default is missing and field.default_factory is missing:
+            raise ValueError(f"{where}: {kind.__module__}.{kind.__name__}.{name} needs a default")
     if unknown := [key for key in block if key not in fields]:
         raise ValueError(f"{where} has no setting {unknown[0]!r}; it has {', '.join(fields)}")
     values = {}

@@ -4,8 +4,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,7 +80,7 @@ class Command:
         try:
             rest = self.values(given)[1:]
         except (flags.Error, LookupError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(_flag_error(error)) from None
+            raise UserError(self._flag_error(error, given)) from None
         except (OSError, ImportError) as error:
             raise UserError(f"--config cannot be loaded: {error}") from None
         if rest:
@@ -88,6 +89,20 @@ class Command:
                 " --workdir=DIR --config.key=value"
             )
         return self
+
+    def _flag_error(self, error: Exception, given: Sequence[str]) -> str:
+        """A mistake in the flags as one line."""
+        if "Error whilst parsing config file" in str(error):  # with the traceback of what it raised
+            last = str(error).strip().splitlines()[-1]
+            return f"--config cannot be loaded: {last.removeprefix('ValueError: ')}"
+        frames = traceback.extract_tb(error.__traceback__)
+        if own := [frame for frame in frames if frame.name == "get_config"]:
+            where = f"{own[-1].filename}, line {own[-1].lineno}"
+            return f"--config cannot be loaded: {type(error).__name__}: {error} ({where})"
+        known = isinstance(error, (LookupError, AttributeError)) and "config" in self.values
+        if known and (line := _without_key(_config_of(given), given)):
+            return line
+        return re.sub(r"\s+", " ", str(error)).strip()
 
     def help(self) -> str:
         """The docstring and a line a flag."""
@@ -126,20 +141,31 @@ class Command:
         return Path(self.workdir)
 
 
-def _flag_error(error: Exception) -> str:
-    """A mistake in the flags as one line."""
-    if "Error whilst parsing config file" in str(error):  # with the traceback of what it raised
-        last = str(error).strip().splitlines()[-1]
-        return f"--config cannot be loaded: {last.removeprefix('ValueError: ')}"
-    frames = traceback.extract_tb(error.__traceback__)
-    if own := [frame for frame in frames if frame.name == "get_config"]:
-        where = f"{own[-1].filename}, line {own[-1].lineno}"
-        return f"--config cannot be loaded: {type(error).__name__}: {error} ({where})"
-    # KeyError's str is the repr of its message, once more for each block it passed through.
-    text = str(error).replace("\\n", " ").replace("\\", "").replace("'", "")
-    text = re.sub(r"\s+", " ", text).strip()
-    key = isinstance(error, (AttributeError, LookupError))
-    return f"unknown config key: {text}" if key else text
+def _config_of(given: Sequence[str]) -> ConfigDict:
+    """The file's config, without the changes."""
+    values = flags.FlagValues()
+    kept = [word for word in given if not word.lstrip("-").startswith("config.")]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=kept)
+    values(kept, known_only=True)
+    config: ConfigDict = values["config"].value
+    return config
+
+
+def _without_key(config: ConfigDict, words: Sequence[str]) -> str:
+    """One line for the first of the flags whose key the config does not have, or nothing."""
+    for word in words:
+        block, walked = config, "config"
+        first, *path = word.lstrip("-").partition("=")[0].split(".")
+        for part in path if first == "config" else ():
+            name = part.partition("[")[0]
+            if not isinstance(block, ConfigDict) or name not in block:
+                there = list(block) if isinstance(block, ConfigDict) else []
+                near = get_close_matches(name, there, n=1)
+                meant = f"; did you mean {walked}.{near[0]}?" if near else ""
+                has = f"; {walked} has {', '.join(there)}" if there and not near else ""
+                return f"unknown config key: {walked}.{name}{meant}{has}"
+            block, walked = block[name], f"{walked}.{name}"
+    return ""
 
 
 def fail(line: str) -> NoReturn:

@@ -1,7 +1,7 @@
 """A method on a task: the programs of its stages, what they cost, and the students they leave."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -87,7 +87,8 @@ class Distillation:
                 both = {"original": base, "previous": previous}
                 teacher = previous if stage.teacher == "previous" else both
             with partition.on_mesh(task.layout):
-                return getattr(stage, part)(networks, teacher, batch, key)
+                found = getattr(stage, part)(networks, teacher, batch, key)
+            return _checked(found, f"{self.phase(i)}'s {part}")
 
         return loss
 
@@ -323,6 +324,15 @@ class Distillation:
                 found.append(Student(stage, current, trained.health, training.steps))
         distributed.barrier("students are trained")
         return sorted(found, key=lambda student: -max(student.stage.serves))
+
+
+def _checked(found: Any, name: str) -> Any:
+    """What a loss returned. Raises UserError unless it is a scalar and a dict of them."""
+    value, metrics = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(metrics, Mapping) or not hasattr(value, "shape") or value.shape:
+        said = jax.tree.map(np.shape, found)
+        raise UserError(f"{name} must return (scalar, dict of scalars), got shapes {said}")
+    return found
 
 
 def keep_best_of(name: str, steps: Sequence[int]) -> str:

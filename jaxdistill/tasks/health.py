@@ -5,20 +5,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxdistill.metrics import distances
 from jaxdistill.run import report
 from jaxdistill.run.loop import HealthFn
 from jaxdistill.run.report import counted
-from jaxdistill.run.workdir import say
+from jaxdistill.run.workdir import flatten, say
 
 COLLAPSE = 0.8
 """A diversity below this share of the teacher's is told."""
 
-MEND = (
-    "use config.methods.imagine_flash.noise=trajectory, a stronger shift or a lower"
-    " adversarial_weight"
-)
+
+def mend(config: ConfigDict) -> str:
+    """What there is to change, of the method's own settings, where a student collapses."""
+    name = config.method.name
+    settings = flatten(config.methods.to_dict().get(name, {}))
+    flat = {f"config.methods.{name}.{k}": v for k, v in settings.items()}
+    found = [f"{k}=trajectory" for k, v in flat.items() if k.endswith(".noise") and v == "fresh"]
+    found += [f"a lower {k}" for k, v in flat.items() if k.endswith("adversarial_weight") and v]
+    found = found or [f"a lower {k}" for k in flat if k.endswith(".learning_rate")]
+    return " or ".join(found) or "a lower learning rate"
 
 
 class Health(NamedTuple):
@@ -29,6 +36,7 @@ class Health(NamedTuple):
       groups: int [n], of which those of one group differ by their noise alone, or should differ.
       draw: (trainable weights, step counts) -> {steps: images} of the same noises.
       folder: of the pictures.
+      mend: what to change where the diversity falls.
       quick: images -> further numbers, as a Fréchet distance on validation.
       columns: of the picture.
       scale: of its pixels.
@@ -38,6 +46,7 @@ class Health(NamedTuple):
     groups: np.ndarray
     draw: Callable[[Any, Sequence[int]], Mapping[int, np.ndarray]]
     folder: Path
+    mend: str
     quick: Callable[[np.ndarray], Mapping[str, float]] = lambda images: {}
     columns: int = 20
     scale: int = 4
@@ -59,7 +68,7 @@ class Health(NamedTuple):
                 numbers |= {f"{k}_{n}": v for k, v in found.items()}
             diversity = {n: numbers[f"diversity_{n}"] for n in images}
             if low := falling(diversity, before, ended=step >= last):
-                warn(phase, step, low)
+                warn(phase, step, low, self.mend)
             before.update(diversity)
             columns = min(self.columns, len(self.reference))
             rows = [self.reference[:columns], *(drawn[:columns] for drawn in images.values())]
@@ -86,10 +95,10 @@ def falling(
     }
 
 
-def warn(phase: str, step: int, low: Mapping[int, float]) -> None:
+def warn(phase: str, step: int, low: Mapping[int, float], mend: str) -> None:
     """Tell of a diversity that is low."""
     where = ", ".join(f"{counted(n)} ({value:.2f})" for n, value in low.items())
     say(
         f"WARNING {phase} {step}: diversity below {COLLAPSE} of the teacher's at {where}; if it"
-        f" stays there the student collapses: {MEND}"
+        f" stays there the student collapses: use {mend}"
     )

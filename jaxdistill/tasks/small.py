@@ -31,7 +31,7 @@ from jaxdistill.run.run import Run
 from jaxdistill.run.seeds import key_of, seed_of
 from jaxdistill.run.workdir import UserError, say
 from jaxdistill.sampling import TimeGrid, check_grid
-from jaxdistill.tasks.health import Health
+from jaxdistill.tasks.health import Health, mend
 from jaxdistill.tasks.settings import (
     adversarial_settings,
     check_config,
@@ -607,6 +607,7 @@ class SmallTask:
             groups=self.health_groups(len(reference)),
             draw=draw,
             folder=run.workdir / "samples",
+            mend=mend(self.config),
             quick=self.quick,
         )
 

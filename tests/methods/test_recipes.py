@@ -2,7 +2,8 @@
 settings.
 """
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,17 @@ import numpy as np
 import pytest
 
 from jaxdistill import schedule as schedules
-from jaxdistill.methods import METHODS, build
+from jaxdistill.methods import METHODS, Method, build
 from jaxdistill.methods.dmd2 import dmd2
-from jaxdistill.methods.recipe import Kit, StudentSettings, settings_block, settings_from
+from jaxdistill.methods.recipe import (
+    Kit,
+    Recipe,
+    SamplerSpec,
+    Stage,
+    StudentSettings,
+    settings_block,
+    settings_from,
+)
 from jaxdistill.methods.tdm import tdm
 from jaxdistill.model import Model
 from jaxdistill.prediction import x0_prediction
@@ -289,6 +298,57 @@ def test_a_setting_that_a_method_does_not_have_is_refused_with_those_it_has(bloc
     with pytest.raises(ValueError) as error:
         build("matched", {"matched": block})
     assert str(error.value) == message
+
+
+def test_a_setting_without_a_default_is_refused_by_its_name():
+    @dataclass
+    class Settings:
+        learning_rate: float
+
+    with pytest.raises(ValueError, match=r"^block: .*Settings\.learning_rate needs a default$"):
+        settings_from(Settings, {"learning_rate": 0.1}, "block")
+
+
+def loss(params, teacher_params, batch, key):
+    return 0.0, {}
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda make: [Stage("", loss, make, serves=(1, 2))], "must return Recipe"),
+        (lambda make: Recipe(Stage("", loss, make, serves=(1, 2)), SamplerSpec()), "must return"),
+        (lambda make: Recipe([Stage("", loss, make)], SamplerSpec()), "no stage serves 1 steps"),
+        (
+            lambda make: Recipe([Stage("", loss, make, serves=(1,))], SamplerSpec()),
+            "no stage serves 2 steps",
+        ),
+        (
+            lambda make: Recipe([Stage("a", loss, make, data="image")], SamplerSpec()),
+            "Stage('a').data = 'image' is not known; choose one of 'noise', 'images', 'pairs'",
+        ),
+        (
+            lambda make: Recipe([Stage("a", loss, make, teacher="last")], SamplerSpec()),
+            "Stage('a').teacher = 'last' is not known",
+        ),
+        (
+            lambda make: Recipe([Stage("a", loss, lambda n: {"fake": 0})], SamplerSpec()),
+            "Stage('a').optimizers must hold one of 'student'",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained_is_refused(monkeypatch, made, message):
+    @dataclass
+    class Settings:
+        learning_rate: float = 0.1
+
+    def recipe(kit, settings):
+        return made(kit.optimizers(settings.learning_rate))
+
+    monkeypatch.setitem(METHODS, "mine", Method(Settings, recipe))
+    with pytest.raises(ValueError, match=re.escape("config.methods.mine: ") + ".*") as refused:
+        build("mine", {})(kit(1, 2))
+    assert message in str(refused.value)
 
 
 def test_a_block_may_be_a_variant_of_another_method():

@@ -71,8 +71,16 @@ def test_the_command_of_several_processes_takes_them(monkeypatch):
 
 
 BAD = {
-    "unknown key": (["--config.studnt.steps=1"], "unknown config key: studnt Did you mean"),
-    "unknown key in a block": (["--config.student.stepz=1"], "stepz"),
+    "unknown key": (["--config.studnt.steps=1"], "config.studnt; did you mean config.student?\n"),
+    "unknown key in a block": (
+        ["--config.seed=1", "--config.student.stepz=1"],
+        "unknown config key: config.student.stepz; did you mean config.student.steps?\n",
+    ),
+    "a key that is like no other": (
+        ["--config.methods.lcm.lr=1"],
+        "unknown config key: config.methods.lcm.lr; config.methods.lcm has guidance, huber, ",
+    ),
+    "a key below a value": (["--config.seed.x=1"], "unknown config key: config.seed.x\n"),
     "unknown flag": (["--wrkdir=x"], "wrkdir"),
     "wrong type": (["--config.seed=a"], "config.seed=a"),
     "no flag": (["runs/x"], "unexpected argument 'runs/x'; flags look like --config="),

@@ -1,13 +1,18 @@
 """Each mistake is one clear line, before anything long starts."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
+from flax import linen as nn
 from shell import assert_one_error_line, run_command
 
 from configs import base, digits, fashion, sd15, sd21, sdxl
 from jaxdistill import sample
+from jaxdistill.interop import card
 from jaxdistill.methods import METHODS
 from jaxdistill.tasks import open_task
+from jaxdistill.tasks.labelled_images import data
 from jaxdistill.tasks.settings import changed
 
 
@@ -139,12 +144,58 @@ def test_a_model_that_does_not_fit_the_images_is_refused():
         open_task(config)
 
 
+class NeedsItsRows(nn.Module):
+    """A network that cannot be exported for batches of any size."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, t, cond, *, features=False):
+        del features
+        return nn.Dense(1)(x) + jnp.zeros((len(x), 1, 1, 1))
+
+    def null_cond(self, cond):
+        return jnp.full_like(cond, self.num_classes)
+
+
+def test_a_model_whose_batch_is_not_open_is_refused(monkeypatch):
+    monkeypatch.setitem(card.MODELS, "mine", NeedsItsRows)
+    config = tiny.get_config()
+    with config.unlocked():
+        config.model = {"name": "mine"}
+    with pytest.raises(ValueError, match=r"must leave its batch open \(x.shape\[0\], not len"):
+        open_task(config)
+
+
+@pytest.mark.parametrize(
+    ("split", "changes", "message"),
+    [
+        ("train", {"images": lambda a: 2 * a - 1}, "holds pixels from -1 to 1; they must be in"),
+        ("test", {"images": lambda a: a * np.nan}, "holds pixels from nan"),
+        ("test", {"images": lambda a: a[..., 0]}, "holds images float32 [360, 8, 8]; they must be"),
+        ("train", {"images": lambda a: a.astype(np.float64)}, "holds images float64"),
+        ("train", {"labels": lambda a: a + 1}, "holds labels [1078] from 1 to 10; they must be"),
+        ("validation", {"labels": lambda a: a[1:]}, "they must be whole numbers [359] of 0..9"),
+        ("test", {"labels": lambda a: a / 2}, "they must be whole numbers"),
+    ],
+)
+def test_a_dataset_of_other_ranges_or_shapes_is_refused(monkeypatch, split, changes, message):
+    real = data.digits()
+    changed_split = getattr(real, split)
+    for name, change in changes.items():
+        changed_split = changed_split._replace(**{name: change(getattr(changed_split, name))})
+    monkeypatch.setattr(data, "digits", lambda: real._replace(**{split: changed_split}))
+    with pytest.raises(ValueError, match=rf"^digits's {split} split .*") as refused:
+        open_task(tiny.get_config())
+    assert message in str(refused.value)
+
+
 @pytest.mark.slow
 def test_the_command_answers_a_mistake_in_one_line(tmp_path):
     """Of the process itself; which mistakes, tests/run/test_cli.py says."""
     flags = ["--config=tests/tiny.py", f"--workdir={tmp_path}", "--config.studnt.steps=1"]
     found = run_command("jaxdistill.main", *flags)
-    assert_one_error_line(found, "unknown config key: studnt Did you mean")
+    assert_one_error_line(found, "unknown config key: config.studnt; did you mean config.student?")
     assert found.returncode == 2
 
 

@@ -16,14 +16,16 @@ from shell import TINY, assert_same_bits, folder_bytes, run_command, tiny_config
 from configs import base
 from jaxdistill import main, sample
 from jaxdistill.errors import UserError
-from jaxdistill.methods.recipe import adamw
+from jaxdistill.methods import METHODS, Method
+from jaxdistill.methods.recipe import Recipe, SamplerSpec, Stage, adamw
 from jaxdistill.run import checkpoint, loop, phase, report
 from jaxdistill.run.distillation import Distillation
 from jaxdistill.run.run import Run
 from jaxdistill.run.seeds import seed_of
-from jaxdistill.tasks import open_task
+from jaxdistill.tasks import health, open_task
 from jaxdistill.tasks.health import Health
 from jaxdistill.tasks.labelled_images import data
+from jaxdistill.tasks.settings import changed
 
 ROW_KEYS = {
     "model",
@@ -389,7 +391,7 @@ def test_a_warning_comes_where_diversity_is_low_and_does_not_rise(tmp_path, caps
     def draw(trained, steps):
         return {n: 0.5 + factors[n] * (reference - 0.5) for n in steps}
 
-    line = Health(reference, groups, draw, tmp_path).of("student", (1, 3), 40)
+    line = Health(reference, groups, draw, tmp_path, "MEND").of("student", (1, 3), 40)
 
     def warned(step, one, three):
         factors.update({1: np.float32(one), 3: np.float32(three)})
@@ -401,9 +403,51 @@ def test_a_warning_comes_where_diversity_is_low_and_does_not_rise(tmp_path, caps
     assert not warned(20, 0.6, 1.0)  # while it recovers it is no collapse
     (text,) = warned(30, 0.55, 1.0)
     assert "student 30" in text and "1 step (" in text and "3 steps" not in text
-    assert "0.8" in text and "config." in text
+    assert "0.8" in text and text.endswith("use MEND")
     (text,) = warned(40, 0.7, 0.7)  # the end shows that it did not recover
     assert "1 step (" in text and "3 steps (" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "wanted"),
+    [
+        ("add", {}, "a lower {}adversarial_weight"),
+        ("matched", {}, "a lower {}flash.adversarial_weight"),
+        ("tdm", {}, "a lower {}learning_rate"),
+        (
+            "imagine_flash",
+            {"methods.imagine_flash.noise": "fresh"},
+            "{0}noise=trajectory or a lower {0}adversarial_weight",
+        ),
+    ],
+)
+def test_the_warning_advises_settings_that_the_method_has(method, changes, wanted):
+    found = health.mend(changed(tiny_config(), {"method.name": method, **changes}))
+    assert found == wanted.format(f"config.methods.{method}.")
+
+
+def test_a_workdir_of_other_images_is_refused(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "extractor", tmp_path / "extractor")
+    real = data.digits()
+    other = real.train._replace(images=real.train.images[:, ::-1].copy())
+    monkeypatch.setattr(data, "digits", lambda: real._replace(train=other))
+    task, run = job(tiny_config(), tmp_path)
+    with pytest.raises(UserError, match=r"was started on other images .* start in a new workdir"):
+        task.data.open(run)
+
+
+@pytest.mark.parametrize("made", [lambda x: x, lambda x: (x, 0.0), lambda x: (x[:, 0], {})])
+def test_a_loss_of_another_form_is_refused_before_any_work(monkeypatch, made):
+    def loss(params, teacher_params, batch, key):
+        return made(batch["x0"])
+
+    def recipe(kit, settings):
+        stage = Stage("", loss, kit.optimizers(settings.learning_rate), serves=kit.steps)
+        return Recipe([stage], SamplerSpec())
+
+    monkeypatch.setitem(METHODS, "lcm", Method(METHODS["lcm"].settings, recipe))
+    with pytest.raises(UserError, match=r"student's loss must return \(scalar, dict of"):
+        open_task(changed(tiny_config(), {"method.name": "lcm"}))
 
 
 def test_teacher_of_another_run_is_taken_over(folder, tmp_path):

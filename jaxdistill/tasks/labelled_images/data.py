@@ -33,7 +33,32 @@ class Dataset(NamedTuple):
 
 
 class DataError(UserError):
-    """A data file that is missing or damaged, in one line."""
+    """A data file that is missing or damaged, or a dataset that cannot be, in one line."""
+
+
+def checked(dataset: Dataset) -> Dataset:
+    """The dataset itself. Raises DataError unless images are float32 [n, h, w, c] in [0, 1] and
+    labels [n] number the classes.
+    """
+    classes = len(dataset.class_names)
+    for name in ("train", "validation", "test"):
+        where, (images, labels) = f"{dataset.name}'s {name} split", getattr(dataset, name)
+        if images.ndim != 4 or images.dtype != np.float32:
+            raise DataError(
+                f"{where} holds images {images.dtype} {list(images.shape)}; they must be float32"
+                " [n, h, w, c]"
+            )
+        if not (images.min() >= 0 and images.max() <= 1):  # not a number is refused, too
+            raise DataError(
+                f"{where} holds pixels from {images.min():g} to {images.max():g}; they must be in"
+                " [0, 1]"
+            )
+        if labels.shape != images.shape[:1] or not np.isin(labels, np.arange(classes)).all():
+            raise DataError(
+                f"{where} holds labels {list(labels.shape)} from {labels.min()} to {labels.max()};"
+                f" they must be whole numbers [{len(images)}] of 0..{classes - 1}"
+            )
+    return dataset
 
 
 def digits() -> Dataset:

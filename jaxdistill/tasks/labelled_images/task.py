@@ -17,7 +17,7 @@ from jaxdistill.names import choose
 from jaxdistill.run import checkpoint
 from jaxdistill.run.distillation import check_keep_best
 from jaxdistill.run.run import Run
-from jaxdistill.run.workdir import say
+from jaxdistill.run.workdir import UserError, say
 from jaxdistill.tasks.labelled_images import data
 from jaxdistill.tasks.labelled_images.scores import (
     Evaluator,
@@ -54,7 +54,7 @@ def make_dataset(block: Mapping[str, Any]) -> data.Dataset:
         "digits": data.digits,
         "fashion": lambda: data.fashion_mnist(block["folder"]),
     }
-    return choose(makers, block["name"], "config.data.name")()
+    return data.checked(choose(makers, block["name"], "config.data.name")())
 
 
 class LabelledData:
@@ -70,11 +70,20 @@ class LabelledData:
         self.dataset = make_dataset(config.data.to_dict())
 
     def open(self, run: Run) -> None:
-        """The frozen classifier of the metrics: trained at the first start, then read."""
+        """The frozen classifier of the metrics: trained at the first start, then read.
+
+        Raises UserError where it was trained on other images.
+        """
         ev, folder = self.config.eval, run.workdir / "extractor"
         size: dict[str, Any] = {"channels": tuple(ev.channels), "features": ev.features}
+        sha256 = data.fingerprint(self.dataset.train)
         if (folder / "card.json").exists():
-            params, _ = checkpoint.load_export(folder)
+            params, about = checkpoint.load_export(folder)
+            if about.get("data_sha256", sha256) != sha256:
+                raise UserError(
+                    f"{run.workdir} was started on other images ({self.dataset.name}"
+                    f" {about['data_sha256']}, now {sha256}); start in a new workdir"
+                )
             classes, images = len(self.dataset.class_names), self.dataset.train.images
             self.extractor = make_extractor(params, images, num_classes=classes, **size)
             return
@@ -83,7 +92,8 @@ class LabelledData:
             self.extractor = train_extractor(self.dataset, steps=ev.extractor_steps, **size)
         about = {"role": "feature extractor", "hash": self.extractor.hash}
         sizes = {"channels": list(ev.channels), "features": ev.features}
-        made = {"format": card.FORMAT, **about, "data": self.dataset.name, **sizes}
+        about |= {"data": self.dataset.name, "data_sha256": sha256}
+        made = {"format": card.FORMAT, **about, **sizes}
         checkpoint.export(folder, self.extractor.params, made)
 
     def split(self) -> data.Split:

@@ -20,7 +20,7 @@ from jaxdistill.run.distillation import Student
 from jaxdistill.run.record_cache import Cache, key_of
 from jaxdistill.run.run import Run
 from jaxdistill.run.seeds import seed_of
-from jaxdistill.tasks.health import Health
+from jaxdistill.tasks.health import Health, mend
 from jaxdistill.tasks.text_to_image import pipeline
 from jaxdistill.tasks.text_to_image.data import captioned_images, fit_image, prompts_of
 from jaxdistill.tasks.text_to_image.setup import DTYPES, TextSetup, open_teacher
@@ -270,6 +270,7 @@ class TextToImageTask(TextSetup):
             groups=np.repeat(np.arange(count), 2),
             draw=Drawn(self, pipe, student_pipe, prompts, options),
             folder=run.workdir / "samples",
+            mend=mend(self.config),
             columns=len(prompts),
             scale=1,
         )
