@@ -1,5 +1,6 @@
 """Runs before the package is imported: shapes of annotated arguments are checked in every test."""
 
+import gc
 import json
 import os
 import shutil
@@ -12,8 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Workers, commands and restarts compile the same programs, down to single operations: one cache for
-# all, new each time.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# all, new each time where none is given.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="jax-cache-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -59,6 +60,12 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("slow") or item.get_closest_marker("long")
     )
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish():
+    """What is imported stays: the garbage collector, which some commands call, need not walk it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdistill import sampling
 from jaxdistill.interop import card
 from jaxdistill.interop.text_export import TextExport
-from jaxdistill.tasks.text_to_image.pipeline import TextToImage, guides, time_ids
+from jaxdistill.tasks.text_to_image.pipeline import Inputs, TextToImage, guides, time_ids
 
 
 class Busy(Exception):
@@ -233,16 +233,11 @@ class PipelinePainter:
         pipe = self.pipes[correct]
         _, numbers, cond = filled(self.sizes, seeds, conds)
         noise = jnp.asarray(np.concatenate([pipe.draw(int(n), 0, 1, *self.size) for n in numbers]))
-        run, scale, guided = (
-            pipe.scheduler.run(steps),
-            np.float32(self.guidance),
-            guides(self.guidance),
-        )
+        run, guided = pipe.scheduler.run(steps), guides(self.guidance)
+        inputs = Inputs(noise, cond, self.null, np.float32(self.guidance))
 
         def step(state: Any, t: Any, t_next: Any) -> Any:
-            return pipe.advance(
-                pipe.params, state, noise, cond, self.null, t, t_next, scale, guided=guided
-            )
+            return pipe.advance(pipe.params, state, inputs, t, t_next, guided=guided)
 
         def finish(x: Any) -> np.ndarray:
             return np.round(pipe.decode(x) * 255.0).astype(np.uint8)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,39 +179,44 @@ def image_size(folder: Folder, height: int | None, width: int | None) -> tuple[i
     return found[0], found[1]
 
 
-def guided_step(
-    unet: Any,
-    scheduler: Scheduler,
-    layout: partition.Layout | None,
-    params: Any,
-    state: Any,
-    noise: Array,
-    cond: Any,
-    null: Any,
-    t: Array,
-    t_next: Array,
-    guidance: Array,
-    *,
-    guided: bool,
-) -> Any:
-    """One network call and the solver's step.
-
-    The loop over the times is Python's: one program serves every number of steps.
+class Inputs(NamedTuple):
+    """What the steps of a run share: starts [b, h, w, c], conditioning, null conditioning of one
+    row, and the scale.
     """
-    if layout is not None:
-        params = layout.gathered(params, unet.dtype)
-    denoiser = sampling.guided_denoiser(
-        unet.apply,
-        params,
-        cond,
-        schedule=scheduler.schedule,
-        parameterization=scheduler.parameterization,
-        null_cond=partial(with_null, null),
-        scale=guidance if guided else 1.0,
-        shared=True,
-    )
-    with partition.on_mesh(layout):
-        return scheduler.advance(denoiser, state, noise, t, t_next)
+
+    noise: Array
+    cond: Any
+    null: Any
+    guidance: Any
+
+
+class Stepper(NamedTuple):
+    """One network call and the solver's step, as a program. The loop over the times is Python's:
+    one program serves every number of steps.
+    """
+
+    unet: Any
+    scheduler: Scheduler
+    layout: partition.Layout | None
+
+    def step(
+        self, params: Any, state: Any, inputs: Inputs, t: Array, t_next: Array, *, guided: bool
+    ) -> Any:
+        """The solver's state at t_next."""
+        if self.layout is not None:
+            params = self.layout.gathered(params, self.unet.dtype)
+        denoiser = sampling.guided_denoiser(
+            self.unet.apply,
+            params,
+            inputs.cond,
+            schedule=self.scheduler.schedule,
+            parameterization=self.scheduler.parameterization,
+            null_cond=partial(with_null, inputs.null),
+            scale=inputs.guidance if guided else 1.0,
+            shared=True,
+        )
+        with partition.on_mesh(self.layout):
+            return self.scheduler.advance(denoiser, state, inputs.noise, t, t_next)
 
 
 def guides(scale: float) -> bool:
@@ -313,7 +318,7 @@ class TextToImage:
     # -- programs
 
     def _step(self, *arguments: Any, guided: bool) -> Any:
-        return guided_step(self.unet, self.scheduler, self.layout, *arguments, guided=guided)
+        return Stepper(self.unet, self.scheduler, self.layout).step(*arguments, guided=guided)
 
     def _vae(self, method: str, params: Any, x: Array) -> Any:
         with partition.on_mesh(self.layout):
@@ -413,11 +418,10 @@ class TextToImage:
 
     def _sampled(self, starts: Array, cond: Any, null: Any, run: Run, guidance: float) -> Array:
         """The latents to which a scheduler's run leads from these starts, one block of rows."""
-        scale, guided = np.float32(guidance), guides(guidance)
+        inputs, guided = Inputs(starts, cond, null, np.float32(guidance)), guides(guidance)
         state = self.scheduler.begin(starts, run)
         for t, t_next in zip(run.times, run.next_times, strict=True):
-            args = (self.params, state, starts, cond, null, t, t_next, scale)
-            state = self.advance(*args, guided=guided)
+            state = self.advance(self.params, state, inputs, t, t_next, guided=guided)
         return state.x
 
 

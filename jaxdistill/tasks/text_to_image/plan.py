@@ -185,11 +185,12 @@ def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
         ),
         jax.eval_shape(begin, noise),
     )
-    function = jax.jit(partial(pipeline.guided_step, setup.unet, scheduler, layout, guided=guided))
+    stepper = pipeline.Stepper(setup.unet, scheduler, layout)
+    function = jax.jit(partial(stepper.step, guided=guided))
     flops = rows * setup.call_flops(copies=2 if guided else 1)
     return Program(
         function,
-        (teacher, state, noise, cond, null, scalar, scalar, scalar),
+        (teacher, state, pipeline.Inputs(noise, cond, null, scalar), scalar, scalar),
         {"teacher": teacher, "batch": cond},
         flops,
         rows,
