@@ -63,7 +63,15 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported stays: the garbage collector, which some commands call, need not walk it."""
+    """What is imported stays: the garbage collector need not walk it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled():
+    """Nor what JAX keeps of a file's programs: in the last files a walk would take seconds."""
+    yield
     gc.collect()
     gc.freeze()
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxdistill.methods.imagine_flash import unique_grids
 from jaxdistill.methods.recipe import Kit, Pairs, Recipe, Stage
+from jaxdistill.methods.trajectories import unique_grids
 from jaxdistill.model import Model
 from jaxdistill.prediction import LossFn
 from jaxdistill.sampling import (

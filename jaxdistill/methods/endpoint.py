@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxdistill.methods.imagine_flash import shortcut_distance
 from jaxdistill.methods.recipe import Kit, Recipe, Stage
+from jaxdistill.methods.trajectories import shortcut_distance
 from jaxdistill.model import Model
 from jaxdistill.prediction import Denoiser, LossFn
 from jaxdistill.sampling import (

@@ -16,15 +16,19 @@ from jaxtyping import Array
 
 from jaxdistill.adversarial import Adversary
 from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
+from jaxdistill.methods.trajectories import (
+    Visited,
+    Walk,
+    all_states,
+    distance_to_end,
+    errors_by_step,
+    flat,
+    one_state,
+    unique_grids,
+)
 from jaxdistill.model import Model
 from jaxdistill.names import choose
-from jaxdistill.prediction import (
-    Batch,
-    Denoiser,
-    LossFn,
-    diffuse,
-    expand,
-)
+from jaxdistill.prediction import Batch, LossFn, diffuse
 from jaxdistill.sampling import (
     Constrain,
     OneTime,
@@ -34,9 +38,7 @@ from jaxdistill.sampling import (
     check_grid,
     ddim,
     dpm_solver_pp_2m,
-    noise_correction,
     rollout,
-    scan,
     start,
     unconstrained,
 )
@@ -190,63 +192,66 @@ def check_shift(shift: Shift, grid: TimeGrid, T: float) -> None:
         raise ValueError(f"the shift gamma must not fall as t grows, but it falls after t = {at:g}")
 
 
-def unique_grids(grids: Sequence[TimeGrid]) -> list[TimeGrid]:
-    """The grids that are no prefix of another, longest first.
-
-    A trajectory on (T, a, b) passes every state of (T, a) and (T), and its x̂0 at each state is the
-    final image of that shorter sampler: rolling out the prefix would be the same calls again.
-    """
-    kept: list[TimeGrid] = []
-    for grid in sorted(grids, key=len, reverse=True):
-        if not any(np.array_equal(other[: len(grid)], grid) for other in kept):
-            kept.append(grid)
-    return kept
-
-
-class Slots(NamedTuple):
-    """How a batch of rows walks several grids in one loop: row r has grid r mod G, and starts anew
-    when it has come to its end.
-
-    t, t_next [S, b]: where slot s of a row stands and ends, S the length of the longest grid;
-    restart bool [S, b].
-    """
-
-    t: np.ndarray
-    t_next: np.ndarray
-    restart: np.ndarray
+def check_flash(
+    reconstruction: Reconstruction, grids: Sequence[TimeGrid], T: float, *, adversary_states: str
+) -> None:
+    """Raise ValueError for k < 1, a shift that cannot be, or an adversary of other states."""
+    if adversary_states not in ("all", "one"):
+        raise ValueError(f"adversary_states must be 'all' or 'one', got {adversary_states!r}")
+    if reconstruction.steps < 1:
+        raise ValueError(f"the teacher needs k >= 1 steps, got {reconstruction.steps}")
+    for grid in grids:
+        check_shift(reconstruction.shift, grid, T)
 
 
-def slots_of(grids: Sequence[TimeGrid], batch_size: int) -> Slots:
-    """The slots of `batch_size` rows. No slot is idle: a one-step row draws a new noise in each."""
-    count = max(len(grid) for grid in grids)
-    at = [np.arange(count) % len(grid) for grid in grids]
-    t = [np.asarray(grid, np.float32)[i] for grid, i in zip(grids, at, strict=True)]
-    t_next = [
-        np.append(grid, 0.0).astype(np.float32)[i + 1] for grid, i in zip(grids, at, strict=True)
-    ]
-    columns = np.arange(batch_size) % len(grids)
-    return Slots(
-        *(np.stack(rows, axis=1)[:, columns] for rows in (t, t_next, [i == 0 for i in at]))
-    )
+class Correction(NamedTuple):
+    """The teacher's answers to the student's states."""
 
+    teacher: Model
+    null_cond: Callable[[Any], Any]
+    reconstruction: Reconstruction
+    constrain: Constrain
+    unroll: bool
 
-def shortcut_distance(pairs: Sequence[tuple[Array, Array]]) -> Array:
-    """Mean of ‖x̂0(x_T) - stopgrad(x_end)‖² over pairs of a trajectory's first x̂0 and its end,
-    each [b, ...].
-    """
-    first, end = (jnp.concatenate(column) for column in zip(*pairs, strict=True))
-    return jnp.mean((first - jax.lax.stop_gradient(end)) ** 2)
+    @property
+    def step(self) -> Step:
+        """Of the teacher's solver."""
+        return self.reconstruction.solver(self.teacher.schedule)
 
+    @property
+    def lowest(self) -> float:
+        """The first time: between integers a discrete schedule is read as it is; below 1 the
+        network knows no time.
+        """
+        return 1.0 if self.teacher.schedule.discrete else 0.0
 
-class Visited(NamedTuple):
-    """States of b rows: row r walked grids[r mod G]. cond [b], x_T as the trajectory's rows or one
-    for each state.
-    """
+    def __call__(self, params: Any, parts: Sequence[Visited], cond: Any, key: Array) -> Array:
+        """x̂0^Φ [m, ...] of all states, without a gradient. One call of the teacher for all that
+        was visited: one copy of its network in the program.
+        """
+        starts = [self.start(part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)]
+        x, t = jax.tree.map(lambda *a: jnp.concatenate(a), *starts)
+        return jax.lax.stop_gradient(self.x0(params, x, t, cond))
 
-    trajectory: Trajectory
-    x_T: Array
-    cond: Any
-    grids: Sequence[TimeGrid]
+    def start(self, part: Visited, key: Array) -> tuple[Array, Array]:
+        """Where the teacher starts: (x [b n, ...], t [b n])."""
+        shift, source = self.reconstruction.shift, self.reconstruction.noise_source
+        fixed: Trajectory = jax.lax.stop_gradient(part.trajectory)
+        t = flat(fixed.t)
+        if source is None:
+            return flat(fixed.x), t
+        eps = source(key, fixed, part.x_T)
+        gamma = jnp.maximum(shift(t), self.lowest)
+        noise = self.constrain(flat(eps))
+        return diffuse(self.teacher.schedule, flat(fixed.x0), noise, gamma), gamma
+
+    def x0(self, params: Any, x: Array, t: Array, cond: Any) -> Array:
+        """x̂0(f_Φ^k(x), ε̂_Φ, t/k): k teacher steps over t, t(k-1)/k, ..., t/k. x [m, ...], t [m]."""
+        scale, k = self.reconstruction.guidance_scale, self.reconstruction.steps
+        denoiser = self.teacher.guided(params, cond, self.null_cond, scale)
+        grid = t[None] * (jnp.arange(k, 0, -1, dtype=t.dtype) / k)[:, None]
+        grid = jnp.maximum(grid, self.lowest)
+        return rollout(self.step, denoiser, start(x, own_times=True), grid, unroll=self.unroll)[0].x
 
 
 def imagine_flash(
@@ -316,167 +321,39 @@ def imagine_flash(
         shortcut below 0 or without whole trajectories of several steps, or a batch that does not
         divide among the grids.
     """
-    if adversary_states not in ("all", "one"):
-        raise ValueError(f"adversary_states must be 'all' or 'one', got {adversary_states!r}")
     T = student.schedule.T
     grids = unique_grids([check_grid(grid, T) for grid in grids])
-    if reconstruction.steps < 1:
-        raise ValueError(f"the teacher needs k >= 1 steps, got {reconstruction.steps}")
-    for grid in grids:
-        check_shift(reconstruction.shift, grid, T)
-    if shortcut < 0 or (
-        shortcut > 0 and not (backward and whole_trajectory and max(map(len, grids)) > 1)
-    ):
+    several = backward and whole_trajectory and max(map(len, grids)) > 1
+    check_flash(reconstruction, grids, T, adversary_states=adversary_states)
+    if shortcut < 0 or (shortcut > 0 and not several):
         raise ValueError(
             "the shortcut must be at least 0, and above 0 needs whole backward trajectories of"
             f" several steps, got {shortcut:g}"
         )
-    student_step = ddim(student.schedule) if solver is None else solver
-    teacher_step = reconstruction.solver(teacher.schedule)
-    # Between integers a discrete schedule is read as it is; below 1 the network knows no time.
-    lowest = 1.0 if teacher.schedule.discrete else 0.0
-    for step in (student_step, teacher_step):
+    walk = Walk(
+        student,
+        grids,
+        solver or ddim(student.schedule),
+        backward=backward,
+        whole=whole_trajectory,
+        correct_noise=correct_noise,
+        constrain=constrain,
+        unroll=unroll,
+    )
+    correction = Correction(teacher, null_cond, reconstruction, constrain, unroll)
+    for step in (walk.step, correction.step):
         if isinstance(step, OneTime):
             step.refuse()
-
-    def student_denoiser(params: Any, cond: Any, noise: Array) -> Denoiser:
-        denoiser = student.denoiser(params, cond)
-        return noise_correction(noise, T)(denoiser) if correct_noise else denoiser
-
-    def teacher_x0(teacher_params: Any, x: Array, t: Array, cond: Any) -> Array:
-        """x̂0(f_Φ^k(x), ε̂_Φ, t/k): k teacher steps over t, t(k-1)/k, ..., t/k. x [m, ...], t [m]."""
-        denoiser = teacher.guided(teacher_params, cond, null_cond, reconstruction.guidance_scale)
-        k = reconstruction.steps
-        grid = t[None] * (jnp.arange(k, 0, -1, dtype=t.dtype) / k)[:, None]
-        grid = jnp.maximum(grid, lowest)
-        return rollout(teacher_step, denoiser, start(x, own_times=True), grid, unroll=unroll)[0].x
-
-    def whole(params: Any, cond: Any, x_T: Array, grid: TimeGrid) -> Trajectory:
-        denoiser = student_denoiser(params, cond, x_T)
-        trajectory = rollout(
-            student_step, denoiser, start(x_T), grid, stop_gradient=True, unroll=unroll
-        )[1]
-        return trajectory._replace(
-            t=jnp.broadcast_to(trajectory.t[:, None], trajectory.x.shape[:2])
-        )
-
-    def slotted(params: Any, cond: Any, noise: Array, slots: Slots) -> tuple[Trajectory, Array]:
-        """All grids in one loop. noise [S, b, ...] holds what a restart of slot s draws.
-
-        Returns each state's own x_T as well.
-        """
-
-        def body(carry: Any, slot: Any) -> Any:
-            t, t_next, restart, fresh = slot
-            # A row that starts anew has no history: all of its state is that of a first step.
-            state, x_T = jax.lax.stop_gradient(
-                jax.tree.map(
-                    lambda new, old: jnp.where(expand(restart, new), new, old),
-                    (start(fresh, own_times=True), fresh),
-                    carry,
-                )
-            )
-            prediction = student_denoiser(params, cond, x_T)(state.x, t)
-            return (student_step(prediction, state, t, t_next), x_T), (
-                Trajectory(t, state.x, *prediction),
-                x_T,
-            )
-
-        first = (start(noise[0], own_times=True), noise[0])
-        return scan(body, first, (*map(jnp.asarray, slots), noise), unroll=unroll)[1]
-
-    def one_step(params: Any, cond: Any, x_T: Array, grid: TimeGrid, key: Array) -> Trajectory:
-        """A trajectory of length one: a state drawn for each example, uniformly over the grid."""
-        index = constrain(jax.random.randint(key, x_T.shape[:1], 0, len(grid)))
-        states = x_T[None]
-        if len(grid) > 1:
-            denoiser = student_denoiser(jax.lax.stop_gradient(params), cond, x_T)
-            last, visited = rollout(
-                student_step, denoiser, start(x_T), grid[:-1], t_end=float(grid[-1]), unroll=unroll
-            )
-            states = jax.lax.stop_gradient(jnp.concatenate([visited.x, last.x[None]]))
-        x = jnp.take_along_axis(states, expand(index, x_T)[None], axis=0)[0]
-        t = jnp.asarray(grid)[index]
-        return Trajectory(
-            t[None], x[None], *(p[None] for p in student_denoiser(params, cond, x_T)(x, t))
-        )
-
-    def on_data(
-        params: Any, cond: Any, x0: Array, noise: Array, grid: TimeGrid, key: Array
-    ) -> Trajectory:
-        """The student's predictions at x_t = q(x_0, ε, t): forward distillation."""
-        b = x0.shape[0]
-        t = jnp.broadcast_to(jnp.asarray(grid)[:, None], (len(grid), b))
-        if not whole_trajectory:
-            t = t[constrain(jax.random.randint(key, (b,), 0, len(grid))), jnp.arange(b)][None]
-        n = t.shape[0]
-        times = flat(t)
-        x = diffuse(student.schedule, tile(x0, n), tile(noise, n), times)
-        prediction = student_denoiser(params, tile(cond, n), tile(noise, n))(x, times)
-        return Trajectory(t, *(states_of(a, n) for a in (x, *prediction)))
-
-    def parts_of(params: Any, batch: Any, key_noise: Array, key_state: Array) -> list[Visited]:
-        """What the student visits: all grids in one part, or a part for each grid."""
-        shape, dtype = batch["x0"].shape, batch["x0"].dtype
-        if backward and whole_trajectory and len(grids) > 1:
-            slots = slots_of(grids, shape[0])
-            noise = jax.vmap(constrain)(jax.random.normal(key_noise, (len(slots.t), *shape), dtype))
-            return [Visited(*slotted(params, batch["cond"], noise, slots), batch["cond"], grids)]
-        noise = constrain(jax.random.normal(key_noise, shape, dtype))
-        parts = []
-        for i, grid in enumerate(grids):
-            # Strided, not blocked: with a sharded batch each device keeps its own rows.
-            x0, x_T, cond = jax.tree.map(
-                lambda a, i=i: a[i :: len(grids)], (batch["x0"], noise, batch["cond"])
-            )
-            key = jax.random.fold_in(key_state, i)
-            if not backward:
-                trajectory = on_data(params, cond, x0, x_T, grid, key)
-            elif whole_trajectory:
-                trajectory = whole(params, cond, x_T, grid)
-            else:
-                trajectory = one_step(params, cond, x_T, grid, key)
-            parts.append(Visited(trajectory, x_T, cond, [grid]))
-        return parts
-
-    def teacher_start(part: Visited, key: Array) -> tuple[Array, Array]:
-        """Where the teacher starts: (x [b n, ...], t [b n])."""
-        fixed: Trajectory = jax.lax.stop_gradient(part.trajectory)
-        t = flat(fixed.t)
-        if reconstruction.noise_source is None:
-            return flat(fixed.x), t
-        eps = reconstruction.noise_source(key, fixed, part.x_T)
-        t_teacher = jnp.maximum(reconstruction.shift(t), lowest)
-        return (
-            diffuse(teacher.schedule, flat(fixed.x0), constrain(flat(eps)), t_teacher),
-            t_teacher,
-        )
 
     def loss(
         params: Any, teacher_params: Any, batch: Any, key: Array
     ) -> tuple[Array, dict[str, Array]]:
-        b = batch["x0"].shape[0]
-        if b % len(grids):
-            raise ValueError(
-                f"batch size {b} must be a multiple of the {len(grids)} grids that share it"
-            )
         key_noise, key_state, key_srl, key_adversary = jax.random.split(key, 4)
-        parts = parts_of(params["student"], batch, key_noise, key_state)
-        starts = [
-            teacher_start(part, jax.random.fold_in(key_srl, i)) for i, part in enumerate(parts)
-        ]
-        # One call of the teacher for all that was visited: one copy of its network in the program.
-        x, t = jax.tree.map(lambda *a: jnp.concatenate(a), *starts)
-        x0 = jnp.concatenate([flat(part.trajectory.x0) for part in parts])
-        cond = jax.tree.map(
-            lambda *c: jnp.concatenate(c),
-            *(tile(part.cond, part.trajectory.t.shape[0]) for part in parts),
-        )
-        target = jax.lax.stop_gradient(teacher_x0(teacher_params, x, t, cond))
+        parts = walk.visit(params["student"], batch, key_noise, key_state)
+        x0, cond, t = all_states(parts)
+        target = correction(teacher_params, parts, cond, key_srl)
         error = jnp.mean((target - x0) ** 2, axis=tuple(range(1, target.ndim)))
-        value = jnp.mean(
-            weight(jnp.concatenate([flat(part.trajectory.t) for part in parts])) * error
-        )
+        value = jnp.mean(weight(t) * error)
         metrics = {"reconstruction": value}
         if whole_trajectory:
             metrics |= errors_by_step(error, parts)
@@ -487,7 +364,8 @@ def imagine_flash(
             if adversary_states == "one":
                 # Every row once, at a slot of its own: the adversary's cost no longer grows with
                 # the steps.
-                x0, cond = one_state(x0, parts, jax.random.fold_in(key_adversary, 1))
+                key_state = jax.random.fold_in(key_adversary, 1)
+                x0, cond = one_state(x0, parts, key_state, constrain)
             real, real_cond = batch.get("real", batch["x0"]), batch.get("real_cond", batch["cond"])
             terms = adversary(
                 params["discriminator"], teacher_params, x0, cond, real, real_cond, key_adversary
@@ -496,68 +374,7 @@ def imagine_flash(
             metrics |= terms.metrics
         return value, metrics
 
-    def errors_by_step(error: Array, parts: Sequence[Visited]) -> dict[str, Array]:
-        """{"reconstruction/N_n": mean error of the n-th state of the N-step grid}."""
-        found: dict[str, Array] = {}
-        at = 0
-        for part in parts:
-            n, b = part.trajectory.t.shape
-            errors = states_of(error[at : at + n * b], n)
-            at += n * b
-            for i, grid in enumerate(part.grids):
-                found |= {
-                    f"reconstruction/{len(grid)}_{j + 1}": jnp.mean(errors[j, i :: len(part.grids)])
-                    for j in range(len(grid))
-                }
-        return found
-
-    def distance_to_end(parts: Sequence[Visited]) -> Array:
-        """`shortcut_distance` of all grids of several steps."""
-        pairs = []
-        for part in parts:
-            for i, grid in enumerate(part.grids):
-                rows = part.trajectory.x0[:, i :: len(part.grids)]
-                firsts = (
-                    range(0, len(rows) - len(grid) + 1, len(grid)) if len(grid) > 1 else ()
-                )  # a trajectory cut short has no end
-                pairs += [(rows[at], rows[at + len(grid) - 1]) for at in firsts]
-        return shortcut_distance(pairs)
-
-    def one_state(x0: Array, parts: Sequence[Visited], key: Array) -> tuple[Array, Any]:
-        """One random state of each row, from the flattened states of all parts."""
-        states, conds, at = [], [], 0
-        for i, part in enumerate(parts):
-            n, b = part.trajectory.t.shape
-            slot = constrain(jax.random.randint(jax.random.fold_in(key, i), (b,), 0, n))
-            rows = x0[at : at + n * b].reshape(b, n, *x0.shape[1:])
-            # A sum instead of a lookup: with a sharded batch a lookup by computed rows would gather
-            # it.
-            chosen = (slot[:, None] == jnp.arange(n)).reshape(b, n, *(1,) * (rows.ndim - 2))
-            states.append(jnp.sum(jnp.where(chosen, rows, 0.0), axis=1))
-            conds.append(part.cond)
-            at += n * b
-        return jnp.concatenate(states), jax.tree.map(lambda *c: jnp.concatenate(c), *conds)
-
     return loss
-
-
-# Of a batch's states those of one row stand together: a device that holds some rows holds their
-# states, and nothing travels.
-
-
-def tile(tree: Any, n: int) -> Any:
-    """[b, ...] -> [b n, ...], each row n times."""
-    return jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), tree)
-
-
-def flat(x: Array) -> Array:
-    """[n, b, ...] -> [b n, ...], the n states of a row together."""
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-
-
-def states_of(x: Array, n: int) -> Array:
-    """[b n, ...] -> [n, b, ...]: `flat` undone."""
-    return jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1)
 
 
 # -------------------------------------------------------------------------------------- the recipe

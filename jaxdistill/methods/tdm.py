@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill.methods.dmd2 import Losses, matching_gradient
-from jaxdistill.methods.imagine_flash import flat, shortcut_distance, tile
 from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
+from jaxdistill.methods.trajectories import flat, shortcut_distance, tile
 from jaxdistill.model import Model
 from jaxdistill.prediction import expand
 from jaxdistill.sampling import Constrain, TimeGrid, check_grid, ddim, rollout, start, unconstrained

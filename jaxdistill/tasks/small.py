@@ -19,6 +19,7 @@ from jaxdistill import methods, partition
 from jaxdistill.interop import card
 from jaxdistill.methods.denoising import denoising
 from jaxdistill.methods.recipe import Kit, SamplerSpec, Stage, adamw
+from jaxdistill.methods.trajectories import unique_grids
 from jaxdistill.model import Model, full_weights, low_rank
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.names import choose
@@ -305,7 +306,7 @@ class SmallTask:
             visited = partial(sampler.visited, correct_noise=correct)
             self._programs["visited", correct] = jax.jit(visited)
         images: dict[int, np.ndarray] = {}
-        for grid in methods.imagine_flash.unique_grids(list(grids.values())):
+        for grid in unique_grids(list(grids.values())):
             states = self._programs["visited", correct](params, noise, cond, jnp.asarray(grid))
             shared = [n for n, g in grids.items() if np.array_equal(g, grid[: len(g)])]
             images |= {n: np.asarray(states[n - 1]) for n in shared if n not in images}

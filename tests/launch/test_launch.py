@@ -865,7 +865,7 @@ def test_resume_waits_for_the_queue(pod):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_watch_goes_on_to_the_end(pod):
     """Through two preemptions, a lost machine, and calls of gcloud that fail."""
     pod.up()

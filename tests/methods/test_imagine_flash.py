@@ -11,6 +11,7 @@ from small import COSINE, NESTED, SHAPE, batch, compiled, ddim_step, make, make_
 from jaxdistill import sampling, schedule
 from jaxdistill.adversarial import AdversarialTerms
 from jaxdistill.methods import imagine_flash as flash_module
+from jaxdistill.methods import trajectories
 from jaxdistill.methods.imagine_flash import (
     Reconstruction,
     fresh_noise,
@@ -168,9 +169,9 @@ def test_students_x0_along_a_nested_grid_is_each_shorter_samplers_image():
 
 
 def test_prefixes_cost_nothing_and_other_grids_divide_the_batch():
-    assert [len(g) for g in flash_module.unique_grids(NESTED)] == [3]
+    assert [len(g) for g in trajectories.unique_grids(NESTED)] == [3]
     trailing = [sampling.trailing_grid(n, 1.0) for n in (1, 2, 3)]
-    assert [len(g) for g in flash_module.unique_grids(trailing)] == [3, 2]
+    assert [len(g) for g in trajectories.unique_grids(trailing)] == [3, 2]
     model, teacher = make()
     with pytest.raises(ValueError, match="batch size 5 must be a multiple of the 2 grids"):
         flash(model, grids=trailing)({"student": teacher}, teacher, batch(5), KEY)
@@ -320,7 +321,7 @@ def test_grids_that_share_a_batch_walk_in_one_loop():
     same states taken one by one.
     """
     grids = [np.asarray(g, np.float32) for g in ((1.0, 0.7, 0.2), (1.0, 0.5))]
-    slots = flash_module.slots_of(grids, 6)
+    slots = trajectories.slots_of(grids, 6)
     np.testing.assert_array_equal(slots.t[:, :2].T, np.float32([[1.0, 0.7, 0.2], [1.0, 0.5, 1.0]]))
     np.testing.assert_array_equal(
         slots.t_next[:, :2].T, np.float32([[0.7, 0.2, 0.0], [0.5, 0.0, 0.5]])
@@ -470,7 +471,7 @@ def test_grids_that_share_a_batch_are_each_rolled_out_as_alone(solver):
     size, model = len(SHARED), make()[0]
     _, student = make(seed=4)
     found, gradient = states_of(model, student, size, grids=SHARED, solver=solver(SD))
-    slots = flash_module.slots_of(SHARED, size)
+    slots = trajectories.slots_of(SHARED, size)
     noise = jax.random.normal(jax.random.split(KEY, 4)[0], (len(slots.t), size, *SHAPE))
 
     def alone(params):

@@ -563,7 +563,7 @@ def test_export_on_a_full_disk_leaves_the_older_one(small_disk):
     assert_same_bits(params, old)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_run_on_a_full_disk_is_one_line(small_disk):
     folder = small_disk(600_000)
     found = run_command("jaxdistill.main", f"--config={TINY}", f"--workdir={folder / 'run'}")

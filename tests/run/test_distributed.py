@@ -216,7 +216,7 @@ with distributed.device_errors_are_one_line():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mistaken", [0, 1])
 def test_a_mistake_of_one_process_ends_both_within_a_minute(tmp_path, mistaken):
     workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
@@ -310,7 +310,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_steps_that_do_not_come_any_more_end_the_process(tmp_path):
     process = begin(tmp_path / "run", 0, 1, "-c", HANGING)
     wait_until(lambda: "armed" in log_of(tmp_path / "run", 0), seconds=60, what="the last step")

@@ -182,7 +182,7 @@ def test_a_run_that_loses_its_workdir_ends_in_the_same_rows(tmp_path, keep_best)
     assert expected[0]["distance"] == round(best, 5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stock_diffusers_draws_our_students_images(finished):
     """Noise correction on, as it was trained: the class travels in the folder."""
     folder = finished
@@ -203,7 +203,7 @@ def test_stock_diffusers_draws_our_students_images(finished):
     assert np.abs(plain(folders.PROMPTS, steps=3, latents=start) - expected).max() < 1 / 255
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_a_run_leaves(finished):
     folder = finished
     results = json.loads((folder / "results.json").read_text())

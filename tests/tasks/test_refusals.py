@@ -234,7 +234,7 @@ def test_checkpoint_of_another_model_stops_the_run(finished, tmp_path):
 # -------------------------------------------------------------------------------------- in commands
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_command_answers_a_loss_that_is_no_number_in_one_line_and_keeps_what_was_there(
     finished, tmp_path
 ):

@@ -238,7 +238,7 @@ def test_exports_are_the_averaged_parameters_of_the_last_checkpoint(folder, conf
 # -------------------------------------------------------------------------------- starting it again
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_second_start_of_the_real_command_makes_lost_results_again_and_leaves_everything_else(
     folder, results, tmp_path
 ):
@@ -314,6 +314,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.long
 def test_each_flag_changes_the_program_of_the_students_loss(monkeypatch):
     """Traced, not compiled: a flag that is read nowhere leaves the program as it was."""
     monkeypatch.setattr(Distillation, "check", lambda distillation: None)  # traces it, too

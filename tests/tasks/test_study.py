@@ -96,6 +96,7 @@ def test_rows_alone_carry_a_list_and_none_of_it_is_made_again(finished_list, tmp
     assert not (tmp_path / "teacher").exists() and not (tmp_path / "students").exists()
 
 
+@pytest.mark.long
 def test_a_signal_stops_a_list_and_the_same_command_goes_on(finished_list, tmp_path, monkeypatch):
     stop, trained = StopSignal(), []
     served = SmallTask.served
@@ -138,6 +139,7 @@ def test_a_variant_gets_the_teacher_or_the_student_of_its_seed(tmp_path):
     assert (tmp_path / "full-0/student/card.json").exists() and not (tmp_path / "full-1").exists()
 
 
+@pytest.mark.long
 def test_ablation_writes_one_table_and_does_not_repeat_itself(tmp_path, monkeypatch):
     study = ablation(tmp_path, ["no SRL", "endpoint"])
     study.run()
