@@ -50,6 +50,76 @@ class Intervals(NamedTuple):
     ends: Any = ()
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The intervals of the student's trajectories, and how scores see them: between the times `low`
+    and `high`.
+    """
+
+    student: Model
+    grids: Sequence[TimeGrid]
+    low: float
+    high: float
+    constrain: Constrain = unconstrained
+    unroll: bool = False
+
+    def intervals(self, params: Any, batch: Any, key: Array) -> Intervals:
+        """Every interval of one trajectory a row; x_s and x0 carry the gradient.
+
+        Raises ValueError for fewer rows than grids.
+        """
+        n, count = batch["x0"].shape[0], len(self.grids)
+        if n < count:
+            raise ValueError(f"a batch of {n} rows is too small for {count} grids that share it")
+        noise = jax.random.normal(key, batch["x0"].shape, batch["x0"].dtype)
+        noise = self.constrain(noise)
+        parts, ends = [], []
+        for i, grid in enumerate(self.grids):
+            # Strided, not blocked: with a sharded batch each device keeps its own rows.
+            x_T, cond = jax.tree.map(lambda a, i=i: a[i::count], (noise, batch["cond"]))
+            x_T = self.constrain(x_T)  # which refuses what the devices cannot divide
+            part, end = self._of_grid(params, x_T, cond, grid)
+            parts.append(part)
+            if len(grid) > 1:
+                ends.append(end)
+        together = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+        return together._replace(ends=ends)
+
+    def _of_grid(
+        self, params: Any, x_T: Array, cond: Any, grid: TimeGrid
+    ) -> tuple[Intervals, tuple[Array, Array]]:
+        """The intervals of one grid, and the (first x̂0, end) of its trajectories."""
+        schedule, denoiser = self.student.schedule, self.student.denoiser(params, cond)
+        step, first = ddim(schedule), start(x_T)
+        end, visited = rollout(step, denoiser, first, grid, stop_gradient=True, unroll=self.unroll)
+        times = jnp.asarray(np.append(grid, 0.0), jnp.float32)
+        t, s = (jnp.repeat(part[:, None], len(x_T), axis=1) for part in (times[:-1], times[1:]))
+        x0, eps, t, s = (flat(a) for a in (visited.x0, visited.eps, t, s))
+        x_s = expand(schedule.alpha(s), x0) * x0 + expand(schedule.sigma(s), x0) * eps
+        return Intervals(x_s, x0, t, s, tile(cond, len(grid))), (visited.x0[0], end.x)
+
+    def diffused(self, found: Intervals, key: Array) -> tuple[Array, Array, Array, Array]:
+        """x_s on to a random τ of its interval: (x_τ, τ, b, ε) of `diffuse_on`."""
+        schedule = self.student.schedule
+        key_u, key_eps = jax.random.split(key)
+        t, s, x_s = found.t, found.s, jax.lax.stop_gradient(found.x_s)
+        lowest, highest = (training_time(schedule, u, self.low, self.high) for u in (0.0, 1.0))
+        u = self.constrain(jax.random.uniform(key_u, t.shape))
+        tau = jnp.clip(training_time(schedule, u, s, t), lowest, highest)
+        eps = self.constrain(jax.random.normal(key_eps, x_s.shape, x_s.dtype))
+        x_tau, b = diffuse_on(schedule, x_s, eps, s, tau)
+        return x_tau, tau, b, eps
+
+    def fake_loss(self, params: Any, found: Intervals, key: Array) -> Array:
+        """Of the fake score on these intervals."""
+        schedule = self.student.schedule
+        x_tau, tau, b, eps = self.diffused(found, key)
+        scale = b / expand(schedule.sigma(tau), x_tau) ** 2
+        denoised = self.student.denoiser(params, found.cond)(x_tau, tau).x0
+        target = (scale * x_tau - eps) / expand(schedule.alpha(tau), x_tau)
+        return jnp.mean((scale * denoised - target) ** 2)
+
+
 def tdm(
     student: Model,
     teacher: Model,
@@ -109,7 +179,7 @@ def tdm(
       ValueError: no grid or a bad one, not 0 < low < high < 1, a shortcut below 0 or without a grid
         of several steps, or a batch of fewer rows than grids.
     """
-    T, schedule = student.schedule.T, student.schedule
+    T = student.schedule.T
     kept = [check_grid(grid, T) for grid in grids]
     if not kept:
         raise ValueError("tdm needs at least one grid of times, got none")
@@ -120,65 +190,19 @@ def tdm(
             "tdm's shortcut must be at least 0, and above 0 needs a grid of several steps, got"
             f" {shortcut:g}"
         )
-    step = ddim(schedule)
-    lowest, highest = (training_time(schedule, u, low * T, high * T) for u in (0.0, 1.0))
-
-    def intervals(student_params: Any, batch: Any, key: Array) -> Intervals:
-        """Every interval of one trajectory a row; x_s and x0 carry the gradient."""
-        n = batch["x0"].shape[0]
-        if n < len(kept):
-            raise ValueError(
-                f"a batch of {n} rows is too small for {len(kept)} grids that share it"
-            )
-        noise = constrain(jax.random.normal(key, batch["x0"].shape, batch["x0"].dtype))
-        parts, ends = [], []
-        for i, grid in enumerate(kept):
-            # Strided, not blocked: with a sharded batch each device keeps its own rows.
-            x_T, cond = jax.tree.map(lambda a, i=i: a[i :: len(kept)], (noise, batch["cond"]))
-            x_T = constrain(x_T)  # which refuses what the devices cannot divide
-            denoiser = student.denoiser(student_params, cond)
-            end, visited = rollout(
-                step, denoiser, start(x_T), grid, stop_gradient=True, unroll=unroll
-            )
-            times = jnp.asarray(np.append(grid, 0.0), jnp.float32)
-            t, s = (jnp.repeat(part[:, None], len(x_T), axis=1) for part in (times[:-1], times[1:]))
-            x0, eps, t, s = (flat(a) for a in (visited.x0, visited.eps, t, s))
-            x_s = expand(schedule.alpha(s), x0) * x0 + expand(schedule.sigma(s), x0) * eps
-            parts.append(Intervals(x_s, x0, t, s, tile(cond, len(grid))))
-            if len(grid) > 1:
-                ends.append((visited.x0[0], end.x))
-        together = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-        return together._replace(ends=ends)
-
-    def diffused(found: Intervals, key: Array) -> tuple[Array, Array, Array, Array]:
-        """x_s on to a random τ of its interval: (x_τ, τ, b, ε) of `diffuse_on`."""
-        key_u, key_eps = jax.random.split(key)
-        t, s, x_s = found.t, found.s, jax.lax.stop_gradient(found.x_s)
-        u = constrain(jax.random.uniform(key_u, t.shape))
-        tau = jnp.clip(training_time(schedule, u, s, t), lowest, highest)
-        eps = constrain(jax.random.normal(key_eps, x_s.shape, x_s.dtype))
-        x_tau, b = diffuse_on(schedule, x_s, eps, s, tau)
-        return x_tau, tau, b, eps
-
-    def fake_loss(fake_params: Any, found: Intervals, key: Array) -> Array:
-        """Of the fake score on these intervals."""
-        x_tau, tau, b, eps = diffused(found, key)
-        scale = b / expand(schedule.sigma(tau), x_tau) ** 2
-        denoised = student.denoiser(fake_params, found.cond)(x_tau, tau).x0
-        target = (scale * x_tau - eps) / expand(schedule.alpha(tau), x_tau)
-        return jnp.mean((scale * denoised - target) ** 2)
+    walk = Scored(student, kept, low * T, high * T, constrain=constrain, unroll=unroll)
 
     def loss(
         params: Any, teacher_params: Any, batch: Any, key: Array
     ) -> tuple[Array, dict[str, Array]]:
         keys = jax.random.split(key, 3)
-        found = intervals(params["student"], batch, keys[0])
-        x_tau, tau, _, _ = diffused(found, keys[1])
+        found = walk.intervals(params["student"], batch, keys[0])
+        x_tau, tau, _, _ = walk.diffused(found, keys[1])
         real = teacher.guided(teacher_params, found.cond, null_cond, guidance_scale)(x_tau, tau)
         fake = student.denoiser(jax.lax.stop_gradient(params["fake"]), found.cond)(x_tau, tau)
         gradient = jax.lax.stop_gradient(matching_gradient(found.x0, real.x0, fake.x0))
         matching = 0.5 * jnp.mean((found.x_s - jax.lax.stop_gradient(found.x_s) + gradient) ** 2)
-        of_fake = fake_loss(params["fake"], found, keys[2])
+        of_fake = walk.fake_loss(params["fake"], found, keys[2])
         total = matching + fake_weight * of_fake
         size = jnp.sqrt(jnp.mean(gradient**2))
         metrics = {"matching": matching, "fake": of_fake, "gradient": size}
@@ -193,8 +217,8 @@ def tdm(
         del teacher_params
         key_states, key_fake = jax.random.split(key)
         student_params = jax.lax.stop_gradient(params["student"])
-        found = jax.lax.stop_gradient(intervals(student_params, batch, key_states))
-        value = fake_weight * fake_loss(params["fake"], found, key_fake)
+        found = jax.lax.stop_gradient(walk.intervals(student_params, batch, key_states))
+        value = fake_weight * walk.fake_loss(params["fake"], found, key_fake)
         return value, {"fake": value}
 
     return Losses(loss, critic)
