@@ -304,7 +304,7 @@ def load_inception(
 
 
 def in_batches(
-    apply: Callable[[np.ndarray], Any], items: Iterable[np.ndarray], batch_size: int
+    apply: Callable[[np.ndarray], Any], items: Iterable[Any], batch_size: int
 ) -> np.ndarray:
     """`apply` to stacks of `batch_size` items; the last is filled up, so that one program serves
     all. Raises MetricError for no item.
