@@ -101,34 +101,35 @@ def build_model(block: Mapping[str, Any]) -> nn.Module:
 def check_model(model: nn.Module, x: Any, cond: Any) -> Any:
     """Shapes of the model's parameters for inputs of these shapes ([1, ...]). Nothing is computed.
 
-    Raises ValueError if it cannot take them or does not give back x's shape.
+    Raises ValueError if it cannot take them, for a batch of any size, or does not give back x's
+    shape.
     """
 
-    def first(key: Array, x: Array, cond: Any) -> Any:
-        return model.init_with_output(key, x, jnp.zeros(x.shape[:1]), cond)
+    def traced(x: Any, cond: Any) -> Any:
+        t = jax.ShapeDtypeStruct(x.shape[:1], x.dtype)
+        return jax.eval_shape(model.init_with_output, jax.random.key(0), x, t, cond)
 
+    rows = jax.export.symbolic_shape("b")  # an export serves batches of any size
+    free = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*rows, *a.shape[1:]), a.dtype), (x, cond))
     try:
-        out, params = jax.eval_shape(first, jax.random.key(0), x, cond)
+        out, params = traced(*free)
     except (TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
+        try:
+            traced(x, cond)
+        except (TypeError, ValueError) as cause:
+            reason = str(cause).splitlines()[0]
+            raise ValueError(
+                f"the model does not take images of shape {x.shape[1:]}: {reason}"
+            ) from None
         raise ValueError(
-            f"the model does not take images of shape {x.shape[1:]}: {reason}"
+            f"the model must leave its batch open (x.shape[0], not len(x)): {reason}"
         ) from None
-    if out.shape != x.shape:
+    if out.shape != free[0].shape:
         raise ValueError(
-            f"the model returns shape {out.shape} for images of shape {x.shape}; it must keep the"
-            " shape"
+            f"the model returns shape {out.shape} for images of shape {free[0].shape}; it must keep"
+            " the shape"
         )
-    rows = jax.export.symbolic_shape("b")
-    inputs = (x, jax.ShapeDtypeStruct((1,), x.dtype), cond)
-    free = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*rows, *a.shape[1:]), a.dtype), inputs)
-    try:
-        jax.eval_shape(model.apply, params, *free)
-    except (TypeError, ValueError) as error:  # an export serves batches of any size
-        raise ValueError(
-            "the model must leave its batch open (x.shape[0], not len(x)):"
-            f" {str(error).splitlines()[0]}"
-        ) from None
     return params
 
 

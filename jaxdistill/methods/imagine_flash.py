@@ -246,7 +246,10 @@ class Correction(NamedTuple):
         return diffuse(self.teacher.schedule, flat(fixed.x0), noise, gamma), gamma
 
     def x0(self, params: Any, x: Array, t: Array, cond: Any) -> Array:
-        """x̂0(f_Φ^k(x), ε̂_Φ, t/k): k teacher steps over t, t(k-1)/k, ..., t/k. x [m, ...], t [m]."""
+        """x̂0(f_Φ^k(x), ε̂_Φ, t/k): k teacher steps over t, t(k-1)/k, ..., t/k.
+
+        x [m, ...], t [m].
+        """
         scale, k = self.reconstruction.guidance_scale, self.reconstruction.steps
         denoiser = self.teacher.guided(params, cond, self.null_cond, scale)
         grid = t[None] * (jnp.arange(k, 0, -1, dtype=t.dtype) / k)[:, None]

@@ -190,19 +190,19 @@ def tdm(
             "tdm's shortcut must be at least 0, and above 0 needs a grid of several steps, got"
             f" {shortcut:g}"
         )
-    walk = Scored(student, kept, low * T, high * T, constrain=constrain, unroll=unroll)
+    scored = Scored(student, kept, low * T, high * T, constrain=constrain, unroll=unroll)
 
     def loss(
         params: Any, teacher_params: Any, batch: Any, key: Array
     ) -> tuple[Array, dict[str, Array]]:
         keys = jax.random.split(key, 3)
-        found = walk.intervals(params["student"], batch, keys[0])
-        x_tau, tau, _, _ = walk.diffused(found, keys[1])
+        found = scored.intervals(params["student"], batch, keys[0])
+        x_tau, tau, _, _ = scored.diffused(found, keys[1])
         real = teacher.guided(teacher_params, found.cond, null_cond, guidance_scale)(x_tau, tau)
         fake = student.denoiser(jax.lax.stop_gradient(params["fake"]), found.cond)(x_tau, tau)
         gradient = jax.lax.stop_gradient(matching_gradient(found.x0, real.x0, fake.x0))
         matching = 0.5 * jnp.mean((found.x_s - jax.lax.stop_gradient(found.x_s) + gradient) ** 2)
-        of_fake = walk.fake_loss(params["fake"], found, keys[2])
+        of_fake = scored.fake_loss(params["fake"], found, keys[2])
         total = matching + fake_weight * of_fake
         size = jnp.sqrt(jnp.mean(gradient**2))
         metrics = {"matching": matching, "fake": of_fake, "gradient": size}
@@ -217,8 +217,8 @@ def tdm(
         del teacher_params
         key_states, key_fake = jax.random.split(key)
         student_params = jax.lax.stop_gradient(params["student"])
-        found = jax.lax.stop_gradient(walk.intervals(student_params, batch, key_states))
-        value = fake_weight * walk.fake_loss(params["fake"], found, key_fake)
+        found = jax.lax.stop_gradient(scored.intervals(student_params, batch, key_states))
+        value = fake_weight * scored.fake_loss(params["fake"], found, key_fake)
         return value, {"fake": value}
 
     return Losses(loss, critic)

@@ -616,7 +616,10 @@ class Reference:
     @property
     def width(self) -> int:
         """Number of features."""
-        return self.features.shape[1] if self.features is not None else len(self.mean)  # type: ignore[arg-type]
+        if self.features is not None:
+            return self.features.shape[1]
+        assert self.mean is not None
+        return len(self.mean)
 
     def said(self) -> dict[str, Any]:
         """For a result's protocol."""

@@ -99,10 +99,10 @@ class Command:
         if own := [frame for frame in frames if frame.name == "get_config"]:
             where = f"{own[-1].filename}, line {own[-1].lineno}"
             return f"--config cannot be loaded: {type(error).__name__}: {error} ({where})"
-        known = isinstance(error, (LookupError, AttributeError)) and "config" in self.values
-        if known and (line := _without_key(_config_of(given), given)):
-            return line
-        return re.sub(r"\s+", " ", str(error)).strip()
+        text = re.sub(r"\s+", " ", str(error)).strip()
+        if not isinstance(error, (LookupError, AttributeError)) or "config" not in self.values:
+            return text
+        return f"unknown config key: {_without_key(_config_of(given), given) or text}"
 
     def help(self) -> str:
         """The docstring and a line a flag."""
@@ -152,7 +152,7 @@ def _config_of(given: Sequence[str]) -> ConfigDict:
 
 
 def _without_key(config: ConfigDict, words: Sequence[str]) -> str:
-    """One line for the first of the flags whose key the config does not have, or nothing."""
+    """The first key of the flags that the config does not have and what there is, or nothing."""
     for word in words:
         block, walked = config, "config"
         first, *path = word.lstrip("-").partition("=")[0].split(".")
@@ -163,7 +163,7 @@ def _without_key(config: ConfigDict, words: Sequence[str]) -> str:
                 near = get_close_matches(name, there, n=1)
                 meant = f"; did you mean {walked}.{near[0]}?" if near else ""
                 has = f"; {walked} has {', '.join(there)}" if there and not near else ""
-                return f"unknown config key: {walked}.{name}{meant}{has}"
+                return f"{walked}.{name}{meant}{has}"
             block, walked = block[name], f"{walked}.{name}"
     return ""
 

@@ -116,7 +116,6 @@ def place(tmp_path, monkeypatch):
         lambda folder, batch_size: image_metrics.CLIP(images, texts, {"weights": "w"}),
     )
     monkeypatch.setattr("jaxdistill.metrics.compare.TILE", 48)  # a smaller picture is sooner drawn
-    monkeypatch.setattr(compare.gc, "collect", lambda: 0)  # a second each, beside other tests' JAX
     monkeypatch.chdir(tmp_path)
     return tmp_path, calls
 

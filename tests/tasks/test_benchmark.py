@@ -152,8 +152,7 @@ def test_each_stages_export_names_a_step_count_that_it_serves(smoke):
         str(p.parent.relative_to(smoke[0] / "students")): json.loads(p.read_text())["sampler"][
             "steps"
         ]
-        for name in METHODS
-        for p in smoke[0].glob(f"students/{name}-0/student*/card.json")
+        for p in smoke[0].glob("students/*/student*/card.json")
     }
     assert steps == {
         "imagine_flash-0/student": 2,
