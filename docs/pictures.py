@@ -5,11 +5,14 @@
 hero        the scenes' teacher and students of pretrained/, on the first captions of the test split
 trajectory  one training example of Imagine Flash, from a finished run of configs/digits.py (--run)
 quality     FD against steps of all methods, from docs/results/
+page        a running `python -m jaxdistill.serve` (--url) of student and teacher, also on a phone
 """
 
 import argparse
 import contextlib
+import itertools
 import json
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +60,7 @@ THEMES = {
         line="#d1d9e0",
         ours="#c2410c",
         second="#0b62c4",
-        series=("#00795a", "#8a6d00", "#a3408a", "#1a8ca3", "#57606a", "#7b5ad0", "#7a4a2b"),
+        series=("#00795a", "#8a6d00", "#a3408a", "#157a90", "#57606a", "#7b5ad0", "#7a4a2b"),
     ),
     "dark": Theme(
         name="dark",
@@ -439,12 +442,60 @@ def quality(args: argparse.Namespace) -> None:
     both("quality", args.out, draw)
 
 
+# --------------------------------------------------------------------------------------------- page
+
+ASKED = (
+    "a purple coat to the left of a yellow boot",
+    "a green dress above a pair of white trousers",
+    "a red sneaker to the left of a blue bag",
+)
+"""Typed one after the other; the last one stays."""
+SCREENS = {
+    "page": {"viewport": {"width": 1160, "height": 650}, "device_scale_factor": 1.25},
+    "page_phone": {"viewport": {"width": 390, "height": 996}, "device_scale_factor": 1.6},
+}
+DRAWN = """([model, caption]) => {
+  const busy = document.querySelector("#teacher progress");
+  const image = document.querySelector(`#${model} .grid:not(.stale) img[data-request]`);
+  return image && busy.hidden && document.querySelector("#history button")
+    && document.querySelector("#caption").value === caption;
+}"""
+
+
+def page(args: argparse.Namespace) -> None:
+    """The page of jaxdistill.serve, on a screen and on a phone. Needs playwright and Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        for theme, (name, screen) in itertools.product(THEMES, SCREENS.items()):
+            tab = browser.new_page(color_scheme=theme, **screen)
+            tab.goto(f"{args.url}/#seed={SEED}&lock=1&steps=3")
+            tab.wait_for_selector("#student img[data-request]")
+            for caption in ASKED:
+                tab.fill("#caption", "")
+                tab.locator("#caption").press_sequentially(caption, delay=60)
+                tab.wait_for_timeout(1500)  # the history waits for the end of the typing
+                for model in ("student", "teacher"):
+                    tab.wait_for_function(DRAWN, arg=[model, caption], timeout=300_000)
+            tab.locator("#caption").blur()
+            tab.wait_for_timeout(500)  # pictures fade in
+            path = args.out / f"{name}-{theme}.png"
+            tab.screenshot(path=path)
+            Image.open(path).convert("RGB").save(path, optimize=True)
+            print(path)
+        browser.close()
+
+
 # ------------------------------------------------------------------------------------------ command
 
 PICTURES: dict[str, Callable[[argparse.Namespace], None]] = {
     "hero": hero,
     "trajectory": trajectory,
     "quality": quality,
+    "page": page,
 }
 
 
@@ -458,7 +509,13 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--run", type=Path, default=ROOT / "runs/digits", help="of configs/digits.py")
     p.add_argument("--label", type=int, default=4, help="class of the trajectory")
     p.add_argument("--results", type=Path, default=HERE / "results", help="folder of the tables")
+    p.add_argument("--url", default="http://127.0.0.1:8000", help="of the page")
     args = p.parse_args(argv)
+    if "trajectory" in args.names and not (args.run / "student/card.json").is_file():
+        p.error(
+            f"--run={args.run} is no finished run; make one with `python -m jaxdistill.main"
+            " --config=configs/digits.py --workdir=runs/digits`"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.names:
         PICTURES[name](args)
