@@ -400,7 +400,7 @@ def quality(args: argparse.Namespace) -> None:
         axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
         axes.minorticks_off()
         axes.grid(axis="y")
-        axes.set_xlabel("sampling steps (one network call each; the teacher needs two)")
+        axes.set_xlabel("sampling steps (one network call each, two for the teacher)")
         axes.set_title(
             "FD on scenes, divided by the teacher's at 50 steps (lower is better)", loc="left"
         )
