@@ -43,19 +43,17 @@ CORES = {"v4": 2, "v5p": 2}
 """TensorCores a chip: what the number in the name of a slice of these counts."""
 
 COLUMNS = (
-    "job",
-    "config",
+    "job and report",
     "slice",
     "rows a chip",
     "GiB a chip",
     "FLOPs / analytic",
-    "bound by",
     "compute / memory / links, ms",
     "rows a second a chip, at most",
     "MFU, at most",
     "compiled in",
-    "report",
 )
+TIMES = ("compute", "memory", "interconnect")
 
 
 def config_of(command: str) -> str:
@@ -176,8 +174,8 @@ def collected() -> list[dict[str, Any]]:
     return sorted(rows, key=place)
 
 
-def cells_of(row: Mapping[str, Any]) -> list[str]:
-    """One row of the table, in the order of COLUMNS."""
+def cells_of(row: Mapping[str, Any], folder: str) -> list[str]:
+    """One row of the table, in the order of COLUMNS; the longest of the times is bold."""
     memory = row.get("memory_gib")
     if memory:
         fits = "fits" if row["fits"] else "**does not fit**"
@@ -191,23 +189,21 @@ def cells_of(row: Mapping[str, Any]) -> list[str]:
     def shown(key: str, form: str) -> str:
         return form.format(row[key]) if key in row else ""
 
-    times = ""
-    if "roofline_ms" in row:
-        times = " / ".join(
-            f"{row['roofline_ms'][k]:.0f}" for k in ("compute", "memory", "interconnect")
-        )
+    def time(name: str) -> str:
+        text = f"{row['roofline_ms'][name]:.0f}"
+        return f"**{text}**" if name == row["bound"] else text
+
     took = f"{row['compile_seconds'] / 60:.0f} min" if "compile_seconds" in row else ""
     if "peak_memory_gib" in row:
         took += f", {row['peak_memory_gib']:.1f} GiB"
+    job = f"[{row['teacher']}, {row['pixels']}²: {row['job']}]({folder}{row['file']})"
     return [
-        f"{row['teacher']}, {row['pixels']}²: {row['job']}",
-        f"`{row['config']}`",
+        f"{job} (`{row['config']}`)",
         f"{slice_of(row['topology'])} ({row['topology']})",
         f"{row['rows_a_chip']:g}",
         gib,
         shown("flops_ratio", "{:.3f}"),
-        row.get("bound", ""),
-        times,
+        " / ".join(map(time, TIMES)) if "roofline_ms" in row else "",
         shown("rows_a_second_a_chip_at_most", "{:.1f}"),
         shown("mfu_at_most", "{:.2f}"),
         took,
@@ -217,10 +213,7 @@ def cells_of(row: Mapping[str, Any]) -> list[str]:
 def table_of(rows: list[dict[str, Any]], folder: str) -> str:
     """The table; `folder` is the way from the page to the results."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        name = row["file"].partition(".")[0].removeprefix("aot_")
-        cells = [*cells_of(row), f"[{name}]({folder}{row['file']})"]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["| " + " | ".join(cells_of(row, folder)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
