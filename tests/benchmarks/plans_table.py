@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,18 @@ COLUMNS = (
     "GiB a chip",
     "FLOPs / analytic",
     "compute / memory / links, ms",
-    "rows a second a chip, at most",
-    "MFU, at most",
-    "compiled in",
+    "rows a second a chip, MFU: at most",
 )
+MORE = ("config", "bound by", "compiled in", "with")
+"""Columns of docs/results/plans.md alone: the page has no room for them."""
 TIMES = ("compute", "memory", "interconnect")
 
 
 def config_of(command: str) -> str:
-    """The config that a command names: configs/tpu_v4.py:v5e is tpu_v4:v5e."""
-    found = re.search(r"--config=configs/(\w+)\.py(:[\w-]+)?", command)
+    """The config that a command names, as configs/tpu_v4.py:v5e."""
+    found = re.search(r"--config=(\S+)", command)
     assert found, command
-    return found[1] + (found[2] or "")
+    return found[1]
 
 
 def chips_of(topology: str) -> int:
@@ -147,7 +147,7 @@ def rows_of_methods(path: Path) -> list[dict[str, Any]]:
                 "pixels": SIZES[row["size"]],
                 "program": "step",
                 "job": f"{METHODS[row['method']]}, {weights}",
-                "config": "tpu_v4" + (":sdxl" if row["size"] == "XL" else ""),
+                "config": "configs/tpu_v4.py" + (":sdxl" if row["size"] == "XL" else ""),
                 "topology": table["topology"],
                 **{key: row[key] for key in KEPT if key in row},
             }
@@ -174,8 +174,8 @@ def collected() -> list[dict[str, Any]]:
     return sorted(rows, key=place)
 
 
-def cells_of(row: Mapping[str, Any], folder: str) -> list[str]:
-    """One row of the table, in the order of COLUMNS; the longest of the times is bold."""
+def cells_of(row: Mapping[str, Any], folder: str) -> dict[str, str]:
+    """One row of the table by column; the longest of the times is bold."""
     memory = row.get("memory_gib")
     if memory:
         fits = "fits" if row["fits"] else "**does not fit**"
@@ -193,27 +193,31 @@ def cells_of(row: Mapping[str, Any], folder: str) -> list[str]:
         text = f"{row['roofline_ms'][name]:.0f}"
         return f"**{text}**" if name == row["bound"] else text
 
-    took = f"{row['compile_seconds'] / 60:.0f} min" if "compile_seconds" in row else ""
-    if "peak_memory_gib" in row:
-        took += f", {row['peak_memory_gib']:.1f} GiB"
-    job = f"[{row['teacher']}, {row['pixels']}²: {row['job']}]({folder}{row['file']})"
-    return [
-        f"{job} (`{row['config']}`)",
+    most = ""
+    if "mfu_at_most" in row:
+        most = f"{row['rows_a_second_a_chip_at_most']:.1f}, {row['mfu_at_most']:.2f}"
+    cells = (
+        f"[{row['teacher']}, {row['pixels']}²: {row['job']}]({folder}{row['file']})",
         f"{slice_of(row['topology'])} ({row['topology']})",
         f"{row['rows_a_chip']:g}",
         gib,
         shown("flops_ratio", "{:.3f}"),
         " / ".join(map(time, TIMES)) if "roofline_ms" in row else "",
-        shown("rows_a_second_a_chip_at_most", "{:.1f}"),
-        shown("mfu_at_most", "{:.2f}"),
-        took,
-    ]
+        most,
+        f"`{row['config']}`",
+        row.get("bound", ""),
+        shown("compile_seconds", "{:.0f} s"),
+        shown("peak_memory_gib", "{:.1f} GiB"),
+    )
+    return dict(zip((*COLUMNS, *MORE), cells, strict=True))
 
 
-def table_of(rows: list[dict[str, Any]], folder: str) -> str:
+def table_of(rows: list[dict[str, Any]], folder: str, columns: Sequence[str]) -> str:
     """The table; `folder` is the way from the page to the results."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells_of(row, folder)) + " |" for row in rows]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = cells_of(row, folder)
+        lines.append("| " + " | ".join(cells[name] for name in columns) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -233,8 +237,8 @@ def outputs(page: str) -> dict[Path, str]:
     )
     return {
         RESULTS / "plans.json": json.dumps({"command": COMMAND, "rows": rows}, indent=2) + "\n",
-        RESULTS / "plans.md": head + table_of(rows, ""),
-        PAGE: page_of(page, table_of(rows, "results/")),
+        RESULTS / "plans.md": head + table_of(rows, "", (*COLUMNS, *MORE)),
+        PAGE: page_of(page, table_of(rows, "results/", COLUMNS)),
     }
 
 
