@@ -6,6 +6,7 @@ hero        the scenes' teacher and students of pretrained/, on the first captio
 trajectory  one training example of Imagine Flash, from a finished run of configs/digits.py (--run)
 quality     FD against steps of all methods, from docs/results/
 page        a running `python -m jaxdistill.serve` (--url) of student and teacher, also on a phone
+memory      what each job needs of a TPU chip, from docs/results/plans.json
 """
 
 import argparse
@@ -15,7 +16,7 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
@@ -489,6 +491,92 @@ def page(args: argparse.Namespace) -> None:
         browser.close()
 
 
+# ------------------------------------------------------------------------------------------- memory
+
+KINDS = {
+    "trained weights": ("student", "fake", "discriminator"),
+    "averages": ("average",),
+    "optimizers": ("optimizer",),
+    "frozen networks": ("teacher", "frozen", "decoder"),
+    "temporaries": ("temporaries",),
+    "program, batch": ("program", "batch"),
+}
+"""What the memory picture shows, and the kinds of a report that each bar adds up."""
+
+WIDEST = 34.0  # GiB that the axis shows: a v5p's 95 would leave the bars nothing
+
+
+def memory(args: argparse.Namespace) -> None:
+    """What each planned job needs of a chip, by kind."""
+    rows = json.loads((args.results / "plans.json").read_text())["rows"]
+    rows = [row for row in rows if "memory_gib" in row]
+    both("memory", args.out, lambda theme: memory_figure(rows, theme))
+
+
+def memory_figure(rows: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
+    """One bar a job on a rail as long as the chip's memory."""
+    figure = Figure(figsize=(WIDTH, 1.1 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlim=(0, WIDEST), ylim=(len(rows) - 0.4, -0.6), xlabel="GiB a chip")
+    leaf, olive, magenta, _, grey, *_ = theme.series
+    shades = (theme.ours, olive, theme.second, grey, leaf, magenta)
+    colours, hatch = dict(zip(KINDS, shades, strict=True)), {"frozen networks": "////"}
+    for y, row in enumerate(rows):
+        gib = row["memory_gib"]
+        unknown = set(gib) - {name for names in KINDS.values() for name in names}
+        assert unknown == {"needed", "chip"}, unknown
+        axes.barh(y, min(gib["chip"], WIDEST), 0.74, color=theme.line, alpha=0.45, zorder=1)
+        if gib["chip"] < WIDEST:
+            axes.plot([gib["chip"]] * 2, [y - 0.37, y + 0.37], color=theme.text, lw=1.6, zorder=4)
+        start = 0.0
+        for kind, names in KINDS.items():
+            size = sum(gib.get(name, 0.0) for name in names)
+            axes.barh(
+                y,
+                size,
+                0.5,
+                start,
+                color=colours[kind],
+                hatch=hatch.get(kind),
+                edgecolor=theme.surface,
+                linewidth=0,
+                zorder=2,
+            )
+            start += size
+        # Outside the bar where there is room for it, else within its end.
+        room = min(gib["chip"], WIDEST) - start > 5.5
+        text = f"{gib['needed']:.1f} of {gib['chip']:g}"
+        axes.text(
+            start + 0.3 if room else start - 0.3,
+            y,
+            text,
+            ha="left" if room else "right",
+            va="center_baseline",
+            zorder=5,
+            color=theme.text if room else theme.surface,
+            weight="bold",
+        )
+    names = [
+        f"{row['teacher']}: {row['job']} ({row['topology'].partition(':')[0]})" for row in rows
+    ]
+    axes.set_yticks(range(len(rows)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    handles = [
+        Patch(facecolor=colours[kind], hatch=hatch.get(kind), edgecolor=theme.surface, label=kind)
+        for kind in KINDS
+    ]
+    handles.append(Patch(facecolor=theme.line, alpha=0.45, label="the chip"))
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncols=len(handles),
+        columnspacing=1.1,
+        handlelength=1.4,
+    )
+    return figure
+
+
 # ------------------------------------------------------------------------------------------ command
 
 PICTURES: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -496,6 +584,7 @@ PICTURES: dict[str, Callable[[argparse.Namespace], None]] = {
     "trajectory": trajectory,
     "quality": quality,
     "page": page,
+    "memory": memory,
 }
 
 

@@ -71,6 +71,18 @@ COLUMNS = {
     "compile_seconds": ("compiled in, s", "{:.0f}"),
 }
 REST = ("frozen", "batch", "temporaries", "program", "needed", "chip")
+KEPT = (
+    "topology",
+    "chips",
+    "fits",
+    "flops_ratio",
+    "roofline_ms",
+    "bound",
+    "step_ms_at_least",
+    "rows_a_second_a_chip_at_most",
+    "mfu_at_most",
+)
+"""Of a report, for the table of all plans (plans_table.py)."""
 
 
 def compile_case(case: Case, folder: Path) -> None:
@@ -103,6 +115,7 @@ def row_of(case: Case, report: dict) -> dict:
         "flops": report["analytic_flops_a_chip"] / report["rows_a_chip"] / 1e12,
         "compile_seconds": report["compile_seconds"],
         "memory_gib": memory,
+        **{key: report[key] for key in KEPT if key in report},
         "versions": report["versions"],
     }
 

@@ -1,0 +1,47 @@
+"""What docs/gpu.md says of the code, as far as a machine without a GPU can tell: it lowers for
+CUDA. Nothing is executed there.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import text_config
+from test_aot import TINY
+
+from jaxdistill.interop import architectures
+from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
+from jaxdistill.run.phase import programs
+from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
+
+CUDA = {"lowering_platforms": ("cuda",)}
+
+
+def lowered(kernel):
+    rows = jax.ShapeDtypeStruct((1, 1024, 2, 40), jnp.bfloat16)
+    gradient = jax.grad(lambda *qkv: ATTENTION[kernel](*qkv).astype(jnp.float32).sum())
+    return jax.jit(gradient).trace(rows, rows, rows).lower(**CUDA).as_text()
+
+
+@pytest.mark.parametrize("kernel", sorted(ATTENTION))
+def test_attention_lowers_for_cuda_but_for_the_tpus_kernel(kernel):
+    if kernel == "flash":
+        with pytest.raises((ValueError, NotImplementedError)):
+            lowered(kernel)
+        return
+    text = lowered(kernel)
+    assert "custom_call" not in text  # neither cuDNN's nor another fused kernel
+    assert ("stablehlo.while" in text) == (kernel in ("chunked", "looped"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_training_step_lowers_for_cuda(monkeypatch, lora_rank):
+    monkeypatch.setattr(architectures, "PIPELINES", {"tiny": TINY})
+    config = text_config.get_config()
+    config.teacher.architecture = "tiny"
+    config.methods.imagine_flash.adversarial_weight = 0.0
+    config.student.lora_rank = lora_rank
+    setup = TextSetup(config, open_teacher(config))
+    made = programs(setup.distillation.planned(0), setup.layout)
+    arguments = (made.state, setup.batch_shapes(setup.recipe.stages[0]), made.given)
+    assert "stablehlo" in made.step.trace(*arguments).lower(**CUDA).as_text()
