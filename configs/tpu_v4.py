@@ -8,22 +8,10 @@
 size: `configs/tpu_v4.py:matched`, `:sdxl-matched`. Whether a slice is large enough is told, without
 a TPU and without a checkpoint, by
 
-    python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2
+    python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x4
 
-What it said of Imagine Flash at full size (docs/results/aot_*_step.json), before the networks of
-all methods were stored by one rule; each is bound by compute but for :v6e, which is by memory:
-
-    config  slice     rows a  GiB a chip  of them      FLOPs /   ms a  images a second
-                      chip                temporaries  analytic  step  a chip, at most
-            v4:2x2x2  8       29.7 of 32  14.6         1.10      520   15.4
-    :v5e    v5e:4x4   4       15.0 of 16  10.7         1.13      392   10.2
-    :v6e    v6e:4x4   8       29.8 of 32  14.6         1.07      267   30.0
-    :sdxl   v4:2x2x4  4       24.4 of 32  21.3         1.12      2434  1.6
-
-Those of v5e and SDXL were compiled before upsampling and guidance were made cheaper: by count a
-step of 1.5 has 5.7 % fewer FLOPs now, one of XL 1.8 % (docs/results/flops.json).
-
-Nothing here has been run on a TPU yet: rates are a start, not a result.
+docs/plans.md has what it said of all four. Nothing here has been run on a TPU yet: rates are a
+start, not a result.
 """
 
 from ml_collections import ConfigDict
