@@ -1,11 +1,12 @@
-"""`python -m jaxdistill.teacher_states --benchmark=DIR`: how well does the teacher do on states
-that the student made?
+"""Measure how well the teacher finishes images from states that the student made.
 
-The objection to backward distillation: its teacher sees the student's states, on which it was never
-trained. So the teacher is given states of one time t from four sources and finishes each by its own
-guided sampler: real scenes noised to t, the student's own trajectory at t, and the student's x̂0
-re-noised to the shifted time γ(t) with its trajectory's noise and with fresh noise (the shifted
-reconstruction loss). Scores of the finished images say what the source costs.
+    python -m jaxdistill.teacher_states --benchmark=runs/benchmark
+
+Backward distillation shows the teacher states of the student, on which it was never trained. Here
+the teacher gets states of one time t from four sources and finishes each with its own guided
+sampler. The sources are real scenes noised to t, the student's trajectory at t, and the student's
+x̂0 noised again to the shifted time γ(t), with its trajectory's noise or with fresh noise. The
+scores of the finished images tell what each source costs.
 """
 
 import json
@@ -130,12 +131,13 @@ def write(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return table
 
 
+NEEDED = "--benchmark=FOLDER"
 FLAGS = {
-    "benchmark": (None, "Workdir of a benchmark that has trained the student."),
-    "student": ("imagine_flash-0", "Name of its folder in students/."),
-    "out": (None, "Folder of teacher_states.json, .md and .png; default: the benchmark's."),
-    "samples": (1000, "Images a point."),
-    "steps": (20, "Teacher steps from a state to the image."),
+    "benchmark": (None, "FOLDER: workdir of a benchmark that has trained the student"),
+    "student": ("imagine_flash-0", "NAME: its folder in students/"),
+    "out": (None, "FOLDER: for teacher_states.json, .md, .png (default: --benchmark)"),
+    "samples": (1000, "images per source and time"),
+    "steps": (20, "teacher steps from a state to the image"),
 }
 
 
@@ -151,7 +153,9 @@ def define(values: flags.FlagValues) -> None:
 def main() -> None:
     """The command."""
     with one_line_errors():
-        command = Command(__doc__, config=False, workdir=False, define=define).parse()
+        command = Command(
+            __doc__, config=False, workdir=False, needed=NEEDED, define=define
+        ).parse()
         folder, part = Path(command.benchmark or ""), f"students/{command.student}/student"
         for name in ("config.json", "teacher/card.json", f"{part}/card.json"):
             if not (folder / name).exists():

@@ -1,34 +1,39 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice, from your own machine.
+# Run one training on a Cloud TPU slice, from your own machine.
 #
-#   launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- --config=CONFIG --workdir=DIR ...]
+#   launch/tpu_vm.sh queue --name=my-pod --zone=us-central2-b --type=v4-32
+#   launch/tpu_vm.sh run --name=my-pod --zone=us-central2-b -- --config=configs/sd15.py \
+#     --workdir=runs/sd15 --config.log.checkpoints=gs://BUCKET/sd15
 #
-#   create    make the TPU VM at once
-#   queue     ask for one: a queued resource, which comes when there is room
-#   install   the repository at one commit, and its packages, on all workers
-#   run       start the run on all workers, detached: a lost connection does not end it
-#   follow    worker 0's log, as it grows
-#   status    of the request, of the TPU, and of the run on each worker
+# usage: launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- FLAGS OF THE RUN]
+#
+#   create    make the TPU VM now
+#   queue     request one: a queued resource, which arrives when there is room
+#   install   put the repository at one commit, and its packages, on all workers
+#   run       start the run on all workers, detached: it survives a lost connection
+#   follow    show worker 0's log as it grows
+#   status    show the request, the TPU, and the run on each worker
 #   stop      let the run save and end
-#   resume    bring the TPU back if it was preempted, install, and start the run again
-#   delete    the TPU and its request; then list what is left
+#   resume    bring back a preempted TPU, install, and start the run again
+#   delete    delete the TPU and its request, then list what is left
 #
 #   --project=PROJECT  default: gcloud's own (`gcloud config get project`)
-#   --type=TYPE        v4-32, v5litepod-16, v5p-32, v6e-16, ...: for create, queue and resume
-#   --version=VERSION  of the runtime; default: the one for the type
-#   --spot             cheaper, and may be taken away: for create, queue and resume
-#   --gcloud=FLAG      one more flag of gcloud's create command, as --gcloud=--network=NAME; may be repeated
-#   --commit=COMMIT    default: this checkout's, which must be clean and pushed: for install and resume
-#   --repo=URL         the workers must be able to read it; default: that of the remote "origin"
-#   --setup=COMMAND    what each worker does in the checkout after the installation, such as copying a teacher there
-#   --shared-disk      run, resume: what is in the workdir survives the workers
-#   --worker=N         follow: this worker's log; default 0
-#   --wait=SECONDS     stop: how long a save may take; default 900
-#   --watch            resume: look every minute, until the run has ended
-#   --every=SECONDS    resume: between two looks; default 60
+#   --type=TYPE        create, queue, resume: v4-32, v5litepod-16, v5p-32, v6e-16, ...
+#   --version=VERSION  runtime version (default: the one for the type)
+#   --spot             create, queue, resume: cheaper, but may be preempted
+#   --gcloud=FLAG      one more flag of gcloud's create, as --gcloud=--network=NAME; repeatable
+#   --commit=COMMIT    install, resume: default: this checkout's, which must be clean and pushed
+#   --repo=URL         a URL that the workers can read (default: the one of the remote "origin")
+#   --setup=COMMAND    run by each worker in the checkout after installing, as to copy a teacher
+#   --shared-disk      run, resume: the workdir is on a disk that survives the workers
+#   --worker=N         follow: this worker's log (default: 0)
+#   --wait=SECONDS     stop: how long a save may take (default: 900)
+#   --watch            resume: check again and again until the run has ended
+#   --every=SECONDS    resume: between two checks (default: 60)
 #   --dry-run          print the commands, run nothing (resume: as for a preempted queued resource)
 #
-# POD_NAME, POD_ZONE, POD_PROJECT, POD_TYPE, POD_VERSION, POD_SPOT=yes, POD_COMMIT, POD_REPO and POD_SETUP may be set instead.
+# Environment variables that work too: POD_NAME, POD_ZONE, POD_PROJECT, POD_TYPE, POD_VERSION,
+# POD_SPOT=yes, POD_COMMIT, POD_REPO, POD_SETUP.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
