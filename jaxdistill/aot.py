@@ -53,8 +53,8 @@ def check_flags(command: Command) -> None:
         )
     if command.search and command.program == "teacher":
         raise UserError(
-            "--search looks for config.student.batch_size: leave it out, and set"
-            " --config.log.batch_size, the teacher's images a chip"
+            "--search looks for config.student.batch_size; leave it out and set"
+            " --config.log.batch_size, the teacher's images per chip"
         )
     if command.slices < 1:
         raise UserError(f"--slices must be at least 1, got {command.slices}")
@@ -72,7 +72,7 @@ def main() -> None:
             report = plan.plan(config, command.topology, program=command.program, **options)
         except plan.DoesNotFit as error:
             lines = plan.largest_buffers(error.report)
-            print(f"error: {error}; {plan.knobs(config)}", *lines, sep="\n", file=sys.stderr)
+            print(f"error: {error}; try {plan.knobs(config)}", *lines, sep="\n", file=sys.stderr)
             sys.exit(1)
         show(report, config, command.json)
 
@@ -88,7 +88,7 @@ def show(report: dict[str, Any], config: ConfigDict, path: str | None) -> None:
         memory = report["memory_gib"]
         largest = sorted(plan.kinds_of(report), key=lambda kind: -memory[kind])
         lines = [f"  {kind}: {memory[kind]:.2f} GiB" for kind in largest]
-        needed = f"error: {memory['needed']} GiB a chip do not fit; {plan.knobs(config)}"
+        needed = f"error: {memory['needed']} GiB per chip do not fit; try {plan.knobs(config)}"
         print(*lines, needed, sep="\n", file=sys.stderr)
         sys.exit(1)
 

@@ -106,8 +106,8 @@ class Study:
             raise ValueError(f"config.task = {self.config.task!r} has no table of methods")
         if task.recipe.learns_from and entry.given != "student":
             raise ValueError(
-                f"{entry.name} learns from a student of several steps, and this list has none for"
-                " it; `python -m jaxdistill.ablate` has"
+                f"{entry.name} learns from a student of several steps, and this list has none;"
+                " use `python -m jaxdistill.ablate`"
             )
         return task
 
@@ -137,7 +137,7 @@ class Study:
         if stored["protocol"] != self.protocol:
             raise UserError(
                 f"{self.rows_path} holds rows of another protocol ({stored['protocol']}); remove it"
-                " or use another workdir"
+                " or choose another workdir"
             )
         return {key_of(row): row for row in stored["rows"]}
 
@@ -361,7 +361,7 @@ def work(command: Command, make: Callable[[ConfigDict], Listing], module: str) -
         if count > 1 and not command.helper:
             study.train_teachers(count)
             logs = workdir / "logs"
-            say(f"{count} processes share the rest; all but the first write to {logs}")
+            say(f"{count} processes share the rest; the others write to {logs}")
             again = [sys.executable, "-m", module, *sys.argv[1:], f"--helper={os.getpid()}"]
             workers.run(again, count, logs, stop)
             stop.heed()

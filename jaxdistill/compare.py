@@ -1,6 +1,6 @@
-"""Compare teacher and student on the same prompts and seeds: images, scores and a picture page.
+r"""Compare teacher and student on the same prompts and seeds: images, scores and a picture page.
 
-    python -m jaxdistill.compare --teacher=stable-diffusion-v1-5 --student=runs/sd15/student \\
+    python -m jaxdistill.compare --teacher=stable-diffusion-v1-5 --student=runs/sd15/student \
       --prompts=prompts.txt --out=runs/compare
 
 --out gets `images/<row>/00000.png`, ... in the order of the prompts; `scores.json` with the
@@ -95,8 +95,8 @@ def draw(
             for image in pipe(prompts, start=start, batch_size=batch_size, **options):
                 if not np.isfinite(image).all():
                     raise CompareError(
-                        f"image {len(files)} of {label} is not finite; the weights are damaged or"
-                        " the type is too narrow"
+                        f"image {len(files)} of {label} is not finite; the weights are damaged, or"
+                        " --dtype is too narrow"
                     )
                 folder.mkdir(
                     parents=True, exist_ok=True
@@ -242,9 +242,7 @@ def add_scoring(flags: Any) -> None:
 def check_flags(args: Namespace) -> None:
     """Raise CompareError where flags do not go together, ValueError where one is out of range."""
     if args.images and (args.teacher or args.student):
-        raise CompareError(
-            "--images stands instead of --teacher and --student; give one or the other"
-        )
+        raise CompareError("--images replaces --teacher and --student; give one or the other")
     counts = {
         flag: getattr(args, flag)
         for flag in ("images_per_prompt", "teacher_steps", "batch_size", "page_prompts")
@@ -263,10 +261,12 @@ def check_flags(args: Namespace) -> None:
         return
     for flag in ("prompts", "out"):
         if not getattr(args, flag):
-            raise CompareError(f"--{flag} is needed")
+            raise CompareError(
+                f"--{flag} is missing; python -m jaxdistill.compare --help shows an example"
+            )
     for flag in ("teacher", "student"):
         if getattr(args, flag) and not Path(getattr(args, flag)).is_dir():
-            raise CompareError(f"--{flag}={getattr(args, flag)} is no folder")
+            raise CompareError(f"--{flag}={getattr(args, flag)} is not a folder")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CompareError(f"--out={out} exists and is not empty; choose a new folder")
@@ -283,7 +283,8 @@ def wanted(args: Namespace, reference: Reference | None) -> list[str]:
     if args.metrics is None:
         if reference is not None and reference.features is None:
             print(
-                f"{args.reference} holds statistics only: KID, precision and recall are left out",
+                f"warning: {args.reference} holds statistics only: KID, precision and recall are"
+                " left out; give a folder of images for them",
                 file=sys.stderr,
             )
             return [metric for metric in possible if metric in ("fid", "clip")]
@@ -291,7 +292,7 @@ def wanted(args: Namespace, reference: Reference | None) -> list[str]:
     for metric in args.metrics:
         if metric not in METRICS:
             raise CompareError(
-                f"--metrics: {metric!r} is not known; known are {', '.join(METRICS)}"
+                f"--metrics: {metric!r} is not known; choose one of {', '.join(METRICS)}"
             )
         if metric not in possible:
             raise CompareError(

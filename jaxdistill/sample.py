@@ -172,7 +172,9 @@ def kind(folder: Path) -> str:
 def prompt_numbers(args: argparse.Namespace, *, batch_size: int) -> tuple[int, int]:
     """--num and --batch_size of a model that draws from text. Raises ValueError."""
     if args.prompt is None:
-        raise ValueError(f'{args.model} draws from text: give --prompt="a photo of a cat"')
+        raise ValueError(
+            f'--prompt is missing: {args.model} draws from text; give --prompt="a photo of a cat"'
+        )
     if args.labels is not None:
         raise ValueError(
             f"--labels: {args.model} draws from text and has no classes; give --prompt"
@@ -286,7 +288,9 @@ def main(argv: list[str] | None = None) -> None:
                     " pipeline folder as --model"
                 )
             if given:
-                raise ValueError(f"{args.model} is no pipeline folder: it has no model_index.json")
+                raise ValueError(
+                    f"{args.model} is not a pipeline folder: it has no model_index.json"
+                )
             images, labels = generate(
                 args.model,
                 num=64 if args.num is None else args.num,

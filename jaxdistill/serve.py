@@ -37,7 +37,9 @@ def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "") -> Pai
     found = kind(Path(folder))
     if found == "label":
         if not (Path(folder) / "card.json").is_file():
-            raise ValueError(f"{folder} is no model: it has neither card.json nor model_index.json")
+            raise ValueError(
+                f"{folder} is not a model: it has neither card.json nor model_index.json"
+            )
         raise ValueError(f"{folder} draws classes, not text; serve a student that reads captions")
     if found == "pipeline":
         return PipelinePainter(pipeline.load(folder), sizes)
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--port must be in 1..65535, got {args.port}")
         if args.queue < 1 or not args.deadline > 0:
             raise ValueError(
-                f"--queue must be at least 1 and --deadline above 0, got {args.queue} and"
+                f"--queue must be at least 1 and --deadline above 0 seconds, got {args.queue} and"
                 f" {args.deadline:g}"
             )
         check_address(args.host, args.port)
@@ -106,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         # On a CPU each core is a device of its own: XLA's threads gain nothing on networks as small
         # as the benchmark's.
         jax.config.update("jax_num_cpu_devices", min(cores(), max(args.batch_sizes)))
-        print("compiling", flush=True)
+        print("compiling the model for each batch size (a minute or more)", flush=True)
         painters = {
             "student": open_painter(args.model, args.batch_sizes, encoder=args.text_encoder)
         }
@@ -116,8 +118,8 @@ def main(argv: list[str] | None = None) -> None:
             )
             if painters["teacher"].size != painters["student"].size:
                 raise ValueError(
-                    f"--teacher={args.teacher} draws {painters['teacher'].size}, the student"
-                    f" {painters['student'].size}"
+                    f"--teacher={args.teacher} draws {painters['teacher'].size} pixels, but the"
+                    f" student draws {painters['student'].size}; give the teacher of this student"
                 )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

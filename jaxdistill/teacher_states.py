@@ -42,8 +42,8 @@ def settings_of(config: ConfigDict, method: str) -> imagine_flash.Settings:
     block = config.methods[method].to_dict()
     if block.pop("method", method) != "imagine_flash":
         raise UserError(
-            f"--student is of method {method!r}, which has no shift; name one of imagine_flash or"
-            " its variants"
+            f"--student was trained with {method!r}, which has no shift; choose a student of"
+            " imagine_flash or its variants"
         )
     return cast(imagine_flash.Settings, settings_from(imagine_flash.Settings, block, method))
 
@@ -165,7 +165,9 @@ def main() -> None:
                 )
         config = ConfigDict(json.loads((folder / "config.json").read_text()))
         if not config.data.source:
-            raise UserError(f"--benchmark={folder} ran from captions alone; scenes are needed")
+            raise UserError(
+                f"--benchmark={folder} ran from captions alone; give one with config.data.source"
+            )
         card_of = json.loads((folder / part / "card.json").read_text())
         settings_of(config, card_of["method"])
         changes = {"method.name": card_of["method"], "seed": card_of["seed"]}

@@ -112,29 +112,29 @@ def workers_of(options: argparse.Namespace) -> int:
     """How many workers the slice has."""
     if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}", options.topology):
         fail(
-            f"--topology={options.topology} is no topology; give 2x2x4 (v4, v5p) or 4x4 (v5e,"
-            " v6e), say"
+            f"--topology={options.topology} is not a topology; give one like 2x2x4 (v4,"
+            " v5p) or 4x4 (v5e, v6e)"
         )
     sizes = [int(size) for size in options.topology.split("x")]
     wanted = DIMENSIONS.get(options.accelerator, len(sizes))
     given = f"--topology={options.topology}"
     if len(sizes) != wanted:
         fail(
-            f"{given} has {len(sizes)} sizes, {options.accelerator} has {wanted}; give"
-            f" --topology={'x'.join('4' * wanted)}, say"
+            f"{given} has {len(sizes)} sizes, but {options.accelerator} has {wanted}; give one"
+            f" like --topology={'x'.join('4' * wanted)}"
         )
     total, chips = math.prod(sizes), number("--chips", options.chips)
     workers, rest = divmod(total, chips)
     if rest:
         fail(
-            f"{given} has {total} chips, which --chips={chips} a worker does not divide; see the"
+            f"{given} has {total} chips, which --chips={chips} per worker does not divide; see the"
             " node pool's machine type"
         )
     if options.workers is not None and number("--workers", options.workers) != workers:
         mend = f"leave it out or give {workers}"
         fail(
             f"--workers={options.workers} does not fit {given}, {total} chips, with --chips={chips}"
-            f" a worker; {mend}"
+            f" per worker; {mend}"
         )
     return workers
 
@@ -158,12 +158,12 @@ def check_flags(flags: Sequence[str], claim: str | None) -> None:
     workdir = given["--workdir"]
     if "://" in workdir:
         fail(
-            f"--workdir={workdir} must be a folder (not so the checkpoints); give --claim=CLAIM"
-            f" and, after --, --workdir={MOUNT}/NAME"
+            f"--workdir={workdir} must be a folder (checkpoints may go to a bucket); give"
+            f" --claim=CLAIM and, after --, --workdir={MOUNT}/NAME"
         )
     if claim is None or not workdir.startswith(f"{MOUNT}/"):
         fail(
-            f"--workdir={workdir} goes when the containers go; give --claim=CLAIM and, after --,"
+            f"--workdir={workdir} is lost when the containers go; give --claim=CLAIM and, after --,"
             f" --workdir={MOUNT}/NAME"
         )
 
@@ -180,8 +180,8 @@ def values_of(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, An
             check_name(option, value, 63)
     if not re.fullmatch(r"[a-z0-9-]+", options.accelerator):
         fail(
-            f"--accelerator={options.accelerator} is no accelerator of GKE; give"
-            f" {', '.join(DIMENSIONS)}, say"
+            f"--accelerator={options.accelerator} is not an accelerator of GKE; give one like"
+            f" {', '.join(DIMENSIONS)}"
         )
     workers = workers_of(options)
     if options.commit is None:

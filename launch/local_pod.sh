@@ -33,11 +33,11 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ -n "$count" ] || fail "the number of processes is missing: launch/local_pod.sh 2 -- --config=configs/smoke.py --workdir=runs/pod"
+[ -n "$count" ] || fail "the number of processes is missing; give it: launch/local_pod.sh 2 -- --config=configs/smoke.py --workdir=runs/pod"
 need_number "the number of processes" "$count"
 [ -z "$devices" ] || need_number --devices "$devices"
 need_number --grace "$grace"
-[ $# -gt 0 ] || fail "the run's flags are missing: launch/local_pod.sh $count -- --config=configs/smoke.py --workdir=runs/pod"
+[ $# -gt 0 ] || fail "the run's flags are missing; give them: launch/local_pod.sh $count -- --config=configs/smoke.py --workdir=runs/pod"
 shift
 check_flags "$@"
 if [[ -z $logs && $workdir == *://* ]]; then logs=pod-logs; fi
@@ -86,7 +86,7 @@ signal_all() { # SIGNAL
 stop() {
   asked=$((asked + 1))
   if [ "$asked" -eq 1 ]; then
-    echo "stopping: the processes save and end; once more to end them at once" >&2
+    echo "stopping: the processes save and end; press Ctrl-C again to end them at once" >&2
     signal_all TERM
   else
     signal_all KILL

@@ -47,13 +47,13 @@ commit=${POD_COMMIT:-} repo=${POD_REPO:-} setup=${POD_SETUP:-}
 extra=() shared='' worker=0 wait=900 watch='' every=60 dry=''
 
 help="launch/tpu_vm.sh --help lists them"
-[ $# -gt 0 ] || fail "the command is missing: create, queue, install, run, follow, status, stop, resume or delete; $help"
+[ $# -gt 0 ] || fail "the command is missing; choose one of create, queue, install, run, follow, status, stop, resume, delete; $help"
 command=$1
 shift
 case $command in
   create | queue | install | run | follow | status | stop | resume | delete) ;;
   -h | --help | help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
-  *) fail "unknown command $command; use create, queue, install, run, follow, status, stop, resume or delete" ;;
+  *) fail "unknown command $command; choose one of create, queue, install, run, follow, status, stop, resume, delete" ;;
 esac
 while [ $# -gt 0 ]; do
   case $1 in
@@ -88,7 +88,7 @@ flags=("$@")
 [ -n "$name" ] || fail "--name is missing; give the TPU a name: --name=my-pod (or POD_NAME)"
 [[ $name =~ ^[a-z]([a-z0-9-]{0,60}[a-z0-9])?$ ]] || fail "--name=$name must be lower-case letters, digits and -, from a letter on"
 [ -n "$zone" ] || fail "--zone is missing; give the zone of your quota: --zone=us-central2-b (or POD_ZONE)"
-[[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone=$zone is no zone; zones read like us-central2-b"
+[[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone=$zone is not a zone; zones look like us-central2-b"
 [[ $worker =~ ^[0-9]+$ ]] || fail "--worker=$worker must be a worker's number, from 0 on"
 need_number --wait "$wait"
 need_number --every "$every"
@@ -96,7 +96,7 @@ need_number --every "$every"
 check_type() { # also sets `version`
   [ -n "$type" ] || fail "--type is missing; give the slice: --type=v4-32 (or POD_TYPE); \`gcloud compute tpus accelerator-types list --zone=$zone\` lists them"
   [[ $type != v5e-* ]] || fail "--type=$type is called v5litepod-${type#v5e-}; give --type=v5litepod-${type#v5e-}"
-  [[ $type =~ ^v[0-9]+[a-z]*-[0-9]+$ ]] || fail "--type=$type is no slice; slices read like v4-32, v5litepod-16, v5p-32, v6e-16"
+  [[ $type =~ ^v[0-9]+[a-z]*-[0-9]+$ ]] || fail "--type=$type is not a slice; slices look like v4-32, v5litepod-16, v5p-32, v6e-16"
   if [ -z "$version" ]; then
     case $type in
       v2-* | v3-* | v4-*) version=tpu-ubuntu2204-base ;;
@@ -113,13 +113,13 @@ check_commit() { # sets `commit` to all its digits, and `repo`
   if [ -n "$commit" ]; then
     local found
     if found=$(git -C "$root" rev-parse --verify --quiet "$commit^{commit}" 2> /dev/null); then commit=$found; fi
-    [[ $commit =~ ^[0-9a-f]{40}$ ]] || fail "--commit=$commit is no commit of this checkout; give all 40 digits"
+    [[ $commit =~ ^[0-9a-f]{40}$ ]] || fail "--commit=$commit is not a commit of this checkout; give all 40 digits"
   else
-    commit=$(git -C "$root" rev-parse --verify --quiet HEAD 2> /dev/null) || fail "$root is no git checkout; give --commit and --repo"
+    commit=$(git -C "$root" rev-parse --verify --quiet HEAD 2> /dev/null) || fail "$root is not a git checkout; give --commit and --repo"
     changed=$(git -C "$root" status --porcelain | sed -n '1s/^...//p')
     [ -z "$changed" ] || fail "this checkout has changes that the workers would not get ($changed ...); commit and push them, or give --commit"
     [ -n "$(git -C "$root" branch --remotes --contains "$commit")" ] ||
-      fail "commit ${commit:0:12} is not pushed, so that the workers cannot get it; push it, or give --commit"
+      fail "commit ${commit:0:12} is not pushed, so the workers cannot get it; push it, or give --commit"
   fi
   if [ -z "$repo" ]; then
     repo=$(git -C "$root" remote get-url origin 2> /dev/null) || fail "this checkout has no remote \"origin\"; give --repo=https://..."
@@ -136,7 +136,7 @@ check_run() {
   for flag in "${flags[@]}"; do
     case $flag in --config.*checkpoints=gs://*) kept=yes ;; esac
   done
-  [ -n "$kept" ] || fail "--workdir=$workdir goes when the workers go, and the checkpoints with it; add --config.log.checkpoints=gs://BUCKET/FOLDER, or give --shared-disk"
+  [ -n "$kept" ] || fail "--workdir=$workdir is lost when the workers go, and so are the checkpoints; add --config.log.checkpoints=gs://BUCKET/FOLDER, or give --shared-disk"
 }
 
 # ------------------------------------------------------------------------------------------------ gcloud
@@ -211,7 +211,7 @@ say() { [ -n "$dry" ] || printf '%s\n' "$1" >&2; }
 
 pause() { [ -n "$dry" ] || sleep "$every"; }
 
-trouble() { [ -n "$watch" ] || fail "gcloud could not do it; see its message above" 1; }
+trouble() { [ -n "$watch" ] || fail "gcloud failed; see its message above" 1; }
 
 bring_up() { # wait for the TPU, and make it anew where it was taken away
   local request node said='' again=''
@@ -283,7 +283,7 @@ resume() {
         printf '%s\n' "$states"
         return
         ;;
-      *) fail "the workers' answer is not understood: $states" 1 ;;
+      *) fail "the workers gave an unknown answer: $states" 1 ;;
     esac
     first=''
     if [ -z "$watch" ] || [ -n "$dry" ]; then return; fi

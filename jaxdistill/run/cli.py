@@ -94,7 +94,7 @@ class Command:
         if rest:
             raise UserError(
                 f"unexpected argument {rest[0]!r}; flags look like --config=configs/digits.py"
-                " --workdir=DIR --config.key=value"
+                " --workdir=runs/digits --config.KEY=VALUE"
             )
         return self
 
@@ -141,9 +141,12 @@ class Command:
         file cannot be loaded.
         """
         if "workdir" in self.values and (not self.values["config"].present or not self.workdir):
-            raise UserError("both flags are needed: --config=configs/digits.py --workdir=DIR")
+            raise UserError(
+                "--config and --workdir are needed: --config=configs/digits.py"
+                " --workdir=runs/digits"
+            )
         if not self.values["config"].present:
-            raise UserError("--config is missing: give a file such as configs/digits.py")
+            raise UserError("--config is missing; give a file such as configs/digits.py")
         try:
             config: ConfigDict = self.config
             config.keys()  # a file that could not be loaded fails at its first use
@@ -215,4 +218,4 @@ def one_line_errors() -> Iterator[None]:
         if not checkpoint.disk_is_full(error):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        fail(f"{checkpoint.FULL}{where}; free some space and give the same command again")
+        fail(f"{checkpoint.FULL}{where}; free some space and run the same command again")

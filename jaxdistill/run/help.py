@@ -68,13 +68,20 @@ class Parser(argparse.ArgumentParser):
             return message
         flag = head.removeprefix("argument ").rpartition("/")[2]
         if found := re.fullmatch(r"invalid (\w+) value: (.*)", rest):
-            return f"{flag} = {found[2]} is not {KINDS.get(found[1], 'valid')}"
+            return f"{flag}={unquoted(found[2])} is not {KINDS.get(found[1], 'valid')}"
         if found := re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", rest):
             allowed = found[2].replace("'", "")
-            return f"{flag} = {found[1]} is not known; choose one of {allowed}"
+            return f"{flag}={unquoted(found[1])} is not known; choose one of {allowed}"
         if rest == "expected one argument":
             return f"{flag} needs a value: {flag}=VALUE"
+        if found := re.fullmatch(r"('.*'|\".*\") (is .*)", rest):
+            return f"{flag}={unquoted(found[1])} {found[2]}"
         return f"{flag}: {rest}"
+
+
+def unquoted(value: str) -> str:
+    """A value without the quotes that argparse puts around it."""
+    return value[1:-1] if value[:1] in ("'", '"') else value
 
 
 def named(choices: Sequence[str]) -> dict[str, Any]:
