@@ -147,7 +147,7 @@ def chosen(config: ConfigDict, name: str, *, file: str) -> ConfigDict:
     name = {"": config.method.name, "one": "endpoint"}.get(name, name)
     if name not in config.methods:
         known = ", ".join((f"configs/{file}.py", *(f":{key}" for key in (*METHODS, "one"))))
-        raise ValueError(f"configs/{file}.py:{name} is not known; use one of {known}")
+        raise ValueError(f"configs/{file}.py:{name} is not known; choose one of {known}")
     config.method.name = name
     if name == "endpoint":
         config.student.steps = (1,)

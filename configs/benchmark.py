@@ -39,7 +39,7 @@ def get_config(size: str = "") -> ConfigDict:
     if size not in (*SIZES, "digits"):
         names = (*SIZES, "digits")
         known = ", ".join("configs/benchmark.py" + (f":{name}" if name else "") for name in names)
-        raise ValueError(f"configs/benchmark.py:{size} is not known; use one of {known}")
+        raise ValueError(f"configs/benchmark.py:{size} is not known; choose one of {known}")
     if size == "digits":
         config = digits.get_config()
         config.student.update({"iterations": 0, "budget": 28_000})  # some 1,090 of Imagine Flash

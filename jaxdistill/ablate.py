@@ -1,9 +1,9 @@
-"""`python -m jaxdistill.ablate --config=configs/digits.py --workdir=DIR --seeds=0,1,2`: Imagine
-Flash without each of its parts, and other methods beside it.
+"""Train Imagine Flash without each of its parts, and other methods, and compare in one table.
 
-One full run and its variants a seed, all distilled from one teacher; one table of means over the
-seeds. `--variants=full,matched,endpoint` compares methods. A killed ablation goes on where it
-stopped; finished runs are not repeated.
+    python -m jaxdistill.ablate --config=configs/digits.py --workdir=runs/ablation --seeds=0,1,2
+
+Each seed has one teacher, one full run and its variants. --variants=full,matched,endpoint compares
+methods. The same command resumes an ablation that was stopped; finished runs are not repeated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -78,9 +78,10 @@ def listed(config: ConfigDict, seeds: Sequence[int], names: Sequence[str]) -> be
 def define(values: flags.FlagValues) -> None:
     """The command's own flags."""
     benchmark.define(values)
-    about = "Seeds, comma-separated; each trains its own teacher."
+    about = "N,N: seeds; each trains its own teacher"
     flags.DEFINE_list("seeds", ["0"], about, flag_values=values)
-    flags.DEFINE_list("variants", None, "Names of variants; default: all.", flag_values=values)
+    about = "NAME,NAME: runs to compare, such as full,lcm (default: all)"
+    flags.DEFINE_list("variants", None, about, flag_values=values)
 
 
 def main() -> None:
@@ -92,7 +93,9 @@ def main() -> None:
             seeds = [int(seed) for seed in command.seeds]
         except ValueError:
             given = ",".join(command.seeds)
-            raise ValueError(f"--seeds={given} is no list of whole numbers") from None
+            raise ValueError(
+                f"--seeds={given} is not a list of whole numbers such as 0,1,2"
+            ) from None
         return listed(config, seeds, command.variants or list(VARIANTS))
 
     benchmark.run_list(command, make, "jaxdistill.ablate")

@@ -1,10 +1,10 @@
-"""`python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2`: does the job fit, and
-how fast can it be?
+"""Tell whether a text-to-image run fits a TPU slice, and how fast it can be, without a TPU.
 
-Compiles the run's own train step, or the student's sampler, for a TPU slice that is not here, and
-reports memory, arithmetic and communication (`tasks.text_to_image.plan`). No TPU, no weights and no
-prompts are needed; without config.teacher.folder the published architecture
-config.teacher.architecture stands for the teacher.
+    python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2
+
+Compiles the run's own programs for the slice and reports memory, arithmetic and communication. It
+needs no weights and no prompts: without config.teacher.folder the teacher is the published
+architecture config.teacher.architecture.
 """
 
 import json
@@ -22,37 +22,39 @@ from jaxdistill.run import checkpoint
 from jaxdistill.run.cli import Command, one_line_errors
 from jaxdistill.tasks.text_to_image import plan
 
+NEEDED = "--topology=CHIP:SHAPE"
+
 
 def define(values: flags.FlagValues) -> None:
     """The command's own flags."""
-    about = f"CHIP:SHAPE, as {plan.KNOWN}."
+    about = f"CHIP:SHAPE: such as {plan.KNOWN}"
     flags.DEFINE_string("topology", None, about, flag_values=values)
-    about = "Slices of that topology, joined by the data-center network."
+    about = "slices of that topology, joined by the data-centre network"
     flags.DEFINE_integer("slices", 1, about, flag_values=values)
-    flags.DEFINE_string("json", None, "File for the report as JSON.", flag_values=values)
+    flags.DEFINE_string("json", None, "FILE: gets the report as JSON", flag_values=values)
     about = (
-        "The train step; the student's sampler of config.student.batch_size images, decoded; or a"
-        " step of the teacher's images, config.log.batch_size a chip, of the chips of one host."
+        "NAME: step, the train step; sampler, the student's of config.student.batch_size images;"
+        " teacher, a sampler step of the teacher's images, config.log.batch_size per chip"
     )
     flags.DEFINE_enum("program", "step", list(plan.PROGRAMS), about, flag_values=values)
-    about = "Of a method in several stages, the one whose step is compiled; default: the largest."
+    about = "NAME: the stage to compile, of a method in several stages (default: the largest)"
     flags.DEFINE_string("stage", "", about, flag_values=values)
-    about = "Find the largest batch a chip that fits; compiles several times."
+    about = "find the largest batch per chip that fits; compiles several times"
     flags.DEFINE_bool("search", False, about, flag_values=values)
 
 
 def check_flags(command: Command) -> None:
     """Raise UserError where flags are missing or do not go together."""
     if command.topology is None:
-        raise UserError(f"--topology is missing: CHIP:SHAPE, as {plan.KNOWN}")
+        raise UserError(f"--topology is missing; give CHIP:SHAPE, such as {plan.KNOWN}")
     if command.json and not Path(command.json).resolve().parent.is_dir():
         raise UserError(
             f"--json={command.json}: the folder {Path(command.json).parent} does not exist"
         )
     if command.search and command.program == "teacher":
         raise UserError(
-            "--search looks for config.student.batch_size: leave it out, and set"
-            " --config.log.batch_size, the teacher's images a chip"
+            "--search looks for config.student.batch_size; leave it out and set"
+            " --config.log.batch_size, the teacher's images per chip"
         )
     if command.slices < 1:
         raise UserError(f"--slices must be at least 1, got {command.slices}")
@@ -61,7 +63,7 @@ def check_flags(command: Command) -> None:
 def main() -> None:
     """Print the report; exit code 1 where the job does not fit, 2 for a mistake."""
     with one_line_errors():
-        command = Command(__doc__, workdir=False, define=define).parse()
+        command = Command(__doc__, workdir=False, needed=NEEDED, define=define).parse()
         check_flags(command)
         config = command.given_config()
         jax.config.update("jax_platforms", "cpu")  # the devices of this machine play no part
@@ -70,7 +72,7 @@ def main() -> None:
             report = plan.plan(config, command.topology, program=command.program, **options)
         except plan.DoesNotFit as error:
             lines = plan.largest_buffers(error.report)
-            print(f"error: {error}; {plan.knobs(config)}", *lines, sep="\n", file=sys.stderr)
+            print(f"error: {error}; try {plan.knobs(config)}", *lines, sep="\n", file=sys.stderr)
             sys.exit(1)
         show(report, config, command.json)
 
@@ -86,7 +88,7 @@ def show(report: dict[str, Any], config: ConfigDict, path: str | None) -> None:
         memory = report["memory_gib"]
         largest = sorted(plan.kinds_of(report), key=lambda kind: -memory[kind])
         lines = [f"  {kind}: {memory[kind]:.2f} GiB" for kind in largest]
-        needed = f"error: {memory['needed']} GiB a chip do not fit; {plan.knobs(config)}"
+        needed = f"error: {memory['needed']} GiB per chip do not fit; try {plan.knobs(config)}"
         print(*lines, needed, sep="\n", file=sys.stderr)
         sys.exit(1)
 

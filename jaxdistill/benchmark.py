@@ -1,9 +1,9 @@
-"""`python -m jaxdistill.benchmark --config=configs/benchmark.py --workdir=DIR`: few-step methods on
-one teacher, one table.
+"""Distil one teacher with several methods and seeds, and compare the students in one table.
 
-Runs over a list of methods and seeds on one task; `jaxdistill.ablate` is another list. A killed
-benchmark goes on where it stopped, and finished students are not trained again. On a CPU several
-processes share the work, each on its own cores (`--processes`).
+    python -m jaxdistill.benchmark --config=configs/benchmark.py --workdir=runs/benchmark
+
+The config lists methods and seeds: config.benchmark. The same command resumes a benchmark that was
+stopped; finished students are not trained again. On a CPU several processes share the work.
 """
 
 import json
@@ -106,8 +106,8 @@ class Study:
             raise ValueError(f"config.task = {self.config.task!r} has no table of methods")
         if task.recipe.learns_from and entry.given != "student":
             raise ValueError(
-                f"{entry.name} learns from a student of several steps, and this list has none for"
-                " it; `python -m jaxdistill.ablate` has"
+                f"{entry.name} learns from a student of several steps, and this list has none;"
+                " use `python -m jaxdistill.ablate`"
             )
         return task
 
@@ -137,7 +137,7 @@ class Study:
         if stored["protocol"] != self.protocol:
             raise UserError(
                 f"{self.rows_path} holds rows of another protocol ({stored['protocol']}); remove it"
-                " or use another workdir"
+                " or choose another workdir"
             )
         return {key_of(row): row for row in stored["rows"]}
 
@@ -337,9 +337,9 @@ def listed(config: ConfigDict) -> Listing:
 
 def define(values: flags.FlagValues) -> None:
     """The flags of a list's command."""
-    about = "Processes that share the work on a CPU, each on its own cores; 0: one a core, up to 4."
+    about = "processes that share the work on a CPU; 0: one per core, up to 4 (default)"
     flags.DEFINE_integer("processes", 0, about, lower_bound=0, flag_values=values)
-    about = "Set by the command itself: the process that this one helps."
+    about = "internal: the process that this one helps"
     flags.DEFINE_integer("helper", 0, about, flag_values=values)
 
 
@@ -361,7 +361,7 @@ def work(command: Command, make: Callable[[ConfigDict], Listing], module: str) -
         if count > 1 and not command.helper:
             study.train_teachers(count)
             logs = workdir / "logs"
-            say(f"{count} processes share the rest; all but the first write to {logs}")
+            say(f"{count} processes share the rest; the others write to {logs}")
             again = [sys.executable, "-m", module, *sys.argv[1:], f"--helper={os.getpid()}"]
             workers.run(again, count, logs, stop)
             stop.heed()

@@ -1,11 +1,11 @@
-"""Teacher and student on the same prompts and seeds: images, a score table and a picture page.
+r"""Compare teacher and student on the same prompts and seeds: images, scores and a picture page.
 
-    python -m jaxdistill.compare --teacher=FOLDER --student=FOLDER --prompts=FILE --out=DIR
-      --inception=inception.safetensors --reference=FOLDER --clip=FOLDER
+    python -m jaxdistill.compare --teacher=stable-diffusion-v1-5 --student=runs/sd15/student \
+      --prompts=prompts.txt --out=runs/compare
 
-In --out: `images/<row>/00000.png`, ... in the order of the prompts; `scores.json` with the protocol
-of every number; `scores.md`; `images.jsonl` with the CLIP score of every image; and `page.png`.
-With --images=DIR/images they are scored again, or images of others.
+--out gets `images/<row>/00000.png`, ... in the order of the prompts; `scores.json` with the
+protocol of every number; `scores.md`; `images.jsonl` with the CLIP score of every image; and
+`page.png`. --images=OUT/images scores them again; other folders of images work too.
 """
 
 import gc
@@ -40,7 +40,8 @@ from jaxdistill.metrics.compare import (
 )
 from jaxdistill.metrics.image_metrics import METRICS, PROTOCOLS, Reference
 from jaxdistill.run import compilation
-from jaxdistill.sample import Parser, add_computing, check_numbers, computing
+from jaxdistill.run.help import Parser, named
+from jaxdistill.sample import add_computing, check_numbers, computing
 from jaxdistill.tasks.text_to_image import pipeline
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -94,8 +95,8 @@ def draw(
             for image in pipe(prompts, start=start, batch_size=batch_size, **options):
                 if not np.isfinite(image).all():
                     raise CompareError(
-                        f"image {len(files)} of {label} is not finite; the weights are damaged or"
-                        " the type is too narrow"
+                        f"image {len(files)} of {label} is not finite; the weights are damaged, or"
+                        " --dtype is too narrow"
                     )
                 folder.mkdir(
                     parents=True, exist_ok=True
@@ -172,7 +173,7 @@ def counts(text: str) -> list[int]:
     except ValueError:
         found = []
     if not found or min(found) < 1:
-        raise ArgumentTypeError(f"{text!r} is no list of numbers of at least 1 such as 1,2,3")
+        raise ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,2,3")
     return list(dict.fromkeys(found))
 
 
@@ -183,80 +184,65 @@ def names(text: str) -> list[str]:
 
 def parser() -> Parser:
     """The flags."""
-    p = Parser(prog="python -m jaxdistill.compare", description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--teacher", help="pipeline folder")
-    p.add_argument("--student", help="pipeline folder, or a student's export")
-    p.add_argument(
-        "--images",
-        help="folder of images that are there already, instead of --teacher and --student",
-    )
-    p.add_argument(
-        "--prompts",
-        type=names,
-        help=".txt or .jsonl files, separated by commas; of several, the name is the category",
-    )
-    p.add_argument("--images_per_prompt", type=int, default=1, help="each of another seed")
-    p.add_argument(
-        "--steps", type=counts, default=[1, 2, 3], help="the student's, separated by commas"
-    )
-    p.add_argument("--teacher_steps", type=int, default=50)
-    p.add_argument("--guidance", type=float, help="the teacher's; default: its folder's own")
-    p.add_argument("--student_guidance", type=float, help="default: its folder's own")
-    p.add_argument(
-        "--solver",
-        choices=tuple(card.SOLVERS),
-        help="the teacher's; default: its folder's scheduler",
-    )
-    p.add_argument(
-        "--student_solver", choices=tuple(card.SOLVERS), help="default: its folder's scheduler"
-    )
-    p.add_argument("--negative_prompt", help="default: the pipeline's own")
-    p.add_argument("--height", type=int, help="pixels; default: the checkpoint's own")
-    p.add_argument("--width", type=int, help="pixels; default: the checkpoint's own")
-    p.add_argument(
-        "--seed", type=int, default=0, help="image i depends on the seed, i and its prompt"
-    )
-    p.add_argument(
-        "--batch_size", type=int, default=4, help="images at once: drawn, on each device, or scored"
-    )
-    add_computing(p)
-    add_scoring(p)
-    p.add_argument("--out", help="new folder for images and scores")
+    p = Parser("\n".join((__doc__ or "").splitlines()[:4]), "--prompts=FILE --out=FOLDER")
+    add = p.add_argument
+    add("--teacher", metavar="FOLDER", help="a diffusers pipeline folder")
+    add("--student", metavar="FOLDER", help="a student's export or its diffusers/ folder")
+    about = "finished images to score, instead of --teacher and --student"
+    add("--images", metavar="FOLDER", help=about)
+    about = ".txt or .jsonl; with FILE,FILE each name is a category"
+    add("--prompts", type=names, metavar="FILE", help=about)
+    add("--out", metavar="FOLDER", help="new folder for images and scores")
+    drawing = p.add_argument_group("drawing")
+    add = drawing.add_argument
+    about = "images per prompt, each from its own seed"
+    add("--images_per_prompt", type=int, default=1, metavar="N", help=about)
+    about = "the student's step counts (default: 1,2,3)"
+    add("--steps", type=counts, default=[1, 2, 3], metavar="N,N", help=about)
+    add("--teacher_steps", type=int, default=50, metavar="N", help="the teacher's steps")
+    about = "the teacher's guidance scale (default: its folder's)"
+    add("--guidance", type=float, metavar="SCALE", help=about)
+    about = "the student's guidance scale (default: its folder's)"
+    add("--student_guidance", type=float, metavar="SCALE", help=about)
+    about = f"the teacher's: {', '.join(card.SOLVERS)} (default: its scheduler)"
+    add("--solver", **named(tuple(card.SOLVERS)), help=about)
+    about = "the student's, one of the same (default: its scheduler)"
+    add("--student_solver", **named(tuple(card.SOLVERS)), help=about)
+    about = "what guidance moves away from (default: the pipeline's)"
+    add("--negative_prompt", metavar="TEXT", help=about)
+    add("--height", type=int, metavar="N", help="pixels (default: the checkpoint's)")
+    add("--width", type=int, metavar="N", help="pixels (default: the checkpoint's)")
+    about = "image i depends on seed, i and its prompt only"
+    add("--seed", type=int, default=0, metavar="N", help=about)
+    about = "images at once, per device in drawing"
+    add("--batch_size", type=int, default=4, metavar="N", help=about)
+    add_computing(drawing)
+    add_scoring(p.add_argument_group("scores"))
     return p
 
 
-def add_scoring(p: Parser) -> None:
+def add_scoring(flags: Any) -> None:
     """The flags of the scores."""
-    p.add_argument(
-        "--inception",
-        help="safetensors file of FID's Inception; for FID, KID, precision and recall",
-    )
-    p.add_argument(
-        "--protocol",
-        choices=list(PROTOCOLS),
-        default="clean-fid",
-        help="how images become Inception's input",
-    )
-    p.add_argument("--reference", help="folder of real images, or an .npz of --save_reference")
-    p.add_argument(
-        "--save_reference", help=".npz to keep the reference's statistics and features in"
-    )
-    p.add_argument("--clip", help="CLIP folder of transformers; for the CLIP score")
-    p.add_argument(
-        "--metrics",
-        type=names,
-        help=f"of {','.join(METRICS)}; default: all that the files given allow",
-    )
-    p.add_argument("--kid_subset_size", type=int, default=1000)
-    p.add_argument("--page_prompts", type=int, default=8, help="columns of the picture page")
+    add = flags.add_argument
+    about = "Inception in safetensors, for FID, KID, precision, recall"
+    add("--inception", metavar="FILE", help=about)
+    about = f"{', '.join(PROTOCOLS)}"
+    add("--protocol", **named(list(PROTOCOLS)), default="clean-fid", help=about)
+    about = "real images: a folder, or an .npz of --save_reference"
+    add("--reference", metavar="PATH", help=about)
+    about = ".npz to keep the reference's statistics and features in"
+    add("--save_reference", metavar="FILE", help=about)
+    add("--clip", metavar="FOLDER", help="CLIP of transformers, for the CLIP score")
+    about = f"{','.join(METRICS)} (default: all that the files allow)"
+    add("--metrics", type=names, metavar="NAME,NAME", help=about)
+    add("--kid_subset_size", type=int, default=1000, metavar="N", help="images per KID subset")
+    add("--page_prompts", type=int, default=8, metavar="N", help="columns of page.png")
 
 
 def check_flags(args: Namespace) -> None:
     """Raise CompareError where flags do not go together, ValueError where one is out of range."""
     if args.images and (args.teacher or args.student):
-        raise CompareError(
-            "--images stands instead of --teacher and --student; give one or the other"
-        )
+        raise CompareError("--images replaces --teacher and --student; give one or the other")
     counts = {
         flag: getattr(args, flag)
         for flag in ("images_per_prompt", "teacher_steps", "batch_size", "page_prompts")
@@ -275,10 +261,12 @@ def check_flags(args: Namespace) -> None:
         return
     for flag in ("prompts", "out"):
         if not getattr(args, flag):
-            raise CompareError(f"--{flag} is needed")
+            raise CompareError(
+                f"--{flag} is missing; python -m jaxdistill.compare --help shows an example"
+            )
     for flag in ("teacher", "student"):
         if getattr(args, flag) and not Path(getattr(args, flag)).is_dir():
-            raise CompareError(f"--{flag}={getattr(args, flag)} is no folder")
+            raise CompareError(f"--{flag}={getattr(args, flag)} is not a folder")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CompareError(f"--out={out} exists and is not empty; choose a new folder")
@@ -295,7 +283,8 @@ def wanted(args: Namespace, reference: Reference | None) -> list[str]:
     if args.metrics is None:
         if reference is not None and reference.features is None:
             print(
-                f"{args.reference} holds statistics only: KID, precision and recall are left out",
+                f"warning: {args.reference} holds statistics only: KID, precision and recall are"
+                " left out; give a folder of images for them",
                 file=sys.stderr,
             )
             return [metric for metric in possible if metric in ("fid", "clip")]
@@ -303,7 +292,7 @@ def wanted(args: Namespace, reference: Reference | None) -> list[str]:
     for metric in args.metrics:
         if metric not in METRICS:
             raise CompareError(
-                f"--metrics: {metric!r} is not known; known are {', '.join(METRICS)}"
+                f"--metrics: {metric!r} is not known; choose one of {', '.join(METRICS)}"
             )
         if metric not in possible:
             raise CompareError(

@@ -1,7 +1,10 @@
-"""`python -m jaxdistill.main --config=configs/digits.py --workdir=DIR`: distil a teacher.
+"""Distil a teacher into a student that needs one to three network calls.
 
-The config says the task, the teacher and the method; the workdir gets checkpoints, exports and
-results. The same command resumes a run that was stopped, and evaluates a finished one again.
+    python -m jaxdistill.main --config=configs/digits.py --workdir=runs/digits
+
+The config names the task, the teacher and the method. configs/ has smoke (under a minute), digits,
+fashion and scenes (small models, trained from scratch), and sd15, sd21, sdxl and tpu_v4 (your
+checkpoint). The same command resumes a run that was stopped, and evaluates a finished run again.
 """
 
 import json

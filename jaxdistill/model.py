@@ -132,7 +132,9 @@ def lora_layers(params: Any, targets: Sequence[str]) -> dict[tuple[str, ...], tu
         try:
             pattern = re.compile(rf"(^|\.)({target})$")
         except re.error as error:
-            raise ValueError(f"LoRA target {target!r} is no regular expression ({error})") from None
+            raise ValueError(
+                f"LoRA target {target!r} is not a regular expression ({error})"
+            ) from None
         hits = {path: shape for path, shape in kernels.items() if pattern.search(".".join(path))}
         if not hits:
             ending = re.compile(r"^.*?([A-Za-z_]+[0-9]*(\.[0-9]+)?)$")

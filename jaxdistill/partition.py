@@ -256,14 +256,14 @@ def layout(
         unknown = [axis for axis in axes if axis not in (None, *AXES[1:])]
         if unknown:
             raise ValueError(
-                f"config.mesh.rules: {expression!r} names the axis {unknown[0]!r}; use fsdp, tensor"
-                " or None"
+                f"config.mesh.rules: {expression!r} names the axis {unknown[0]!r}; choose fsdp,"
+                " tensor or None"
             )
         try:
             re.compile(expression)
         except re.error as error:
             raise ValueError(
-                f"config.mesh.rules: {expression!r} is no regular expression ({error})"
+                f"config.mesh.rules: {expression!r} is not a regular expression ({error})"
             ) from None
     return Layout(make_mesh(**given, devices=devices), (*rules, *RULES), smallest=smallest)
 

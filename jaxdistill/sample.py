@@ -1,8 +1,7 @@
-"""`python -m jaxdistill.sample --model=FOLDER --out=grid.png`: images from an export or a pipeline
-folder.
+"""Draw images with a student or teacher of a run, or with a diffusers pipeline folder.
 
-With `--prompt` from a diffusers folder, a text-to-image student or a benchmark's export, with
-`--labels` from a class-conditional one.
+python -m jaxdistill.sample --model=runs/digits/student --out=digits.png
+python -m jaxdistill.sample --model=runs/sd15/student --prompt="a red fox" --out=fox.png
 """
 
 import argparse
@@ -18,6 +17,7 @@ from jaxdistill.errors import missing_extra
 from jaxdistill.interop import card
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.run import checkpoint, compilation, report
+from jaxdistill.run.help import Parser, named
 
 
 def boolean(text: str) -> bool:
@@ -33,97 +33,63 @@ def labels_list(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of class numbers such as 3,7"
+            f"{text!r} is not a list of class numbers such as 3,7"
         ) from None
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors are one line."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """Print the line and leave."""
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 def parser() -> Parser:
     """The flags."""
-    p = Parser(prog="python -m jaxdistill.sample", description=__doc__)
-    p.add_argument(
-        "--model",
-        required=True,
-        help="teacher/ or student/ folder of a run, or a pipeline folder of diffusers",
+    p = Parser(__doc__, "--model=FOLDER --out=FILE")
+    add = p.add_argument
+    about = "a run's teacher/ or student/ folder, or a diffusers pipeline folder"
+    add("--model", required=True, metavar="FOLDER", help=about)
+    about = ".png: a grid; .npz: images, float32 [n, h, w, c] in [0, 1]"
+    add("--out", required=True, metavar="FILE", help=about)
+    add("--num", type=int, metavar="N", help="images (default: 64, or 1 with --prompt)")
+    add("--steps", type=int, metavar="N", help="sampler steps (default: the model's)")
+    add("--seed", type=int, default=0, metavar="N", help="image i depends on seed and i only")
+    about = "classifier-free guidance scale, 1 = none (default: the model's)"
+    add("--guidance", type=float, metavar="SCALE", help=about)
+    add(
+        "--noise_correction",
+        type=boolean,
+        metavar="BOOL",
+        help="true or false (default: the model's)",
     )
-    p.add_argument("--steps", type=int, help="steps of the sampler; default: the model's")
-    p.add_argument("--num", type=int, help="number of images; default: 64, and one with a prompt")
-    p.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone")
-    p.add_argument("--labels", type=labels_list, help="classes, taken in turn; default: all")
-    p.add_argument(
-        "--guidance",
-        type=float,
-        help=(
-            "classifier-free guidance scale, in a pipeline none up to 1 as in diffusers; default:"
-            " the model's"
-        ),
-    )
-    p.add_argument("--noise_correction", type=boolean, help="true or false; default: the model's")
-    p.add_argument(
-        "--batch_size",
-        type=int,
-        help=(
-            "images sampled at once; default: 500, and 4 with a prompt (on each device, of a"
-            " pipeline)"
-        ),
-    )
-    p.add_argument(
-        "--out",
-        required=True,
-        help=(
-            ".png for a grid, .npz for images float32 [n, h, w, c] in [0, 1] and labels or prompts"
-        ),
-    )
-    text = p.add_argument_group("text to image")
-    text.add_argument("--prompt", help="what to draw")
-    text.add_argument(
-        "--text_encoder",
-        help="folder of the MiniLM of a benchmark's export; default: the installed package's",
-    )
-    text.add_argument(
-        "--negative_prompt", help="what guidance leads away from; default: the pipeline's own"
-    )
-    text.add_argument("--height", type=int, help="pixels; default: the checkpoint's")
-    text.add_argument("--width", type=int, help="pixels; default: the checkpoint's")
-    text.add_argument(
-        "--grid", choices=tuple(card.GRIDS), help="spacing of the times; default: the folder's"
-    )
-    text.add_argument(
-        "--solver", choices=tuple(card.SOLVERS), help="default: the folder's scheduler"
-    )
-    add_computing(text)
-    text.add_argument(
-        "--latents",
-        help=".npy of starts, float32 [num, c, h, w], standard normal, instead of the seed's",
-    )
+    about = "images at once (default: 500, or 4 per device of a pipeline)"
+    add("--batch_size", type=int, metavar="N", help=about)
+    classes = p.add_argument_group("class-conditional models")
+    about = "class numbers, used in turn, such as 3,7 (default: all)"
+    classes.add_argument("--labels", type=labels_list, metavar="N,N", help=about)
+    add = p.add_argument_group("models that read text").add_argument
+    add("--prompt", metavar="TEXT", help="what to draw")
+    about = "MiniLM folder, for a benchmark's export (default: installed package)"
+    add("--text_encoder", metavar="FOLDER", help=about)
+    pipelines = p.add_argument_group("pipeline folders and their students")
+    add = pipelines.add_argument
+    about = "what guidance moves away from (default: the pipeline's)"
+    add("--negative_prompt", metavar="TEXT", help=about)
+    add("--height", type=int, metavar="N", help="pixels (default: the checkpoint's)")
+    add("--width", type=int, metavar="N", help="pixels (default: the checkpoint's)")
+    about = f"time grid: {', '.join(card.GRIDS)} (default: the folder's)"
+    add("--grid", **named(tuple(card.GRIDS)), help=about)
+    about = f"{', '.join(card.SOLVERS)} (default: the folder's scheduler)"
+    add("--solver", **named(tuple(card.SOLVERS)), help=about)
+    about = ".npy of starting noise instead of the seed's, float32 [num, c, h, w]"
+    add("--latents", metavar="FILE", help=about)
+    add_computing(pipelines)
     return p
 
 
 def add_computing(flags: Any) -> None:
     """How a pipeline computes, as flags of a parser or of a group."""
-    flags.add_argument(
-        "--tile",
-        type=int,
-        default=0,
-        help="decode larger images in tiles of so many latents a side; 0: never",
-    )
-    flags.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the networks' computation",
-    )
-    flags.add_argument(
-        "--attention", choices=tuple(ATTENTION), default="auto", help="flash is a TPU kernel"
-    )
+    add = flags.add_argument
+    about = "decode in tiles of N x N latents; 0: in one piece"
+    add("--tile", type=int, default=0, metavar="N", help=about)
+    types = ("float32", "bfloat16")
+    add("--dtype", **named(types), default=types[0], help=f"of computation: {', '.join(types)}")
+    about = f"{', '.join(ATTENTION)}; flash needs a TPU"
+    add("--attention", **named(tuple(ATTENTION)), default="auto", help=about)
 
 
 def computing(args: argparse.Namespace) -> dict[str, Any]:
@@ -206,7 +172,9 @@ def kind(folder: Path) -> str:
 def prompt_numbers(args: argparse.Namespace, *, batch_size: int) -> tuple[int, int]:
     """--num and --batch_size of a model that draws from text. Raises ValueError."""
     if args.prompt is None:
-        raise ValueError(f'{args.model} draws from text: give --prompt="a photo of a cat"')
+        raise ValueError(
+            f'--prompt is missing: {args.model} draws from text; give --prompt="a photo of a cat"'
+        )
     if args.labels is not None:
         raise ValueError(
             f"--labels: {args.model} draws from text and has no classes; give --prompt"
@@ -320,7 +288,9 @@ def main(argv: list[str] | None = None) -> None:
                     " pipeline folder as --model"
                 )
             if given:
-                raise ValueError(f"{args.model} is no pipeline folder: it has no model_index.json")
+                raise ValueError(
+                    f"{args.model} is not a pipeline folder: it has no model_index.json"
+                )
             images, labels = generate(
                 args.model,
                 num=64 if args.num is None else args.num,

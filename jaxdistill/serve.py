@@ -1,13 +1,15 @@
-"""`python -m jaxdistill.serve --model=DIR/student [--teacher=DIR/teacher]`: a page where an image
-changes with each keystroke.
+"""Serve a page where the image changes with each keystroke, and an HTTP API.
 
-`POST /api/image` is the same for programs (JSON in, PNG out; `/openapi.json` describes it);
-`/healthz` and `/metrics` are for those who run it.
+    python -m jaxdistill.serve --model=runs/scenes/student --teacher=runs/scenes/teacher
+
+Programs use POST /api/image (JSON in, PNG out; described at /openapi.json). Operators use /healthz
+and /metrics.
 """
 
 import os
 import socket
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import jax
 
 from jaxdistill.errors import missing_extra
 from jaxdistill.run import compilation
-from jaxdistill.sample import Parser, kind
+from jaxdistill.run.help import Parser
+from jaxdistill.sample import kind
 
 try:
     import uvicorn
@@ -34,7 +37,9 @@ def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "") -> Pai
     found = kind(Path(folder))
     if found == "label":
         if not (Path(folder) / "card.json").is_file():
-            raise ValueError(f"{folder} is no model: it has neither card.json nor model_index.json")
+            raise ValueError(
+                f"{folder} is not a model: it has neither card.json nor model_index.json"
+            )
         raise ValueError(f"{folder} draws classes, not text; serve a student that reads captions")
     if found == "pipeline":
         return PipelinePainter(pipeline.load(folder), sizes)
@@ -45,35 +50,26 @@ def parser() -> Parser:
     """The flags."""
 
     def sizes(text: str) -> tuple[int, ...]:
-        found = tuple(sorted({int(part) for part in text.split(",")}))
-        if found[0] < 1:
-            raise ValueError
-        return found
+        parts = text.split(",")
+        if not all(part.strip().isdecimal() and int(part) for part in parts):
+            raise ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,4,16")
+        return tuple(sorted({int(part) for part in parts}))
 
-    p = Parser(prog="python -m jaxdistill.serve", description=__doc__)
-    p.add_argument(
-        "--model",
-        required=True,
-        help="folder of a student that reads captions: an export or a diffusers folder",
-    )
-    p.add_argument("--teacher", default="", help="folder of its teacher, to be drawn beside it")
-    p.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in"
-    )
-    p.add_argument("--port", type=int, default=8000)
-    p.add_argument(
-        "--text_encoder",
-        default="",
-        help="folder of the MiniLM of a benchmark's export; default: the installed package's",
-    )
-    p.add_argument(
-        "--batch_sizes",
-        type=sizes,
-        default=(1, 4, 16),
-        help="images drawn together, such as 1,4,16; each is compiled at start",
-    )
-    p.add_argument("--queue", type=int, default=256, help="images that may wait")
-    p.add_argument("--deadline", type=float, default=30.0, help="seconds that one may wait")
+    p = Parser(__doc__, "--model=FOLDER")
+    add = p.add_argument
+    about = "a student that reads text: an export or a diffusers pipeline folder"
+    add("--model", required=True, metavar="FOLDER", help=about)
+    add("--teacher", default="", metavar="FOLDER", help="its teacher, drawn beside it")
+    about = "address to listen at; 0.0.0.0 lets other machines in"
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help=about)
+    add("--port", type=int, default=8000, metavar="N", help="port to listen at")
+    about = "MiniLM folder, for a benchmark's export (default: installed package)"
+    add("--text_encoder", default="", metavar="FOLDER", help=about)
+    about = "images drawn together; each size is compiled at start (default: 1,4,16)"
+    add("--batch_sizes", type=sizes, default=(1, 4, 16), metavar="N,N", help=about)
+    add("--queue", type=int, default=256, metavar="N", help="images that may wait")
+    about = "how long an image may wait"
+    add("--deadline", type=float, default=30.0, metavar="SECONDS", help=about)
     return p
 
 
@@ -104,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--port must be in 1..65535, got {args.port}")
         if args.queue < 1 or not args.deadline > 0:
             raise ValueError(
-                f"--queue must be at least 1 and --deadline above 0, got {args.queue} and"
+                f"--queue must be at least 1 and --deadline above 0 seconds, got {args.queue} and"
                 f" {args.deadline:g}"
             )
         check_address(args.host, args.port)
@@ -112,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         # On a CPU each core is a device of its own: XLA's threads gain nothing on networks as small
         # as the benchmark's.
         jax.config.update("jax_num_cpu_devices", min(cores(), max(args.batch_sizes)))
-        print("compiling", flush=True)
+        print("compiling the model for each batch size (a minute or more)", flush=True)
         painters = {
             "student": open_painter(args.model, args.batch_sizes, encoder=args.text_encoder)
         }
@@ -122,8 +118,8 @@ def main(argv: list[str] | None = None) -> None:
             )
             if painters["teacher"].size != painters["student"].size:
                 raise ValueError(
-                    f"--teacher={args.teacher} draws {painters['teacher'].size}, the student"
-                    f" {painters['student'].size}"
+                    f"--teacher={args.teacher} draws {painters['teacher'].size} pixels, but the"
+                    f" student draws {painters['student'].size}; give the teacher of this student"
                 )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,11 +1,12 @@
-"""`python -m jaxdistill.teacher_states --benchmark=DIR`: how well does the teacher do on states
-that the student made?
+"""Measure how well the teacher finishes images from states that the student made.
 
-The objection to backward distillation: its teacher sees the student's states, on which it was never
-trained. So the teacher is given states of one time t from four sources and finishes each by its own
-guided sampler: real scenes noised to t, the student's own trajectory at t, and the student's x̂0
-re-noised to the shifted time γ(t) with its trajectory's noise and with fresh noise (the shifted
-reconstruction loss). Scores of the finished images say what the source costs.
+    python -m jaxdistill.teacher_states --benchmark=runs/benchmark
+
+Backward distillation shows the teacher states of the student, on which it was never trained. Here
+the teacher gets states of one time t from four sources and finishes each with its own guided
+sampler. The sources are real scenes noised to t, the student's trajectory at t, and the student's
+x̂0 noised again to the shifted time γ(t), with its trajectory's noise or with fresh noise. The
+scores of the finished images tell what each source costs.
 """
 
 import json
@@ -41,8 +42,8 @@ def settings_of(config: ConfigDict, method: str) -> imagine_flash.Settings:
     block = config.methods[method].to_dict()
     if block.pop("method", method) != "imagine_flash":
         raise UserError(
-            f"--student is of method {method!r}, which has no shift; name one of imagine_flash or"
-            " its variants"
+            f"--student was trained with {method!r}, which has no shift; choose a student of"
+            " imagine_flash or its variants"
         )
     return cast(imagine_flash.Settings, settings_from(imagine_flash.Settings, block, method))
 
@@ -130,12 +131,13 @@ def write(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return table
 
 
+NEEDED = "--benchmark=FOLDER"
 FLAGS = {
-    "benchmark": (None, "Workdir of a benchmark that has trained the student."),
-    "student": ("imagine_flash-0", "Name of its folder in students/."),
-    "out": (None, "Folder of teacher_states.json, .md and .png; default: the benchmark's."),
-    "samples": (1000, "Images a point."),
-    "steps": (20, "Teacher steps from a state to the image."),
+    "benchmark": (None, "FOLDER: workdir of a benchmark that has trained the student"),
+    "student": ("imagine_flash-0", "NAME: its folder in students/"),
+    "out": (None, "FOLDER: for teacher_states.json, .md, .png (default: --benchmark)"),
+    "samples": (1000, "images per source and time"),
+    "steps": (20, "teacher steps from a state to the image"),
 }
 
 
@@ -151,7 +153,9 @@ def define(values: flags.FlagValues) -> None:
 def main() -> None:
     """The command."""
     with one_line_errors():
-        command = Command(__doc__, config=False, workdir=False, define=define).parse()
+        command = Command(
+            __doc__, config=False, workdir=False, needed=NEEDED, define=define
+        ).parse()
         folder, part = Path(command.benchmark or ""), f"students/{command.student}/student"
         for name in ("config.json", "teacher/card.json", f"{part}/card.json"):
             if not (folder / name).exists():
@@ -161,7 +165,9 @@ def main() -> None:
                 )
         config = ConfigDict(json.loads((folder / "config.json").read_text()))
         if not config.data.source:
-            raise UserError(f"--benchmark={folder} ran from captions alone; scenes are needed")
+            raise UserError(
+                f"--benchmark={folder} ran from captions alone; give one with config.data.source"
+            )
         card_of = json.loads((folder / part / "card.json").read_text())
         settings_of(config, card_of["method"])
         changes = {"method.name": card_of["method"], "seed": card_of["seed"]}

@@ -1,15 +1,12 @@
 #!/usr/bin/env python3
-r"""Fills in launch/gke_jobset.yaml: a run on a multi-host TPU slice of a GKE cluster with the
-JobSet controller.
+r"""Print the YAML of a run on a multi-host TPU slice of a GKE cluster (JobSet controller).
 
-    launch/gke_jobset.py --name=NAME --accelerator=tpu-v4-podslice --topology=2x2x4 --image=IMAGE
-    --claim=CLAIM \
-      -- --config=CONFIG --workdir=/runs/NAME ...
+    launch/gke_jobset.py --name=sd15 --accelerator=tpu-v4-podslice --topology=2x2x4 \
+      --image=my-image --claim=my-claim -- --config=configs/sd15.py --workdir=/runs/sd15
 
-Prints the YAML; --apply hands it to kubectl instead. With --commit the workers clone the repository
-at that commit and install it, and --image defaults to python:3.12; without it the image holds an
-installed checkout as its working directory. The claim is of a volume that all workers can write to;
-they see it as /runs.
+With --commit the workers clone the repository and install it. Without it the image must hold an
+installed checkout as its working directory. All workers must be able to write to the claim's
+volume; they see it as /runs.
 """
 
 import argparse
@@ -59,30 +56,38 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     at = words.index("--") if "--" in words else len(words)
     parser = Parser(
         "launch/gke_jobset.py",
+        usage="launch/gke_jobset.py --name=NAME --accelerator=TYPE --topology=SHAPE [options]\n"
+        "       -- --config=FILE --workdir=/runs/NAME [--config.KEY=VALUE ...]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=30, width=100
+        ),
+        add_help=False,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--name", required=True, help="of the JobSet")
-    add("--namespace", default="default")
-    add("--accelerator", required=True, help=f"{', '.join(DIMENSIONS)}, ...")
-    add("--topology", required=True, help="of the slice's chips: 2x2x4, 4x4, ...")
-    add("--chips", default="4", help="of one worker (default 4)")
-    add("--workers", help="checked against topology and chips")
-    add("--image", help="default with --commit: python:3.12")
-    add("--commit", help="all 40 digits; the workers install it")
-    add("--repo", help="URL that the workers can read; needed with --commit")
-    add("--claim", help=f"the PersistentVolumeClaim that the workers see as {MOUNT}")
-    add(
-        "--setup",
-        default="",
-        help="a command of each worker before the run, such as copying a teacher",
-    )
-    add("--service-account", help="of Kubernetes, bound to one that may write to the bucket")
-    add("--spot", action="store_true", help="nodes that are cheaper, and may be taken away")
-    add("--restarts", default="100", help="after preemptions and failures (default 100)")
-    add("--apply", action="store_true", help="give the YAML to kubectl")
+    add("-h", "--help", action="help", help=argparse.SUPPRESS)
+    add("--name", required=True, metavar="NAME", help="name of the JobSet")
+    add("--namespace", default="default", metavar="NAME", help="of Kubernetes (default: default)")
+    known = ", ".join(DIMENSIONS)
+    add("--accelerator", required=True, metavar="TYPE", help=f"{known}, ...")
+    about = "chips of the slice: 2x2x4, 4x4, ..."
+    add("--topology", required=True, metavar="SHAPE", help=about)
+    add("--chips", default="4", metavar="N", help="chips per worker (default: 4)")
+    add("--workers", metavar="N", help="only checked against topology and chips")
+    add("--image", metavar="IMAGE", help="container image (default with --commit: python:3.12)")
+    add("--commit", metavar="COMMIT", help="all 40 digits; the workers install it")
+    add("--repo", metavar="URL", help="where the workers clone from; needed with --commit")
+    about = f"PersistentVolumeClaim that the workers see as {MOUNT}"
+    add("--claim", metavar="CLAIM", help=about)
+    about = "run by each worker before the run, such as a copy of a teacher"
+    add("--setup", default="", metavar="COMMAND", help=about)
+    about = "of Kubernetes; it must be able to write to the bucket"
+    add("--service-account", metavar="NAME", help=about)
+    add("--spot", action="store_true", help="use cheaper nodes that may be preempted")
+    about = "restarts after preemptions and failures (default: 100)"
+    add("--restarts", default="100", metavar="N", help=about)
+    add("--apply", action="store_true", help="give the YAML to kubectl instead of printing it")
     add("--dry-run", action="store_true", help="print the commands, run nothing")
     return parser.parse_args(words[:at]), words[at + 1 :]
 
@@ -107,29 +112,29 @@ def workers_of(options: argparse.Namespace) -> int:
     """How many workers the slice has."""
     if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}", options.topology):
         fail(
-            f"--topology={options.topology} is no topology; give 2x2x4 (v4, v5p) or 4x4 (v5e,"
-            " v6e), say"
+            f"--topology={options.topology} is not a topology; give one like 2x2x4 (v4,"
+            " v5p) or 4x4 (v5e, v6e)"
         )
     sizes = [int(size) for size in options.topology.split("x")]
     wanted = DIMENSIONS.get(options.accelerator, len(sizes))
     given = f"--topology={options.topology}"
     if len(sizes) != wanted:
         fail(
-            f"{given} has {len(sizes)} sizes, {options.accelerator} has {wanted}; give"
-            f" --topology={'x'.join('4' * wanted)}, say"
+            f"{given} has {len(sizes)} sizes, but {options.accelerator} has {wanted}; give one"
+            f" like --topology={'x'.join('4' * wanted)}"
         )
     total, chips = math.prod(sizes), number("--chips", options.chips)
     workers, rest = divmod(total, chips)
     if rest:
         fail(
-            f"{given} has {total} chips, which --chips={chips} a worker does not divide; see the"
+            f"{given} has {total} chips, which --chips={chips} per worker does not divide; see the"
             " node pool's machine type"
         )
     if options.workers is not None and number("--workers", options.workers) != workers:
         mend = f"leave it out or give {workers}"
         fail(
             f"--workers={options.workers} does not fit {given}, {total} chips, with --chips={chips}"
-            f" a worker; {mend}"
+            f" per worker; {mend}"
         )
     return workers
 
@@ -153,12 +158,12 @@ def check_flags(flags: Sequence[str], claim: str | None) -> None:
     workdir = given["--workdir"]
     if "://" in workdir:
         fail(
-            f"--workdir={workdir} must be a folder (not so the checkpoints); give --claim=CLAIM"
-            f" and, after --, --workdir={MOUNT}/NAME"
+            f"--workdir={workdir} must be a folder (checkpoints may go to a bucket); give"
+            f" --claim=CLAIM and, after --, --workdir={MOUNT}/NAME"
         )
     if claim is None or not workdir.startswith(f"{MOUNT}/"):
         fail(
-            f"--workdir={workdir} goes when the containers go; give --claim=CLAIM and, after --,"
+            f"--workdir={workdir} is lost when the containers go; give --claim=CLAIM and, after --,"
             f" --workdir={MOUNT}/NAME"
         )
 
@@ -175,8 +180,8 @@ def values_of(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, An
             check_name(option, value, 63)
     if not re.fullmatch(r"[a-z0-9-]+", options.accelerator):
         fail(
-            f"--accelerator={options.accelerator} is no accelerator of GKE; give"
-            f" {', '.join(DIMENSIONS)}, say"
+            f"--accelerator={options.accelerator} is not an accelerator of GKE; give one like"
+            f" {', '.join(DIMENSIONS)}"
         )
     workers = workers_of(options)
     if options.commit is None:

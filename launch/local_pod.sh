@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# N processes of one run on this machine, over the loopback: the code path of a pod, without one.
+# Run one training as N processes on this machine, over the loopback: a pod's code path without a pod.
 #
-#   launch/local_pod.sh N [OPTIONS] -- --config=CONFIG --workdir=DIR [--config.key=value ...]
+#   launch/local_pod.sh 2 -- --config=configs/smoke.py --workdir=runs/pod
 #
-#   --devices=K      CPU devices of each process
-#   --port=PORT      of the coordinator; default: a free one
-#   --logs=DIR       one file a process; default: WORKDIR-logs, or pod-logs
-#   --grace=SECONDS  when a process has died: from SIGTERM to SIGKILL for the others; default 30
+# usage: launch/local_pod.sh N [OPTIONS] -- --config=FILE --workdir=FOLDER [--config.KEY=VALUE ...]
+#
+#   --devices=N      CPU devices of each process
+#   --port=N         port of the coordinator (default: a free one)
+#   --logs=FOLDER    a log file per process (default: WORKDIR-logs, or pod-logs)
+#   --grace=SECONDS  how long the others may take to end after a process has died (default: 30)
 #   --dry-run        print the commands, run nothing
 #
-# Process 0 writes on the terminal too. Ctrl-C or SIGTERM lets the run save and end; the same command resumes it. A second one ends it at once.
-# JAX_PLATFORMS is cpu unless it is set. The exit code is the first that is not 0.
+# Process 0 also writes to the terminal. Ctrl-C or SIGTERM lets the run save and end; the same
+# command resumes it. A second Ctrl-C ends it at once. JAX_PLATFORMS is cpu unless it is set. The
+# exit code is the first one that is not 0.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -30,11 +33,11 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ -n "$count" ] || fail "the number of processes is missing: launch/local_pod.sh 2 -- --config=configs/smoke.py --workdir=runs/pod"
+[ -n "$count" ] || fail "the number of processes is missing; give it: launch/local_pod.sh 2 -- --config=configs/smoke.py --workdir=runs/pod"
 need_number "the number of processes" "$count"
 [ -z "$devices" ] || need_number --devices "$devices"
 need_number --grace "$grace"
-[ $# -gt 0 ] || fail "the run's flags are missing: launch/local_pod.sh $count -- --config=configs/smoke.py --workdir=runs/pod"
+[ $# -gt 0 ] || fail "the run's flags are missing; give them: launch/local_pod.sh $count -- --config=configs/smoke.py --workdir=runs/pod"
 shift
 check_flags "$@"
 if [[ -z $logs && $workdir == *://* ]]; then logs=pod-logs; fi
@@ -83,7 +86,7 @@ signal_all() { # SIGNAL
 stop() {
   asked=$((asked + 1))
   if [ "$asked" -eq 1 ]; then
-    echo "stopping: the processes save and end; once more to end them at once" >&2
+    echo "stopping: the processes save and end; press Ctrl-C again to end them at once" >&2
     signal_all TERM
   else
     signal_all KILL

@@ -5,13 +5,20 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
 #SBATCH --signal=B:USR1@120
-# A run on the nodes of a SLURM cluster, one process a node. Start it from the environment that holds jaxdistill, on a login node:
+# Run one training on the nodes of a SLURM cluster, one process per node. Start it on a login node,
+# in the environment that holds jaxdistill.
 #
-#   launch/slurm.sh --nodes=N [OPTIONS OF SBATCH] [--dry-run] -- --config=CONFIG --workdir=DIR [--config.key=value ...]
+#   launch/slurm.sh --nodes=2 -- --config=configs/sd15.py --workdir=runs/sd15
 #
-# or, from the repository's root, `sbatch --nodes=N launch/slurm.sh --config=CONFIG --workdir=DIR ...`. WORKDIR lies on a disk that all
-# nodes share. 120 seconds before the time limit, and when the job is preempted, the run saves and ends, and the job is queued again:
-# the same command then resumes it. `scancel --signal=TERM JOB` lets it save and end for good.
+# usage: launch/slurm.sh --nodes=N [OPTIONS OF SBATCH] [--dry-run] --
+#        --config=FILE --workdir=FOLDER [--config.KEY=VALUE ...]
+#
+# From the repository's root this does the same:
+# `sbatch --nodes=N launch/slurm.sh --config=FILE --workdir=FOLDER ...`
+#
+# The workdir must be on a disk that all nodes share. The run saves and ends 120 seconds before the
+# time limit, and when the job is preempted. The job is then queued again and resumes the run.
+# `scancel --signal=TERM JOB` lets it save and end for good.
 set -euo pipefail
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
@@ -26,7 +33,7 @@ fi
 dry='' options=() nodes=''
 while [ $# -gt 0 ] && { [ -z "${SLURM_JOB_ID:-}" ] || [[ $1 == -- || $1 == --dry-run ]]; }; do
   case $1 in
-    -h | --help) sed -n '/^# A run/,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
+    -h | --help) sed -n '/^# Run one/,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
     --dry-run) dry=yes ;;
     --)
       shift

@@ -1,34 +1,39 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice, from your own machine.
+# Run one training on a Cloud TPU slice, from your own machine.
 #
-#   launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- --config=CONFIG --workdir=DIR ...]
+#   launch/tpu_vm.sh queue --name=my-pod --zone=us-central2-b --type=v4-32
+#   launch/tpu_vm.sh run --name=my-pod --zone=us-central2-b -- --config=configs/sd15.py \
+#     --workdir=runs/sd15 --config.log.checkpoints=gs://BUCKET/sd15
 #
-#   create    make the TPU VM at once
-#   queue     ask for one: a queued resource, which comes when there is room
-#   install   the repository at one commit, and its packages, on all workers
-#   run       start the run on all workers, detached: a lost connection does not end it
-#   follow    worker 0's log, as it grows
-#   status    of the request, of the TPU, and of the run on each worker
+# usage: launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- FLAGS OF THE RUN]
+#
+#   create    make the TPU VM now
+#   queue     request one: a queued resource, which arrives when there is room
+#   install   put the repository at one commit, and its packages, on all workers
+#   run       start the run on all workers, detached: it survives a lost connection
+#   follow    show worker 0's log as it grows
+#   status    show the request, the TPU, and the run on each worker
 #   stop      let the run save and end
-#   resume    bring the TPU back if it was preempted, install, and start the run again
-#   delete    the TPU and its request; then list what is left
+#   resume    bring back a preempted TPU, install, and start the run again
+#   delete    delete the TPU and its request, then list what is left
 #
 #   --project=PROJECT  default: gcloud's own (`gcloud config get project`)
-#   --type=TYPE        v4-32, v5litepod-16, v5p-32, v6e-16, ...: for create, queue and resume
-#   --version=VERSION  of the runtime; default: the one for the type
-#   --spot             cheaper, and may be taken away: for create, queue and resume
-#   --gcloud=FLAG      one more flag of gcloud's create command, as --gcloud=--network=NAME; may be repeated
-#   --commit=COMMIT    default: this checkout's, which must be clean and pushed: for install and resume
-#   --repo=URL         the workers must be able to read it; default: that of the remote "origin"
-#   --setup=COMMAND    what each worker does in the checkout after the installation, such as copying a teacher there
-#   --shared-disk      run, resume: what is in the workdir survives the workers
-#   --worker=N         follow: this worker's log; default 0
-#   --wait=SECONDS     stop: how long a save may take; default 900
-#   --watch            resume: look every minute, until the run has ended
-#   --every=SECONDS    resume: between two looks; default 60
+#   --type=TYPE        create, queue, resume: v4-32, v5litepod-16, v5p-32, v6e-16, ...
+#   --version=VERSION  runtime version (default: the one for the type)
+#   --spot             create, queue, resume: cheaper, but may be preempted
+#   --gcloud=FLAG      one more flag of gcloud's create, as --gcloud=--network=NAME; repeatable
+#   --commit=COMMIT    install, resume: default: this checkout's, which must be clean and pushed
+#   --repo=URL         a URL that the workers can read (default: the one of the remote "origin")
+#   --setup=COMMAND    run by each worker in the checkout after installing, as to copy a teacher
+#   --shared-disk      run, resume: the workdir is on a disk that survives the workers
+#   --worker=N         follow: this worker's log (default: 0)
+#   --wait=SECONDS     stop: how long a save may take (default: 900)
+#   --watch            resume: check again and again until the run has ended
+#   --every=SECONDS    resume: between two checks (default: 60)
 #   --dry-run          print the commands, run nothing (resume: as for a preempted queued resource)
 #
-# POD_NAME, POD_ZONE, POD_PROJECT, POD_TYPE, POD_VERSION, POD_SPOT=yes, POD_COMMIT, POD_REPO and POD_SETUP may be set instead.
+# Environment variables that work too: POD_NAME, POD_ZONE, POD_PROJECT, POD_TYPE, POD_VERSION,
+# POD_SPOT=yes, POD_COMMIT, POD_REPO, POD_SETUP.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
@@ -42,13 +47,13 @@ commit=${POD_COMMIT:-} repo=${POD_REPO:-} setup=${POD_SETUP:-}
 extra=() shared='' worker=0 wait=900 watch='' every=60 dry=''
 
 help="launch/tpu_vm.sh --help lists them"
-[ $# -gt 0 ] || fail "the command is missing: create, queue, install, run, follow, status, stop, resume or delete; $help"
+[ $# -gt 0 ] || fail "the command is missing; choose one of create, queue, install, run, follow, status, stop, resume, delete; $help"
 command=$1
 shift
 case $command in
   create | queue | install | run | follow | status | stop | resume | delete) ;;
   -h | --help | help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
-  *) fail "unknown command $command; use create, queue, install, run, follow, status, stop, resume or delete" ;;
+  *) fail "unknown command $command; choose one of create, queue, install, run, follow, status, stop, resume, delete" ;;
 esac
 while [ $# -gt 0 ]; do
   case $1 in
@@ -83,7 +88,7 @@ flags=("$@")
 [ -n "$name" ] || fail "--name is missing; give the TPU a name: --name=my-pod (or POD_NAME)"
 [[ $name =~ ^[a-z]([a-z0-9-]{0,60}[a-z0-9])?$ ]] || fail "--name=$name must be lower-case letters, digits and -, from a letter on"
 [ -n "$zone" ] || fail "--zone is missing; give the zone of your quota: --zone=us-central2-b (or POD_ZONE)"
-[[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone=$zone is no zone; zones read like us-central2-b"
+[[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone=$zone is not a zone; zones look like us-central2-b"
 [[ $worker =~ ^[0-9]+$ ]] || fail "--worker=$worker must be a worker's number, from 0 on"
 need_number --wait "$wait"
 need_number --every "$every"
@@ -91,7 +96,7 @@ need_number --every "$every"
 check_type() { # also sets `version`
   [ -n "$type" ] || fail "--type is missing; give the slice: --type=v4-32 (or POD_TYPE); \`gcloud compute tpus accelerator-types list --zone=$zone\` lists them"
   [[ $type != v5e-* ]] || fail "--type=$type is called v5litepod-${type#v5e-}; give --type=v5litepod-${type#v5e-}"
-  [[ $type =~ ^v[0-9]+[a-z]*-[0-9]+$ ]] || fail "--type=$type is no slice; slices read like v4-32, v5litepod-16, v5p-32, v6e-16"
+  [[ $type =~ ^v[0-9]+[a-z]*-[0-9]+$ ]] || fail "--type=$type is not a slice; slices look like v4-32, v5litepod-16, v5p-32, v6e-16"
   if [ -z "$version" ]; then
     case $type in
       v2-* | v3-* | v4-*) version=tpu-ubuntu2204-base ;;
@@ -108,13 +113,13 @@ check_commit() { # sets `commit` to all its digits, and `repo`
   if [ -n "$commit" ]; then
     local found
     if found=$(git -C "$root" rev-parse --verify --quiet "$commit^{commit}" 2> /dev/null); then commit=$found; fi
-    [[ $commit =~ ^[0-9a-f]{40}$ ]] || fail "--commit=$commit is no commit of this checkout; give all 40 digits"
+    [[ $commit =~ ^[0-9a-f]{40}$ ]] || fail "--commit=$commit is not a commit of this checkout; give all 40 digits"
   else
-    commit=$(git -C "$root" rev-parse --verify --quiet HEAD 2> /dev/null) || fail "$root is no git checkout; give --commit and --repo"
+    commit=$(git -C "$root" rev-parse --verify --quiet HEAD 2> /dev/null) || fail "$root is not a git checkout; give --commit and --repo"
     changed=$(git -C "$root" status --porcelain | sed -n '1s/^...//p')
     [ -z "$changed" ] || fail "this checkout has changes that the workers would not get ($changed ...); commit and push them, or give --commit"
     [ -n "$(git -C "$root" branch --remotes --contains "$commit")" ] ||
-      fail "commit ${commit:0:12} is not pushed, so that the workers cannot get it; push it, or give --commit"
+      fail "commit ${commit:0:12} is not pushed, so the workers cannot get it; push it, or give --commit"
   fi
   if [ -z "$repo" ]; then
     repo=$(git -C "$root" remote get-url origin 2> /dev/null) || fail "this checkout has no remote \"origin\"; give --repo=https://..."
@@ -131,7 +136,7 @@ check_run() {
   for flag in "${flags[@]}"; do
     case $flag in --config.*checkpoints=gs://*) kept=yes ;; esac
   done
-  [ -n "$kept" ] || fail "--workdir=$workdir goes when the workers go, and the checkpoints with it; add --config.log.checkpoints=gs://BUCKET/FOLDER, or give --shared-disk"
+  [ -n "$kept" ] || fail "--workdir=$workdir is lost when the workers go, and so are the checkpoints; add --config.log.checkpoints=gs://BUCKET/FOLDER, or give --shared-disk"
 }
 
 # ------------------------------------------------------------------------------------------------ gcloud
@@ -206,7 +211,7 @@ say() { [ -n "$dry" ] || printf '%s\n' "$1" >&2; }
 
 pause() { [ -n "$dry" ] || sleep "$every"; }
 
-trouble() { [ -n "$watch" ] || fail "gcloud could not do it; see its message above" 1; }
+trouble() { [ -n "$watch" ] || fail "gcloud failed; see its message above" 1; }
 
 bring_up() { # wait for the TPU, and make it anew where it was taken away
   local request node said='' again=''
@@ -278,7 +283,7 @@ resume() {
         printf '%s\n' "$states"
         return
         ;;
-      *) fail "the workers' answer is not understood: $states" 1 ;;
+      *) fail "the workers gave an unknown answer: $states" 1 ;;
     esac
     first=''
     if [ -z "$watch" ] || [ -n "$dry" ]; then return; fi

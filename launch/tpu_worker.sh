@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Looks after the run on one TPU worker. launch/tpu_vm.sh calls it on all workers, where it was cloned to.
+# Look after the run on one TPU worker. launch/tpu_vm.sh calls this script on all workers.
 #
-#   launch/tpu_worker.sh start FLAGS ...  start the run, detached from this shell
-#   launch/tpu_worker.sh status           one line: worker HOST: STATE
-#   launch/tpu_worker.sh stop [SECONDS]   SIGTERM, and wait for the save
-#   launch/tpu_worker.sh idle             an error where a run is going on
+#   launch/tpu_worker.sh status
+#
+# usage: launch/tpu_worker.sh COMMAND
+#
+#   start FLAGS ...  start the run, detached from this shell
+#   status           print one line: worker HOST: STATE
+#   stop [SECONDS]   send SIGTERM and wait for the save (default: 900)
+#   idle             fail if a run is going on
 #
 # STATE is one of
 #   none         no run was started here
@@ -12,10 +16,10 @@
 #   finished     it came to its end
 #   stopped      it saved and ended because of `stop`
 #   interrupted  it saved and ended because the machine was shut down
-#   lost         the machine went down under it
+#   lost         the machine went down before it could save
 #   failed CODE
 #
-# All is kept in ~/jaxdistill-run: log, pid, exit, and what the state is worked out from.
+# Files are in ~/jaxdistill-run: log, pid, exit, and what the state is worked out from.
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
@@ -103,6 +107,7 @@ stop() { # [SECONDS]
 status() { printf 'worker %s: %s\n' "$(hostname)" "$(state)"; }
 
 case ${1:-} in
+  -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" ;;
   start | status | stop | idle | supervise) "$@" ;;
-  *) fail "${1:-nothing} is no command; use start, status, stop or idle" ;;
+  *) fail "${1:-nothing} is not a command; choose one of start, status, stop, idle" ;;
 esac

@@ -35,7 +35,7 @@ for name in sys.argv[1:]:
     text = plan.text_of(report)
     assert (
         f"{report['topology']}: step, {report['chips']} chips, {rows} rows,"
-        f" {rows // report['chips']} a chip" in text
+        f" {rows // report['chips']} per chip" in text
     ), name
     assert f"of {report['memory_gib']['chip']:g}: fits" in text, name
     print(f"{name}: as it must be")

@@ -57,7 +57,7 @@ def _flops_of_equation(equation: JaxprEqn, counted: dict[Jaxpr, int]) -> int:
         return max(inside)
     if name == "while":
         raise ValueError(
-            f"a while loop with {sum(inside)} FLOPs a round cannot be counted: data decide how"
+            f"a while loop with {sum(inside)} FLOPs per round cannot be counted: data decide how"
             " often it runs; use jax.lax.scan, or fori_loop with a fixed number of rounds"
         )
     return sum(inside) * _times(name, params)

@@ -174,7 +174,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             current.instructions[name] = _Instruction(name, shape, op, operands, inside, attributes)
             current.root = name if root else current.root
     if not entry:
-        raise ValueError("the text has no ENTRY computation; pass that of compiled.as_text()")
+        raise ValueError("the text has no ENTRY computation; pass compiled.as_text()")
     return computations, entry
 
 

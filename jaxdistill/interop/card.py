@@ -68,7 +68,7 @@ def build_schedule(block: Mapping[str, Any]) -> schedule.NoiseSchedule:
         )
     if name == "flow" and block["snr_scale"] != 1.0:
         raise ValueError(
-            "schedule.snr_scale needs a variance-preserving schedule; 'flow' is none, leave it"
+            "schedule.snr_scale needs a variance-preserving schedule, which 'flow' is not; leave it"
             " at 1.0"
         )
     return (

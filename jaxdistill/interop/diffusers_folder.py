@@ -68,12 +68,12 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FolderError(
-            f"{path} is missing; give a pipeline folder as diffusers' save_pretrained writes it"
+            f"{path} is missing; give a pipeline folder written by diffusers' save_pretrained"
         ) from None
     except (ValueError, OSError) as error:
-        raise FolderError(f"{path} is damaged ({error}); copy it anew") from None
+        raise FolderError(f"{path} is damaged ({error}); copy it again") from None
     if not isinstance(found, dict):
-        raise FolderError(f"{path} holds no JSON object; copy it anew")
+        raise FolderError(f"{path} is not a JSON object; copy it again")
     return found
 
 
@@ -109,12 +109,12 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             if index.is_file():
                 listed = read_json(index).get("weight_map")
                 if not isinstance(listed, dict) or not listed:
-                    raise FolderError(f"{index} has no weight_map; copy the folder anew")
+                    raise FolderError(f"{index} has no weight_map; copy the folder again")
                 shards = sorted({folder / str(file) for file in listed.values()})
                 for shard in shards:
                     if not shard.is_file():
                         raise FolderError(
-                            f"{shard} is missing, {index.name} names it; copy the folder anew"
+                            f"{shard} is missing, but {index.name} names it; copy the folder again"
                         )
                 return shards
     pickles = sorted(p.name for p in folder.glob("*.bin")) or sorted(
@@ -122,10 +122,10 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     )
     if pickles:
         raise FolderError(
-            f"{folder} holds {pickles[0]} only; safetensors are read (pickles can run code): save"
-            " the pipeline with safe_serialization=True"
+            f"{folder} holds {pickles[0]} only, and pickles can run code; save the pipeline"
+            " as safetensors, with safe_serialization=True"
         )
-    raise FolderError(f"{folder / stem}.safetensors is missing; copy the folder anew")
+    raise FolderError(f"{folder / stem}.safetensors is missing; copy the folder again")
 
 
 # ------------------------------------------------------------------------------------------ configs
@@ -155,8 +155,8 @@ def _check(
             and value not in (None, False)
         ):
             raise FolderError(
-                f"{where}: the setting {name} = {value!r} is not known; this version cannot"
-                " honour it"
+                f"{where}: the setting {name} = {value!r} is not known; this version"
+                " does not support it"
             )
 
 
@@ -165,7 +165,7 @@ def _each(value: Any, count: int, name: str, where: Path) -> tuple[Any, ...]:
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * count
     if len(values) != count:
         raise FolderError(
-            f"{where}: {name} = {value!r} must be one value or {count}, one for each block"
+            f"{where}: {name} = {value!r} must be one value or {count}, one per block"
         )
     return values
 
@@ -325,7 +325,7 @@ def _blocks(
     for block in found:
         if block not in known:
             raise FolderError(
-                f"{where}: the block {block!r} is not known; known are {', '.join(known)}"
+                f"{where}: the block {block!r} is not known; choose one of {', '.join(known)}"
             )
     return tuple(known[block] for block in found)
 
@@ -399,16 +399,16 @@ def _read_index(root: Path) -> tuple[dict[str, Any], list[str]]:
     """model_index.json, and the components that its pipeline needs. Raises FolderError."""
     if not root.is_dir():
         raise FolderError(
-            f"{root} is no folder; give a pipeline folder as diffusers' save_pretrained writes it"
+            f"{root} is not a folder; give a pipeline folder written by diffusers' save_pretrained"
         )
     where = root / "model_index.json"
     if not where.is_file():
-        raise FolderError(f"{root} is no pipeline folder: it has no model_index.json")
+        raise FolderError(f"{root} is not a pipeline folder: it has no model_index.json")
     index: dict[str, Any] = read_json(where)
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in PIPELINES:
         known = ", ".join(PIPELINES)
-        raise FolderError(f"{where}: the pipeline {name!r} is not known; known are {known}")
+        raise FolderError(f"{where}: the pipeline {name!r} is not supported, only {known}")
     needed = ["unet", "vae", "text_encoder", "tokenizer"]
     needed += ["text_encoder_2", "tokenizer_2"] if PIPELINES[name] else []
     for component in needed:
@@ -431,7 +431,7 @@ def _tokenizers(root: Path, needed: Sequence[str]) -> tuple[Path, ...]:
         ):
             raise FolderError(
                 f"{tokenizer} has neither tokenizer.json nor vocab.json and merges.txt; copy the"
-                " folder anew"
+                " folder again"
             )
     return tuple(tokenizers)
 
@@ -471,7 +471,7 @@ def open_folder(
             if isinstance(error, FolderError):
                 raise
             raise FolderError(
-                f"{where} is damaged: {type(error).__name__} {error}; copy it anew"
+                f"{where} is damaged: {type(error).__name__} {error}; copy it again"
             ) from None
 
     encoders = [part("text_encoder", "model", text_module, projection=False, dtype=dtype)]
@@ -485,7 +485,7 @@ def open_folder(
     if width != wanted:
         raise FolderError(
             f"{root}: the unet's cross_attention_dim is {wanted}, but the text encoder gives"
-            f" {width}; one of them is another model's"
+            f" {width}; one of them belongs to another model"
         )
     return Folder(
         path=root,
@@ -641,7 +641,7 @@ def save_student(
     """
     target = Path(target).absolute()
     if target.exists() and any(target.iterdir()) and not (target / "model_index.json").is_file():
-        raise FolderError(f"{target} exists and holds no pipeline; choose another folder")
+        raise FolderError(f"{target} exists and is not a pipeline folder; choose another folder")
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -342,7 +342,7 @@ def ends_clean(config: Mapping[str, Any], where: Path, kind: str) -> bool:
         for key, value in (("solver_type", "bh1"), ("lower_order_final", False)):
             if config.get(key, True) == value:
                 raise FolderError(
-                    f"{where}: {key} = {value!r} has no step to final_sigmas_type = 'zero'; set"
+                    f"{where}: {key} = {value!r} cannot step to final_sigmas_type = 'zero'; set"
                     f" 'sigma_min', or {INSTEAD}"
                 )
     return clean
@@ -357,8 +357,8 @@ def checked_betas(
     zero_snr = bool(config.get("rescale_betas_zero_snr"))
     if zero_snr and kind == PNDM:
         raise FolderError(
-            f"{where}: rescale_betas_zero_snr = True is nothing to diffusers' PNDM; {INSTEAD},"
-            " or set it to false"
+            f"{where}: diffusers' PNDM ignores rescale_betas_zero_snr = True; {INSTEAD}, or"
+            " set it to false"
         )
     try:
         betas = betas_of(config, where)

@@ -26,8 +26,8 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise PromptError(
-            f"prompt file {path} must end in .txt (a prompt a line) or .jsonl (an object with"
-            ' "prompt" a line)'
+            f"prompt file {path} must end in .txt (one prompt per line) or .jsonl (one object"
+            ' with "prompt" per line)'
         )
     try:
         raw = path.read_bytes()
@@ -50,7 +50,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
         try:
             item = json.loads(text)
         except ValueError:
-            raise PromptError(f"prompt file {path}, line {number} is no JSON") from None
+            raise PromptError(f"prompt file {path}, line {number} is not JSON") from None
         found = item.get("prompt", item.get("caption")) if isinstance(item, dict) else None
         if not isinstance(found, str):
             raise PromptError(
@@ -58,7 +58,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
             )
         prompts.append({**item, "prompt": found})
     if not prompts:
-        raise PromptError(f"prompt file {path} holds no prompt")
+        raise PromptError(f"prompt file {path} has no prompts; write one per line")
     return prompts
 
 
@@ -81,7 +81,7 @@ def load_tokenizer(folder: Path, length: int) -> Callable[[Sequence[str]], Token
     except Exception as error:  # whatever the library raises for a damaged file
         raise FolderError(
             f"the tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}); copy the"
-            " folder anew"
+            " folder again"
         ) from None
 
     def tokens(prompts: Sequence[str]) -> Tokens:
@@ -101,6 +101,7 @@ def say_cut(prompts: Sequence[str], cut: Sequence[str], length: int) -> None:
     for prompt, rest in dict(zip(prompts, cut, strict=True)).items():
         if rest:
             print(
-                f"warning: prompt {prompt[:40]!r}... has more than {length} tokens; cut: {rest!r}",
+                f"warning: prompt {prompt[:40]!r}... has more than {length} tokens; this is cut"
+                f" off: {rest!r}",
                 file=sys.stderr,
             )

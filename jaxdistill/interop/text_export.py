@@ -31,7 +31,7 @@ class TextExport:
         if self.encoder.hash != self.card["text"]["sha256"]:
             raise sentence_encoder.EncoderError(
                 f"the text encoder has hash {self.encoder.hash}, but {folder} was trained with"
-                f" {self.card['text']['sha256']}; give that one's folder"
+                f" {self.card['text']['sha256']}; give the folder of that encoder"
             )
 
     def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:

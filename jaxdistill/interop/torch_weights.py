@@ -73,7 +73,7 @@ class WeightFiles:
                     if rename(name) in self.where:
                         raise WeightsError(
                             f"{path} and {self.where[rename(name)][0]} both hold {name}; copy the"
-                            " folder anew"
+                            " folder again"
                         )
                     self.where[rename(name)] = (path, name)
                     self.shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
@@ -86,7 +86,7 @@ class WeightFiles:
                 return file.get_tensor(theirs)
             except SafetensorError as error:
                 raise WeightsError(
-                    f"{path}: tensor {theirs} cannot be read ({error}); copy the file anew"
+                    f"{path}: tensor {theirs} cannot be read ({error}); copy the file again"
                 ) from None
 
 
@@ -96,8 +96,8 @@ def _opened(path: Path) -> Iterator[Any]:
         handle = safe_open(str(path), "numpy")
     except (SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{path} cannot be read as safetensors ({error}); it may be truncated: copy the file"
-            " anew"
+            f"{path} cannot be read as safetensors ({error}); it may be truncated; copy the file"
+            " again"
         ) from None
     with handle as file:
         yield file
@@ -151,7 +151,7 @@ def load(
         if names
     ]
     if problems:
-        raise WeightsError(f"{where} does not fit its config; tensors {'; '.join(problems)}")
+        raise WeightsError(f"{where} does not fit its config: tensors {'; '.join(problems)}")
     places = flatten_dict(shardings["params"]) if shardings is not None else dict.fromkeys(plan)
     loaded = {}
     for path, pairs in plan.items():

@@ -105,7 +105,7 @@ def recipe(kit: Kit, settings: Settings) -> Recipe:
     sampler = SamplerSpec("renoise")
     adversary = kit.adversary(settings.adversarial_weight)
     if adversary is None:
-        raise ValueError("adversarial_weight must be above 0: add is nothing without its adversary")
+        raise ValueError("adversarial_weight must be above 0, because add needs its adversary")
     loss = add(
         kit.network,
         kit.network,

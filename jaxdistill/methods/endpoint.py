@@ -92,7 +92,7 @@ def recipe(kit: Kit, settings: Settings) -> Recipe:
     """One stage for a student of one step, from a finished one of several. Raises ValueError."""
     if kit.steps != (1,):
         raise ValueError(
-            "endpoint trains a student of one step on where a finished student of several ends; set"
+            "endpoint trains a student of one step on images of a finished student of several; set"
             f' config.student.steps="(1,)", got {kit.steps}'
         )
     sampler = kit.trajectory(noise_correction=settings.noise_correction)

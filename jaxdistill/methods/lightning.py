@@ -144,8 +144,8 @@ def recipe(kit: Kit, settings: Settings) -> Recipe:
     counts = tuple(settings.counts)
     if not counts or any(a % b for a, b in itertools.pairwise((settings.first, *counts))):
         raise ValueError(
-            f"each of counts must divide the one before it, and first = {settings.first} the"
-            f" first; got {counts}"
+            "each of counts must divide the one before it, and the first one must divide first ="
+            f" {settings.first}; got {counts}"
         )
     if not 0 < settings.first_share < 1:
         raise ValueError(f"first_share must be in (0, 1), got {settings.first_share:g}")

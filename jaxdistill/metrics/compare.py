@@ -82,12 +82,12 @@ def open_rows(folder: str | Path, items: Sequence[Mapping[str, Any]]) -> list[Ro
         if len(files) != len(items):
             raise CompareError(
                 f"{part} holds {len(files):,} images for {len(items):,} prompts; there must be one"
-                " for each, in their order"
+                " per prompt, in the same order"
             )
         said = diffusers_folder.read_json(part / ROW) if (part / ROW).is_file() else {}
         if said and said.get("prompts") != prompts_hash(items):
             raise CompareError(
-                f"{part} was drawn from other prompts; give the file that its {ROW} was made with"
+                f"{part} was drawn from other prompts; give the prompts that its {ROW} names"
             )
         rows.append(
             Row(

@@ -102,14 +102,14 @@ def image_files(folder: str | Path, *, deep: bool = False) -> ImageFiles:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise MetricError(f"{folder} is no folder; give a folder of images")
+        raise MetricError(f"{folder} is not a folder; give a folder of images")
     found = [
         p
         for p in folder.glob("**/*" if deep else "*")
         if p.suffix.lower() in ENDINGS and p.is_file()
     ]
     if not found:
-        raise MetricError(f"{folder} holds no image; known endings are {', '.join(ENDINGS)}")
+        raise MetricError(f"{folder} holds no image; files must end in {', '.join(ENDINGS)}")
 
     def order(path: Path) -> list[tuple[int, int, str]]:
         parts = re.split(r"(\d+)", path.relative_to(folder).as_posix())
@@ -121,7 +121,7 @@ def image_files(folder: str | Path, *, deep: bool = False) -> ImageFiles:
 def unreadable(path: Path, error: Exception) -> MetricError:
     """The line for an image that Pillow gives up on."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return MetricError(f"image {path} cannot be read ({reason}); copy it anew or remove it")
+    return MetricError(f"image {path} cannot be read ({reason}); copy it again or remove it")
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -137,7 +137,7 @@ def read_image(path: Path) -> np.ndarray:
         raise unreadable(path, error) from None
     if mode[0] in "IF":
         raise MetricError(
-            f"image {path} has more than 8 bits a channel (mode {mode}); save it with 8"
+            f"image {path} has more than 8 bits per channel (mode {mode}); save it with 8"
         )
     return pixels
 
@@ -223,7 +223,7 @@ def resize(image: np.ndarray, protocol: str) -> np.ndarray:
     """
     if protocol not in PROTOCOLS:
         raise MetricError(
-            f"the protocol {protocol!r} is not known; known are {', '.join(PROTOCOLS)}"
+            f"the protocol {protocol!r} is not known; choose one of {', '.join(PROTOCOLS)}"
         )
     return PROTOCOLS[protocol].prepare(image)
 
@@ -258,7 +258,7 @@ def load_inception(
     path = Path(path)
     if protocol not in PROTOCOLS:
         raise MetricError(
-            f"the protocol {protocol!r} is not known; known are {', '.join(PROTOCOLS)}"
+            f"the protocol {protocol!r} is not known; choose one of {', '.join(PROTOCOLS)}"
         )
     if path.suffix in (".pth", ".pt", ".pkl", ".bin", ".ckpt"):
         recipe = RECIPE.format(source=path, target=path.with_suffix(".safetensors").name)
@@ -347,11 +347,11 @@ def _clip_modules(folder: Path) -> tuple[Any, Any]:
     """The networks of a CLIP folder, for images and for text. Raises MetricError, FolderError."""
     if not folder.is_dir():
         raise MetricError(
-            f"{folder} is no folder; give a CLIP folder of transformers, such as a copy of"
+            f"{folder} is not a folder; give a CLIP folder of transformers, such as a copy of"
             " openai/clip-vit-large-patch14"
         )
     if not (folder / "config.json").is_file():
-        raise MetricError(f"{folder} is no CLIP folder: it has no config.json")
+        raise MetricError(f"{folder} is not a CLIP folder: it has no config.json")
     where, config = folder / "config.json", diffusers_folder.read_json(folder / "config.json")
     if config.get("model_type") != "clip":
         raise MetricError(
@@ -366,7 +366,7 @@ def _clip_modules(folder: Path) -> tuple[Any, Any]:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise MetricError(
-            f"{where} is damaged ({type(error).__name__} {error}); copy it anew"
+            f"{where} is damaged ({type(error).__name__} {error}); copy it again"
         ) from None
     return vision, text
 
@@ -498,7 +498,7 @@ def clip_preprocessing(
         factor = float(config.get("rescale_factor", 1 / 255))
     except (KeyError, TypeError, ValueError) as error:
         raise MetricError(
-            f"{where} is damaged ({type(error).__name__} {error}); copy it anew"
+            f"{where} is damaged ({type(error).__name__} {error}); copy it again"
         ) from None
 
     def prepare(image: np.ndarray) -> np.ndarray:
@@ -685,7 +685,8 @@ def _read_statistics(path: Path, protocol: Mapping[str, Any]) -> Reference:
         if "mu" in found and "said" not in found:
             raise MetricError(
                 f"{path} states no protocol, as statistics of other programs do; "
-                "compute it anew from the images with --reference=FOLDER --save_reference=FILE.npz"
+                "compute them again from the images with --reference=FOLDER"
+                " --save_reference=FILE.npz"
             )
         said = json.loads(str(found["said"]))
         reference = Reference(
@@ -702,7 +703,7 @@ def _read_statistics(path: Path, protocol: Mapping[str, Any]) -> Reference:
             raise
         raise MetricError(
             f"reference statistics {path} are damaged ({type(error).__name__}: {error}); write them"
-            " anew"
+            " again"
         ) from None
     for name in sorted({*reference.protocol, *protocol}):
         theirs, ours = reference.protocol.get(name), protocol.get(name)
@@ -718,7 +719,7 @@ def _read_statistics(path: Path, protocol: Mapping[str, Any]) -> Reference:
         or not np.isfinite(reference.covariance).all()
     ):
         raise MetricError(
-            f"reference statistics {path} are damaged (sigma does not fit mu); write them anew"
+            f"reference statistics {path} are damaged (sigma does not fit mu); write them again"
         )
     return reference
 
@@ -781,7 +782,7 @@ def feature_scores(
     if "fid" in metrics:
         if reference.mean is None or reference.covariance is None:
             raise MetricError(
-                f"fid needs statistics, which {reference.name} has too few images for"
+                f"fid needs statistics, but {reference.name} has too few images for them"
             )
         scores["fid"] = frechet_distance(*moments(features), reference.mean, reference.covariance)
     if reference.features is not None:

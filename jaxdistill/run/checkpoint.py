@@ -48,7 +48,7 @@ def not_written(what: str, error: BaseException, then: str = "") -> CheckpointEr
     """A failed write as the error that says why, and what to do."""
     reason = FULL if disk_is_full(error) else told(error)
     return CheckpointError(
-        f"cannot {what} ({reason}); mend that and give the same command again{then}"
+        f"cannot {what} ({reason}); fix this and run the same command again{then}"
     )
 
 
@@ -137,8 +137,8 @@ class Checkpoints:
             if not self._remote or isinstance(error, jax.errors.JaxRuntimeError):
                 raise
             raise CheckpointError(
-                f"checkpoint {self.latest} in {self._folder} cannot be read ({told(error)}); mend"
-                " that and give the same command again"
+                f"checkpoint {self.latest} in {self._folder} cannot be read ({told(error)}); fix"
+                " this and run the same command again"
             ) from None
         return restored.state, restored.meta
 
@@ -163,9 +163,9 @@ class Checkpoints:
             ):
                 raise
             kept = (
-                "starts anew"
+                "starts again from the beginning"
                 if self.latest is None
-                else f"goes on from step {self.latest}, which is kept"
+                else f"resumes at step {self.latest}, which is kept"
             )
             raise not_written(f"save in {self._folder}", error, f": it {kept}") from None
 
@@ -194,7 +194,8 @@ class Checkpoints:
             except Exception as error:  # a bucket's library has many
                 if not disk_is_full(error):  # of which the next save tells
                     print(
-                        f"warning: {self._folder}: no checksums of its checkpoints ({told(error)})",
+                        f"warning: {self._folder}: checkpoints have no checksums ({told(error)});"
+                        " damage to them will not be noticed",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -209,19 +210,19 @@ class Checkpoints:
             bad = self._manifests.differing(str(step))
         except Exception as error:  # a bucket's library has many
             raise CheckpointError(
-                f"{folder} cannot be compared with its checksums ({told(error)}); mend that and"
-                " give the same command again"
+                f"{folder} cannot be compared with its checksums ({told(error)}); fix this and"
+                " run the same command again"
             ) from None
         if bad:
             older = sorted(s for s in self._manager.all_steps() if step is not None and s < step)
             back = (
-                f"the run then goes back to step {older[-1]}"
+                f"the run then resumes at step {older[-1]}"
                 if older
-                else "the run then starts anew"
+                else "the run then starts again from the beginning"
             )
             name, state = next(iter(bad.items()))
             raise CheckpointError(
-                f"{folder}/{name} {state}: it does not match its checksum; remove {folder}, {back}"
+                f"{folder}/{name} {state}: it does not match its checksum; remove {folder}: {back}"
             )
 
 
@@ -507,8 +508,8 @@ def load_export(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     folder = Path(folder).absolute()
     if not (folder / "card.json").is_file():
         raise CheckpointError(
-            f"{folder} is no export: it has no card.json; give the teacher/ or student/ folder of a"
-            " run's workdir"
+            f"{folder} is not an export: it has no card.json; give the teacher/ or student/ folder"
+            " of a run's workdir"
         )
     try:
         card = json.loads((folder / "card.json").read_text())
@@ -518,16 +519,16 @@ def load_export(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{folder / 'card.json'} is damaged: it does not match its own checksum; copy the"
-            " export anew"
+            " export again"
         ) from None
     found = _hashes(folder)
     for name in sorted(expected):
         if name not in found:
-            raise CheckpointError(f"{folder / name} is missing; copy the export anew")
+            raise CheckpointError(f"{folder / name} is missing; copy the export again")
         if found[name] != expected[name]:
             raise CheckpointError(
                 f"{folder / name} is damaged: its SHA-256 starts with {found[name][:12]}, the card"
-                f" says {expected[name][:12]}; copy the export anew"
+                f" says {expected[name][:12]}; copy the export again"
             )
     return _read_params(folder / "params"), card
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxdistill.errors import UserError, missing_extra
 from jaxdistill.run import checkpoint, distributed
+from jaxdistill.run.help import Parser
 from jaxdistill.run.loop import NonFiniteError, Stopped
 from jaxdistill.run.workdir import say
 
@@ -24,10 +25,14 @@ PROCESSES = ("distributed", "coordinator", "num_processes", "process_id")
 class Command:
     """The flags of one command, defined where it runs.
 
+    A flag's help may start with the form of its value in capitals, as "FOLDER: with a config". A
+    flag whose help starts with "internal" is not listed.
+
     Args:
-      doc: what --help says, its first line the example.
+      doc: what --help says: what the command does and an example.
       workdir: whether it writes into one.
       processes: whether it is one of several processes; without it their flags are refused.
+      needed: flags of its own that the usage line shows.
       define: adds the command's own flags to a FlagValues.
     """
 
@@ -38,15 +43,18 @@ class Command:
         config: bool = True,
         workdir: bool = True,
         processes: bool = False,
+        needed: str = "",
         define: Callable[[flags.FlagValues], None] = lambda values: None,
     ) -> None:
         self.doc, self.values = doc or "", flags.FlagValues()
+        shared = (config and "--config=FILE", workdir and "--workdir=FOLDER", needed)
+        self.needed = " ".join(flag for flag in shared if flag)
         values = self.values
         if config:
-            about = "A file with get_config(); --config.key=value sets any key."
+            about = "FILE: with get_config(), as in configs/; --config.KEY=VALUE sets any key"
             config_flags.DEFINE_config_file("config", None, about, flag_values=values)
         if workdir:
-            about = "Folder of checkpoints, exports and results; a second start in it resumes."
+            about = "FOLDER: for checkpoints, exports and results; a second start in it resumes"
             flags.DEFINE_string("workdir", None, about, flag_values=values)
         if processes:
             self._define_processes()
@@ -55,13 +63,13 @@ class Command:
 
     def _define_processes(self) -> None:
         values = self.values
-        about = "One of several processes, which JAX finds: Cloud TPU pods, GKE, SLURM."
+        about = "one of several processes that JAX finds: Cloud TPU pods, GKE, SLURM"
         flags.DEFINE_bool("distributed", False, about, flag_values=values)
-        about = "HOST:PORT of process 0, where JAX cannot find the processes."
+        about = "HOST:PORT: process 0, where JAX cannot find the processes"
         flags.DEFINE_string("coordinator", None, about, flag_values=values)
-        about = "Their number, with --coordinator."
+        about = "how many processes there are, with --coordinator"
         flags.DEFINE_integer("num_processes", None, about, flag_values=values)
-        about = "This one's, from 0, with --coordinator."
+        about = "number of this process, from 0, with --coordinator"
         flags.DEFINE_integer("process_id", None, about, flag_values=values)
 
     def parse(self) -> "Command":
@@ -86,7 +94,7 @@ class Command:
         if rest:
             raise UserError(
                 f"unexpected argument {rest[0]!r}; flags look like --config=configs/digits.py"
-                " --workdir=DIR --config.key=value"
+                " --workdir=runs/digits --config.KEY=VALUE"
             )
         return self
 
@@ -106,10 +114,20 @@ class Command:
 
     def help(self) -> str:
         """The docstring and a line a flag."""
-        lines = [self.doc.strip(), ""]
+        parser = Parser(self.doc, self.needed)
         for name in self.values:
-            lines.append(f"  --{name}: {self.values[name].help}")
-        return "\n".join(lines)
+            flag = self.values[name]
+            if flag.help.startswith("internal"):
+                continue
+            if flag.flag_type() == "bool":
+                parser.add_argument(f"--{name}", action="store_true", help=flag.help)
+                continue
+            found = re.match(r"(?:<.*>: )?([A-Z:,]+): ", flag.help)
+            form, text = (found[1], flag.help[found.end() :]) if found else ("N", flag.help)
+            default = None if name == "config" else flag.default
+            default = ",".join(default) if isinstance(default, list) else default
+            parser.add_argument(f"--{name}", metavar=form, help=text, default=default)
+        return parser.format_help().rstrip()
 
     def __getattr__(self, name: str) -> Any:
         """The value of a flag."""
@@ -123,9 +141,12 @@ class Command:
         file cannot be loaded.
         """
         if "workdir" in self.values and (not self.values["config"].present or not self.workdir):
-            raise UserError("both flags are needed: --config=configs/digits.py --workdir=DIR")
+            raise UserError(
+                "--config and --workdir are needed: --config=configs/digits.py"
+                " --workdir=runs/digits"
+            )
         if not self.values["config"].present:
-            raise UserError("--config is missing: give a file such as configs/digits.py")
+            raise UserError("--config is missing; give a file such as configs/digits.py")
         try:
             config: ConfigDict = self.config
             config.keys()  # a file that could not be loaded fails at its first use
@@ -197,4 +218,4 @@ def one_line_errors() -> Iterator[None]:
         if not checkpoint.disk_is_full(error):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        fail(f"{checkpoint.FULL}{where}; free some space and give the same command again")
+        fail(f"{checkpoint.FULL}{where}; free some space and run the same command again")

@@ -208,7 +208,7 @@ class Distillation:
         pairs = self.recipe.pairs.share if self.recipe.pairs else 0.0
         calls = self.calls(i)
         count = max(1, int(stage.share * (1 - pairs) * student.budget / calls))
-        say(f"{self.phase(i)}: {calls:.1f} network calls an iteration, {count} iterations")
+        say(f"{self.phase(i)}: {calls:.1f} network calls per iteration, {count} iterations")
         return count
 
     def pair_count(self, guided: bool) -> int:
@@ -223,8 +223,8 @@ class Distillation:
         count = int(pairs.share * config.student.budget * config.student.batch_size / calls)
         if count < 1:
             raise UserError(
-                f"config.student.budget = {config.student.budget} does not pay for one pair of"
-                f" {calls} network calls; raise it"
+                f"config.student.budget = {config.student.budget} is less than one pair"
+                f" costs ({calls} network calls); raise it"
             )
         return count
 
@@ -347,6 +347,6 @@ def check_keep_best(name: str, numbers: Sequence[str], steps: Sequence[int]) -> 
     known = [f"{number}_{n}" for number in numbers for n in steps]
     if name and name not in known:
         raise ValueError(
-            f"config.student.keep_best = {name!r} is not known; use one of {', '.join(known)}, or"
-            " '' for the last averages"
+            f"config.student.keep_best = {name!r} is not known; choose one of {', '.join(known)},"
+            " or '' for the last averages"
         )

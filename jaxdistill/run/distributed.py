@@ -64,7 +64,7 @@ def start(
     if not detect:
         if missing:
             raise DistributedError(
-                f"{missing[0]} is missing: give --coordinator=HOST:PORT, --num_processes and"
+                f"{missing[0]} is missing; give --coordinator=HOST:PORT, --num_processes and"
                 " --process_id together"
             )
         assert coordinator is not None and processes is not None and process is not None
@@ -99,12 +99,11 @@ def _address(coordinator: str, processes: int, process: int) -> tuple[str, int]:
     """Host and port of process 0. Raises DistributedError for flags that cannot be."""
     if not 0 <= process < processes:
         raise DistributedError(
-            f"--process_id = {process} must be in 0..{processes - 1} (--num_processes ="
-            f" {processes})"
+            f"--process_id={process} must be in 0..{processes - 1} (--num_processes={processes})"
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise DistributedError(f"--coordinator = {coordinator!r} must read HOST:PORT")
+        raise DistributedError(f"--coordinator={coordinator} must have the form HOST:PORT")
     return host, int(port)
 
 
@@ -296,8 +295,8 @@ def check_same(values: Mapping[str, Any]) -> None:
         if found.any():
             said = bytes(found[found > 0]).decode(errors="replace")
             raise DistributedError(
-                f"process {process} differs from process 0: {said}; start all with one config at"
-                " one commit"
+                f"process {process} differs from process 0: {said}; start all with the same config"
+                " at the same commit"
             )
 
 
@@ -324,7 +323,7 @@ def leave(line: str, code: int, *, wait: float = LEAVE_SECONDS) -> NoReturn:
     os._exit(code)
 
 
-AGAIN = "start all processes again: they resume at the newest checkpoint"
+AGAIN = "start all processes again; they resume at the newest checkpoint"
 
 OWN_FAULTS = ("INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND", "FAILED_PRECONDITION")
 """Of the devices' errors those that no other process can cause: the next start would end in the
@@ -347,7 +346,7 @@ def device_errors_are_one_line() -> Iterator[None]:
             leave(
                 f"error: the devices have too little memory ({said}); make"
                 " config.student.batch_size smaller or config.mesh.fsdp larger; python -m"
-                " jaxdistill.aot tells beforehand what fits a slice",
+                " jaxdistill.aot tells in advance what fits a slice",
                 2,
             )
         if jax.process_count() == 1:
@@ -357,7 +356,7 @@ def device_errors_are_one_line() -> Iterator[None]:
                 f"error: process {jax.process_index()}: the devices refuse the program ({said})", 2
             )
         leave(
-            f"error: process {jax.process_index()} cannot go on, another one has died or cannot be"
+            f"error: process {jax.process_index()} cannot go on: another one has died or cannot be"
             f" reached ({said}); {AGAIN}",
             3,
             wait=0,
@@ -412,7 +411,7 @@ class Watchdog:
             limit = max(self._limit, 10 * self._longest)
             if self._armed and time.monotonic() - self._last > limit:
                 said = (
-                    f"error: process {jax.process_index()}: no step has ended for {limit:.0f} s,"
+                    f"error: process {jax.process_index()}: no step has ended for {limit:.0f} s:"
                     " this process or another one hangs"
                 )
                 print(f"{said}; {AGAIN}", file=sys.stderr, flush=True)

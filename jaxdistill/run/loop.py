@@ -97,8 +97,7 @@ class StopSignal:
     def heed(self) -> None:
         """Raise Stopped after a signal, where no step of a training would see it."""
         if self.received:
-            again = "start the same command again to go on"
-            raise Stopped(f"stopped by {self.received}; {again}")
+            raise Stopped(f"stopped by {self.received}; the same command resumes it")
 
     @contextmanager
     def installed(self) -> Iterator["StopSignal"]:
@@ -305,7 +304,7 @@ class Best:
         """Keep these where they are better. Raises ValueError for an unknown key."""
         if self.key not in health:
             raise ValueError(
-                f"keep_best = {self.key!r} is no health number; use one of"
+                f"keep_best = {self.key!r} is not a health number; choose one of"
                 f" {', '.join(sorted(health))}"
             )
         if health[self.key] < self.value:
@@ -396,6 +395,14 @@ class Loop:
     advice: str = ""
     examples: int = 0
     flops: float = 0.0
+
+
+SHOWN = {
+    "images_per_second_a_chip": "{:.3g} images/s per chip",
+    "mfu": "MFU {:.3g}",
+    "save_seconds": "{:.3g} s lost to saving",
+}
+"""What the bar tells of the speed."""
 
 
 class Trained(NamedTuple):
@@ -533,9 +540,9 @@ class _Running:
     def log(self, done: int, values: Mapping[str, float]) -> None:
         """Losses and speed, on the bar, in the curve and for TensorBoard."""
         speed = self.meter.read()
-        wanted = ("images_per_second_a_chip", "mfu", "save_seconds")
-        shown = {key: f"{speed[key]:.3g}" for key in wanted if speed.get(key)}
-        self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False, **shown)
+        told = [f"loss {values['loss']:.4f}"]
+        told += [form.format(speed[key]) for key, form in SHOWN.items() if speed.get(key)]
+        self.bar.set_postfix_str(", ".join(told), refresh=False)
         self.curve.add(done, values)
         for key, value in {**values, **{f"speed/{k}": v for k, v in speed.items()}}.items():
             self.writer.add_scalar(key, value, done)
@@ -582,7 +589,7 @@ class _Running:
             health = best.health or health
             if distributed.is_main() and best.step is not None:
                 where = f"step {best.step} ({best.key} {best.value:g})"
-                print(f"{self.loop.name}: its best averages are those of {where}", flush=True)
+                print(f"{self.loop.name}: uses the averages of {where}, its best", flush=True)
         return Trained(state, self.spent(), health)
 
     def close(self) -> None:
@@ -599,5 +606,5 @@ class _Running:
                 self.best.close()
         found = self.spent()
         if self.start < self.loop.steps and distributed.is_main():
-            lost = f"of them {found.saving:.1f} s lost to saving"
+            lost = f"of which {found.saving:.1f} s lost to saving"
             print(f"{self.loop.name}: {found.total:.1f} s, {lost}", flush=True)

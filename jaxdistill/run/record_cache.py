@@ -114,18 +114,18 @@ class Cache:
             self.fields, files = dict(meta["fields"]), list(meta["files"])
         except (OSError, ValueError, KeyError, TypeError):
             raise CacheError(
-                f"{folder} holds no whole cache; remove it, and it is made again"
+                f"{folder} holds an unfinished cache; remove it to make the cache again"
             ) from None
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise CacheError(
-                f"{folder / missing[0]} is missing; remove {folder}, and it is made again"
+                f"{folder / missing[0]} is missing; remove {folder} to make the cache again"
             )
         self.source = grain.sources.ArrayRecordDataSource([str(folder / name) for name in files])
         if len(self.source) != meta["count"]:
             raise CacheError(
-                f"{folder} holds {len(self.source)} of {meta['count']} records; remove it, and it"
-                " is made again"
+                f"{folder} holds {len(self.source)} of {meta['count']} records; remove it to"
+                " make the cache again"
             )
 
     def __len__(self) -> int:

@@ -286,7 +286,8 @@ def on_axis(name: str, axis: str) -> tuple[str, float]:
     found = re.fullmatch(rf"(.*)_{re.escape(axis)}_(\d+\.?\d*|\.\d+)", name)
     if not found:
         raise ValueError(
-            f"config.methods holds {name!r}; a chart by an axis needs names like CURVE_{axis}_100"
+            f"config.methods holds {name!r}; config.benchmark.chart.kind = 'axis' needs names like"
+            f" CURVE_{axis}_100"
         )
     return found[1], float(found[2])
 

@@ -176,6 +176,6 @@ class Progress:
         if first or done == self._count or done - self._said >= 1000:
             made = max(done - self._start - self._block, 1)
             rate = made / max(time.perf_counter() - self._began, 1e-6)
-            left = "" if first else f", {(self._count - done) / rate:.0f} s to go"
+            left = "" if first else f", {(self._count - done) / rate:.0f} s left"
             say(f"{self._what}: {done} of {self._count}{left}")
             self._said = done

@@ -67,7 +67,7 @@ def check_workdir(workdir: Path, config: ConfigDict) -> str:
         if differences:
             return (
                 f"--workdir={workdir} holds a run of another config ({'; '.join(differences[:5])});"
-                " choose another workdir or repeat that run's flags"
+                " choose another workdir, or use that run's flags"
             )
     else:
         checkpoint.write_json(path, wanted)

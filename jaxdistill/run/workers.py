@@ -85,7 +85,7 @@ def count_of(wanted: int) -> int:
     if wanted > 1 and not cpu:
         raise UserError(
             f"--processes = {wanted} shares the cores of a CPU; a {jax.default_backend()} takes one"
-            " process"
+            " process: leave it out"
         )
     return wanted or (min(len(cores()), MOST) if cpu else 1)
 

@@ -64,11 +64,11 @@ class Health(NamedTuple):
                 found = distances.health(drawn, self.reference, self.groups)
                 found |= self.quick(drawn)
                 text = ", ".join(f"{k} {v:.3f}" for k, v in found.items())
-                say(f"health  {phase} {step}, {counted(n)}: {text}")
+                say(f"health  {phase} {step}/{last}, {counted(n)}: {text}")
                 numbers |= {f"{k}_{n}": v for k, v in found.items()}
             diversity = {n: numbers[f"diversity_{n}"] for n in images}
             if low := falling(diversity, before, ended=step >= last):
-                warn(phase, step, low, self.mend)
+                warn(f"{phase} {step}/{last}", low, self.mend)
             before.update(diversity)
             columns = min(self.columns, len(self.reference))
             rows = [self.reference[:columns], *(drawn[:columns] for drawn in images.values())]
@@ -95,10 +95,10 @@ def falling(
     }
 
 
-def warn(phase: str, step: int, low: Mapping[int, float], mend: str) -> None:
-    """Tell of a diversity that is low."""
+def warn(phase: str, low: Mapping[int, float], mend: str) -> None:
+    """Tell of a diversity that is low. `phase`: with its step."""
     where = ", ".join(f"{counted(n)} ({value:.2f})" for n, value in low.items())
     say(
-        f"WARNING {phase} {step}: diversity below {COLLAPSE} of the teacher's at {where}; if it"
-        f" stays there the student collapses: use {mend}"
+        f"warning: {phase}: diversity is below {COLLAPSE} of the teacher's at {where}; if it stays"
+        f" low the student collapses: try {mend}"
     )

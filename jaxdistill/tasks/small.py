@@ -156,8 +156,8 @@ class SmallTask:
         learned = self.recipe.learns_from
         if learned and not self.teacher_path:
             raise ValueError(
-                f"config.teacher.path is empty: config.method.name = {config.method.name!r} needs"
-                " the student/ folder of a finished run"
+                f"config.teacher.path is empty, but config.method.name = {config.method.name!r}"
+                " needs the student/ folder of a finished run"
             )
         self.teacher_sampler = self._teacher_sampler()
         self.student_sampler = self.sampler("student", self.recipe.sampler, steps=self.shown_steps)
@@ -530,6 +530,7 @@ class SmallTask:
         noise, cond = self.health_inputs()
         grid = jnp.asarray(sampler.grid(self.config.log.teacher_steps))
         program = self.program(sampler, sampler.card["sampler"]["guidance"])
+        shown = report.counted(len(grid))
 
         def line(params: Any, step: int) -> dict[str, float]:
             images = np.asarray(program(params, noise, cond, grid))
@@ -537,7 +538,8 @@ class SmallTask:
             report.save_grid(path, images[:100])
             found = self.quick(images)
             text = ", ".join(f"{k} {v:.3f}" for k, v in found.items())
-            say(f"health  teacher {step}: {text} on validation ({count} images, {len(grid)} steps)")
+            where = f"teacher {step}/{self.config.teacher.iterations}, {shown}"
+            say(f"health  {where}: {text} (validation, {count} images)")
             return found
 
         return line
@@ -555,27 +557,28 @@ class SmallTask:
         mine = json.loads(json.dumps(self.teacher_sampler.card))
         if mine["data"]["image_shape"] != list(found["data"]["image_shape"]):
             raise UserError(
-                f"{where} draws images of shape {found['data']['image_shape']}, the data's are"
+                f"{where} draws images of shape {found['data']['image_shape']}, but the data has"
                 f" {mine['data']['image_shape']}; give a teacher of this data"
             )
         for key in ("model", "schedule", "prediction", "text"):
             if mine.get(key) != found.get(key):
                 raise UserError(
-                    f"{where} was trained with {key} = {found.get(key)}, the config says"
-                    f" {mine.get(key)}"
+                    f"{where} was trained with {key} = {found.get(key)}, but the config says"
+                    f" {mine.get(key)}; change the config"
                 )
         if self.recipe.learns_from:
             if found["role"] != "student":
                 name = self.config.method.name
                 raise UserError(
-                    f"{where} holds a teacher; config.method.name = {name!r} needs the student/"
+                    f"{where} holds a teacher, but config.method.name = {name!r} needs the student/"
                     " folder of a run"
                 )
             for key in ("solver", "grid", "times", "noise_correction"):
                 here, there = mine["sampler"][key], found["sampler"][key]
                 if here != there:
                     raise UserError(
-                        f"{where} is drawn from with {key} = {there}, the config says {here}"
+                        f"{where} has sampler.{key} = {there}, but the config says {here}; change"
+                        " one of them"
                     )
         return params
 
@@ -597,7 +600,8 @@ class SmallTask:
         grid = jnp.asarray(sampler.grid(block["steps"]))
         reference = np.asarray(program(teacher, noise, cond, grid))
         text = ", ".join(f"{k} {v:.3f}" for k, v in self.quick(reference).items())
-        say(f"health  teacher: {text} on validation ({len(reference)} images, {len(grid)} steps)")
+        who = f"teacher, {report.counted(len(grid))}"
+        say(f"health  {who}: {text} (validation, {len(reference)} images)")
         base = jax.device_put(teacher)
 
         def draw(trained: Any, steps: Sequence[int]) -> dict[int, np.ndarray]:
@@ -685,7 +689,13 @@ class SmallTask:
         """Its scores, said as they come, and its first images. `images`, `rate`: of `drawn`."""
         scores = rounded(self.scores(*images)._asdict())
         row = {**sampled.key, **scores, "images_per_second": rate}
-        say("  " + ", ".join(f"{key} {value}" for key, value in row.items()))
+        found = [
+            f"{key} {form.format(row[key])}"
+            for key, (_, form) in self.columns.items()
+            if key not in sampled.key and row.get(key) is not None
+        ]
+        who = f"{sampled.model}, {report.counted(sampled.steps)}, guidance {sampled.guidance:g}"
+        say(f"  {who}: {', '.join(found)}")
         return row, images[0][: len(self.captions())]
 
     def evaluate(self, run: Run, teacher: Any, served: Mapping[int, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_full_weights_are_a_copy_that_may_be_given_away():
     ("targets", "rank", "message"),
     [
         (["to_k"], 2, "LoRA target 'to_k' matches no layer; the layers end in out, to_q"),
-        (["to_("], 2, "is no regular expression"),
+        (["to_("], 2, "is not a regular expression"),
         (["to_q"], 0, "the LoRA rank must be at least 1, got 0"),
     ],
 )

@@ -194,8 +194,11 @@ def test_a_large_parameter_that_no_rule_places_is_an_error():
         ({"data": -1, "fsdp": 2}, r"does not divide the 1 devices; make data x 2 = 1"),
         ({"data": -1, "fsdp": -1}, "-1 at most once"),
         ({"data": 0}, "must have positive sizes"),
-        ({"rules": (("kernel$", ("rows",)),)}, "names the axis 'rows'; use fsdp, tensor or None"),
-        ({"rules": (("(kernel", ("fsdp",)),)}, "is no regular expression"),
+        (
+            {"rules": (("kernel$", ("rows",)),)},
+            "names the axis 'rows'; choose fsdp, tensor or None",
+        ),
+        ({"rules": (("(kernel", ("fsdp",)),)}, "is not a regular expression"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_refused(block, message):

@@ -342,17 +342,17 @@ def change_json(path, **values):
 
 
 REFUSALS = {
-    "no folder": (lambda root: shutil.rmtree(root), "is no folder"),
+    "no folder": (lambda root: shutil.rmtree(root), "is not a folder"),
     "no pipeline": (lambda root: (root / "model_index.json").unlink(), "no model_index.json"),
     "other pipeline": (
         lambda root: change_json(root / "model_index.json", _class_name="FluxPipeline"),
-        "'FluxPipeline' is not known",
+        "'FluxPipeline' is not supported",
     ),
     "custom pipeline": (
         lambda root: change_json(
             root / "model_index.json", _class_name=["mine", "StableDiffusionPipeline"]
         ),
-        "['mine', 'StableDiffusionPipeline'] is not known",
+        "['mine', 'StableDiffusionPipeline'] is not supported",
     ),
     "other encoder": (
         lambda root: change_json(root / "unet" / "config.json", cross_attention_dim=20),
@@ -428,7 +428,7 @@ def test_weights_that_cannot_be_read_are_named(copy):
         diffusers_folder.load_params(part)
     path.rename(root / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(
-        FolderError, match=r"holds diffusion_pytorch_model\.bin only; safetensors are read"
+        FolderError, match=r"holds diffusion_pytorch_model\.bin only, and pickles can run code"
     ):
         diffusers_folder.load_params(part)
     (root / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
@@ -442,6 +442,6 @@ def test_a_student_is_never_written_over_something_else(copy, tmp_path):
     found = diffusers_folder.open_folder(copy("sd"))
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")
-    with pytest.raises(FolderError, match="precious exists and holds no pipeline"):
+    with pytest.raises(FolderError, match="precious exists and is not a pipeline folder"):
         diffusers_folder.save_student(found, tmp_path / "precious", {"params": {}}, scheduler={})
     assert (tmp_path / "precious" / "thesis.tex").read_text() == "x"

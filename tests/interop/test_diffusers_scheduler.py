@@ -363,11 +363,11 @@ REFUSALS = [
     ({"_class_name": UNIPC, "disable_corrector": [0]}, "disable_corrector = [0] is not supported"),
     (
         {"_class_name": UNIPC, "solver_type": "bh1"},
-        "solver_type = 'bh1' has no step to final_sigmas_type = 'zero'; set 'sigma_min'",
+        "solver_type = 'bh1' cannot step to final_sigmas_type = 'zero'; set 'sigma_min'",
     ),
     (
         {"_class_name": UNIPC, "lower_order_final": False},
-        "lower_order_final = False has no step to final_sigmas_type = 'zero'",
+        "lower_order_final = False cannot step to final_sigmas_type = 'zero'",
     ),
     (
         {"_class_name": ANCESTRAL, "prediction_type": "sample"},
@@ -380,7 +380,7 @@ REFUSALS = [
     ),
     (
         {"_class_name": PNDM, "skip_prk_steps": True, **V_ZERO},
-        "rescale_betas_zero_snr = True is nothing to diffusers' PNDM",
+        "diffusers' PNDM ignores rescale_betas_zero_snr = True",
     ),
     (
         {"_class_name": LCM, "original_inference_steps": 2000},

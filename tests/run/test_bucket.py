@@ -262,7 +262,7 @@ def test_a_save_that_the_bucket_refuses_is_one_line(bucket, monkeypatch, status)
         with pytest.raises(
             CheckpointError,
             match=(
-                r"^cannot save in gs://bucket/lost-\d+ \(.*the right.*\); mend .* goes on from step"
+                r"^cannot save in gs://bucket/lost-\d+ \(.*the right.*\); fix .* resumes at step"
                 r" 1, which is kept$"
             ),
         ):
@@ -284,7 +284,7 @@ def test_a_checkpoint_that_may_not_be_read_is_one_line(bucket, saved, monkeypatc
             CheckpointError,
             match=(
                 rf"^checkpoint 12 in gs://bucket/{saved} cannot be read \(a-worker does not .*;"
-                r" mend that"
+                r" fix this"
             ),
         ):
             checkpoints.restore(jax.eval_shape(lambda: state_of(0)))

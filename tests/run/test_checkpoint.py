@@ -360,7 +360,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_refused_with_the_way_back(tmp_path):
         flip_bit(path)
         with pytest.raises(
             CheckpointError,
-            match=r"is damaged: .* remove .*run/12, the run then goes back to step 8$",
+            match=r"is damaged: .* remove .*run/12: the run then resumes at step 8$",
         ) as error:
             Checkpoints(tmp_path / "run").restore(a_state())
         assert str(path) in str(error.value)
@@ -442,7 +442,7 @@ def test_an_object_that_is_not_what_was_saved_is_named_with_the_way_back(bucket,
     said = "missing" if change == "missing" else "damaged"
     with pytest.raises(
         CheckpointError,
-        match=rf"{path.name} is {said}: .* remove .*run/12, the run then goes back to step 8$",
+        match=rf"{path.name} is {said}: .* remove .*run/12: the run then resumes at step 8$",
     ) as error:
         Checkpoints(bucket).restore(a_state())
     assert str(path) in str(error.value)
@@ -458,7 +458,7 @@ def test_a_bucket_that_cannot_be_asked_is_one_line(bucket, monkeypatch):
     with pytest.raises(
         CheckpointError,
         match=(
-            r"run/12 cannot be compared with its checksums \(Forbidden: 403 at length\); mend that"
+            r"run/12 cannot be compared with its checksums \(Forbidden: 403 at length\); fix this"
         ),
     ):
         Checkpoints(bucket).restore(a_state())
@@ -539,7 +539,7 @@ def test_full_disk_keeps_the_checkpoint_before_and_says_so(small_disk):
     with pytest.raises(
         CheckpointError,
         match=(
-            r"the disk is full\); mend that and give the same command again: it goes on from step 1"
+            r"the disk is full\); fix this and run the same command again: it resumes at step 1"
         ),
     ):
         for step in (2, 3):

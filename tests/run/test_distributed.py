@@ -317,7 +317,7 @@ def test_steps_that_do_not_come_any_more_end_the_process(tmp_path):
     began = time.monotonic()
     assert process.wait(timeout=30) == 3 and time.monotonic() - began > 1
     # Ten times the longest step before, half a second.
-    assert "no step has ended for 5 s, this process or another one hangs" in log_of(
+    assert "no step has ended for 5 s: this process or another one hangs" in log_of(
         tmp_path / "run", 0
     )
 
@@ -365,8 +365,8 @@ def test_a_coordinator_that_the_environment_names_is_waited_for(monkeypatch):
     [
         (("127.0.0.1:1", 2, None), "--process_id is missing"),
         ((None, 2, 0), "--coordinator is missing"),
-        (("127.0.0.1:1", 2, 2), r"--process_id = 2 must be in 0\.\.1"),
-        (("nowhere", 2, 1), "--coordinator = 'nowhere' must read HOST:PORT"),
+        (("127.0.0.1:1", 2, 2), r"--process_id=2 must be in 0\.\.1"),
+        (("nowhere", 2, 1), "--coordinator=nowhere must have the form HOST:PORT"),
         (
             ("127.0.0.1:1", 2, 1),
             r"the coordinator 127\.0\.0\.1:1 does not answer after 1 s \(Connection refused\)",

@@ -468,7 +468,7 @@ def test_time_lost_to_saving_is_what_the_loop_waits_for_checkpoints_and_nothing_
         # Saves after 4, 8 and 10 steps, each of which waits for the one before; then the wait for
         # the last, and the end.
         assert (
-            f"toy: {10 + 3 * 3.5 + 0.5 + 7.5:.1f} s, of them {3 * 3.5 + 0.5 + 7.5:.1f} s lost to"
+            f"toy: {10 + 3 * 3.5 + 0.5 + 7.5:.1f} s, of which {3 * 3.5 + 0.5 + 7.5:.1f} s lost to"
             " saving" in capsys.readouterr().out
         )
         before = 2 * 3.5  # until the last save
@@ -481,7 +481,7 @@ def test_time_lost_to_saving_is_what_the_loop_waits_for_checkpoints_and_nothing_
     saves = 3 if stopped_at else 5
     assert seconds.saving == pytest.approx(before + saves * 3.5 + 7.5)
     assert seconds.total - seconds.saving == pytest.approx(STEPS)
-    assert f"of them {seconds.saving:.1f} s lost to saving" in capsys.readouterr().out
+    assert f"of which {seconds.saving:.1f} s lost to saving" in capsys.readouterr().out
     assert shown["speed/save_seconds"][20] == pytest.approx(
         before + (saves - 1) * 3.5
     )  # the line comes before the last save
@@ -587,7 +587,7 @@ def test_a_number_that_is_none_does_not_win_over_a_later_or_an_earlier_one(tmp_p
 
 def test_an_unknown_health_number_is_named(tmp_path):
     with pytest.raises(
-        ValueError, match="keep_best = 'fd_9' is no health number; use one of fd_1, w0"
+        ValueError, match="keep_best = 'fd_9' is not a health number; choose one of fd_1, w0"
     ):
         run(tmp_path, health=valley, keep_best="fd_9")
 

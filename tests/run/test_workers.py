@@ -111,7 +111,7 @@ def test_a_signal_ends_the_wait_for_another_process(tmp_path):
     two._stop.received = "SIGTERM"
     with (
         one.claim("teacher"),
-        pytest.raises(loop.Stopped, match="SIGTERM; start the same command"),
+        pytest.raises(loop.Stopped, match="SIGTERM; the same command resumes it"),
         two.claim("teacher"),
     ):
         pass

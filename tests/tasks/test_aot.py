@@ -251,10 +251,13 @@ def test_a_job_that_does_not_fit_names_its_buffers_and_the_knobs():
     ("flags", "words"),
     [
         (["--topology=v4:2x2x1"], "--config is missing"),
-        (["--config=configs/tpu_v4.py"], "--topology is missing: CHIP:SHAPE, as v4:2x2x1"),
+        (
+            ["--config=configs/tpu_v4.py"],
+            "--topology is missing; give CHIP:SHAPE, such as v4:2x2x1",
+        ),
         (
             ["--config=configs/tpu_v4.py", "--topology=v9:2x2"],
-            "--topology = 'v9:2x2' is not known; use CHIP:SHAPE",
+            "--topology=v9:2x2 is not known; give CHIP:SHAPE",
         ),
         (["--config=configs/digits.py", "--topology=v4:2x2x1"], "plans text-to-image configs"),
         (["--config=configs/tpu_v4.py", "--topology=v4:2x2x1", "--program=all"], "--program=all"),

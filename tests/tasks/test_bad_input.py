@@ -64,7 +64,7 @@ from jaxdistill.tasks.settings import changed
         ({"student.steps": (0, 1)}, "student.steps must hold step counts of at least 1"),
         (
             {"student.keep_best": "fd_9"},
-            "config.student.keep_best = 'fd_9' is not known; use one of fd_1, ",
+            "config.student.keep_best = 'fd_9' is not known; choose one of fd_1, ",
         ),
         (
             {"methods.imagine_flash.teacher_steps": 0},
@@ -98,7 +98,7 @@ def test_a_bad_config_is_refused_with_the_value_and_the_mend(changes, message):
         (
             {},
             (
-                "config.teacher.path is empty: config.method.name = 'endpoint' needs the student/"
+                "config.teacher.path is empty, but config.method.name = 'endpoint' needs the student/"
                 " folder"
             ),
         ),
@@ -125,7 +125,9 @@ def test_each_config_has_a_variant_of_each_method_and_no_other(config):
     assert config.get_config("one").method.name == "endpoint"
     assert config.get_config("one").student.steps == (1,)
     file = config.__name__.removeprefix("configs.")
-    message = rf"configs/{file}.py:two is not known; use one of configs/{file}.py, :imagine_flash,"
+    message = (
+        rf"configs/{file}.py:two is not known; choose one of configs/{file}.py, :imagine_flash,"
+    )
     with pytest.raises(ValueError, match=message):
         config.get_config("two")
 
@@ -202,7 +204,7 @@ def test_the_command_answers_a_mistake_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model={dir}", "--out={dir}/x.png"], "is no export"),
+        (["--model={dir}", "--out={dir}/x.png"], "is not an export"),
         (["--model={student}", "--out={dir}/x.jpg"], "must end in .png or .npz"),
         (["--model={student}", "--out={dir}/no/x.png"], "does not exist"),
         (
@@ -211,7 +213,10 @@ def test_the_command_answers_a_mistake_in_one_line(tmp_path):
         ),
         (["--model={student}", "--out={dir}/x.png", "--num=0"], "--num must be at least 1, got 0"),
         (["--model={student}", "--out={dir}/x.png", "--labels=3,12"], "class 12 is not in 0..9"),
-        (["--model={student}", "--out={dir}/x.png", "--labels=a"], "no list of class numbers"),
+        (
+            ["--model={student}", "--out={dir}/x.png", "--labels=a"],
+            "--labels=a is not a list of class numbers",
+        ),
         (
             ["--model={student}", "--out={dir}/x.png", "--noise_correction=maybe"],
             "neither true nor false",

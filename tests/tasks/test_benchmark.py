@@ -238,7 +238,7 @@ def test_variants_run_on_the_exports_of_another_benchmark(smoke, tmp_path):
         k: v for k, v in rows["base"].items() if k != "images_per_second"
     }
     config.base, config.teacher.iterations = str(base), 31
-    with pytest.raises(ValueError, match=r"teacher.iterations = 30, here it is 31"):
+    with pytest.raises(ValueError, match=r"teacher.iterations = 30, but here it is 31"):
         study_of(config)
     config.teacher.iterations, config.teacher.guidance = 30, 3.0  # the sampler's: free
     study_of(config)
@@ -646,7 +646,7 @@ def test_pairs_of_noise_target_and_caption_stay_together(tmp_path):
 
 def test_a_signal_ends_what_is_watched():
     stop, seen = loop.StopSignal(), []
-    with pytest.raises(loop.Stopped, match="SIGTERM; start the same command"):
+    with pytest.raises(loop.Stopped, match="SIGTERM; the same command resumes it"):
         for step in watched("images", stop.heed)(range(0, 9, 3)):
             seen.append(step)
             stop.received = "SIGTERM" if step == 3 else None

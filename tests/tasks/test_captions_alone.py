@@ -79,7 +79,7 @@ def test_the_statistics_are_in_the_recognisers_checksums(real, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=f"{reference.FILE} is damaged"):
         checkpoint.load_export(folder)
     (folder / reference.FILE).unlink()
-    with pytest.raises(UserError, match=r"is missing: run .*measure.*config.data.source"):
+    with pytest.raises(UserError, match=r"is missing; run .*measure.*config.data.source"):
         reference.load(folder / reference.FILE)
 
 

@@ -248,7 +248,7 @@ def test_a_folder_that_is_no_student_cannot_teach_one_step(tmp_path):
     config = base.chosen(make_config(tmp_path), "one", file="text_config")
     with pytest.raises(
         UserError,
-        match=r"is no student .* its scheduler's _class_name is .*; give the diffusers/ folder",
+        match=r"is not a student .* its scheduler's _class_name is .*; give the diffusers/ folder",
     ):
         main.run(config, tmp_path / "run")
 
@@ -435,9 +435,9 @@ def test_images_are_cropped_encoded_and_kept_with_their_captions(tmp_path):
 
 REFUSALS = [
     ({"teacher.folder": ""}, "config.teacher.folder is empty"),
-    ({"teacher.folder": "/nowhere"}, "/nowhere is no folder"),
+    ({"teacher.folder": "/nowhere"}, "/nowhere is not a folder"),
     ({"data.prompts": ""}, "config.data.prompts is empty"),
-    ({"data.images": "/nowhere"}, "config.data.images = /nowhere is no folder"),
+    ({"data.images": "/nowhere"}, "config.data.images = /nowhere is not a folder"),
     ({"adversarial.reals": "data"}, "needs config.data.images"),
     (
         {"student.lora_rank": 2, "student.lora_targets": ("to_qq",)},
@@ -475,7 +475,7 @@ def test_the_command_gives_one_line(tmp_path):
         *flags(tmp_path, **{"teacher.folder": "/nowhere"}),
         f"--workdir={tmp_path / 'run'}",
     )
-    assert_one_error_line(found, "/nowhere is no folder")
+    assert_one_error_line(found, "/nowhere is not a folder")
 
 
 def test_an_export_of_scanned_blocks_is_read_as_such(tmp_path):

@@ -204,7 +204,9 @@ def test_a_mistake_is_one_line_before_any_training(line):
 
 def test_steps_that_are_not_served_are_refused():
     student = distilled("tdm", iterations=2)
-    with pytest.raises(jd.UserError, match="steps = 4 is not served by this student; use one of 1"):
+    with pytest.raises(
+        jd.UserError, match="steps = 4 is not served by this student; choose one of 1"
+    ):
         student.sample(*inputs(), 4)
 
 

@@ -174,7 +174,7 @@ def test_command_draws_from_given_latents_as_diffusers_does(tmp_path, capsys):
 
 
 REFUSALS = [
-    ([], "draws from text: give --prompt"),
+    ([], "draws from text; give --prompt"),
     (["--prompt=a", "--height=60"], "height must be a positive multiple of 8, got 60"),
     (["--prompt=a", "--steps=0"], "steps must be in 1..1000"),
     (["--prompt=a", "--guidance=nan"], "guidance must be a number"),
@@ -222,9 +222,9 @@ def test_an_eps_teacher_with_zero_terminal_snr_is_refused_before_its_weights_are
 
 
 PROMPT_FILES = {
-    "empty.txt": (b"\n \n", "holds no prompt"),
+    "empty.txt": (b"\n \n", "has no prompts"),
     "latin.txt": ("a cat\ncaf\xe9\n".encode("latin-1"), "line 2 is not UTF-8 (byte 4 is 0xe9)"),
-    "bad.jsonl": (b'{"prompt": "a"}\n{oops\n', "line 2 is no JSON"),
+    "bad.jsonl": (b'{"prompt": "a"}\n{oops\n', "line 2 is not JSON"),
     "keys.jsonl": (b'{"text": "a"}\n', 'line 1 has no text under "prompt" or "caption"'),
     "prompts.csv": (b"a", "must end in .txt"),
 }

@@ -398,7 +398,7 @@ def test_a_warning_comes_where_diversity_is_low_and_does_not_rise(tmp_path, caps
         factors.update({1: np.float32(one), 3: np.float32(three)})
         numbers = line(None, step)
         assert numbers["diversity_1"] == pytest.approx(one, rel=1e-4)
-        return [x for x in capsys.readouterr().out.splitlines() if x.startswith("WARNING")]
+        return [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning: ")]
 
     assert not warned(10, 0.5, 1.0)  # few steps are blurred at the start
     assert not warned(20, 0.6, 1.0)  # while it recovers it is no collapse
@@ -433,7 +433,7 @@ def test_a_workdir_of_other_images_is_refused(folder, tmp_path, monkeypatch):
     other = real.train._replace(images=real.train.images[:, ::-1].copy())
     monkeypatch.setattr(data, "digits", lambda: real._replace(train=other))
     task, run = job(tiny_config(), tmp_path)
-    with pytest.raises(UserError, match=r"was started on other images .* start in a new workdir"):
+    with pytest.raises(UserError, match=r"was started on other images .* choose another workdir"):
         task.data.open(run)
 
 
@@ -508,17 +508,17 @@ def test_a_student_of_one_step_learns_from_a_finished_one(folder, results, tmp_p
         (
             "student",
             {"methods.endpoint.noise_correction": False},
-            "is drawn from with noise_correction = True, the config says False",
+            "has sampler.noise_correction = True, but the config says False",
         ),
         (
             "student",
             {"student.times": (1.0, 0.6, 0.2)},
-            "is drawn from with times = [1.0, 0.5, 0.2], the config says [1.0, 0.6, 0.2]",
+            "has sampler.times = [1.0, 0.5, 0.2], but the config says [1.0, 0.6, 0.2]",
         ),
         (
             "student",
             {"student.grid": "trailing"},
-            "is drawn from with grid = nested, the config says trailing",
+            "has sampler.grid = nested, but the config says trailing",
         ),
     ],
 )

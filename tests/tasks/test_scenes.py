@@ -194,7 +194,7 @@ def test_captions_of_a_stored_dataset_serve_as_prompts(opened):
     assert found and all(scenes.parse(caption) for caption in found)
     with pytest.raises(ValueError, match=r"no 'title' in its examples, only .*caption"):
         prompts_of(f"tfds:{name}:validation:title", str(folder))
-    with pytest.raises(ValueError, match="must read tfds:name:split"):
+    with pytest.raises(ValueError, match="must have the form tfds:name:split"):
         prompts_of("tfds:nothing", str(folder))
     with pytest.raises(ValueError, match="dataset nothing is not below"):
         prompts_of("tfds:nothing:train", str(folder))

@@ -160,7 +160,7 @@ def test_ablation_writes_one_table_and_does_not_repeat_itself(tmp_path, monkeypa
     ("flags", "words"),
     [
         (["--variants=full,less"], "--variants = 'less' is not known; choose one of 'full', "),
-        (["--seeds=one"], "--seeds=one is no list of whole numbers"),
+        (["--seeds=one"], "--seeds=one is not a list of whole numbers"),
     ],
 )
 def test_a_list_that_cannot_be_is_one_line(flags, words, tmp_path):

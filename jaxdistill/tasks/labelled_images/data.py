@@ -107,7 +107,7 @@ def fashion_mnist(folder: str | Path) -> Dataset:
     """
     if not str(folder):
         raise DataError(
-            "config.data.folder is empty: set it to the folder of Fashion-MNIST's idx files, e.g."
+            "config.data.folder is empty; set it to the folder of Fashion-MNIST's idx files, e.g."
             " --config.data.folder=/usr/share/datasets/fashion-mnist (Debian package"
             " dataset-fashion-mnist)"
         )
@@ -122,8 +122,8 @@ def fashion_mnist(folder: str | Path) -> Dataset:
             )
         if len(array) != count:
             raise DataError(
-                f"{stem} in {folder} holds {len(array)} items, Fashion-MNIST's has {count}; fetch"
-                " the file anew"
+                f"{stem} in {folder} holds {len(array)} items, Fashion-MNIST's has {count};"
+                " download it again"
             )
         arrays[key] = array
     images = (arrays["train_images"][..., None] / 255.0).astype(np.float32)
@@ -147,7 +147,7 @@ def find_idx(folder: Path, stem: str) -> Path:
         if path.is_file():
             return path
     raise DataError(
-        f"missing data file {folder / stem}[.gz]; config.data.folder must hold "
+        f"{folder / stem}[.gz] is missing; config.data.folder must hold "
         f"{', '.join(s for s, _ in FASHION_FILES.values())} (plain or .gz)"
     )
 
@@ -162,25 +162,27 @@ def read_idx(path: Path) -> np.ndarray:
             raw = file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path} cannot be read ({error}); it may be truncated: fetch the file anew"
+            f"{path} cannot be read ({error}); it may be truncated; download it again"
         ) from None
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise DataError(
-            f"{path} is no idx file of unsigned bytes: it starts with {raw[:4].hex() or 'nothing'}"
+            f"{path} is not an idx file of unsigned bytes: it starts with"
+            f" {raw[:4].hex() or 'nothing'}"
         )
     if raw[3] < 1:
-        raise DataError(f"{path} is damaged: its header names no dimension; fetch the file anew")
+        raise DataError(f"{path} is damaged: its header names no dimension; download it again")
     header = 4 + 4 * raw[3]
     if len(raw) < header:
         raise DataError(
-            f"{path} is truncated: expected a header of {header} bytes, found {len(raw)}"
+            f"{path} is truncated: expected a header of {header} bytes, found {len(raw)};"
+            " download it again"
         )
     shape = struct.unpack(f">{raw[3]}I", raw[4:header])
     expected = header + int(np.prod(shape))
     if len(raw) != expected:
         raise DataError(
             f"{path} is damaged: expected {expected} bytes for shape {shape}, found {len(raw)};"
-            " fetch the file anew"
+            " download it again"
         )
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 

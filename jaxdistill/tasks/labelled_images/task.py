@@ -82,7 +82,7 @@ class LabelledData:
             if about.get("data_sha256", sha256) != sha256:
                 raise UserError(
                     f"{run.workdir} was started on other images ({self.dataset.name}"
-                    f" {about['data_sha256']}, now {sha256}); start in a new workdir"
+                    f" {about['data_sha256']}, now {sha256}); choose another workdir"
                 )
             classes, images = len(self.dataset.class_names), self.dataset.train.images
             self.extractor = make_extractor(params, images, num_classes=classes, **size)

@@ -40,7 +40,9 @@ class Distilled:
         """Standard normal noise [b, ...], cond with b rows -> images [b, ...]. Raises UserError."""
         if steps not in self.params:
             served = ", ".join(map(str, self.params))
-            raise UserError(f"steps = {steps} is not served by this student; use one of {served}")
+            raise UserError(
+                f"steps = {steps} is not served by this student; choose one of {served}"
+            )
         return self._program(self.params[steps], noise, cond, self._grids[steps])
 
 
@@ -77,7 +79,7 @@ def distill(
     else:
         if task.iterators:
             raise UserError(
-                "workdir needs streams that are functions of i: iterators do not resume"
+                "workdir needs streams that are functions of i, because iterators do not resume"
             )
         config, folder = task.config, Path(workdir)
         prepare_workdir(folder, config)
@@ -132,5 +134,5 @@ def check_finite(training: Training, step: int, metrics: Mapping[str, Any] | Non
     bad = [f"{k} = {v:g}" for k, v in values.items() if not np.isfinite(v)]
     if bad and not np.isfinite([values["loss"], values["grad_norm"]]).all():
         raise NonFiniteError(
-            f"{training.name} step {step}: {', '.join(bad)}; lower settings' learning_rate"
+            f"{training.name} step {step}: {', '.join(bad)}; lower learning_rate in settings"
         )

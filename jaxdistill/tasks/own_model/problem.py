@@ -102,7 +102,9 @@ def peeked(stream: Stream, name: str) -> tuple[Callable[[int], Any], Any]:
     def batch(i: int) -> Any:
         for item in source:
             return item
-        raise UserError(f"problem.{name} ended; it must last for all iterations of all stages")
+        raise UserError(
+            f"problem.{name} ended too early; it must last for all iterations of all stages"
+        )
 
     return batch, first
 

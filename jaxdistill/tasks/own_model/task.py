@@ -42,7 +42,7 @@ class OwnModel:
         self, problem: Problem, method: str, settings: Mapping[str, Any], options: Options
     ) -> None:
         if jax.process_count() > 1:
-            raise UserError("distill is one process; several are jaxdistill.main's")
+            raise UserError("distill runs as one process; use jaxdistill.main for several")
         self.problem, self.options = problem, options
         self.params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), problem.params)
         self.abstract = jax.eval_shape(lambda: self.params)
@@ -97,8 +97,8 @@ class OwnModel:
         self.recipe = self.distillation.recipe
         if problem.features is None and any(HEADS in s.networks for s in self.recipe.stages):
             raise ValueError(
-                f"{method} trains a discriminator on the network's hidden states: give"
-                " problem.features, or set adversarial_weight to 0 in settings where it has one"
+                f"{method} trains a discriminator on the network's hidden states; give"
+                " problem.features, or set adversarial_weight = 0 in settings if it has one"
             )
         self.distillation.check_batch()
         self.grids = {n: self.grid(self.recipe.sampler, n) for n in self.kit({}).steps}

@@ -1,8 +1,9 @@
-"""`python -m jaxdistill.tasks.scenes.measure --source=FOLDER --base=pretrained/scenes`: store what
-real scenes score beside a recogniser, so that runs from captions alone need no image.
+"""Store the statistics of real scenes beside a recogniser, so that runs need captions only.
 
-FOLDER holds Fashion-MNIST's idx files; --base is a finished benchmark, or an export of its teacher,
-recogniser and config.json. The recogniser's card gets the checksum of the new file.
+    python -m jaxdistill.tasks.scenes.measure --source=/usr/share/datasets/fashion-mnist
+
+--base is a finished benchmark, or an export of its teacher, recogniser and config.json. The
+recogniser's card gets the checksum of the new file.
 """
 
 import json
@@ -51,15 +52,17 @@ def measure(source: str, base: Path, cache: Path) -> Path:
 
 def define(values: flags.FlagValues) -> None:
     """The command's own flags."""
-    flags.DEFINE_string("source", None, "Folder of Fashion-MNIST's idx files.", flag_values=values)
-    about = "Folder with recogniser/ and config.json."
+    flags.DEFINE_string("source", None, "FOLDER: Fashion-MNIST's idx files", flag_values=values)
+    about = "FOLDER: with recogniser/ and config.json"
     flags.DEFINE_string("base", "pretrained/scenes", about, flag_values=values)
 
 
 def main() -> None:
     """The command."""
     with one_line_errors():
-        command = Command(__doc__, config=False, workdir=False, define=define).parse()
+        command = Command(
+            __doc__, config=False, workdir=False, needed="--source=FOLDER", define=define
+        ).parse()
         if not command.source:
             raise UserError("--source is missing; give the folder of Fashion-MNIST's idx files")
         path = measure(command.source, Path(command.base), user_cache() / "scenes" / "scenes")

@@ -123,14 +123,14 @@ def load(path: Path) -> tuple[dict[str, Reference], float]:
     """({split: reference}, scale of the features). Raises UserError."""
     if not path.exists():
         raise UserError(
-            f"{path} is missing: run `python -m jaxdistill.tasks.scenes.measure`, or set"
+            f"{path} is missing; run `python -m jaxdistill.tasks.scenes.measure`, or set"
             " config.data.source to the folder of Fashion-MNIST's idx files"
         )
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy it anew") from None
+        raise UserError(f"{path} cannot be read ({error}); copy it again") from None
     found = {}
     for split in {name.partition("/")[0] for name in arrays if "/" in name}:
         prefix = f"{split}/"

@@ -408,8 +408,8 @@ def check_base(config: ConfigDict) -> None:
         free = key.startswith("teacher.") and key.removeprefix("teacher.") in FREE
         if shared and not free and there[key] != here[key]:
             raise UserError(
-                f"config.base = {config.base} was made with {key} = {there[key]}, here it is"
-                f" {here[key]}"
+                f"config.base = {config.base} was made with {key} = {there[key]}, but here it is"
+                f" {here[key]}; use the same value"
             )
 
 

@@ -21,7 +21,7 @@ def prompts_of(source: str, tfds_dir: str = "") -> list[str]:
     """
     if not source:
         raise ValueError(
-            "config.data.prompts is empty: give a .txt or .jsonl file of prompts, or"
+            "config.data.prompts is empty; give a .txt or .jsonl file of prompts, or"
             " tfds:name:split[:key]"
         )
     if not source.startswith("tfds:"):
@@ -31,7 +31,7 @@ def prompts_of(source: str, tfds_dir: str = "") -> list[str]:
     for i in range(len(items)):
         found += texts_of(items[i][key])
     if not found:
-        raise ValueError(f"config.data.prompts = {source!r} holds no prompt")
+        raise ValueError(f"config.data.prompts = {source!r} has no prompts")
     return found
 
 
@@ -50,7 +50,9 @@ def tfds_captions(
     """
     fields = source.split(":")
     if len(fields) not in (3, 4):
-        raise ValueError(f"{name} = {source!r} must read tfds:name:split or tfds:name:split:key")
+        raise ValueError(
+            f"{name} = {source!r} must have the form tfds:name:split or tfds:name:split:key"
+        )
     key = fields[3] if len(fields) == 4 else "caption"
     items = tfds_source(fields[1], fields[2], tfds_dir)
     for wanted in (key, "image") if images else (key,):
@@ -74,13 +76,13 @@ def tfds_source(name: str, split: str, folder: str) -> Any:
         import tensorflow_datasets as tfds
     except ImportError:
         raise ValueError(
-            'a TFDS set needs tensorflow-datasets: pip install ".[benchmark]"'
+            'a TFDS set needs tensorflow-datasets; run: pip install "jaxdistill[benchmark]"'
         ) from None
     root = Path(folder or "~/tensorflow_datasets").expanduser() / name
     stored = sorted(root.glob("**/dataset_info.json"))
     if not stored:
         raise ValueError(
-            f"the TFDS dataset {name} is not below {root.parent}; prepare it there, or set"
+            f"the TFDS dataset {name} is not in {root.parent}; prepare it there, or set"
             " config.data.tfds_dir"
         )
     try:
@@ -117,7 +119,7 @@ def captioned_images(source: str, tfds_dir: str = "") -> list[Captioned]:
     root = Path(source)
     if not root.is_dir():
         raise ValueError(
-            f"config.data.images = {source} is no folder; give one with images and a"
+            f"config.data.images = {source} is not a folder; give one with images and a"
             " metadata.jsonl, or leave it empty"
         )
     if not (root / "metadata.jsonl").is_file():

@@ -72,7 +72,7 @@ class TextEncoders:
                 if given.max() >= part.module.vocab_size:
                     raise ValueError(
                         f"{path} gives the token {given.max()}, but its encoder knows"
-                        f" {part.module.vocab_size}; copy the folder anew"
+                        f" {part.module.vocab_size}; copy the folder again"
                     )
             parts.append(
                 {k: np.asarray(v)[:count] for k, v in self._encode(self.params, ids).items()}

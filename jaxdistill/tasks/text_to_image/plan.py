@@ -56,11 +56,11 @@ def topology(name: str, *, slices: int = 1) -> tuple[Chip, list[Any]]:
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not all(part.isdigit() and int(part) > 0 for part in shape.split("x")):
-        raise AotError(f"--topology = {name!r} is not known; use CHIP:SHAPE, as {KNOWN}")
+        raise AotError(f"--topology={name} is not known; give CHIP:SHAPE, such as {KNOWN}")
     if importlib.util.find_spec("libtpu") is None:
         raise AotError(
-            'the compiler of the TPU is not installed: pip install "jaxdistill[tpu]" (".[tpu]" in a'
-            " checkout)"
+            'libtpu, the compiler, is not installed; run: pip install "jaxdistill[tpu]" (".[tpu]"'
+            " in a checkout)"
         )
     from jax.experimental import topologies
 
@@ -76,7 +76,7 @@ def topology(name: str, *, slices: int = 1) -> tuple[Chip, list[Any]]:
         found = topologies.get_topology_desc(platform="tpu", **options)
     except Exception as error:  # the library has several
         raise AotError(
-            f"--topology = {name!r} cannot be described ({_first(error)}); known are {KNOWN}"
+            f"--topology={name} cannot be described ({_first(error)}); choose one of {KNOWN}"
         ) from None
     return CHIPS[kind], list(found.devices)
 
@@ -108,7 +108,7 @@ def text_program(config: ConfigDict, devices: Sequence[Any], stage: str = "") ->
     stages = setup.recipe.stages
     names = {found.name: i for i, found in enumerate(stages)}
     if stage and stage not in names:
-        raise ValueError(f"--stage = {stage!r} is not known; choose one of {', '.join(names)}")
+        raise ValueError(f"--stage={stage} is not known; choose one of {', '.join(names)}")
     most = max(range(len(stages)), key=lambda i: (len(stages[i].networks), i))
     i = names[stage] if stage else most
     made = programs(setup.distillation.planned(i), setup.layout)
@@ -348,13 +348,13 @@ def text_of(report: Mapping[str, Any]) -> str:
     verdict = "fits" if report["fits"] else "DOES NOT FIT"
     counts = _counted_lines if "unread" not in report else _uncounted_lines
     lines = {
-        "memory a chip, GiB": gib,
+        "GiB per chip": gib,
         "": f"{memory['needed']:.2f} of {memory['chip']:.0f}: {verdict}",
         **counts(report),
     }
     head = (
         f"{report['topology']}: {report['compiled']}, {report['chips']} chips, {report['rows']}"
-        f" rows, {report['rows_a_chip']:g} a chip"
+        f" rows, {report['rows_a_chip']:g} per chip"
     )
     gathers = [
         f"  {'gathered':20} {gather['shape']} {gather['mib']:.1f} MiB x {gather['times']:g}"
@@ -369,15 +369,15 @@ def _counted_lines(report: Mapping[str, Any]) -> dict[str, str]:
     roofline = ", ".join(f"{name} {value:.1f}" for name, value in report["roofline_ms"].items())
     unknown = report["unknown_loops"]
     return {
-        "FLOPs a chip": (
+        "FLOPs per chip": (
             f"{report['flops_a_chip']:.4g}, {report['flops_ratio']:.3f} x the analytic count"
         ),
-        "bytes a chip": (
+        "bytes per chip": (
             f"{report['bytes_a_chip']:.4g} through main memory; collectives: {collectives}"
         ),
         "roofline, ms": f"{roofline}: bound by {report['bound']}",
         "at most": (
-            f"{report['rows_a_second_a_chip_at_most']:g} rows a second a chip, MFU"
+            f"{report['rows_a_second_a_chip_at_most']:g} rows/s per chip, MFU"
             f" {report['mfu_at_most']:.2f}"
         ),
         "compiled in": f"{report['compile_seconds']:.0f} s",
@@ -386,7 +386,7 @@ def _counted_lines(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _uncounted_lines(report: Mapping[str, Any]) -> dict[str, str]:
     return {
-        "analytic FLOPs": f"{report['analytic_flops_a_chip']:.4g} a chip",
+        "analytic FLOPs": f"{report['analytic_flops_a_chip']:.4g} per chip",
         "compiled in": f"{report['compile_seconds']:.0f} s",
         "note": (
             f"jaxlib cannot read what libtpu compiled ({report['unread']}): no counts and times,"
@@ -423,10 +423,10 @@ def search(
         try:
             report = measure(make(rows * devices), chip, devices)
         except DoesNotFit:
-            print(f"{rows} rows a chip: does not fit", flush=True)
+            print(f"{rows} rows per chip: does not fit", flush=True)
             return None
         fits = "fits" if report["fits"] else "does not fit"
-        print(f"{rows} rows a chip: {report['memory_gib']['needed']:.2f} GiB, {fits}", flush=True)
+        print(f"{rows} rows per chip: {report['memory_gib']['needed']:.2f} GiB, {fits}", flush=True)
         return report if report["fits"] else None
 
     best, found, rows = 0, None, step
@@ -457,7 +457,8 @@ def plan(
     """
     if config.get("task") != "text_to_image":
         raise AotError(
-            "jaxdistill.aot plans text-to-image configs, as configs/tpu_v4.py or configs/sd15.py"
+            "jaxdistill.aot plans text-to-image configs only, such as configs/tpu_v4.py"
+            " or configs/sd15.py"
         )
     chip, devices = topology(name, slices=slices)
 
@@ -475,9 +476,9 @@ def plan(
         step = int(config.student.accumulate)  # a micro-batch then has a row a chip
         rows, report = search(make, chip, len(devices), step)
         if report is None:
-            raise DoesNotFit(f"not even {step} rows a chip fit on {name}", "")
+            raise DoesNotFit(f"not even {step} rows per chip fit on {name}", "")
         print(
-            f"the largest batch: {rows} rows a chip, config.student.batch_size ="
+            f"the largest batch: {rows} rows per chip, config.student.batch_size ="
             f" {rows * len(devices)}"
         )
     else:

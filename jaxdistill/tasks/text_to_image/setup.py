@@ -209,7 +209,7 @@ class TextSetup:
         for key, value in self.scheduler_config(self.recipe.sampler).items():
             if path and found.get(key) != value:
                 raise ValueError(
-                    f"config.teacher.folder = {path} is no student with noise_correction ="
+                    f"config.teacher.folder = {path} is not a student with noise_correction ="
                     f" {self.correct_noise}: its scheduler's {key} is {found.get(key)!r}, not"
                     f" {value!r}; give the diffusers/ folder of a finished run"
                 )

@@ -37,8 +37,8 @@ class TextToImageTask(TextSetup):
     def __init__(self, config: ConfigDict) -> None:
         if not config.teacher.folder:
             raise ValueError(
-                "config.teacher.folder is empty: give the teacher's pipeline folder, as diffusers'"
-                " save_pretrained writes it"
+                "config.teacher.folder is empty; give the teacher's pipeline folder, written by"
+                " diffusers' save_pretrained"
             )
         if "://" in config.data.cache:
             raise ValueError(
@@ -53,8 +53,8 @@ class TextToImageTask(TextSetup):
         self.images = captioned_images(images, config.data.tfds_dir) if images else []
         if self.needs_reals and config.adversarial.reals == "data" and not self.images:
             raise ValueError(
-                "config.adversarial.reals = 'data' needs config.data.images; or let the teacher"
-                " draw them: config.adversarial.reals=teacher"
+                "config.adversarial.reals = 'data' needs config.data.images; set it, or let the"
+                " teacher draw them: config.adversarial.reals=teacher"
             )
         self._hashes: dict[Path, str] = {}
         self._caches: dict[str, Cache] = {}
