@@ -76,7 +76,11 @@ SMALL = (
     (r"\bdocs/results\b", "results"),
     (r"\bJAX_PLATFORMS=\w+ | --distributed\b", ""),
     (r"\bconfigs/digits\.py", "configs/smoke.py"),
-    (r"\bconfigs/benchmark\.py(:\w+)?", "configs/benchmark.py:smoke"),
+    (
+        r"(?<=\.benchmark --config=)configs/benchmark\.py(?!:smoke)(:\w+)?",
+        r"configs/benchmark.py:smoke --config.benchmark.methods=\"('imagine_flash',)\"",
+    ),
+    (r"(\.benchmark .*)--config\.base=\S+ ", r"\1"),  # a teacher as small as its students
     (r"\bconfigs/(sd15|sd21|sdxl)\.py", "tests/text_config.py"),
     (r"\bconfigs/tpu_v4\.py(:v5e|:v6e|:sdxl)?", "tests/text_config.py"),
     (r"--topology=(v4|v5p):\S+", r"--topology=\1:2x2x1"),
@@ -107,7 +111,7 @@ FLAGS = (
         " --config.eval.unseen=50 --config.eval.diversity_captions=10 --config.eval.repeats=4"
         " --config.eval.batch_size=50 --config.log.health_samples=50 --config.log.teacher_steps=4",
     ),
-    (r"configs/benchmark\.py:smoke(?!.*config\.base=)", "--config.text.folder=tests/golden/bert"),
+    (r"configs/benchmark\.py:smoke", "--config.text.folder=tests/golden/bert"),
     (
         r"\.aot .*tests/text_config\.py",
         "--config.teacher.folder=stable-diffusion-v1-5 --config.compute.dtype=bfloat16"
