@@ -625,4 +625,4 @@ def test_png_is_a_grid_of_all_images(folder, tmp_path, num, capsys):
             64 * side <= picture.width < 68 * side
             and 64 * -(-num // side) <= picture.height < 68 * side
         )
-    assert f"{num} images" in capsys.readouterr().out
+    assert f"{num} image" in capsys.readouterr().out
