@@ -503,7 +503,7 @@ def test_a_student_of_one_step_learns_from_a_finished_one(folder, results, tmp_p
         (
             "teacher",
             {},
-            "holds a teacher, but config.method.name = 'endpoint' needs the student/ folder of a run",
+            "holds a teacher, but config.method.name = 'endpoint' needs the student/ folder",
         ),
         (
             "student",
