@@ -89,7 +89,7 @@ def draw(
     """
     files: list[Path] = []
     chunk = 8 * batch_size * jax.device_count()
-    with tqdm(total=len(items), desc=label, unit="image", file=sys.stderr) as bar:
+    with tqdm(total=len(items), desc=f"{label}, compiling", unit="image", file=sys.stderr) as bar:
         for start in range(0, len(items), chunk):
             prompts = [item["prompt"] for item in items[start : start + chunk]]
             for image in pipe(prompts, start=start, batch_size=batch_size, **options):
@@ -103,6 +103,7 @@ def draw(
                 )  # not before there is an image: a setting that is refused leaves no trace
                 files.append(folder / f"{len(files):05d}.png")
                 Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)).save(files[-1])
+            bar.set_description_str(label, refresh=False)
             bar.update(len(prompts))
     return files
 

@@ -17,7 +17,7 @@ from jaxdistill.errors import missing_extra
 from jaxdistill.interop import card
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.run import checkpoint, compilation, report
-from jaxdistill.run.help import Parser, named
+from jaxdistill.run.help import Parser, named, note
 
 
 def boolean(text: str) -> bool:
@@ -237,6 +237,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
             raise ValueError(f"--latents={args.latents} cannot be read as .npy ({error})") from None
         if args.num is None and latents.ndim == 4:
             num = len(latents)
+    note(f"{args.model}: loading and compiling (a minute or more for a large model)")
     pipe = pipeline.load(
         args.model,
         grid=args.grid,
@@ -309,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{out}: {len(images)} images")
+    print(f"{out}: {len(images)} image{'s' * (len(images) > 1)}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "") -> Pai
             raise ValueError(
                 f"{folder} is not a model: it has neither card.json nor model_index.json"
             )
-        raise ValueError(f"{folder} draws classes, not text; serve a student that reads captions")
+        raise ValueError(f"{folder} draws classes, not text; give a student that reads text")
+    print(f"{folder}: loading, and compiling for each batch size", flush=True)
     if found == "pipeline":
         return PipelinePainter(pipeline.load(folder), sizes)
     return ExportPainter(TextExport(folder, encoder=encoder), sizes)
@@ -108,7 +109,6 @@ def main(argv: list[str] | None = None) -> None:
         # On a CPU each core is a device of its own: XLA's threads gain nothing on networks as small
         # as the benchmark's.
         jax.config.update("jax_num_cpu_devices", min(cores(), max(args.batch_sizes)))
-        print("compiling the model for each batch size (a minute or more)", flush=True)
         painters = {
             "student": open_painter(args.model, args.batch_sizes, encoder=args.text_encoder)
         }

@@ -156,7 +156,9 @@ def main() -> None:
         command = Command(
             __doc__, config=False, workdir=False, needed=NEEDED, define=define
         ).parse()
-        folder, part = Path(command.benchmark or ""), f"students/{command.student}/student"
+        if not command.benchmark:
+            raise UserError("--benchmark is missing; give the workdir of a finished benchmark")
+        folder, part = Path(command.benchmark), f"students/{command.student}/student"
         for name in ("config.json", "teacher/card.json", f"{part}/card.json"):
             if not (folder / name).exists():
                 raise UserError(

@@ -507,9 +507,11 @@ def load_export(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     """
     folder = Path(folder).absolute()
     if not (folder / "card.json").is_file():
+        missing = "it is not a folder" if folder.exists() else "it does not exist"
+        why = "it has no card.json" if folder.is_dir() else missing
         raise CheckpointError(
-            f"{folder} is not an export: it has no card.json; give the teacher/ or student/ folder"
-            " of a run's workdir"
+            f"{folder} is not an export: {why}; give the teacher/ or student/ folder of a run's"
+            " workdir"
         )
     try:
         card = json.loads((folder / "card.json").read_text())

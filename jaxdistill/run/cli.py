@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxdistill.errors import UserError, missing_extra
 from jaxdistill.run import checkpoint, distributed
-from jaxdistill.run.help import Parser
+from jaxdistill.run.help import Parser, unknown
 from jaxdistill.run.loop import NonFiniteError, Stopped
 from jaxdistill.run.workdir import say
 
@@ -90,7 +90,7 @@ class Command:
         except (flags.Error, LookupError, AttributeError, TypeError, ValueError) as error:
             raise UserError(self._flag_error(error, given)) from None
         except (OSError, ImportError) as error:
-            raise UserError(f"--config cannot be loaded: {error}") from None
+            raise UserError(f"--config cannot be loaded: {_file_error(error)}") from None
         if rest:
             raise UserError(
                 f"unexpected argument {rest[0]!r}; flags look like --config=configs/digits.py"
@@ -108,6 +108,13 @@ class Command:
             where = f"{own[-1].filename}, line {own[-1].lineno}"
             return f"--config cannot be loaded: {type(error).__name__}: {error} ({where})"
         text = re.sub(r"\s+", " ", str(error)).strip()
+        if isinstance(error, flags.UnrecognizedFlagError):
+            known = [f"--{name}" for name in self.values]
+            return unknown(f"--{error.flagname}", known, Parser(self.doc, self.needed).prog)
+        if found := re.fullmatch(
+            r"flag (--\S+?=.*): (invalid literal for int|could not conv).*", text
+        ):
+            return f"{found[1]} is not a {'whole ' * ('int' in found[2])}number"
         if not isinstance(error, (LookupError, AttributeError)) or "config" not in self.values:
             return text
         return f"unknown config key: {_without_key(_config_of(given), given) or text}"
@@ -152,7 +159,7 @@ class Command:
             config.keys()  # a file that could not be loaded fails at its first use
         except Exception as error:  # whatever the user's file raises
             cause = error.__cause__ or error
-            said = [line.strip() for line in str(cause).splitlines() if line.strip()]
+            said = [line.strip() for line in _file_error(cause).splitlines() if line.strip()]
             text = said[-1] if said else type(cause).__name__
             raise UserError(f"--config cannot be loaded: {text}") from None
         return config
@@ -160,6 +167,11 @@ class Command:
     def folder(self) -> Path:
         """The workdir."""
         return Path(self.workdir)
+
+
+def _file_error(error: BaseException) -> str:
+    """What an error says, without its number."""
+    return re.sub(r"\[Errno \d+\] ", "", str(error))
 
 
 def _config_of(given: Sequence[str]) -> ConfigDict:

@@ -60,10 +60,7 @@ class Parser(argparse.ArgumentParser):
             verb = "are" if "," in rest else "is"
             return f"{names} {verb} missing; {self.prog} --help shows an example"
         if head == "unrecognized arguments":
-            word = rest.split()[0]
-            near = get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
-            mend = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags"
-            return f"{word} is not a flag of this command; {mend}"
+            return unknown(rest.split()[0], list(self._option_string_actions), self.prog)
         if not head.startswith("argument "):
             return message
         flag = head.removeprefix("argument ").rpartition("/")[2]
@@ -77,6 +74,19 @@ class Parser(argparse.ArgumentParser):
         if found := re.fullmatch(r"('.*'|\".*\") (is .*)", rest):
             return f"{flag}={unquoted(found[1])} {found[2]}"
         return f"{flag}: {rest}"
+
+
+def unknown(word: str, flags: Sequence[str], command: str) -> str:
+    """What to do about a flag that a command does not have."""
+    near = get_close_matches(word.partition("=")[0], flags, n=1)
+    mend = f"did you mean {near[0]}?" if near else f"{command} --help lists the flags"
+    return f"{word} is not a flag of this command; {mend}"
+
+
+def note(line: str) -> None:
+    """Tell who sits at a terminal what takes its time."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
 
 
 def unquoted(value: str) -> str:

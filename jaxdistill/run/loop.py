@@ -466,7 +466,7 @@ class _Running:
         self.bar = tqdm(
             total=loop.steps,
             initial=self.start,
-            desc=loop.name,
+            desc=f"{loop.name}, compiling" if self.start < loop.steps else loop.name,
             unit="step",
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
             dynamic_ncols=True,
@@ -496,6 +496,8 @@ class _Running:
         """What is due when so many steps have been started."""
         loop, place, last = self.loop, self.place, done == self.loop.steps
         logged = done % place.every == 0 or last
+        if done == self.start + 1:
+            self.bar.set_description_str(loop.name, refresh=False)
         # A few steps stay in flight, so that checking their numbers does not stall the device.
         values = self.check(0 if logged else 8)
         self.bar.update()

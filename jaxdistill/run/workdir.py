@@ -45,6 +45,8 @@ def check_workdir(workdir: Path, config: ConfigDict) -> str:
             f"--workdir={workdir} must be a folder of this machine; checkpoints may go to a bucket:"
             " --config.log.checkpoints=gs://..."
         )
+    if workdir.exists() and not workdir.is_dir():
+        return f"--workdir={workdir} is not a folder; choose another one"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".write-test-{os.getpid()}"

@@ -168,7 +168,8 @@ def test_folder_without_a_card_is_no_export(tmp_path, place):
         folder.mkdir()
     elif place == "a file":
         folder.write_text("x")
-    refused(folder, folder, "card.json", "student/")
+    why = {"empty": "no card.json", "a file": "it is not a folder"}.get(place, "it does not exist")
+    refused(folder, folder, "is not an export: ", why, "student/")
 
 
 # ----------------------------------------------------------------------- exports that fail half way

@@ -339,7 +339,7 @@ def test_progress_shows_phase_rate_loss_and_remaining_time(tmp_path, monkeypatch
     assert (
         "toy" in shown
         and f"{STEPS}/{STEPS}" in shown
-        and "loss=" in shown
+        and "loss 0." in shown
         and "step/s" in shown
         and "<" in shown
     )

@@ -98,8 +98,8 @@ def test_a_bad_config_is_refused_with_the_value_and_the_mend(changes, message):
         (
             {},
             (
-                "config.teacher.path is empty, but config.method.name = 'endpoint' needs the student/"
-                " folder"
+                "config.teacher.path is empty, but config.method.name = 'endpoint' needs the"
+                " student/ folder"
             ),
         ),
         (

@@ -404,7 +404,7 @@ def test_a_warning_comes_where_diversity_is_low_and_does_not_rise(tmp_path, caps
     assert not warned(20, 0.6, 1.0)  # while it recovers it is no collapse
     (text,) = warned(30, 0.55, 1.0)
     assert "student 30" in text and "1 step (" in text and "3 steps" not in text
-    assert "0.8" in text and text.endswith("use MEND")
+    assert "0.8" in text and text.endswith("try MEND")
     (text,) = warned(40, 0.7, 0.7)  # the end shows that it did not recover
     assert "1 step (" in text and "3 steps (" in text
 
@@ -503,7 +503,7 @@ def test_a_student_of_one_step_learns_from_a_finished_one(folder, results, tmp_p
         (
             "teacher",
             {},
-            "holds a teacher; config.method.name = 'endpoint' needs the student/ folder of a run",
+            "holds a teacher, but config.method.name = 'endpoint' needs the student/ folder",
         ),
         (
             "student",
@@ -625,4 +625,4 @@ def test_png_is_a_grid_of_all_images(folder, tmp_path, num, capsys):
             64 * side <= picture.width < 68 * side
             and 64 * -(-num // side) <= picture.height < 68 * side
         )
-    assert f"{num} images" in capsys.readouterr().out
+    assert f"{num} image" in capsys.readouterr().out

@@ -23,6 +23,7 @@ from jaxdistill import partition
 from jaxdistill.costs import hlo
 from jaxdistill.costs.chips import CHIPS, Chip
 from jaxdistill.errors import UserError
+from jaxdistill.run.help import note
 
 KNOWN = (
     "v4:2x2x1, v4:2x2x2, v4:2x2x4, v4:4x4x4, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v5p:2x2x2,"
@@ -233,6 +234,7 @@ def compiled(program: Program) -> Compiled:
     with tempfile.TemporaryDirectory(prefix="jaxdistill-aot-") as folder:
         began = time.perf_counter()
         lowered = program.function.lower(*program.arguments)
+        note("compiling for the slice (some minutes)")
         executable = _compile(lowered, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         seconds = time.perf_counter() - began
         try:
