@@ -29,6 +29,9 @@ def at_home(readme: str) -> str:
         text, target = found.groups()
         if ELSEWHERE.match(target):
             return found[0]
+        folder = ROOT / target
+        if folder.is_dir() and (folder / "README.md").is_file():  # as GitHub shows a folder
+            target = f"{target.rstrip('/')}/README.md"
         return f"[{text}]({target.removeprefix('docs/')})" if target.startswith("docs/") else text
 
     readme = re.sub(

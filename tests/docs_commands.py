@@ -107,9 +107,9 @@ FLAGS = (
     (
         r"\.main .*configs/scenes\.py",
         "--config.teacher.steps=4 --config.student.budget=60 --config.student.batch_size=8"
-        " --config.data.captions=40 --config.adversarial.pool=20 --config.eval.samples=50"
+        " --config.data.captions=40 --config.adversarial.pool=20 --config.eval.samples=100"
         " --config.eval.unseen=50 --config.eval.diversity_captions=10 --config.eval.repeats=4"
-        " --config.eval.batch_size=50 --config.log.health_samples=50 --config.log.teacher_steps=4",
+        " --config.eval.batch_size=50 --config.log.health_samples=70 --config.log.teacher_steps=4",
     ),
     (r"configs/benchmark\.py:smoke", "--config.text.folder=tests/golden/bert"),
     (

@@ -12,3 +12,6 @@ VARIABLES = {
 
 The TPU's compiler ends a process that has these flags.
 """
+
+if __name__ == "__main__":
+    print("\n".join(f"export {name}='{value}'" for name, value in VARIABLES.items()))
