@@ -1,6 +1,6 @@
 """Tell whether a text-to-image run fits a TPU slice, and how fast it can be, without a TPU.
 
-    python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x2
+    python -m jaxdistill.aot --config=configs/tpu_v4.py --topology=v4:2x2x4
 
 Compiles the run's own programs for the slice and reports memory, arithmetic and communication. It
 needs no weights and no prompts: without config.teacher.folder the teacher is the published
