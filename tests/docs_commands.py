@@ -76,10 +76,8 @@ SMALL = (
     (r"\bdocs/results\b", "results"),
     (r"\bJAX_PLATFORMS=\w+ | --distributed\b", ""),
     (r"\bconfigs/digits\.py", "configs/smoke.py"),
-    (
-        r"(?<=\.benchmark --config=)configs/benchmark\.py(?!:smoke)(:\w+)?",
-        r"configs/benchmark.py:smoke --config.benchmark.methods=\"('imagine_flash',)\"",
-    ),
+    (r"(?<=\.benchmark --config=)configs/benchmark\.py(:\w+)?", "configs/benchmark.py:smoke"),
+    (r"\bruns/benchmark-smoke\b", "runs/benchmark"),  # the whole one is as small: once will do
     (r"(\.benchmark .*)--config\.base=\S+ ", r"\1"),  # a teacher as small as its students
     (r"\bconfigs/(sd15|sd21|sdxl)\.py", "tests/text_config.py"),
     (r"\bconfigs/tpu_v4\.py(:v5e|:v6e|:sdxl)?", "tests/text_config.py"),
