@@ -281,13 +281,13 @@ def imagine_flash(
     The student's x̂0 at each state carries the gradient, the state does not. The loss is the mean
     over states and examples of the mean square over an image's elements.
 
-    What differs from the paper: it adds a discriminator without saying which, here it is that of
+    What differs from the paper: the paper does not describe its discriminator; here it is that of
     `adversarial`. γ is a function passed in, and `TABLE` was tuned here. One student serves all
     `grids`, which share its batches.
 
     With `shortcut` (ours) the first state's x̂0 also takes ‖x̂0(x_T) - stopgrad(x_end)‖², x_end the
-    image at the end of the same trajectory: one step goes where several do, for no network call
-    more.
+    image at the end of the same trajectory: one step goes where several do, for no further
+    network call.
 
     Args:
       student: the network that learns; its parameters are an argument of the loss.

@@ -1,9 +1,9 @@
 """Matched (ours): Imagine Flash, then TDM with its shortcut, then one step from several.
 
-A regression leaves soft what is uncertain, and matching distributions sharpens it. But where all is
-uncertain, in one step, matching finds the modes first. So one step learns from several: while these
-are trained its target is the end of their trajectory, and then a student of one step alone goes on
-from there, towards what the student of several steps draws from fresh noises (`endpoint`).
+A regression blurs what is uncertain, and matching distributions sharpens it. From pure noise
+everything is uncertain, and there matching finds the modes first. So one step learns from several:
+while these are trained, its target is the end of their trajectory. Then a student of one step goes
+on alone, towards what the student of several steps draws from fresh noises (`endpoint`).
 """
 
 from collections.abc import Sequence

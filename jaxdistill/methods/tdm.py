@@ -139,8 +139,7 @@ def tdm(
 
     x_s is where the student's step from t ends. It is diffused on to a random τ of (s, t), and g of
     `matching_gradient` compares there the real score with the fake one, which is trained on the
-    same x_τ: the x_τ of the whole trajectory have the teacher's distribution when the fake score
-    has nowhere a quarrel with it. No data is used.
+    same x_τ. Where both agree everywhere, the x_τ have the teacher's distribution. No data is used.
 
     What differs from the paper: it tells the network how many steps the trajectory has; here the
     networks have no such input, and one student learns all grids. Its published demo takes one
@@ -154,8 +153,8 @@ def tdm(
 
     With `shortcut` (ours) x̂0 of the trajectory's first state also takes ‖x̂0(x_T) -
     stopgrad(x_end)‖², x_end the image at the end of the same trajectory: one step goes where
-    several do, for no network call more. Matching alone is at its worst there, as it may choose
-    among the modes of a state that leaves all open; the end of the trajectory is a function of x_T.
+    several do, for no further network call. Matching alone is worst there: from pure noise every
+    image is possible, and it finds the modes first. The trajectory's end is a function of x_T.
 
     Args:
       student: the generator.
