@@ -41,7 +41,7 @@ def get_config(size: str = "") -> ConfigDict:
         known = ", ".join("configs/benchmark.py" + (f":{name}" if name else "") for name in names)
         raise ValueError(f"configs/benchmark.py:{size} is not known; choose one of {known}")
     if size == "digits":
-        config = digits.get_config()
+        config = digits.whole()
         config.student.update({"iterations": 0, "budget": 28_000})  # some 1,090 of Imagine Flash
         base.compared(config, [name for name in METHODS if name != "endpoint"])
         return config

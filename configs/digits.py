@@ -21,6 +21,11 @@ from configs import base
 
 def get_config(name: str = "") -> ConfigDict:
     """The config; `name` is a method's, or "one"."""
+    return base.chosen(whole(), name, file="digits")
+
+
+def whole() -> ConfigDict:
+    """The config with the settings of all methods."""
     config = base.base("labelled_images", guidance=1.25)  # the best of 1, 1.25, 1.5 on validation
     config.data.update({"name": "digits", "folder": ""})  # digits | fashion; folder of its files
 
@@ -74,4 +79,4 @@ def get_config(name: str = "") -> ConfigDict:
             "extractor_steps": 600,
         }
     )
-    return base.chosen(config, name, file="digits")
+    return config

@@ -18,7 +18,7 @@ from configs import base, digits
 
 def get_config(name: str = "") -> ConfigDict:
     """The config; what is not set here is as in the digits config."""
-    config = digits.get_config()
+    config = digits.whole()
     config.data.name = "fashion"
     config.model = ConfigDict(
         {"name": "unet", "channels": (32, 64), "blocks": 1, "patch": 2, "time_scale": 1000.0}

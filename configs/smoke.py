@@ -8,12 +8,12 @@ teacher at 20 steps, 13 for its student at 3).
 
 from ml_collections import ConfigDict
 
-from configs import digits
+from configs import base, digits
 
 
 def get_config(name: str = "") -> ConfigDict:
-    """The digits config, shortened."""
-    config = digits.get_config(name)
+    """The digits config, shortened; `name` is a method's, or "one"."""
+    config = digits.whole()
     config.model.update({"width": 96, "depth": 2, "cond_width": 96})
     config.teacher.update({"iterations": 300, "steps": 20, "health_every": 150})
     config.student.update({"iterations": 60, "batch_size": 32, "health_every": 30})
@@ -23,4 +23,4 @@ def get_config(name: str = "") -> ConfigDict:
     config.adversarial.pool = 200
     config.eval.update({"samples": 720, "batch_size": 360, "extractor_steps": 150})
     config.log.update({"every": 10, "health_samples": 100, "checkpoint_every": 20})
-    return config
+    return base.chosen(config, name, file="smoke")

@@ -9,6 +9,7 @@ architecture config.teacher.architecture.
 
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,15 @@ def main() -> None:
         config = command.given_config()
         jax.config.update("jax_platforms", "cpu")  # the devices of this machine play no part
         options = {"find": command.search, "slices": command.slices, "stage": command.stage}
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits for the compiler
         try:
             report = plan.plan(config, command.topology, program=command.program, **options)
         except plan.DoesNotFit as error:
             lines = plan.largest_buffers(error.report)
             print(f"error: {error}; try {plan.knobs(config)}", *lines, sep="\n", file=sys.stderr)
             sys.exit(1)
+        finally:
+            signal.signal(signal.SIGINT, before)
         show(report, config, command.json)
 
 

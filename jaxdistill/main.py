@@ -62,7 +62,9 @@ def main() -> None:
         join(command, config)
         results = run(config, command.folder())
         if results and distributed.is_main():
-            print((command.folder() / "results.md").read_text())
+            folder = command.folder()
+            print((folder / "results.md").read_text())
+            print(f"in {folder}: results.md, and student/ (python -m jaxdistill.sample draws it)")
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def fd_curve(axes: Any, results: Mapping[str, Any]) -> None:
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="network calls an image (guided calls count once)",
+        xlabel="sampling steps",
         ylabel=f"Fréchet distance ({results['config']['eval']['split']})",
     )
     ticks = sorted({r["steps"] for r in results["rows"]})

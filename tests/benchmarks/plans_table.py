@@ -45,11 +45,11 @@ CORES = {"v4": 2, "v5p": 2}
 COLUMNS = (
     "job and report",
     "slice",
-    "rows a chip",
-    "GiB a chip",
+    "rows per chip",
+    "GiB per chip",
     "FLOPs / analytic",
     "compute / memory / links, ms",
-    "rows a second a chip, MFU: at most",
+    "at most: rows/s per chip, MFU",
 )
 MORE = ("config", "bound by", "compiled in", "with")
 """Columns of docs/results/plans.md alone: the page has no room for them."""
@@ -198,7 +198,7 @@ def cells_of(row: Mapping[str, Any], folder: str) -> dict[str, str]:
         most = f"{row['rows_a_second_a_chip_at_most']:.1f}, {row['mfu_at_most']:.2f}"
     cells = (
         f"[{row['teacher']}, {row['pixels']}²: {row['job']}]({folder}{row['file']})",
-        f"{slice_of(row['topology'])} ({row['topology']})",
+        f"{slice_of(row['topology'])} ({row['topology']}, {chips_of(row['topology'])} chips)",
         f"{row['rows_a_chip']:g}",
         gib,
         shown("flops_ratio", "{:.3f}"),

@@ -8,6 +8,7 @@ the compiler of the TPU (libtpu): memory, arithmetic and communication of one ch
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +24,10 @@ from jaxdistill import partition
 from jaxdistill.costs import hlo
 from jaxdistill.costs.chips import CHIPS, Chip
 from jaxdistill.errors import UserError
-from jaxdistill.run.help import note
 
 KNOWN = (
-    "v4:2x2x1, v4:2x2x2, v4:2x2x4, v4:4x4x4, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v5p:2x2x2,"
-    " v5p:4x4x4, v6e:2x2, v6e:4x4, v6e:8x8"
+    "v4:2x2x1, v4:2x2x2, v4:2x2x4, v4:4x4x4, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v5p:2x2x1,"
+    " v5p:2x2x2, v5p:4x4x4, v6e:2x2, v6e:4x4, v6e:8x8"
 )
 """Topologies that the compiler describes; others of these chips work alike."""
 
@@ -68,6 +68,7 @@ def topology(name: str, *, slices: int = 1) -> tuple[Chip, list[Any]]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else it complains at length
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: else it warns of none
     options: dict[str, Any] = {"topology_name": name}
     if kind in ("v4", "v5p"):
         options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
@@ -234,7 +235,8 @@ def compiled(program: Program) -> Compiled:
     with tempfile.TemporaryDirectory(prefix="jaxdistill-aot-") as folder:
         began = time.perf_counter()
         lowered = program.function.lower(*program.arguments)
-        note("compiling for the slice (some minutes)")
+        told = "compiling for the slice: minutes, and up to an hour or more at full size"
+        print(told, file=sys.stderr, flush=True)
         executable = _compile(lowered, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         seconds = time.perf_counter() - began
         try:
