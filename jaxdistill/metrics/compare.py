@@ -227,7 +227,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         [cells(row) for row in rows],
     )
     if not shown:
-        text += "\nNo scores: give --inception and --reference for FID, and --clip for CLIP score.\n"
+        text += (
+            "\nNo scores: give --inception and --reference for FID, and --clip for CLIP score.\n"
+        )
     if any("categories" in row for row in rows):
         names = list(rows[0]["categories"])
         counts = [f"{name} ({rows[0]['categories'][name]['count']:,})" for name in names]

@@ -582,6 +582,7 @@ def test_page_has_a_row_a_model_and_spread_prompts_as_columns(place, monkeypatch
                 grid[row, column, ::170, ::255], wanted[[0], [[0, -1]]].reshape(1, 2, 3), atol=1e-6
             )
     assert min(Image.open(folder / "out" / "page.png").size) > 500
+    assert "No scores: give --inception" in (folder / "out" / "scores.md").read_text()
 
 
 def test_captions_are_whole_and_no_formulas(place, monkeypatch):

@@ -7,7 +7,7 @@ import tiny
 from flax import linen as nn
 from shell import assert_one_error_line, run_command
 
-from configs import base, digits, fashion, sd15, sd21, sdxl
+from configs import base, digits, fashion, scenes, sd15, sd21, sdxl, smoke
 from jaxdistill import sample
 from jaxdistill.interop import card
 from jaxdistill.methods import METHODS
@@ -117,7 +117,7 @@ def test_a_bad_config_of_one_step_from_several_is_refused(changes, message):
 
 
 @pytest.mark.parametrize(
-    "config", [digits, fashion, sd15, sd21, sdxl], ids=lambda config: config.__name__
+    "config", [digits, fashion, scenes, sd15, sd21, sdxl, smoke], ids=lambda config: config.__name__
 )
 def test_each_config_has_a_variant_of_each_method_and_no_other(config):
     for name in METHODS:
