@@ -104,7 +104,8 @@ FLAGS = (
     ),
     (
         r"\.main .*configs/scenes\.py",
-        "--config.teacher.steps=4 --config.student.budget=60 --config.student.batch_size=8"
+        "--config.compute.unroll=False --config.teacher.steps=4 --config.student.budget=60"
+        " --config.student.batch_size=8"
         " --config.data.captions=40 --config.adversarial.pool=20 --config.eval.samples=100"
         " --config.eval.unseen=50 --config.eval.diversity_captions=10 --config.eval.repeats=4"
         " --config.eval.batch_size=50 --config.log.health_samples=70 --config.log.teacher_steps=4",
@@ -125,6 +126,7 @@ FLAGS = (
         "--config.student.batch_size=8 --config.data.height=128 --config.data.width=128",
     ),
     (r"\.teacher_states ", "--samples=50 --steps=2"),
+    (r"\.sample .*/students/", "--text_encoder=tests/golden/bert"),
     (r"\.serve ", "--port=PORT"),
 )
 """More flags of small commands that match, in their place at the end."""
