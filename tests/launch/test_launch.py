@@ -529,7 +529,7 @@ def test_what_the_workers_would_not_get_is_refused(scene, checkout):
     checkout.git("update-ref", "refs/remotes/other/main", "HEAD")
     refused('no remote "origin"', "--repo")
     shutil.rmtree(checkout.folder / ".git")
-    refused("no git checkout", "--commit and --repo")
+    refused("is not a git checkout", "--commit and --repo")
 
 
 # ------------------------------------------------------------------------------- a pod of stand-ins
@@ -1483,7 +1483,7 @@ def test_what_is_not_given_is_left_out(scene):
         ([*GKE, "--image=i", "--restarts=-1"], ["--restarts=-1"]),
         (
             [*GKE[:2], "--topology=4x4", "--image=i"],
-            ["--topology=4x4 has 2 sizes, tpu-v4-podslice has 3", "4x4x4"],
+            ["--topology=4x4 has 2 sizes, but tpu-v4-podslice has 3", "4x4x4"],
         ),
         ([*GKE[:2], "--topology=16", "--image=i"], ["--topology=16", "2x2x4"]),
         (["--name=My", *GKE[1:], "--image=i"], ["--name=My", "lower-case"]),
