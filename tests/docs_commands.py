@@ -79,6 +79,7 @@ SMALL = (
     (r"(?<=\.benchmark --config=)configs/benchmark\.py(:\w+)?", "configs/benchmark.py:smoke"),
     (r"\bruns/benchmark-smoke\b", "runs/benchmark"),  # the whole one is as small: once will do
     (r"(\.benchmark .*)--config\.base=\S+ ", r"\1"),  # a teacher as small as its students
+    (r"\bconfigs/scenes\.py(?!:)", "configs/scenes.py:imagine_flash"),  # one stage, not three
     (r"\bconfigs/(sd15|sd21|sdxl)\.py", "tests/text_config.py"),
     (r"\bconfigs/tpu_v4\.py(:v5e|:v6e|:sdxl)?", "tests/text_config.py"),
     (r"--topology=(v4|v5p):\S+", r"--topology=\1:2x2x1"),
