@@ -189,7 +189,7 @@ def test_a_loop_that_data_end_is_refused_where_it_has_products():
         return lambda x, w: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: body(x, w), x)
 
     assert flops_of(until(lambda x, w: x + w[0]), X, W) == 0
-    with pytest.raises(ValueError, match=rf"^a while loop with {ONE} FLOPs a round cannot"):
+    with pytest.raises(ValueError, match=rf"^a while loop with {ONE} FLOPs per round cannot"):
         flops_of(until(layer), X, W)
 
 

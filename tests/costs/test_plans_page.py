@@ -36,7 +36,7 @@ def test_a_new_row_of_methods_is_taken_with_or_without_its_times(tmp_path):
     row = table.rows_of_methods(path)[-1]
     cells = table.cells_of(row, "results/")
     assert "1.5, 512²: TDM, LoRA of rank 64" in cells["job and report"]
-    assert cells["GiB a chip"] == "9.4 of 95: fits" and cells["bound by"] == ""
+    assert cells["GiB per chip"] == "9.4 of 95: fits" and cells["bound by"] == ""
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_an_object_that_is_not_what_was_saved_is_named_with_the_way_back(bucket,
     with pytest.raises(
         CheckpointError,
         match=(
-            rf"^gs://bucket/{saved}/{name} {said}: .* remove gs://bucket/{saved}/12, .* to step 8$"
+            rf"^gs://bucket/{saved}/{name} {said}: .* remove gs://bucket/{saved}/12: .* at step 8$"
         ),
     ):
         restored(saved)

@@ -196,7 +196,7 @@ def test_captions_of_a_stored_dataset_serve_as_prompts(opened):
         prompts_of(f"tfds:{name}:validation:title", str(folder))
     with pytest.raises(ValueError, match="must have the form tfds:name:split"):
         prompts_of("tfds:nothing", str(folder))
-    with pytest.raises(ValueError, match="dataset nothing is not below"):
+    with pytest.raises(ValueError, match="dataset nothing is not in"):
         prompts_of("tfds:nothing:train", str(folder))
     with pytest.raises(ValueError, match=f"{name}:sideways cannot be read"):
         prompts_of(f"tfds:{name}:sideways", str(folder))
