@@ -402,7 +402,7 @@ def test_an_unknown_method_is_refused_with_the_key_that_names_it(name, blocks, m
         ),
         ("dmd2", (1, 2), {"fake_updates": 0}, "fake_updates must be at least 1, got 0"),
         ("dmd2", (1, 2), {"adversarial_weight": -1.0}, "adversarial_weight must be at least 0"),
-        ("add", (1, 2), {"adversarial_weight": 0.0}, "add is nothing without its adversary"),
+        ("add", (1, 2), {"adversarial_weight": 0.0}, "add needs its adversary"),
         ("lcm", (1, 2), {"target_decay": 1.0}, "target_decay must be in [0, 1), got 1"),
         ("lightning", (1, 2), {"counts": (3, 1)}, "each of counts must divide the one before"),
         ("lightning", (1, 2), {"first_share": 1.0}, "first_share must be in (0, 1), got 1"),
