@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import card
+from jaxdistill.interop import card, single_file
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.run import checkpoint, compilation, report
 from jaxdistill.run.help import Parser, named, note
@@ -41,7 +41,7 @@ def parser() -> Parser:
     """The flags."""
     p = Parser(__doc__, "--model=FOLDER --out=FILE")
     add = p.add_argument
-    about = "a run's teacher/ or student/ folder, or a diffusers pipeline folder"
+    about = "a run's student/, a diffusers folder, or a .safetensors checkpoint"
     add("--model", required=True, metavar="FOLDER", help=about)
     about = ".png: a grid; .npz: images, float32 [n, h, w, c] in [0, 1]"
     add("--out", required=True, metavar="FILE", help=about)
@@ -84,6 +84,8 @@ def parser() -> Parser:
 def add_computing(flags: Any) -> None:
     """How a pipeline computes, as flags of a parser or of a group."""
     add = flags.add_argument
+    about = "of a .safetensors checkpoint: a pipeline folder of its kind"
+    add("--like", default="", metavar="FOLDER", help=about)
     about = "decode in tiles of N x N latents; 0: in one piece"
     add("--tile", type=int, default=0, metavar="N", help=about)
     types = ("float32", "bfloat16")
@@ -99,7 +101,12 @@ def computing(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.tile < 0 or args.tile == 1:
         raise ValueError(f"--tile must be 0 (never) or at least 2, got {args.tile}")
-    return {"tile": args.tile, "dtype": jnp.dtype(args.dtype), "attention": args.attention}
+    return {
+        "like": args.like,
+        "tile": args.tile,
+        "dtype": jnp.dtype(args.dtype),
+        "attention": args.attention,
+    }
 
 
 def generate(
@@ -157,10 +164,10 @@ PIPELINE_FLAGS = ("negative_prompt", "height", "width", "grid", "solver", "laten
 
 
 def kind(folder: Path) -> str:
-    """What a folder draws from: "pipeline" (a diffusers folder, or an export that names one),
+    """What a folder draws from: "pipeline" (a diffusers folder, an export that names one, a file),
     "caption" or "label".
     """
-    if (folder / "model_index.json").is_file():
+    if (folder / "model_index.json").is_file() or single_file.is_file(folder):
         return "pipeline"
     try:
         found = json.loads((folder / "card.json").read_text())

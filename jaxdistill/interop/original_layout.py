@@ -6,7 +6,7 @@ first releases (`model.diffusion_model.*`, `first_stage_model.*`, `cond_stage_mo
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flax import linen as nn
@@ -62,7 +62,7 @@ class Origin:
 
 
 def origin(module: nn.Module, prefix: str) -> Callable[[str], Origin]:
-    """diffusers' name of a tensor of this module -> where the original layout has it.
+    """Diffusers' name of a tensor of this module -> where the original layout has it.
 
     `prefix`: one of those above; OpenCLIP's names are known by it.
     """
@@ -73,6 +73,11 @@ def origin(module: nn.Module, prefix: str) -> Callable[[str], Origin]:
     if isinstance(module, CLIPText) and prefix.endswith("model."):
         return lambda name: open_clip_origin(name, prefix)
     return lambda name: Origin(prefix + name)
+
+
+def averaged(found: Origin) -> Origin:
+    """The moving average that a training checkpoint keeps beside a UNet's tensor."""
+    return replace(found, name="model_ema." + found.name.removeprefix("model.").replace(".", ""))
 
 
 # ----------------------------------------------------------------------------------------- the UNet
@@ -147,17 +152,15 @@ def vae_origin(name: str, prefix: str, levels: int) -> Origin:
         side, layer, leaf = attention.groups()
         kernel = layer != "group_norm" and leaf == "weight"
         return Origin(f"{prefix}{side}.mid.attn_1.{_ATTENTION[layer]}.{leaf}", kernel=kernel)
-    name = re.sub(
-        r"\.mid_block\.resnets\.(\d)\.", lambda m: f".mid.block_{int(m[1]) + 1}.", name
-    )
+    name = re.sub(r"\.mid_block\.resnets\.(\d)\.", lambda m: f".mid.block_{int(m[1]) + 1}.", name)
     name = re.sub(r"\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r".down.\1.block.\2.", name)
     name = re.sub(r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample.", name)
-    name = re.sub(
-        r"\.up_blocks\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", name
-    )
+    name = re.sub(r"\.up_blocks\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", name)
     name = re.sub(r"\.up_blocks\.(\d+)\.resnets\.(\d+)\.", r".up.\1.block.\2.", name)
     name = re.sub(r"\.up_blocks\.(\d+)\.upsamplers\.0\.", r".up.\1.upsample.", name)
-    name = name.replace(".conv_shortcut.", ".nin_shortcut.").replace(".conv_norm_out.", ".norm_out.")
+    name = name.replace(".conv_shortcut.", ".nin_shortcut.").replace(
+        ".conv_norm_out.", ".norm_out."
+    )
     return Origin(prefix + name)
 
 

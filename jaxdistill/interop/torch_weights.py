@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -90,6 +90,39 @@ class WeightFiles:
                 ) from None
 
 
+class Origin(Protocol):
+    """Where another layout keeps a tensor: its name there, and how ours is made of it."""
+
+    @property
+    def name(self) -> str:
+        """Its name there."""
+
+    def read(self, value: np.ndarray) -> np.ndarray:
+        """Ours from the tensor there."""
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Ours of the shape there."""
+
+
+class RenamedWeights(WeightFiles):
+    """Some tensors of a file of another layout by our names. What begins with `prefix` there and
+    has none of them keeps its own name, so that `load` tells of it.
+    """
+
+    def __init__(self, path: Path, origins: Mapping[str, Origin], *, prefix: str) -> None:
+        super().__init__([path])
+        theirs = self.shapes
+        self._origins = {name: o for name, o in origins.items() if o.name in theirs}
+        used = {o.name for o in self._origins.values()}
+        left = {n: s for n, s in theirs.items() if n.startswith(prefix) and n not in used}
+        self.shapes = {n: o.shape(theirs[o.name]) for n, o in self._origins.items()} | left
+
+    def read(self, name: str) -> np.ndarray:
+        """A copy of one tensor, by our name."""
+        found = self._origins[name]
+        return np.ascontiguousarray(found.read(super().read(found.name)))
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
@@ -160,6 +193,12 @@ def load(
         whole, place = np.ascontiguousarray(value, dtype), places[path]
         loaded[path] = jax.device_put(whole) if place is None else partition.put(whole, place)
     return {"params": unflatten_dict(loaded)}
+
+
+def names_of(abstract: Any, stacked: str = "") -> dict[str, tuple[int, ...]]:
+    """Torch's names and shapes of a module's parameters."""
+    leaves = flatten_dict(abstract["params"]).items()
+    return {name: s for path, leaf in leaves for name, s in _sources(path, leaf.shape, stacked)}
 
 
 def _is_stacked(path: Sequence[str], stacked: str) -> bool:
