@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxdistill.interop import card
+from jaxdistill.interop import card, check_like
 from jaxdistill.interop.prompts import read_prompts as read_file
 from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.compare import (
@@ -118,17 +118,22 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
         ("teacher", args.teacher, [args.teacher_steps], args.guidance, args.solver),
     ]
     plan = [entry for entry in plan if entry[1]]
+    check_like(args.like, args.teacher, args.student)
     computed = computing(args)
+
+    def load(source: str, **options: Any) -> pipeline.TextToImage:
+        return pipeline.load(source, like=args.like, **computed, **options)
+
     for _, source, counts, guidance, solver in plan[1:]:
         # Read once and let go, so that a damaged folder is found before the first image and only
         # one pipeline is in memory.
-        pipeline.load(source, solver=solver, **computed).check(
+        load(source, solver=solver).check(
             steps=max(counts), guidance=guidance, height=args.height, width=args.width
         )
         gc.collect()
     rows = []
     for model, source, counts, guidance, solver in plan:
-        pipe = pipeline.load(source, solver=solver, layout=pipeline.every_device(), **computed)
+        pipe = load(source, solver=solver, layout=pipeline.every_device())
         for steps in counts:
             folder = out / "images" / f"{model}-{steps}"
             options = {
@@ -187,7 +192,7 @@ def parser() -> Parser:
     """The flags."""
     p = Parser("\n".join((__doc__ or "").splitlines()[:4]), "--prompts=FILE --out=FOLDER")
     add = p.add_argument
-    add("--teacher", metavar="FOLDER", help="a diffusers pipeline folder")
+    add("--teacher", metavar="FOLDER", help="a diffusers folder, or a .safetensors checkpoint")
     add("--student", metavar="FOLDER", help="a student's export or its diffusers/ folder")
     about = "finished images to score, instead of --teacher and --student"
     add("--images", metavar="FOLDER", help=about)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import card, single_file
+from jaxdistill.interop import card, check_like, is_file
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.run import checkpoint, compilation, report
 from jaxdistill.run.help import Parser, named, note
@@ -101,12 +101,7 @@ def computing(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.tile < 0 or args.tile == 1:
         raise ValueError(f"--tile must be 0 (never) or at least 2, got {args.tile}")
-    return {
-        "like": args.like,
-        "tile": args.tile,
-        "dtype": jnp.dtype(args.dtype),
-        "attention": args.attention,
-    }
+    return {"tile": args.tile, "dtype": jnp.dtype(args.dtype), "attention": args.attention}
 
 
 def generate(
@@ -167,7 +162,7 @@ def kind(folder: Path) -> str:
     """What a folder draws from: "pipeline" (a diffusers folder, an export that names one, a file),
     "caption" or "label".
     """
-    if (folder / "model_index.json").is_file() or single_file.is_file(folder):
+    if (folder / "model_index.json").is_file() or is_file(folder):
         return "pipeline"
     try:
         found = json.loads((folder / "card.json").read_text())
@@ -235,6 +230,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     num, batch_size = prompt_numbers(args, batch_size=4)
     if args.text_encoder is not None:
         raise ValueError(f"--text_encoder: {args.model} has its own; leave it out")
+    check_like(args.like, args.model)
     options = computing(args)
     latents = None
     if args.latents is not None:
@@ -247,6 +243,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     note(f"{args.model}: loading and compiling (a minute or more for a large model)")
     pipe = pipeline.load(
         args.model,
+        like=args.like,
         grid=args.grid,
         solver=args.solver,
         noise_correction=args.noise_correction,

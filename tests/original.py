@@ -5,18 +5,17 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxdistill.interop import diffusers_folder, original_layout
+from jaxdistill.interop import diffusers_folder
+from jaxdistill.interop.original_layout import OPEN_TEXT, TEXT, UNET, VAE, XL_TEXT, origin
 
 
-def write(folder: Path, path: Path, *, parts=("unet", "vae", "text"), marks=(), metadata=None) -> Path:
+def write(
+    folder: Path, path: Path, *, parts=("unet", "vae", "text"), marks=(), metadata=None
+) -> Path:
     """The folder's weights as one file; `marks` are keys of no weights."""
     found = diffusers_folder.open_folder(folder)
-    open_clip = not found.xl and found.text_encoders[0].module.activation == "gelu"
-    text = original_layout.XL_TEXT if found.xl else (
-        original_layout.OPEN_TEXT if open_clip else original_layout.TEXT,
-    )
-    chosen = {"unet": [(found.unet, original_layout.UNET)], "vae": [(found.vae, original_layout.VAE)]}
-    chosen["text"] = list(zip(found.text_encoders, text, strict=True))
+    encoders = list(zip(found.text_encoders, text_prefixes(found), strict=True))
+    chosen = {"unet": [(found.unet, UNET)], "vae": [(found.vae, VAE)], "text": encoders}
     tensors: dict[str, np.ndarray] = {name: np.zeros(()) for name in marks}
     for name in parts:
         for part, prefix in chosen[name]:
@@ -25,17 +24,25 @@ def write(folder: Path, path: Path, *, parts=("unet", "vae", "text"), marks=(), 
     return path
 
 
+def text_prefixes(found: diffusers_folder.Folder) -> tuple[str, ...]:
+    """Of the text encoders: 2.x has OpenCLIP's, told by its activation."""
+    if found.xl:
+        return XL_TEXT
+    plain = found.text_encoders[0].module.activation == "quick_gelu"
+    return (TEXT if plain else OPEN_TEXT,)
+
+
 def _tensors(part: diffusers_folder.Part, prefix: str) -> dict[str, np.ndarray]:
-    weights, origin = part.weights(), original_layout.origin(part.module, prefix)
+    weights, there = part.weights(), origin(part.module, prefix)
     found: dict[str, np.ndarray] = {}
     thirds: dict[str, dict[int, np.ndarray]] = {}
     for name in weights.shapes:
         if name.endswith("position_ids"):
             continue
-        there = origin(name)
-        value = there.write(weights.read(name))
-        if there.third is None:
-            found[there.name] = np.ascontiguousarray(value)
+        place = there(name)
+        value = place.write(weights.read(name))
+        if place.third is None:
+            found[place.name] = np.ascontiguousarray(value)
         else:
-            thirds.setdefault(there.name, {})[there.third] = value
+            thirds.setdefault(place.name, {})[place.third] = value
     return found | {n: np.concatenate([v[i] for i in range(3)]) for n, v in thirds.items()}

@@ -6,11 +6,11 @@ first releases (`model.diffusion_model.*`, `first_stage_model.*`, `cond_stage_mo
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 from flax import linen as nn
 
+from jaxdistill.interop.torch_weights import Origin
 from jaxdistill.models.stable_diffusion.autoencoder_kl import AutoencoderKL
 from jaxdistill.models.stable_diffusion.unet_condition import UNetCondition
 from jaxdistill.models.text.clip import CLIPText
@@ -22,49 +22,11 @@ OPEN_TEXT = "cond_stage_model.model."  # 2.x: OpenCLIP's names
 XL_TEXT = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a tensor lies in the original layout.
-
-    Attributes:
-      name: of the original tensor, with its prefix.
-      third: of a fused projection its third along the first axis: 0, 1, 2 for q, k, v.
-      transposed: a matrix whose axes are exchanged there.
-      kernel: a matrix [o, i] that is a 1x1 convolution [o, i, 1, 1] there.
-    """
-
-    name: str
-    third: int | None = None
-    transposed: bool = False
-    kernel: bool = False
-
-    def read(self, value: np.ndarray) -> np.ndarray:
-        """Ours from the original tensor."""
-        if self.third is not None:
-            return np.split(value, 3)[self.third]
-        if self.kernel and value.ndim == 4:
-            return value[:, :, 0, 0]
-        return value.T if self.transposed else value
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Ours, of the original shape."""
-        if self.third is not None:
-            return (shape[0] // 3, *shape[1:])
-        if self.kernel and len(shape) == 4 and shape[2:] == (1, 1):
-            return shape[:2]
-        return shape[::-1] if self.transposed else shape
-
-    def write(self, value: np.ndarray) -> np.ndarray:
-        """The original tensor from ours, or its third."""
-        if self.kernel:
-            return value[:, :, None, None]
-        return value.T if self.transposed else value
-
-
-def origin(module: nn.Module, prefix: str) -> Callable[[str], Origin]:
+def origin(module: nn.Module, prefix: str, *, short: bool = False) -> Callable[[str], Origin]:
     """Diffusers' name of a tensor of this module -> where the original layout has it.
 
-    `prefix`: one of those above; OpenCLIP's names are known by it.
+    `prefix`: one of those above; OpenCLIP's names are known by it. `short`: transformers' names
+    without `text_model.`, as its newest versions write them.
     """
     if isinstance(module, UNetCondition):
         return lambda name: Origin(prefix + unet_name(name, module))
@@ -72,7 +34,7 @@ def origin(module: nn.Module, prefix: str) -> Callable[[str], Origin]:
         return lambda name: vae_origin(name, prefix, len(module.channels))
     if isinstance(module, CLIPText) and prefix.endswith("model."):
         return lambda name: open_clip_origin(name, prefix)
-    return lambda name: Origin(prefix + name)
+    return lambda name: Origin(prefix + (name.removeprefix("text_model.") if short else name))
 
 
 def averaged(found: Origin) -> Origin:

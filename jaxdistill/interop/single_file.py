@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from jaxdistill.interop import diffusers_folder
+from jaxdistill.interop import PICKLES, diffusers_folder, is_file
 from jaxdistill.interop.diffusers_folder import Folder, FolderError, Part
 from jaxdistill.interop.original_layout import (
     OPEN_TEXT,
@@ -23,7 +23,6 @@ from jaxdistill.interop.original_layout import (
     origin,
 )
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 EXTRAS = (
     "alphas_cumprod",
     "betas",
@@ -49,18 +48,10 @@ PREDICTIONS = {
 """Of modelspec's metadata -> of a scheduler's config."""
 
 
-def is_file(path: str | Path) -> bool:
-    """Whether a path is meant as a file: it exists as one, or has the ending of one."""
-    path = Path(path)
-    return path.is_file() or (path.suffix in (".safetensors", *PICKLES) and not path.is_dir())
-
-
 def open_checkpoint(path: str | Path, *, like: str | Path = "", **options: Any) -> Folder:
     """A pipeline folder, or a single file with the folder `like`. Raises FolderError."""
     if is_file(path):
         return open_file(path, like, **options)
-    if like:
-        raise FolderError(f"{path} is a folder and says all itself; leave out the folder like = {like}")
     return diffusers_folder.open_folder(path, **options)
 
 
@@ -95,10 +86,12 @@ def open_file(path: str | Path, like: str | Path, *, ema: bool = True, **options
         )
 
     def part(found: Part, prefix: str) -> Part:
-        if not any(name.startswith(prefix) for name in names):
-            print(f"{path} has no {prefix}*: taken from {found.folder}", file=sys.stderr)
+        if not prefix or not any(name.startswith(prefix) for name in names):
+            print(f"{path} has no {found.folder.name}: taken from {found.folder}", file=sys.stderr)
             return found
-        return found._replace(file=path, origin=origin(found.module, prefix), prefix=prefix)
+        short = f"{prefix}embeddings.token_embedding.weight" in names
+        where = origin(found.module, prefix, short=short)
+        return found._replace(file=path, origin=where, prefix=prefix)
 
     unet = part(base.unet, UNET)
     plain = origin(base.unet.module, UNET)
@@ -112,7 +105,7 @@ def open_file(path: str | Path, like: str | Path, *, ema: bool = True, **options
         file=path,
         unet=unet,
         vae=part(base.vae, VAE),
-        text_encoders=tuple(part(p, prefix) if prefix else p for p, prefix in encoders),
+        text_encoders=tuple(part(found, prefix) for found, prefix in encoders),
         scheduler=_scheduler(path, names, metadata, base.scheduler),
     )
 

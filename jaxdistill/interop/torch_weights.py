@@ -6,8 +6,9 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -90,18 +91,43 @@ class WeightFiles:
                 ) from None
 
 
-class Origin(Protocol):
-    """Where another layout keeps a tensor: its name there, and how ours is made of it."""
+@dataclass(frozen=True)
+class Origin:
+    """Where another layout keeps a tensor of ours.
 
-    @property
-    def name(self) -> str:
-        """Its name there."""
+    Attributes:
+      name: of the tensor there.
+      third: of a fused projection its third along the first axis: 0, 1, 2 for q, k, v.
+      transposed: a matrix whose axes are exchanged there.
+      kernel: a matrix [o, i] that is a 1x1 convolution [o, i, 1, 1] there.
+    """
+
+    name: str
+    third: int | None = None
+    transposed: bool = False
+    kernel: bool = False
 
     def read(self, value: np.ndarray) -> np.ndarray:
         """Ours from the tensor there."""
+        if self.third is not None:
+            return np.split(value, 3)[self.third]
+        if self.kernel and value.ndim == 4:
+            return value[:, :, 0, 0]
+        return value.T if self.transposed else value
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Ours of the shape there."""
+        """Ours, of the shape there."""
+        if self.third is not None:
+            return (shape[0] // 3, *shape[1:])
+        if self.kernel and len(shape) == 4 and shape[2:] == (1, 1):
+            return shape[:2]
+        return shape[::-1] if self.transposed else shape
+
+    def write(self, value: np.ndarray) -> np.ndarray:
+        """The tensor there from ours, or its third."""
+        if self.kernel:
+            return value[:, :, None, None]
+        return value.T if self.transposed else value
 
 
 class RenamedWeights(WeightFiles):
