@@ -1,7 +1,6 @@
 r"""Compare teacher and student on the same prompts and seeds: images, scores and a picture page.
 
-    python -m jaxdistill.compare --teacher=stable-diffusion-v1-5 --student=runs/sd15/student \
-      --prompts=prompts.txt --out=runs/compare
+    python -m jaxdistill.compare --teacher=sd15 --student=runs/sd15/student --prompts=p.txt --out=new
 
 --out gets `images/<row>/00000.png`, ... in the order of the prompts; `scores.json` with the
 protocol of every number; `scores.md`; `images.jsonl` with the CLIP score of every image; and
@@ -190,7 +189,7 @@ def names(text: str) -> list[str]:
 
 def parser() -> Parser:
     """The flags."""
-    p = Parser("\n".join((__doc__ or "").splitlines()[:4]), "--prompts=FILE --out=FOLDER")
+    p = Parser("\n".join((__doc__ or "").splitlines()[:3]), "--prompts=FILE --out=FOLDER")
     add = p.add_argument
     add("--teacher", metavar="FOLDER", help="a diffusers folder, or a .safetensors checkpoint")
     add("--student", metavar="FOLDER", help="a student's export or its diffusers/ folder")

@@ -1,5 +1,6 @@
 """Writes a pipeline folder as one file of the original layout, for tests."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +47,7 @@ def _tensors(part: diffusers_folder.Part, prefix: str) -> dict[str, np.ndarray]:
         else:
             thirds.setdefault(place.name, {})[place.third] = value
     return found | {n: np.concatenate([v[i] for i in range(3)]) for n, v in thirds.items()}
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), Path(sys.argv[2]))
