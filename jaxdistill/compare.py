@@ -1,6 +1,6 @@
-r"""Compare teacher and student on the same prompts and seeds: images, scores and a picture page.
+"""Compare teacher and student on the same prompts and seeds: images, scores and a picture page.
 
-    python -m jaxdistill.compare --teacher=sd15 --student=runs/sd15/student --prompts=p.txt --out=new
+    python -m jaxdistill.compare --teacher=sd1 --student=runs/sd15/student --prompts=p.txt --out=cmp
 
 --out gets `images/<row>/00000.png`, ... in the order of the prompts; `scores.json` with the
 protocol of every number; `scores.md`; `images.jsonl` with the CLIP score of every image; and
