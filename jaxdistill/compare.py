@@ -118,21 +118,17 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
     ]
     plan = [entry for entry in plan if entry[1]]
     check_like(args.like, args.teacher, args.student)
-    computed = computing(args)
-
-    def load(source: str, **options: Any) -> pipeline.TextToImage:
-        return pipeline.load(source, like=args.like, **computed, **options)
-
+    computed = {"like": args.like, **computing(args)}
     for _, source, counts, guidance, solver in plan[1:]:
         # Read once and let go, so that a damaged folder is found before the first image and only
         # one pipeline is in memory.
-        load(source, solver=solver).check(
+        pipeline.load(source, solver=solver, **computed).check(
             steps=max(counts), guidance=guidance, height=args.height, width=args.width
         )
         gc.collect()
     rows = []
     for model, source, counts, guidance, solver in plan:
-        pipe = load(source, solver=solver, layout=pipeline.every_device())
+        pipe = pipeline.load(source, solver=solver, layout=pipeline.every_device(), **computed)
         for steps in counts:
             folder = out / "images" / f"{model}-{steps}"
             options = {
