@@ -38,7 +38,8 @@ def whole() -> ConfigDict:
     config = base.base("text_to_image", guidance=7.5)
     config.teacher.update(
         {
-            "folder": "",  # the pipeline
+            "folder": "",  # the pipeline, or a single .safetensors file
+            "like": "",  # of a file: a pipeline folder of its kind, for configs and tokenizers
             "architecture": "",  # instead, to plan a run (jaxdistill.aot): sd15 | sd21 | sdxl
             "solver": "",  # ddim | dpm_solver_pp_2m: of its images, instead of its scheduler
             "steps": 50,  # of its images: in the health lines, and for the discriminator

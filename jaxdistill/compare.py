@@ -1,7 +1,6 @@
-r"""Compare teacher and student on the same prompts and seeds: images, scores and a picture page.
+"""Compare teacher and student on the same prompts and seeds: images, scores and a picture page.
 
-    python -m jaxdistill.compare --teacher=stable-diffusion-v1-5 --student=runs/sd15/student \
-      --prompts=prompts.txt --out=runs/compare
+    python -m jaxdistill.compare --teacher=sd1 --student=runs/sd15/student --prompts=p.txt --out=cmp
 
 --out gets `images/<row>/00000.png`, ... in the order of the prompts; `scores.json` with the
 protocol of every number; `scores.md`; `images.jsonl` with the CLIP score of every image; and
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxdistill.interop import card
+from jaxdistill.interop import card, check_like
 from jaxdistill.interop.prompts import read_prompts as read_file
 from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.compare import (
@@ -118,7 +117,8 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
         ("teacher", args.teacher, [args.teacher_steps], args.guidance, args.solver),
     ]
     plan = [entry for entry in plan if entry[1]]
-    computed = computing(args)
+    check_like(args.like, args.teacher, args.student)
+    computed = {"like": args.like, **computing(args)}
     for _, source, counts, guidance, solver in plan[1:]:
         # Read once and let go, so that a damaged folder is found before the first image and only
         # one pipeline is in memory.
@@ -185,9 +185,9 @@ def names(text: str) -> list[str]:
 
 def parser() -> Parser:
     """The flags."""
-    p = Parser("\n".join((__doc__ or "").splitlines()[:4]), "--prompts=FILE --out=FOLDER")
+    p = Parser("\n".join((__doc__ or "").splitlines()[:3]), "--prompts=FILE --out=FOLDER")
     add = p.add_argument
-    add("--teacher", metavar="FOLDER", help="a diffusers pipeline folder")
+    add("--teacher", metavar="FOLDER", help="a diffusers folder, or a .safetensors checkpoint")
     add("--student", metavar="FOLDER", help="a student's export or its diffusers/ folder")
     about = "finished images to score, instead of --teacher and --student"
     add("--images", metavar="FOLDER", help=about)

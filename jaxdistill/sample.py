@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import card
+from jaxdistill.interop import card, check_like, is_file
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.run import checkpoint, compilation, report
 from jaxdistill.run.help import Parser, named, note
@@ -41,7 +41,7 @@ def parser() -> Parser:
     """The flags."""
     p = Parser(__doc__, "--model=FOLDER --out=FILE")
     add = p.add_argument
-    about = "a run's teacher/ or student/ folder, or a diffusers pipeline folder"
+    about = "a run's student/, a diffusers folder, or a .safetensors checkpoint"
     add("--model", required=True, metavar="FOLDER", help=about)
     about = ".png: a grid; .npz: images, float32 [n, h, w, c] in [0, 1]"
     add("--out", required=True, metavar="FILE", help=about)
@@ -84,6 +84,8 @@ def parser() -> Parser:
 def add_computing(flags: Any) -> None:
     """How a pipeline computes, as flags of a parser or of a group."""
     add = flags.add_argument
+    about = "of a .safetensors checkpoint: a pipeline folder of its kind"
+    add("--like", default="", metavar="FOLDER", help=about)
     about = "decode in tiles of N x N latents; 0: in one piece"
     add("--tile", type=int, default=0, metavar="N", help=about)
     types = ("float32", "bfloat16")
@@ -157,10 +159,10 @@ PIPELINE_FLAGS = ("negative_prompt", "height", "width", "grid", "solver", "laten
 
 
 def kind(folder: Path) -> str:
-    """What a folder draws from: "pipeline" (a diffusers folder, or an export that names one),
+    """What a folder draws from: "pipeline" (a diffusers folder, an export that names one, a file),
     "caption" or "label".
     """
-    if (folder / "model_index.json").is_file():
+    if (folder / "model_index.json").is_file() or is_file(folder):
         return "pipeline"
     try:
         found = json.loads((folder / "card.json").read_text())
@@ -228,6 +230,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     num, batch_size = prompt_numbers(args, batch_size=4)
     if args.text_encoder is not None:
         raise ValueError(f"--text_encoder: {args.model} has its own; leave it out")
+    check_like(args.like, args.model)
     options = computing(args)
     latents = None
     if args.latents is not None:
@@ -240,6 +243,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     note(f"{args.model}: loading and compiling (a minute or more for a large model)")
     pipe = pipeline.load(
         args.model,
+        like=args.like,
         grid=args.grid,
         solver=args.solver,
         noise_correction=args.noise_correction,

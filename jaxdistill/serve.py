@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 from jaxdistill.errors import missing_extra
+from jaxdistill.interop import check_like
 from jaxdistill.run import compilation
 from jaxdistill.run.help import Parser
 from jaxdistill.sample import kind
@@ -32,7 +33,9 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
-def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "") -> Painter:
+def open_painter(
+    folder: str, sizes: Sequence[int], *, encoder: str = "", like: str = ""
+) -> Painter:
     """The compiled programs of an export or a pipeline folder. Raises ValueError in one line."""
     found = kind(Path(folder))
     if found == "label":
@@ -43,7 +46,7 @@ def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "") -> Pai
         raise ValueError(f"{folder} draws classes, not text; give a student that reads text")
     print(f"{folder}: loading, and compiling for each batch size", flush=True)
     if found == "pipeline":
-        return PipelinePainter(pipeline.load(folder), sizes)
+        return PipelinePainter(pipeline.load(folder, like=like), sizes)
     return ExportPainter(TextExport(folder, encoder=encoder), sizes)
 
 
@@ -61,6 +64,8 @@ def parser() -> Parser:
     about = "a student that reads text: an export or a diffusers pipeline folder"
     add("--model", required=True, metavar="FOLDER", help=about)
     add("--teacher", default="", metavar="FOLDER", help="its teacher, drawn beside it")
+    about = "of a .safetensors checkpoint: a pipeline folder of its kind"
+    add("--like", default="", metavar="FOLDER", help=about)
     about = "address to listen at; 0.0.0.0 lets other machines in"
     add("--host", default="127.0.0.1", metavar="ADDRESS", help=about)
     add("--port", type=int, default=8000, metavar="N", help="port to listen at")
@@ -109,13 +114,11 @@ def main(argv: list[str] | None = None) -> None:
         # On a CPU each core is a device of its own: XLA's threads gain nothing on networks as small
         # as the benchmark's.
         jax.config.update("jax_num_cpu_devices", min(cores(), max(args.batch_sizes)))
-        painters = {
-            "student": open_painter(args.model, args.batch_sizes, encoder=args.text_encoder)
-        }
+        check_like(args.like, args.model, args.teacher)
+        options = {"encoder": args.text_encoder, "like": args.like}
+        painters = {"student": open_painter(args.model, args.batch_sizes, **options)}
         if args.teacher:
-            painters["teacher"] = open_painter(
-                args.teacher, args.batch_sizes, encoder=args.text_encoder
-            )
+            painters["teacher"] = open_painter(args.teacher, args.batch_sizes, **options)
             if painters["teacher"].size != painters["student"].size:
                 raise ValueError(
                     f"--teacher={args.teacher} draws {painters['teacher'].size} pixels, but the"

@@ -55,6 +55,7 @@ INPUTS = {
     "stable-diffusion-v1-5": "python tests/folders.py sdxl stable-diffusion-v1-5",
     "fashion-mnist": 'mkdir fashion-mnist && python -c "import pathlib, idx;'
     " idx.write_fashion(pathlib.Path('fashion-mnist'))\"",
+    "my-model.safetensors": "python tests/original.py stable-diffusion-v1-5 my-model.safetensors",
     "prompts.txt": r"printf 'a cat\na dog at a cat\nphoto\n' > prompts.txt",
 }
 """What the commands read and a user brings: made small, where one names it."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from jaxdistill.errors import UserError
 from jaxdistill.interop import torch_weights
-from jaxdistill.interop.torch_weights import WeightFiles
+from jaxdistill.interop.torch_weights import Origin, WeightFiles
 from jaxdistill.models.stable_diffusion.autoencoder_kl import AutoencoderKL
 from jaxdistill.models.stable_diffusion.unet_condition import STACK, UNetCondition
 from jaxdistill.models.text.clip import ACTIVATIONS, CLIPText
@@ -33,16 +33,36 @@ class FolderError(UserError):
 
 
 class Part(NamedTuple):
-    """A component: its module, its checked config and its weight files."""
+    """A component: its module, its checked config and its weight files.
+
+    `file`: instead of the folder's weights, those of one file of the original layout, where
+    `origin` says for each of diffusers' names what holds it; all begin with `prefix`.
+    """
 
     module: nn.Module
     config: Mapping[str, Any]
     folder: Path
     stem: str
+    file: Path | None = None
+    origin: Callable[[str], Origin] | None = None
+    prefix: str = ""
+
+    @property
+    def where(self) -> str:
+        """The weights, for messages."""
+        return str(self.folder) if self.file is None else f"{self.file} ({self.prefix}*)"
 
     def files(self) -> list[Path]:
         """The safetensors files of the weights. Raises FolderError where there are none."""
-        return weight_files(self.folder, self.stem)
+        return weight_files(self.folder, self.stem) if self.file is None else [self.file]
+
+    def weights(self) -> WeightFiles:
+        """The tensors by diffusers' names of today. Raises FolderError, WeightsError."""
+        if self.file is None or self.origin is None:
+            return WeightFiles(self.files(), rename=_renamer(self.module))
+        names = torch_weights.names_of(abstract_params(self), stacked_of(self.module))
+        origins = {name: self.origin(name) for name in names}
+        return torch_weights.RenamedWeights(self.file, origins, prefix=self.prefix)
 
 
 class Folder(NamedTuple):
@@ -57,6 +77,12 @@ class Folder(NamedTuple):
     tokenizers: tuple[Path, ...]
     scheduler: Mapping[str, Any]
     zero_empty_prompt: bool
+    file: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint, for titles."""
+        return (self.file or self.path).name
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -545,16 +571,20 @@ def load_params(part: Part, *, dtype: Any = np.float32, shardings: Any = None) -
 
     Raises FolderError or WeightsError.
     """
-    files = WeightFiles(part.files(), rename=_renamer(part.module))
     return torch_weights.load(
-        files,
+        part.weights(),
         abstract_params(part),
-        where=str(part.folder),
-        stacked=STACK if getattr(part.module, "scan", False) else "",
+        where=part.where,
+        stacked=stacked_of(part.module),
         dtype=dtype,
-        ignore=_ignored(part.module),
+        ignore=_ignored(part),
         shardings=shardings,
     )
+
+
+def stacked_of(module: nn.Module) -> str:
+    """Below which path segment its parameters are stacked, or none."""
+    return STACK if getattr(module, "scan", False) else ""
 
 
 def _renamer(module: nn.Module) -> Any:
@@ -570,14 +600,24 @@ def _renamer(module: nn.Module) -> Any:
     return lambda name: name
 
 
-def _ignored(module: nn.Module) -> Any:
+def _ignored(part: Part) -> Any:
     """Tensors of a checkpoint that are no parameters."""
+    module, prefix = part.module, part.prefix
     if not isinstance(module, CLIPText):
         return lambda name: False
+    # OpenCLIP's temperature; its layers after the one whose output 2.x takes.
+    layer = re.compile(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
+    unused = lambda name: (  # noqa: E731
+        name == f"{prefix}logit_scale" or ((m := layer.match(name)) and int(m[1]) >= module.layers)
+    )
     # A buffer of older transformers; and a projection that a plain CLIPTextModel does not use.
     return lambda name: (
         name.endswith("position_ids")
-        or (name.startswith("text_projection.") and not module.projection)
+        or (
+            name.startswith((f"{prefix}text_projection", "text_projection."))
+            and not module.projection
+        )
+        or (prefix and unused(name))
     )
 
 
@@ -610,6 +650,20 @@ def copy_component(source: Path, target: Path) -> None:
         torch_weights.save_index(
             target, stem, weight_map, sum(path.stat().st_size for path in weights)
         )
+
+
+def copy_part(source: Folder, name: str, target: Path) -> None:
+    """A component's folder, with the weights that the source takes for it."""
+    encoders = {f"text_encoder{'_2' * i}": part for i, part in enumerate(source.text_encoders)}
+    part = {"vae": source.vae, **encoders}.get(name)
+    if part is None or part.file is None:
+        copy_component(source.path / name if part is None else part.folder, target)
+        return
+    target.mkdir()
+    checkpoint.write_json(target / "config.json", part.config)
+    weights = part.weights()
+    names = torch_weights.names_of(abstract_params(part))
+    torch_weights.save(target, part.stem, {n: weights.read(n) for n in names})
 
 
 def save_student(
@@ -653,7 +707,7 @@ def save_student(
             and (source.path / name).is_dir()
             and name not in ("unet", "scheduler")
         ):
-            copy_component(source.path / name, temporary / name)
+            copy_part(source, name, temporary / name)
     (temporary / "unet").mkdir()
     stacked = STACK if getattr(source.unet.module, "scan", False) else ""
     torch_weights.save(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,64 @@ class WeightFiles:
                 ) from None
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where another layout keeps a tensor of ours.
+
+    Attributes:
+      name: of the tensor there.
+      third: of a fused projection its third along the first axis: 0, 1, 2 for q, k, v.
+      transposed: a matrix whose axes are exchanged there.
+      kernel: a matrix [o, i] that is a 1x1 convolution [o, i, 1, 1] there.
+    """
+
+    name: str
+    third: int | None = None
+    transposed: bool = False
+    kernel: bool = False
+
+    def read(self, value: np.ndarray) -> np.ndarray:
+        """Ours from the tensor there."""
+        if self.third is not None:
+            return np.split(value, 3)[self.third]
+        if self.kernel and value.ndim == 4:
+            return value[:, :, 0, 0]
+        return value.T if self.transposed else value
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Ours, of the shape there."""
+        if self.third is not None:
+            return (shape[0] // 3, *shape[1:])
+        if self.kernel and len(shape) == 4 and shape[2:] == (1, 1):
+            return shape[:2]
+        return shape[::-1] if self.transposed else shape
+
+    def write(self, value: np.ndarray) -> np.ndarray:
+        """The tensor there from ours, or its third."""
+        if self.kernel:
+            return value[:, :, None, None]
+        return value.T if self.transposed else value
+
+
+class RenamedWeights(WeightFiles):
+    """Some tensors of a file of another layout by our names. What begins with `prefix` there and
+    has none of them keeps its own name, so that `load` tells of it.
+    """
+
+    def __init__(self, path: Path, origins: Mapping[str, Origin], *, prefix: str) -> None:
+        super().__init__([path])
+        theirs = self.shapes
+        self._origins = {name: o for name, o in origins.items() if o.name in theirs}
+        used = {o.name for o in self._origins.values()}
+        left = {n: s for n, s in theirs.items() if n.startswith(prefix) and n not in used}
+        self.shapes = {n: o.shape(theirs[o.name]) for n, o in self._origins.items()} | left
+
+    def read(self, name: str) -> np.ndarray:
+        """A copy of one tensor, by our name."""
+        found = self._origins[name]
+        return np.ascontiguousarray(found.read(super().read(found.name)))
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
@@ -160,6 +219,12 @@ def load(
         whole, place = np.ascontiguousarray(value, dtype), places[path]
         loaded[path] = jax.device_put(whole) if place is None else partition.put(whole, place)
     return {"params": unflatten_dict(loaded)}
+
+
+def names_of(abstract: Any, stacked: str = "") -> dict[str, tuple[int, ...]]:
+    """Torch's names and shapes of a module's parameters."""
+    leaves = flatten_dict(abstract["params"]).items()
+    return {name: s for path, leaf in leaves for name, s in _sources(path, leaf.shape, stacked)}
 
 
 def _is_stacked(path: Sequence[str], stacked: str) -> bool:

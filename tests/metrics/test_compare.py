@@ -236,7 +236,7 @@ def test_an_image_that_is_not_finite_stops_the_run(place, monkeypatch, capsys):
 
 def test_each_model_has_its_solver_and_both_are_computed_alike(place):
     folder, calls = place
-    alike = {"tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
+    alike = {"like": "", "tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
     given = [
         "--tile=8",
         "--dtype=bfloat16",

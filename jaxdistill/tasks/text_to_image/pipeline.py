@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill import partition, sampling
-from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler
+from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler, single_file
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
 from jaxdistill.interop.prompts import load_tokenizer, say_cut
@@ -448,6 +448,7 @@ def every_device() -> partition.Layout | None:
 def load(
     path: str | Path,
     *,
+    like: str | Path = "",
     attention: str = "auto",
     dtype: Any = jnp.float32,
     param_dtype: Any = np.float32,
@@ -462,7 +463,8 @@ def load(
     its other components.
 
     Args:
-      path: the folder.
+      path: the folder, or a single file.
+      like: of a file, a pipeline folder of its kind.
       attention: a key of `latent_layers.ATTENTION`.
       dtype: of the computation.
       param_dtype: of the parameters.
@@ -487,7 +489,9 @@ def load(
             )
         settings, scan = exported["sampler"], bool(exported.get("stacked"))
         root = (root / exported["components"]).resolve()
-    folder = diffusers_folder.open_folder(root, attention=attention, dtype=dtype, scan=scan)
+    folder = single_file.open_checkpoint(
+        root, like=like, attention=attention, dtype=dtype, scan=scan
+    )
     if (root / SETTINGS).is_file():
         settings = {**diffusers_folder.read_json(root / SETTINGS), **settings}
     if noise_correction is None:

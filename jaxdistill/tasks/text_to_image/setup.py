@@ -13,7 +13,12 @@ from ml_collections import ConfigDict
 
 from jaxdistill import methods, partition
 from jaxdistill.costs.flops import flops_of
-from jaxdistill.interop import architectures, diffusers_folder, diffusers_scheduler
+from jaxdistill.interop import (
+    architectures,
+    diffusers_folder,
+    diffusers_scheduler,
+    single_file,
+)
 from jaxdistill.interop.diffusers_folder import Folder
 from jaxdistill.interop.diffusers_scheduler import Scheduler
 from jaxdistill.methods.recipe import Kit, SamplerSpec, Stage
@@ -57,7 +62,9 @@ def open_teacher(config: ConfigDict) -> Folder:
         "dtype": DTYPES[compute.dtype],
     }
     if config.teacher.folder:
-        return diffusers_folder.open_folder(config.teacher.folder, **options)
+        return single_file.open_checkpoint(
+            config.teacher.folder, like=config.teacher.like, **options
+        )
     name = config.teacher.architecture
     found = choose(architectures.PIPELINES, name, "config.teacher.architecture")
     return architectures.folder(found, **options)

@@ -68,9 +68,10 @@ class TextToImageTask(TextSetup):
 
     def hash_of(self, part: diffusers_folder.Part) -> str:
         """Of a component's weights; each file is read once a run."""
-        if part.folder not in self._hashes:
-            self._hashes[part.folder] = checkpoint.hash_files(part.files())
-        return self._hashes[part.folder]
+        where = part.file or part.folder
+        if where not in self._hashes:
+            self._hashes[where] = checkpoint.hash_files(part.files())
+        return self._hashes[where]
 
     def agree(self) -> None:
         """Raise DistributedError where the processes were given different prompts, images or
@@ -372,7 +373,7 @@ class TextToImageTask(TextSetup):
                 "protocol": protocol,
                 "prompts": len(self.prompts),
             },
-            title=f"{config.method.name} of {self.folder.path.name}, seed {config.seed}",
+            title=f"{config.method.name} of {self.folder.name}, seed {config.seed}",
             notes=f"The student {protocol}.",
             columns=COLUMNS,
         )
