@@ -156,6 +156,11 @@ def _scheduler(
 ) -> Mapping[str, Any]:
     """The folder's scheduler, with what the file's marks say of the prediction."""
     told = metadata.get("modelspec.prediction_type", "")
+    if told and told not in PREDICTIONS:
+        raise FolderError(
+            f"{path}: modelspec.prediction_type = {told!r} in its metadata is not supported, only"
+            f" {' or '.join(map(repr, PREDICTIONS))}"
+        )
     said = PREDICTIONS.get(told)
     if "v_pred" in names and said == "epsilon":
         raise FolderError(
@@ -165,7 +170,7 @@ def _scheduler(
     found = "v_prediction" if "v_pred" in names else said
     changes: dict[str, Any] = {"prediction_type": found} if found else {}
     if "ztsnr" in names:
-        changes |= {"rebetas_zero_snr": True, "timestep_spacing": "trailing"}
+        changes["rebetas_zero_snr"] = True
     changed = {
         k: v for k, v in changes.items() if base.get(k, "epsilon" if k[0] == "p" else None) != v
     }

@@ -126,11 +126,7 @@ def test_at_full_size_each_tensor_has_one_place_of_its_shape(name):
         (
             ("v_pred", "ztsnr"),
             {"modelspec.prediction_type": "v"},
-            {
-                "prediction_type": "v_prediction",
-                "rebetas_zero_snr": True,
-                "timestep_spacing": "trailing",
-            },
+            {"prediction_type": "v_prediction", "rebetas_zero_snr": True},
         ),
     ],
 )
@@ -240,6 +236,8 @@ def damaged(tmp_path, kind):
         del tensors[f"{UNET}out.0.weight"]
         save_file(tensors, path)
     if kind == "unknown mark":
+        save_file(load_file(path), path, {"modelspec.prediction_type": "sample"})
+    if kind == "two marks":
         save_file(
             load_file(path) | {"v_pred": np.zeros(1)},
             path,
@@ -256,7 +254,8 @@ def damaged(tmp_path, kind):
         ("truncated", "cannot be read as safetensors"),
         ("strange", "tensors of no known component, such as control_model.a"),
         ("lora", f"has no UNet under {UNET}"),
-        ("unknown mark", "disagrees with itself"),
+        ("unknown mark", "modelspec.prediction_type = 'sample' in its metadata is not supported"),
+        ("two marks", "disagrees with itself"),
         ("other kind", "is Stable Diffusion 1.x or 2.x, but"),
         ("no folder", "--like=FOLDER"),
     ],
