@@ -93,6 +93,10 @@ SIZES = {
 }
 
 
+UPSAMPLINGS = {"sd15": ("2.1", "5.2", "8.2"), "sdxl": ("2.2", "5.2")}
+"""After an attention where the block has one; stock converters take either place."""
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_at_full_size_each_tensor_has_one_place_of_its_shape(name):
     count, encoders = SIZES[name]
@@ -110,6 +114,7 @@ def test_at_full_size_each_tensor_has_one_place_of_its_shape(name):
             there = origin(ours)
             places.setdefault(there.name, []).append((there.third, there, shape))
     assert len(places) == count
+    assert {f"{UNET}output_blocks.{at}.conv.weight" for at in UPSAMPLINGS[name]} <= places.keys()
     for found in places.values():
         assert sorted(third for third, _, _ in found if third is not None) in ([], [0, 1, 2])
         assert len(found) in (1, 3)
