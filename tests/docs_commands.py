@@ -94,7 +94,7 @@ SMALL = (
 
 FLAGS = (
     (
-        r"\.(main|ablate) .*configs/smoke\.py(:|.*teacher\.path|.*--seeds)",
+        r"\.(main|ablate) .*configs/smoke\.py(:|.*teacher\.path|.*--seeds)|local_pod.*smoke\.py",
         "--config.teacher.iterations=60 --config.eval.extractor_steps=20"
         " --config.eval.samples=180 --config.eval.batch_size=90",
     ),
