@@ -170,7 +170,7 @@ def _scheduler(
     found = "v_prediction" if "v_pred" in names else said
     changes: dict[str, Any] = {"prediction_type": found} if found else {}
     if "ztsnr" in names:
-        changes["rebetas_zero_snr"] = True
+        changes["rescale_betas_zero_snr"] = True
     changed = {
         k: v for k, v in changes.items() if base.get(k, "epsilon" if k[0] == "p" else None) != v
     }

@@ -1,5 +1,6 @@
 """A single file is the folder that it was made from, and stock converters agree on it."""
 
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -15,7 +16,13 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from jaxdistill import sample
-from jaxdistill.interop import architectures, diffusers_folder, original_layout, torch_weights
+from jaxdistill.interop import (
+    architectures,
+    diffusers_folder,
+    diffusers_scheduler,
+    original_layout,
+    torch_weights,
+)
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.original_layout import OPEN_TEXT, TEXT, UNET, VAE, XL_TEXT
 from jaxdistill.interop.single_file import open_checkpoint
@@ -131,7 +138,7 @@ def test_at_full_size_each_tensor_has_one_place_of_its_shape(name):
         (
             ("v_pred", "ztsnr"),
             {"modelspec.prediction_type": "v"},
-            {"prediction_type": "v_prediction", "rebetas_zero_snr": True},
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
         ),
     ],
 )
@@ -141,6 +148,20 @@ def test_the_files_marks_say_what_it_predicts(tmp_path, capsys, marks, metadata,
     found = open_checkpoint(path, like=folder)
     assert found.scheduler == {**open_checkpoint(folder).scheduler, **changes}
     assert "prediction_type = v_prediction" in capsys.readouterr().err
+
+
+def test_a_marked_file_is_drawn_as_the_folder_whose_config_says_the_same(tmp_path):
+    folder = folders.folder("sd2")  # v prediction, zero terminal SNR
+    path = original.write(folder, tmp_path / "x.safetensors", marks=("v_pred", "ztsnr"))
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    config = plain / "scheduler" / "scheduler_config.json"
+    kept = json.loads(config.read_text()) | {"prediction_type": "epsilon"}
+    config.write_text(json.dumps({**kept, "rescale_betas_zero_snr": False}))
+    found, wanted = open_checkpoint(path, like=plain), open_checkpoint(folder)
+    assert diffusers_scheduler.of_folder(found).schedule.alpha(500.0) == pytest.approx(
+        float(diffusers_scheduler.of_folder(wanted).schedule.alpha(500.0))
+    )
+    assert found.scheduler == wanted.scheduler
 
 
 def test_averaged_weights_are_taken_where_there_are_some(tmp_path, capsys):
