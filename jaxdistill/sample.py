@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import card, check_like, is_file
+from jaxdistill.interop import LIKE, card, check_like, is_file
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.run import checkpoint, compilation, report
 from jaxdistill.run.help import Parser, named, note
@@ -84,8 +84,7 @@ def parser() -> Parser:
 def add_computing(flags: Any) -> None:
     """How a pipeline computes, as flags of a parser or of a group."""
     add = flags.add_argument
-    about = "of a .safetensors checkpoint: a pipeline folder of its kind"
-    add("--like", default="", metavar="FOLDER", help=about)
+    add("--like", default="", metavar="FOLDER", help=LIKE)
     about = "decode in tiles of N x N latents; 0: in one piece"
     add("--tile", type=int, default=0, metavar="N", help=about)
     types = ("float32", "bfloat16")

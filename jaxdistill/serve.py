@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import check_like
+from jaxdistill.interop import LIKE, check_like
 from jaxdistill.run import compilation
 from jaxdistill.run.help import Parser
 from jaxdistill.sample import kind
@@ -64,8 +64,7 @@ def parser() -> Parser:
     about = "a student that reads text: an export or a diffusers pipeline folder"
     add("--model", required=True, metavar="FOLDER", help=about)
     add("--teacher", default="", metavar="FOLDER", help="its teacher, drawn beside it")
-    about = "of a .safetensors checkpoint: a pipeline folder of its kind"
-    add("--like", default="", metavar="FOLDER", help=about)
+    add("--like", default="", metavar="FOLDER", help=LIKE)
     about = "address to listen at; 0.0.0.0 lets other machines in"
     add("--host", default="127.0.0.1", metavar="ADDRESS", help=about)
     add("--port", type=int, default=8000, metavar="N", help="port to listen at")

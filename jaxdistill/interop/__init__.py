@@ -4,6 +4,9 @@ from pathlib import Path
 
 from jaxdistill.errors import UserError
 
+LIKE = "of a .safetensors checkpoint: a pipeline folder of its kind"
+"""The help of --like."""
+
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 

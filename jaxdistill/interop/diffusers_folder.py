@@ -600,25 +600,25 @@ def _renamer(module: nn.Module) -> Any:
     return lambda name: name
 
 
-def _ignored(part: Part) -> Any:
+def _ignored(part: Part) -> Callable[[str], bool]:
     """Tensors of a checkpoint that are no parameters."""
     module, prefix = part.module, part.prefix
     if not isinstance(module, CLIPText):
         return lambda name: False
-    # OpenCLIP's temperature; its layers after the one whose output 2.x takes.
-    layer = re.compile(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
-    unused = lambda name: (  # noqa: E731
-        name == f"{prefix}logit_scale" or ((m := layer.match(name)) and int(m[1]) >= module.layers)
-    )
-    # A buffer of older transformers; and a projection that a plain CLIPTextModel does not use.
-    return lambda name: (
-        name.endswith("position_ids")
-        or (
-            name.startswith((f"{prefix}text_projection", "text_projection."))
-            and not module.projection
-        )
-        or (prefix and unused(name))
-    )
+
+    def ignored(name: str) -> bool:
+        # A buffer of older transformers; and a projection that a plain CLIPTextModel does not use.
+        if name.endswith("position_ids"):
+            return True
+        if name.startswith(("text_projection.", f"{prefix}text_projection")):
+            return not module.projection
+        # OpenCLIP's temperature; its layers after the one whose output 2.x takes.
+        rest = name.removeprefix(prefix)
+        layer = re.match(r"transformer\.resblocks\.(\d+)\.", rest)
+        unused = rest == "logit_scale" or (layer and int(layer[1]) >= module.layers)
+        return bool(prefix and unused)
+
+    return ignored
 
 
 def copy_component(source: Path, target: Path) -> None:

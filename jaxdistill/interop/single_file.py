@@ -37,6 +37,8 @@ EXTRAS = (
     "sqrt_",
 )
 """Beginnings of tensors that are no weights: buffers of the schedule, and averages."""
+AVERAGES = "model_ema.diffusion"
+"""What the names of a UNet's averaged tensors begin with."""
 MARKS = ("v_pred", "ztsnr")
 """Keys that say of a model that it predicts v, and has zero terminal SNR."""
 PREDICTIONS = {
@@ -86,7 +88,7 @@ def open_file(path: str | Path, like: str | Path, *, ema: bool = True, **options
         )
 
     def part(found: Part, prefix: str) -> Part:
-        if not prefix or not any(name.startswith(prefix) for name in names):
+        if not prefix or not _has(names, prefix):
             print(f"{path} has no {found.folder.name}: taken from {found.folder}", file=sys.stderr)
             return found
         short = f"{prefix}embeddings.token_embedding.weight" in names
@@ -94,12 +96,10 @@ def open_file(path: str | Path, like: str | Path, *, ema: bool = True, **options
         return found._replace(file=path, origin=where, prefix=prefix)
 
     unet = part(base.unet, UNET)
-    plain = origin(base.unet.module, UNET)
-    if ema and any(name.startswith("model_ema.diffusion") for name in names):
+    if ema and _has(names, AVERAGES):
         print(f"{path}: the averaged weights of the UNet are taken", file=sys.stderr)
-        unet = unet._replace(
-            origin=lambda name: averaged(plain(name)), prefix="model_ema.diffusion"
-        )
+        plain = origin(base.unet.module, UNET)
+        unet = unet._replace(origin=lambda name: averaged(plain(name)), prefix=AVERAGES)
     encoders = zip(base.text_encoders, prefixes, strict=True)
     return base._replace(
         file=path,
@@ -128,18 +128,21 @@ def _header(path: Path) -> tuple[Collection[str], Mapping[str, str]]:
         ) from None
 
 
+def _has(names: Collection[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
 def _kind(path: Path, names: Collection[str], base: Folder) -> tuple[str, ...]:
     """The prefixes of the text encoders, "" for one that the file lacks, once the file is of the
     folder's kind.
     """
-    has = lambda prefix: any(name.startswith(prefix) for name in names)  # noqa: E731
-    if not has(UNET):
+    if not _has(names, UNET):
         some = ", ".join(sorted(names)[:3])
         raise FolderError(
             f"{path} has no UNet under {UNET}* (it has {some}, ...); checkpoints of Stable"
             " Diffusion 1.x, 2.x and XL are read"
         )
-    xl = has(f"{UNET}label_emb.") or has("conditioner.")
+    xl = _has(names, f"{UNET}label_emb.") or _has(names, "conditioner.")
     if xl != base.xl:
         kinds = {True: "SDXL", False: "Stable Diffusion 1.x or 2.x"}
         raise FolderError(
@@ -147,8 +150,8 @@ def _kind(path: Path, names: Collection[str], base: Folder) -> tuple[str, ...]:
             " file's kind"
         )
     if xl:
-        return tuple(prefix if has(prefix) else "" for prefix in XL_TEXT)
-    return (next((prefix for prefix in (TEXT, OPEN_TEXT) if has(prefix)), ""),)
+        return tuple(prefix if _has(names, prefix) else "" for prefix in XL_TEXT)
+    return (next((prefix for prefix in (TEXT, OPEN_TEXT) if _has(names, prefix)), ""),)
 
 
 def _scheduler(

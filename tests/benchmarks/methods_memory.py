@@ -19,6 +19,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
+from plans_table import KEPT  # noqa: E402 - of a report, for the table of all plans
+
 TOPOLOGY = "v5p:2x2x1"
 SIZES = {
     "1.5": ["--config=configs/tpu_v4.py", "--config.student.batch_size=24"],
@@ -71,18 +73,6 @@ COLUMNS = {
     "compile_seconds": ("compiled in, s", "{:.0f}"),
 }
 REST = ("frozen", "batch", "temporaries", "program", "needed", "chip")
-KEPT = (
-    "topology",
-    "chips",
-    "fits",
-    "flops_ratio",
-    "roofline_ms",
-    "bound",
-    "step_ms_at_least",
-    "rows_a_second_a_chip_at_most",
-    "mfu_at_most",
-)
-"""Of a report, for the table of all plans (plans_table.py)."""
 
 
 def compile_case(case: Case, folder: Path) -> None:
@@ -109,12 +99,9 @@ def row_of(case: Case, report: dict) -> dict:
     memory = report["memory_gib"]
     return {
         **case._asdict(),
-        "rows_a_chip": report["rows_a_chip"],
         "state": sum(size for kind, size in memory.items() if kind not in REST),
         **{kind: memory[kind] for kind in ("frozen", "temporaries", "needed")},
         "flops": report["analytic_flops_a_chip"] / report["rows_a_chip"] / 1e12,
-        "compile_seconds": report["compile_seconds"],
-        "memory_gib": memory,
         **{key: report[key] for key in KEPT if key in report},
         "versions": report["versions"],
     }
@@ -153,7 +140,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     folder, out = Path(args.workdir).resolve(), Path(args.out).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    for made in (folder, out):
+        made.mkdir(parents=True, exist_ok=True)
     for case in CASES:
         if (not args.cases or case.name in args.cases.split(",")) and not (
             folder / f"{case.name}.json"

@@ -136,10 +136,8 @@ def rows_of_methods(path: Path) -> list[dict[str, Any]]:
     table = json.loads(path.read_text())
     found = []
     for row in table["rows"]:
-        chips = row.get("chips", 4)
-        weights = (
-            "LoRA of rank 64" if row["weights"] == "LoRA" else f"all weights over {chips} chips"
-        )
+        full = f"all weights over {row['chips']} chips"
+        weights = "LoRA of rank 64" if row["weights"] == "LoRA" else full
         found.append(
             {
                 "file": path.name,

@@ -1,18 +1,13 @@
 """README.md as the site's home page."""
 
-import importlib.util
-
+import paths
 import pytest
-from paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def hooks():
     pytest.importorskip("mkdocs")
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return paths.module("docs/hooks.py")
 
 
 @pytest.mark.parametrize(

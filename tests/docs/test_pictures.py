@@ -1,8 +1,7 @@
 """docs/pictures.py: what is drawn from committed results, and the files it leaves."""
 
-import importlib.util
-
 import numpy as np
+import paths
 import pytest
 from paths import ROOT
 from PIL import Image, ImageColor
@@ -10,10 +9,7 @@ from PIL import Image, ImageColor
 
 @pytest.fixture(scope="module")
 def pictures():
-    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs/pictures.py")
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    return paths.module("docs/pictures.py")
 
 
 def test_quality_has_the_numbers_of_the_tables(pictures):

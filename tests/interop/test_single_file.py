@@ -45,17 +45,17 @@ def parts(found):
     return (found.unet, found.vae, *found.text_encoders)
 
 
+def assert_same_weights(found, wanted):
+    loaded = map(diffusers_folder.load_params, (found, wanted))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *loaded)))
+
+
 def test_every_weight_of_the_file_is_the_folders(pair):
     folder, path = pair
     ours, theirs = open_checkpoint(path, like=folder), open_checkpoint(folder)
     for found, wanted in zip(parts(ours), parts(theirs), strict=True):
         assert found.files() == [path]
-        equal = jax.tree.map(
-            np.array_equal,
-            diffusers_folder.load_params(found),
-            diffusers_folder.load_params(wanted),
-        )
-        assert all(jax.tree.leaves(equal))
+        assert_same_weights(found, wanted)
 
 
 def test_stock_converters_make_the_folders_weights_of_the_file(pair):
@@ -202,12 +202,7 @@ def test_other_ways_to_write_a_text_encoder_are_read(tmp_path):
         (part,) = open_checkpoint(path, like=folder).text_encoders
         (wanted,) = open_checkpoint(folder).text_encoders
         assert part.file == path
-        equal = jax.tree.map(
-            np.array_equal,
-            diffusers_folder.load_params(part),
-            diffusers_folder.load_params(wanted),
-        )
-        assert all(jax.tree.leaves(equal))
+        assert_same_weights(part, wanted)
 
 
 @pytest.mark.parametrize("lacking", ["vae", "text"])
@@ -235,12 +230,7 @@ def test_a_student_of_a_file_is_a_folder_of_its_weights(tmp_path):
     )
     student = open_checkpoint(tmp_path / "student")
     for found, wanted in zip(parts(student), parts(open_checkpoint(folder)), strict=True):
-        equal = jax.tree.map(
-            np.array_equal,
-            diffusers_folder.load_params(found),
-            diffusers_folder.load_params(wanted),
-        )
-        assert all(jax.tree.leaves(equal))
+        assert_same_weights(found, wanted)
 
 
 def damaged(tmp_path, kind):
