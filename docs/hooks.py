@@ -32,7 +32,7 @@ def at_home(readme: str) -> str:
         folder = ROOT / target
         if folder.is_dir() and (folder / "README.md").is_file():  # as GitHub shows a folder
             target = f"{target.rstrip('/')}/README.md"
-        return f"[{text}]({target.removeprefix('docs/')})" if target.startswith("docs/") else text
+        return f"[{text}]({target})" if target.startswith("docs/") else text
 
     readme = re.sub(
         r"(?<!\!)\[([^\[\]]*(?:!\[[^\]]*\]\([^)]*\))?[^\[\]]*)\]\(([^)\s]+)\)", link, readme
