@@ -13,6 +13,7 @@ import shlex
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxdistill.interop import card, check_like
+from jaxdistill.interop import add_flags, beside, card
 from jaxdistill.interop.prompts import read_prompts as read_file
 from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.compare import (
@@ -117,18 +118,19 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
         ("teacher", args.teacher, [args.teacher_steps], args.guidance, args.solver),
     ]
     plan = [entry for entry in plan if entry[1]]
-    check_like(args.like, args.teacher, args.student)
-    computed = {"like": args.like, **computing(args)}
+    given = beside(args, args.teacher, args.student)
+    computed = computing(args)
     for _, source, counts, guidance, solver in plan[1:]:
         # Read once and let go, so that a damaged folder is found before the first image and only
         # one pipeline is in memory.
-        pipeline.load(source, solver=solver, **computed).check(
+        pipeline.load(source, beside=given, solver=solver, **computed).check(
             steps=max(counts), guidance=guidance, height=args.height, width=args.width
         )
         gc.collect()
     rows = []
     for model, source, counts, guidance, solver in plan:
-        pipe = pipeline.load(source, solver=solver, layout=pipeline.every_device(), **computed)
+        layout = pipeline.every_device()
+        pipe = pipeline.load(source, beside=given, solver=solver, layout=layout, **computed)
         for steps in counts:
             folder = out / "images" / f"{model}-{steps}"
             options = {
@@ -154,6 +156,7 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
                 "guidance": used,
                 "batch_size": args.batch_size,
                 "solver": solver,
+                **asdict(given),
                 **computed,
                 "dtype": args.dtype,
             }
@@ -219,6 +222,7 @@ def parser() -> Parser:
     add("--batch_size", type=int, default=4, metavar="N", help=about)
     add_computing(drawing)
     add_scoring(p.add_argument_group("scores"))
+    add_flags(p, drawing)
     return p
 
 

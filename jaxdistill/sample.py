@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import LIKE, card, check_like, is_file
+from jaxdistill.interop import add_flags, beside, card, is_file
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.run import checkpoint, compilation, report
 from jaxdistill.run.help import Parser, named, note
@@ -78,13 +78,13 @@ def parser() -> Parser:
     about = ".npy of starting noise instead of the seed's, float32 [num, c, h, w]"
     add("--latents", metavar="FILE", help=about)
     add_computing(pipelines)
+    add_flags(p, pipelines)
     return p
 
 
 def add_computing(flags: Any) -> None:
     """How a pipeline computes, as flags of a parser or of a group."""
     add = flags.add_argument
-    add("--like", default="", metavar="FOLDER", help=LIKE)
     about = "decode in tiles of N x N latents; 0: in one piece"
     add("--tile", type=int, default=0, metavar="N", help=about)
     types = ("float32", "bfloat16")
@@ -229,8 +229,8 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     num, batch_size = prompt_numbers(args, batch_size=4)
     if args.text_encoder is not None:
         raise ValueError(f"--text_encoder: {args.model} has its own; leave it out")
-    check_like(args.like, args.model)
     options = computing(args)
+    files = beside(args, args.model)
     latents = None
     if args.latents is not None:
         try:
@@ -242,7 +242,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     note(f"{args.model}: loading and compiling (a minute or more for a large model)")
     pipe = pipeline.load(
         args.model,
-        like=args.like,
+        beside=files,
         grid=args.grid,
         solver=args.solver,
         noise_correction=args.noise_correction,

@@ -12,11 +12,12 @@ import sys
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import LIKE, check_like
+from jaxdistill.interop import Beside, add_flags, beside
 from jaxdistill.run import compilation
 from jaxdistill.run.help import Parser
 from jaxdistill.sample import kind
@@ -33,9 +34,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
-def open_painter(
-    folder: str, sizes: Sequence[int], *, encoder: str = "", like: str = ""
-) -> Painter:
+def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "", files: Beside) -> Painter:
     """The compiled programs of an export or a pipeline folder. Raises ValueError in one line."""
     found = kind(Path(folder))
     if found == "label":
@@ -46,7 +45,7 @@ def open_painter(
         raise ValueError(f"{folder} draws classes, not text; give a student that reads text")
     print(f"{folder}: loading, and compiling for each batch size", flush=True)
     if found == "pipeline":
-        return PipelinePainter(pipeline.load(folder, like=like), sizes)
+        return PipelinePainter(pipeline.load(folder, beside=files), sizes)
     return ExportPainter(TextExport(folder, encoder=encoder), sizes)
 
 
@@ -64,7 +63,6 @@ def parser() -> Parser:
     about = "a student that reads text: an export or a diffusers pipeline folder"
     add("--model", required=True, metavar="FOLDER", help=about)
     add("--teacher", default="", metavar="FOLDER", help="its teacher, drawn beside it")
-    add("--like", default="", metavar="FOLDER", help=LIKE)
     about = "address to listen at; 0.0.0.0 lets other machines in"
     add("--host", default="127.0.0.1", metavar="ADDRESS", help=about)
     add("--port", type=int, default=8000, metavar="N", help="port to listen at")
@@ -75,6 +73,7 @@ def parser() -> Parser:
     add("--queue", type=int, default=256, metavar="N", help="images that may wait")
     about = "how long an image may wait"
     add("--deadline", type=float, default=30.0, metavar="SECONDS", help=about)
+    add_flags(p, p)
     return p
 
 
@@ -113,8 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         # On a CPU each core is a device of its own: XLA's threads gain nothing on networks as small
         # as the benchmark's.
         jax.config.update("jax_num_cpu_devices", min(cores(), max(args.batch_sizes)))
-        check_like(args.like, args.model, args.teacher)
-        options = {"encoder": args.text_encoder, "like": args.like}
+        files = beside(args, args.model, args.teacher)
+        options: dict[str, Any] = {"encoder": args.text_encoder, "files": files}
         painters = {"student": open_painter(args.model, args.batch_sizes, **options)}
         if args.teacher:
             painters["teacher"] = open_painter(args.teacher, args.batch_sizes, **options)

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from jaxdistill.interop import PICKLES, diffusers_folder, is_file
+from jaxdistill.interop import NOTHING, PICKLES, Beside, diffusers_folder, is_file
 from jaxdistill.interop.diffusers_folder import Folder, FolderError, Part
 from jaxdistill.interop.original_layout import (
     OPEN_TEXT,
@@ -50,20 +50,19 @@ PREDICTIONS = {
 """Of modelspec's metadata -> of a scheduler's config."""
 
 
-def open_checkpoint(path: str | Path, *, like: str | Path = "", **options: Any) -> Folder:
-    """A pipeline folder, or a single file with the folder `like`. Raises FolderError."""
+def open_checkpoint(path: str | Path, beside: Beside = NOTHING, **options: Any) -> Folder:
+    """A pipeline folder or a single file, with what is named beside it. Raises FolderError."""
     if is_file(path):
-        return open_file(path, like, **options)
+        return open_file(path, beside, **options)
     return diffusers_folder.open_folder(path, **options)
 
 
-def open_file(path: str | Path, like: str | Path, *, ema: bool = True, **options: Any) -> Folder:
+def open_file(path: str | Path, beside: Beside, *, ema: bool = True, **options: Any) -> Folder:
     """Check a single file and describe its components. Reads names and configs only.
 
     Args:
       path: the file, safetensors.
-      like: a pipeline folder of the same kind, whose configs, tokenizers and scheduler are taken;
-        and the weights of what the file lacks.
+      beside: what is named beside it; of `like` the weights of what the file lacks are taken, too.
       ema: take the averaged weights of the UNet where the file has both.
       **options: as of `diffusers_folder.open_folder`.
 
@@ -73,12 +72,12 @@ def open_file(path: str | Path, like: str | Path, *, ema: bool = True, **options
     """
     path = Path(path)
     names, metadata = _header(path)
-    if not like:
+    if not beside.like:
         raise FolderError(
             f"{path} holds weights only; give a pipeline folder of its kind for configs and"
             " tokenizers: --like=FOLDER, in a config config.teacher.like"
         )
-    base = diffusers_folder.open_folder(like, **options)
+    base = diffusers_folder.open_folder(beside.like, **options)
     prefixes = _kind(path, names, base)
     known = (UNET, VAE, *(prefix for prefix in prefixes if prefix), *EXTRAS)
     strange = sorted(n for n in names if not n.startswith(known) and n not in MARKS)

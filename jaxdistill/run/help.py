@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -27,6 +27,19 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{told} (default: %(default)s)"
 
 
+class More(argparse.Action):
+    """A flag that prints the help of another parser and leaves."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, parser: "Parser", help: str):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+        self._parser = parser
+
+    def __call__(self, *_: Any) -> NoReturn:
+        """Print and leave."""
+        self._parser.print_help()
+        sys.exit(0)
+
+
 class Parser(argparse.ArgumentParser):
     """The flags of one command.
 
@@ -38,6 +51,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str | None, needed: str) -> None:
         found = re.search(r"python -m \S+", doc or "")
         name = found[0] if found else "python -m jaxdistill"
+        self._needed = needed
         super().__init__(
             prog=name,
             usage=f"{name} {needed} [options]",
@@ -46,6 +60,24 @@ class Parser(argparse.ArgumentParser):
             add_help=False,
         )
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+
+    def add_more(
+        self, flag: str, title: str, flags: Mapping[str, Mapping[str, Any]], *, group: Any
+    ) -> None:
+        """Flags that --help names in one line; `flag` explains them.
+
+        Args:
+          flag: as --help_files.
+          title: what they are about.
+          group: of flags, where --help has the line.
+          flags: {--name: options of `add_argument`}.
+        """
+        more = Parser(f"{title}, as flags of {self.prog}", self._needed)
+        for name, options in flags.items():
+            more.add_argument(name, **options)
+            self.add_argument(name, **{**options, "help": argparse.SUPPRESS})
+        about = f"explains {' '.join(flags)}"
+        group.add_argument(flag, action=More, parser=more, help=about)
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake in one line and leave with exit code 2."""

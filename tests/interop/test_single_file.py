@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdistill import sample
 from jaxdistill.interop import (
+    Beside,
     architectures,
     diffusers_folder,
     diffusers_scheduler,
@@ -52,7 +53,7 @@ def assert_same_weights(found, wanted):
 
 def test_every_weight_of_the_file_is_the_folders(pair):
     folder, path = pair
-    ours, theirs = open_checkpoint(path, like=folder), open_checkpoint(folder)
+    ours, theirs = open_checkpoint(path, Beside(like=folder)), open_checkpoint(folder)
     for found, wanted in zip(parts(ours), parts(theirs), strict=True):
         assert found.files() == [path]
         assert_same_weights(found, wanted)
@@ -145,7 +146,7 @@ def test_at_full_size_each_tensor_has_one_place_of_its_shape(name):
 def test_the_files_marks_say_what_it_predicts(tmp_path, capsys, marks, metadata, changes):
     folder = folders.folder("sd")
     path = original.write(folder, tmp_path / "x.safetensors", marks=marks, metadata=metadata)
-    found = open_checkpoint(path, like=folder)
+    found = open_checkpoint(path, Beside(like=folder))
     assert found.scheduler == {**open_checkpoint(folder).scheduler, **changes}
     assert "prediction_type = v_prediction" in capsys.readouterr().err
 
@@ -157,7 +158,7 @@ def test_a_marked_file_is_drawn_as_the_folder_whose_config_says_the_same(tmp_pat
     config = plain / "scheduler" / "scheduler_config.json"
     kept = json.loads(config.read_text()) | {"prediction_type": "epsilon"}
     config.write_text(json.dumps({**kept, "rescale_betas_zero_snr": False}))
-    found, wanted = open_checkpoint(path, like=plain), open_checkpoint(folder)
+    found, wanted = open_checkpoint(path, Beside(like=plain)), open_checkpoint(folder)
     assert diffusers_scheduler.of_folder(found).schedule.alpha(500.0) == pytest.approx(
         float(diffusers_scheduler.of_folder(wanted).schedule.alpha(500.0))
     )
@@ -174,8 +175,8 @@ def test_averaged_weights_are_taken_where_there_are_some(tmp_path, capsys):
         if name.startswith(UNET)
     }
     save_file({**tensors, **beside, "model_ema.decay": np.zeros(())}, path)
-    plain = open_checkpoint(path, like=folder, ema=False)
-    averages = open_checkpoint(path, like=folder)
+    plain = open_checkpoint(path, Beside(like=folder), ema=False)
+    averages = open_checkpoint(path, Beside(like=folder))
     assert "averaged" in capsys.readouterr().err
     difference = jax.tree.map(
         lambda a, b: np.abs(a - b - 1).max(),
@@ -199,7 +200,7 @@ def test_other_ways_to_write_a_text_encoder_are_read(tmp_path):
         else:
             tensors[f"{TEXT}embeddings.position_ids"] = np.zeros((1, 77), np.int64)
         save_file(tensors, path)
-        (part,) = open_checkpoint(path, like=folder).text_encoders
+        (part,) = open_checkpoint(path, Beside(like=folder)).text_encoders
         (wanted,) = open_checkpoint(folder).text_encoders
         assert part.file == path
         assert_same_weights(part, wanted)
@@ -210,7 +211,7 @@ def test_what_the_file_lacks_is_the_folders(tmp_path, capsys, lacking):
     folder = folders.folder("sd")
     kept = [name for name in ("unet", "vae", "text") if name != lacking]
     found = open_checkpoint(
-        original.write(folder, tmp_path / "x.safetensors", parts=kept), like=folder
+        original.write(folder, tmp_path / "x.safetensors", parts=kept), Beside(like=folder)
     )
     part = found.vae if lacking == "vae" else found.text_encoders[0]
     assert part.file is None and found.unet.file is not None
@@ -223,7 +224,7 @@ def test_a_student_of_a_file_is_a_folder_of_its_weights(tmp_path):
     bare = shutil.copytree(folder, tmp_path / "like")  # configs alone
     for weights in bare.rglob("*.safetensors"):
         weights.unlink()
-    teacher = open_checkpoint(path, like=bare)
+    teacher = open_checkpoint(path, Beside(like=bare))
     params = diffusers_folder.load_params(teacher.unet)
     diffusers_folder.save_student(
         teacher, tmp_path / "student", params, scheduler=dict(teacher.scheduler)
@@ -279,14 +280,14 @@ def damaged(tmp_path, kind):
 def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, kind, message):
     path, like = damaged(tmp_path, kind)
     with pytest.raises(FolderError, match=re.escape(message)) as error:
-        open_checkpoint(path, like=like)
+        open_checkpoint(path, Beside(like=like))
     assert "\n" not in str(error.value) and path.name in str(error.value)
 
 
 def test_a_tensor_that_is_missing_is_named(tmp_path):
     path, like = damaged(tmp_path, "tensor")
     with pytest.raises(torch_weights.WeightsError, match=r"missing: conv_norm_out\.weight"):
-        diffusers_folder.load_params(open_checkpoint(path, like=like).unet)
+        diffusers_folder.load_params(open_checkpoint(path, Beside(like=like)).unet)
 
 
 def test_commands_and_configs_take_a_file(tmp_path, capsys):

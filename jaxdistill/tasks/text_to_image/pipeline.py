@@ -12,7 +12,14 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill import partition, sampling
-from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler, single_file
+from jaxdistill.interop import (
+    NOTHING,
+    Beside,
+    card,
+    diffusers_folder,
+    diffusers_scheduler,
+    single_file,
+)
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
 from jaxdistill.interop.prompts import load_tokenizer, say_cut
@@ -448,7 +455,7 @@ def every_device() -> partition.Layout | None:
 def load(
     path: str | Path,
     *,
-    like: str | Path = "",
+    beside: Beside = NOTHING,
     attention: str = "auto",
     dtype: Any = jnp.float32,
     param_dtype: Any = np.float32,
@@ -464,7 +471,7 @@ def load(
 
     Args:
       path: the folder, or a single file.
-      like: of a file, a pipeline folder of its kind.
+      beside: what is named beside it.
       attention: a key of `latent_layers.ATTENTION`.
       dtype: of the computation.
       param_dtype: of the parameters.
@@ -489,9 +496,7 @@ def load(
             )
         settings, scan = exported["sampler"], bool(exported.get("stacked"))
         root = (root / exported["components"]).resolve()
-    folder = single_file.open_checkpoint(
-        root, like=like, attention=attention, dtype=dtype, scan=scan
-    )
+    folder = single_file.open_checkpoint(root, beside, attention=attention, dtype=dtype, scan=scan)
     if (root / SETTINGS).is_file():
         settings = {**diffusers_folder.read_json(root / SETTINGS), **settings}
     if noise_correction is None:

@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 from jaxdistill import methods, partition
 from jaxdistill.costs.flops import flops_of
 from jaxdistill.interop import (
+    FLAGS,
+    Beside,
     architectures,
     diffusers_folder,
     diffusers_scheduler,
@@ -62,9 +64,8 @@ def open_teacher(config: ConfigDict) -> Folder:
         "dtype": DTYPES[compute.dtype],
     }
     if config.teacher.folder:
-        return single_file.open_checkpoint(
-            config.teacher.folder, like=config.teacher.like, **options
-        )
+        beside = Beside(**{name: config.teacher[name] for name in FLAGS})
+        return single_file.open_checkpoint(config.teacher.folder, beside, **options)
     name = config.teacher.architecture
     found = choose(architectures.PIPELINES, name, "config.teacher.architecture")
     return architectures.folder(found, **options)
