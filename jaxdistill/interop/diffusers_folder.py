@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxdistill.errors import UserError
-from jaxdistill.interop import torch_weights
+from jaxdistill.interop import explain_path, torch_weights
 from jaxdistill.interop.torch_weights import Origin, WeightFiles
 from jaxdistill.models.stable_diffusion.autoencoder_kl import AutoencoderKL
 from jaxdistill.models.stable_diffusion.unet_condition import STACK, UNetCondition
@@ -423,13 +423,9 @@ CLASSES = {
 
 def _read_index(root: Path) -> tuple[dict[str, Any], list[str]]:
     """model_index.json, and the components that its pipeline needs. Raises FolderError."""
-    if not root.is_dir():
-        raise FolderError(
-            f"{root} is not a folder; give a pipeline folder written by diffusers' save_pretrained"
-        )
     where = root / "model_index.json"
     if not where.is_file():
-        raise FolderError(f"{root} is not a pipeline folder: it has no model_index.json")
+        raise FolderError(explain_path(root))
     index: dict[str, Any] = read_json(where)
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in PIPELINES:

@@ -624,7 +624,7 @@ def test_captions_are_whole_and_no_formulas(place, monkeypatch):
         (["--teacher=teacher", "--out=out"], "--prompts is missing"),
         (["--teacher=teacher", "--prompts=prompts.txt"], "--out is missing"),
         ([*DRAW, "--images=real"], "--images replaces --teacher and --student"),
-        ([*DRAW, "--teacher=none"], "--teacher=none is not a folder"),
+        ([*DRAW, "--teacher=none"], "--teacher: none does not exist"),
         ([*DRAW, "--prompts=none.txt"], "none.txt"),
         ([*DRAW, "--out=real"], "--out=real exists and is not empty; choose a new folder"),
         ([*DRAW, "--out=prompts.txt"], "--out=prompts.txt exists"),
