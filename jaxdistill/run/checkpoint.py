@@ -503,7 +503,8 @@ def _hashes(folder: Path) -> dict[str, str]:
 def load_export(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     """(params as host arrays, card) of an export, after checking every file against its checksum.
 
-    Raises CheckpointError naming the file that is missing or was changed.
+    Raises CheckpointError naming the file that is missing or was changed, or the array that is not
+    finite.
     """
     folder = Path(folder).absolute()
     if not (folder / "card.json").is_file():
@@ -532,7 +533,23 @@ def load_export(folder: str | Path) -> tuple[Any, dict[str, Any]]:
                 f"{folder / name} is damaged: its SHA-256 starts with {found[name][:12]}, the card"
                 f" says {expected[name][:12]}; copy the export again"
             )
-    return _read_params(folder / "params"), card
+    params = _read_params(folder / "params")
+    if bad := not_finite(params):
+        raise CheckpointError(
+            f"{folder / 'params'}: {bad} has values that are not finite (NaN or infinite); the"
+            " training that wrote it has failed: give another export"
+        )
+    return params, card
+
+
+def not_finite(params: Any) -> str:
+    """The path of the first array of a tree with a value that is no finite number; "" where there
+    is none.
+    """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact) and not np.isfinite(leaf).all():
+            return "/".join(str(getattr(part, "key", part)) for part in path)
+    return ""
 
 
 def _read_params(folder: Path) -> Any:

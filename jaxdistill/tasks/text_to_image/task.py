@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxdistill import partition
 from jaxdistill.costs import chips
-from jaxdistill.errors import UserError
+from jaxdistill.errors import NotFinite, UserError
 from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.methods.recipe import Stage
 from jaxdistill.run import checkpoint, distributed, report
@@ -174,7 +174,14 @@ class TextToImageTask(TextSetup):
     ) -> dict[str, np.ndarray]:
         """The conditioning of these captions, float16."""
         found = pipe.text([captions[i] for i in numbers])
-        return {name: values.astype(np.float16) for name, values in found.items()}
+        with np.errstate(over="ignore"):
+            half = {name: values.astype(np.float16) for name, values in found.items()}
+        if not all(np.isfinite(values).all() for values in half.values()):
+            raise NotFinite(
+                "the text encoder gives values above 65504, which the cache of prompts (float16)"
+                " cannot hold; give another checkpoint"
+            )
+        return half
 
     def encoded_images(
         self, pipe: pipeline.TextToImage, captions: Sequence[str], numbers: list[int]
