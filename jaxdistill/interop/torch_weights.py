@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from jaxdistill import partition
 from jaxdistill.errors import UserError
+from jaxdistill.run import checkpoint
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 FLOAT8 = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
@@ -201,8 +202,30 @@ def numbers(files: WeightFiles, name: str, dtype: Any) -> np.ndarray:
     return value
 
 
+POINTER = b"version https://git-lfs"
+
+
+def check_pointer(path: Path) -> None:
+    """Raise WeightsError for a file that git-lfs has not fetched yet, OSError for one that cannot
+    be read.
+    """
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise WeightsError(
+                f"{path} is a git-lfs pointer, a few lines that stand for the file; fetch it: git"
+                " lfs pull in its folder, or download it again"
+            )
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    try:
+        check_pointer(path)
+    except OSError as error:
+        raise WeightsError(
+            f"{path} cannot be read ({error.strerror}); give this user the right to, or copy it"
+            " again"
+        ) from None
     try:
         handle = safe_open(str(path), "numpy")
     except (SafetensorError, OSError) as error:
@@ -340,7 +363,7 @@ def save(
     folder: Path, stem: str, tensors: Mapping[str, np.ndarray], *, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write `folder/stem.safetensors`, or shards with the index file that diffusers and
-    transformers read.
+    transformers read. Raises CheckpointError where they cannot be written.
     """
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
@@ -357,8 +380,12 @@ def save(
     )
     for name, shard in zip(names, shards, strict=True):
         temporary = folder / f"{name}.tmp"
-        save_file(shard, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / name)
+        try:
+            save_file(shard, temporary, metadata={"format": "pt"})
+            os.replace(temporary, folder / name)
+        except (SafetensorError, OSError) as error:
+            temporary.unlink(missing_ok=True)
+            raise checkpoint.not_written(f"write {folder / name}", error) from None
     if len(shards) > 1:
         weight_map = {
             tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard

@@ -289,6 +289,8 @@ class TextToImageTask(TextSetup):
         """Caches, training, exports, results. Resumes where it was stopped."""
         config = self.config
         self.agree()
+        if distributed.writes():
+            self.rehearse(run.workdir)
         if config.log.checkpoints:  # a bucket that cannot be opened is told before weights are read
             checkpoint.Checkpoints(f"{config.log.checkpoints}/student").close()
         began = time.perf_counter()
@@ -314,6 +316,14 @@ class TextToImageTask(TextSetup):
             results = self.results(run, students)
         distributed.barrier("results are written")
         return results
+
+    def rehearse(self, workdir: Path) -> None:
+        """Look at all that the exports will touch, before the training. Raises UserError."""
+        count = sum(a.size for a in jax.tree.leaves(self.abstract))
+        unet = count * (4 + np.dtype(DTYPES[self.config.export.dtype]).itemsize)
+        stages = [stage for stage in self.recipe.stages if stage.serves]
+        copies = diffusers_folder.rehearse(self.folder, workdir / "diffusers")
+        checkpoint.check_space(workdir, len(stages) * (copies + unet), "its exports")
 
     def export(self, workdir: Path, student: Student, first: Student) -> None:
         """student/ (Orbax), diffusers/ (a pipeline folder) and with LoRA lora/ (diffusers' file).
