@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxdistill.interop import add_flags, beside, card
+from jaxdistill.interop import add_flags, beside, card, explain_path, is_file
 from jaxdistill.interop.prompts import read_prompts as read_file
 from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.compare import (
@@ -85,7 +85,7 @@ def draw(
       **options: of the pipe: steps, guidance, height, width, seed, negative_prompt.
 
     Raises:
-      CompareError: an image is not finite.
+      NotFinite: of the pipe.
     """
     files: list[Path] = []
     chunk = 8 * batch_size * jax.device_count()
@@ -93,11 +93,6 @@ def draw(
         for start in range(0, len(items), chunk):
             prompts = [item["prompt"] for item in items[start : start + chunk]]
             for image in pipe(prompts, start=start, batch_size=batch_size, **options):
-                if not np.isfinite(image).all():
-                    raise CompareError(
-                        f"image {len(files)} of {label} is not finite; the weights are damaged, or"
-                        " --dtype is too narrow"
-                    )
                 folder.mkdir(
                     parents=True, exist_ok=True
                 )  # not before there is an image: a setting that is refused leaves no trace
@@ -270,8 +265,9 @@ def check_flags(args: Namespace) -> None:
                 f"--{flag} is missing; python -m jaxdistill.compare --help shows an example"
             )
     for flag in ("teacher", "student"):
-        if getattr(args, flag) and not Path(getattr(args, flag)).is_dir():
-            raise CompareError(f"--{flag}={getattr(args, flag)} is not a folder")
+        path = getattr(args, flag)
+        if path and not Path(path).is_dir() and not is_file(path):
+            raise CompareError(f"--{flag}: {explain_path(path)}")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CompareError(f"--out={out} exists and is not empty; choose a new folder")

@@ -5,6 +5,10 @@ class UserError(ValueError):
     """One clear line: the value, what is allowed, the mend. Commands print it and leave with 2."""
 
 
+class NotFinite(UserError):
+    """Values that are no finite numbers, with the component that gives them, in one line."""
+
+
 EXTRAS = {
     "tensorflow_datasets": "benchmark",
     "tokenizers": "text-to-image",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import add_flags, beside, card, is_file
+from jaxdistill.interop import add_flags, beside, card, explain_path, is_file
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.run import checkpoint, compilation, report
 from jaxdistill.run.help import Parser, named, note
@@ -291,10 +291,8 @@ def main(argv: list[str] | None = None) -> None:
                     f"{given[0]}: {args.model} draws classes, not text; give --labels, or a"
                     " pipeline folder as --model"
                 )
-            if given:
-                raise ValueError(
-                    f"{args.model} is not a pipeline folder: it has no model_index.json"
-                )
+            if not (Path(args.model) / "card.json").is_file():
+                raise ValueError(explain_path(args.model))
             images, labels = generate(
                 args.model,
                 num=64 if args.num is None else args.num,

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import Beside, add_flags, beside
+from jaxdistill.interop import Beside, add_flags, beside, explain_path
 from jaxdistill.run import compilation
 from jaxdistill.run.help import Parser
 from jaxdistill.sample import kind
@@ -39,9 +39,7 @@ def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "", files:
     found = kind(Path(folder))
     if found == "label":
         if not (Path(folder) / "card.json").is_file():
-            raise ValueError(
-                f"{folder} is not a model: it has neither card.json nor model_index.json"
-            )
+            raise ValueError(explain_path(folder))
         raise ValueError(f"{folder} draws classes, not text; give a student that reads text")
     print(f"{folder}: loading, and compiling for each batch size", flush=True)
     if found == "pipeline":

@@ -1,5 +1,7 @@
 """Formats of other projects, in and out."""
 
+import json
+import re
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,3 +50,57 @@ def is_file(path: str | Path) -> bool:
     """Whether a checkpoint is meant as one file: it is one, or has the ending of one."""
     path = Path(path)
     return path.is_file() or (path.suffix in (".safetensors", *PICKLES) and not path.is_dir())
+
+
+def explain_path(path: str | Path) -> str:
+    """Why nothing can be drawn from a path: what is there instead of a checkpoint, and what to
+    give. One line.
+    """
+    root = Path(path)
+    try:
+        names = sorted(entry.name for entry in root.iterdir())
+    except FileNotFoundError:
+        return _explain_missing(root)
+    except NotADirectoryError:
+        return (
+            f"{root} is a file; give a pipeline folder, or a checkpoint that ends in .safetensors"
+        )
+    except OSError as error:
+        return f"{root} cannot be read ({error.strerror}); give this user the right to read it"
+    start = f"{root} is not a pipeline folder"
+    if "config.json" in names:
+        try:
+            kind = json.loads((root / "config.json").read_text())["_class_name"]
+        except (OSError, ValueError, KeyError, TypeError):
+            kind = "one model"
+        above = root.resolve().parent
+        mend = (
+            f"give {above}" if (above / "model_index.json").is_file() else "give a whole pipeline"
+        )
+        return f"{start}: it is one network ({kind}); {mend}"
+    if run := [name for name in ("diffusers", "student") if name in names]:
+        return f"{start}: it is a run's workdir; give {root / run[0]}"
+    for name in names:
+        if (root / name / "model_index.json").is_file():
+            return f"{start}, but holds one; give {root / name}"
+    if "card.json" in names:
+        return f"{start}: it is an export of a model that reads no text; give one that does"
+    if {"adapter_config.json", "pytorch_lora_weights.safetensors"} & {*names}:
+        return f"{start}: it holds a LoRA; give the checkpoint that it belongs to"
+    if whole := [name for name in names if name.endswith(".safetensors")]:
+        return f"{start}, but holds files of weights; give one of them, as {root / whole[0]}"
+    return f"{start}: it has no model_index.json, as diffusers' save_pretrained writes it"
+
+
+def _explain_missing(path: Path) -> str:
+    """`explain_path` where nothing is."""
+    if path.is_symlink():
+        return f"{path} is a link to {path.readlink()}, which does not exist; copy the files there"
+    if str(path).startswith("~"):
+        return f"{path}: the shell did not replace ~ here; give {path.expanduser()}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
+        return (
+            f"{path} does not exist; if it is a name on a hub: nothing is downloaded here, so"
+            f" download it (hf download {path} --local-dir FOLDER) and give the folder"
+        )
+    return f"{path} does not exist; give a pipeline folder or a .safetensors checkpoint"

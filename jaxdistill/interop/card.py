@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxdistill import prediction, sampling, schedule
+from jaxdistill.errors import NotFinite
 from jaxdistill.models.small.mlp import ResidualMLP
 from jaxdistill.models.small.text_unet import TextUNet
 from jaxdistill.models.small.unet import SmallUNet
@@ -176,6 +177,12 @@ def build_grid(block: Mapping[str, Any], steps: int, T: float) -> sampling.TimeG
     return sampling.trailing_grid(steps, T, discrete=discrete)
 
 
+NOT_FINITE = (
+    "the network draws an image that is not finite (NaN or infinite); its guidance or steps leave"
+    " what it was trained for, or its training has failed: choose others, or another export"
+)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
     """Builds sampling programs from a card. Each is its own key of the programs that `draw`
@@ -273,7 +280,8 @@ class Sampler:
         """Images float32 [n, h, w, c] in [0, 1] of n rows of conditioning; image i is a function of
         (seed, i) and its row.
 
-        None takes the card's setting. Raises ValueError for a setting that the card cannot serve.
+        None takes the card's setting. Raises ValueError for a setting that the card cannot serve,
+        NotFinite for an image that is not finite.
         """
         settings, num = self.card["sampler"], len(jax.tree.leaves(conds)[0])
         guidance = settings["guidance"] if guidance is None else guidance
@@ -287,9 +295,8 @@ class Sampler:
                 np.arange(i, i + block) % num
             )  # the last block is filled up, so that one program serves all
             cond = jax.tree.map(lambda a, rows=rows: a[rows], conds)
-            images.append(
-                np.asarray(program(params, draw_noise(seed, i, block, shape), cond, grid))
-            )
+            drawn = np.asarray(program(params, draw_noise(seed, i, block, shape), cond, grid))
+            images.append(check_images(drawn))
         return np.concatenate(images)[:num]
 
     def grid(self, steps: int) -> sampling.TimeGrid:
@@ -316,6 +323,13 @@ def check_guidance(scale: float, name: str = "guidance") -> None:
     """Raise ValueError, naming the setting, for a scale that is no number of at least 0."""
     if not np.isfinite(scale) or scale < 0:
         raise ValueError(f"{name} must be a number of at least 0 (1 = none), got {scale}")
+
+
+def check_images(images: np.ndarray) -> np.ndarray:
+    """The images of a network alone. Raises NotFinite."""
+    if not np.isfinite(images).all():
+        raise NotFinite(NOT_FINITE)
+    return images
 
 
 def to_unit(x: Array) -> Array:

@@ -4,9 +4,11 @@ parameters, and back.
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxdistill.errors import UserError
-from jaxdistill.interop import torch_weights
+from jaxdistill.interop import explain_path, torch_weights
 from jaxdistill.interop.torch_weights import Origin, WeightFiles
 from jaxdistill.models.stable_diffusion.autoencoder_kl import AutoencoderKL
 from jaxdistill.models.stable_diffusion.unet_condition import STACK, UNetCondition
@@ -423,13 +425,9 @@ CLASSES = {
 
 def _read_index(root: Path) -> tuple[dict[str, Any], list[str]]:
     """model_index.json, and the components that its pipeline needs. Raises FolderError."""
-    if not root.is_dir():
-        raise FolderError(
-            f"{root} is not a folder; give a pipeline folder written by diffusers' save_pretrained"
-        )
     where = root / "model_index.json"
     if not where.is_file():
-        raise FolderError(f"{root} is not a pipeline folder: it has no model_index.json")
+        raise FolderError(explain_path(root))
     index: dict[str, Any] = read_json(where)
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in PIPELINES:
@@ -621,41 +619,71 @@ def _ignored(part: Part) -> Callable[[str], bool]:
     return ignored
 
 
-def copy_component(source: Path, target: Path) -> None:
-    """Copy a component's folder so that stock diffusers loads it without naming a variant: its
-    safetensors once, under plain names.
+OTHER_FORMATS = (
+    "*.safetensors",
+    "*.index*.json",
+    "*.bin",
+    "*.msgpack",
+    "*.ckpt",
+    "*.onnx*",
+    "openvino_*",
+)
+"""Files of a component that are weights."""
+
+
+def weights_of(component: Path) -> list[Path]:
+    """The safetensors of any component, none where it has no weights of that format."""
+    for stem in ("model", "diffusion_pytorch_model"):
+        with contextlib.suppress(FolderError):
+            return weight_files(component, stem)
+    return []
+
+
+def component_files(source: Path) -> dict[str, Path]:
+    """{path in a copy: file} of a component, so that stock diffusers loads the copy without naming
+    a variant: its safetensors once, under plain names.
 
     Other formats of the weights are left out where there are safetensors, and copied where there
     are none.
     """
-    weights: list[Path] = []
-    for stem in ("model", "diffusion_pytorch_model"):
-        with contextlib.suppress(FolderError):
-            weights = weights or weight_files(source, stem)
-    others = (
-        ("*.safetensors", "*.index*.json", "*.bin", "*.msgpack", "*.ckpt", "*.onnx*", "openvino_*")
-        if weights
-        else ()
-    )
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*others))
-    names = {
-        path: re.sub(r"\.\w+(?=(-\d+-of-\d+)?\.safetensors$)", "", path.name) for path in weights
-    }
-    for path, name in names.items():
-        shutil.copy2(path, target / name)
+    weights = weights_of(source)
+    found: dict[str, Path] = {}
+    for root, _, names in os.walk(source, followlinks=True):
+        for name in names:
+            if not (weights and any(fnmatch(name, pattern) for pattern in OTHER_FORMATS)):
+                path = Path(root, name)
+                found[str(path.relative_to(source))] = path
+    plain = {re.sub(r"\.\w+(?=(-\d+-of-\d+)?\.safetensors$)", "", p.name): p for p in weights}
+    return found | plain
+
+
+def copy_component(source: Path, target: Path) -> None:
+    """Copy a component's folder (see `component_files`). Its modes are not copied: what is read
+    only there can be removed here.
+    """
+    files, weights = component_files(source), weights_of(source)
+    for name, path in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / name)
     if len(weights) > 1:
         where = torch_weights.WeightFiles(weights).where
-        stem = next(iter(names.values())).partition("-")[0]
+        names = {path: name for name, path in files.items()}
+        stem = names[weights[0]].partition("-")[0]
         weight_map = {name: names[path] for name, (path, _) in where.items()}
         torch_weights.save_index(
             target, stem, weight_map, sum(path.stat().st_size for path in weights)
         )
 
 
+def part_of(source: Folder, name: str) -> Part | None:
+    """A component's part, None for one that the folder only copies."""
+    encoders = {f"text_encoder{'_2' * i}": part for i, part in enumerate(source.text_encoders)}
+    return {"vae": source.vae, **encoders}.get(name)
+
+
 def copy_part(source: Folder, name: str, target: Path) -> None:
     """A component's folder, with the weights that the source takes for it."""
-    encoders = {f"text_encoder{'_2' * i}": part for i, part in enumerate(source.text_encoders)}
-    part = {"vae": source.vae, **encoders}.get(name)
+    part = part_of(source, name)
     if part is None or part.file is None:
         copy_component(source.path / name if part is None else part.folder, target)
         return
@@ -664,6 +692,58 @@ def copy_part(source: Folder, name: str, target: Path) -> None:
     weights = part.weights()
     names = torch_weights.names_of(abstract_params(part))
     torch_weights.save(target, part.stem, {n: weights.read(n) for n in names})
+
+
+def copied(source: Folder) -> list[str]:
+    """The components that a student takes over. Only components: a repository often holds the whole
+    model once more beside them.
+    """
+    return [
+        name
+        for name, entry in source.components.items()
+        if isinstance(entry, list)
+        and entry[0]
+        and (source.path / name).is_dir()
+        and name not in ("unet", "scheduler")
+    ]
+
+
+def check_target(target: Path) -> None:
+    """Raise FolderError where a student's folder would replace something else."""
+    if target.exists() and not target.is_dir():
+        raise FolderError(f"{target} exists and is a file; choose another folder")
+    if target.exists() and any(target.iterdir()) and not (target / "model_index.json").is_file():
+        raise FolderError(f"{target} exists and is not a pipeline folder; choose another folder")
+
+
+def rehearse(source: Folder, target: Path) -> int:
+    """What `save_student` will do, without a write: bytes of what it copies.
+
+    A training of hours should not end in the first look at the teacher's other files.
+
+    Raises:
+      FolderError: the target is something else, or a file cannot be read or was never fetched.
+      CheckpointError: something is left there that cannot be removed.
+    """
+    check_target(target)
+    for end in (".tmp", ".old"):
+        checkpoint.clear(target.with_name(target.name + end))
+    size = 0
+    for name in copied(source):
+        part = part_of(source, name)
+        if part is not None and part.file is not None:
+            size += 4 * sum(a.size for a in jax.tree.leaves(abstract_params(part)))
+            continue
+        for path in component_files(source.path / name if part is None else part.folder).values():
+            try:
+                torch_weights.check_pointer(path)
+                size += path.stat().st_size
+            except OSError as error:
+                raise FolderError(
+                    f"{path} cannot be read ({error.strerror}), and a student's folder takes a"
+                    " copy of it; mend this, or copy the teacher's folder again"
+                ) from None
+    return size
 
 
 def save_student(
@@ -692,40 +772,30 @@ def save_student(
 
     Raises:
       FolderError: the target exists and holds something else than a pipeline.
+      CheckpointError: it cannot be written.
     """
     target = Path(target).absolute()
-    if target.exists() and any(target.iterdir()) and not (target / "model_index.json").is_file():
-        raise FolderError(f"{target} exists and is not a pipeline folder; choose another folder")
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, entry in source.components.items():
-        # Only components: a repository often holds the whole model once more beside them.
-        if (
-            isinstance(entry, list)
-            and entry[0]
-            and (source.path / name).is_dir()
-            and name not in ("unet", "scheduler")
-        ):
+    check_target(target)
+    with checkpoint.made_whole(target) as temporary:
+        for name in copied(source):
             copy_part(source, name, temporary / name)
-    (temporary / "unet").mkdir()
-    stacked = STACK if getattr(source.unet.module, "scan", False) else ""
-    torch_weights.save(
-        temporary / "unet",
-        source.unet.stem,
-        torch_weights.torch_tensors(params, stacked=stacked, dtype=dtype),
-    )
-    checkpoint.write_json(temporary / "unet" / "config.json", source.unet.config)
-    (temporary / "scheduler").mkdir()
-    checkpoint.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
-    if scheduler_code:
-        (temporary / "scheduler" / f"{scheduler_code[0]}.py").write_text(scheduler_code[1])
-    library = scheduler_code[0] if scheduler_code else "diffusers"
-    index = _index(source, temporary) | {"scheduler": [library, scheduler["_class_name"]]}
-    checkpoint.write_json(temporary / "model_index.json", index)
-    for name, value in (extra or {}).items():
-        checkpoint.write_json(temporary / name, value)
-    checkpoint.swap_in(temporary, target)
+        (temporary / "unet").mkdir()
+        stacked = STACK if getattr(source.unet.module, "scan", False) else ""
+        torch_weights.save(
+            temporary / "unet",
+            source.unet.stem,
+            torch_weights.torch_tensors(params, stacked=stacked, dtype=dtype),
+        )
+        checkpoint.write_json(temporary / "unet" / "config.json", source.unet.config)
+        (temporary / "scheduler").mkdir()
+        checkpoint.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+        if scheduler_code:
+            (temporary / "scheduler" / f"{scheduler_code[0]}.py").write_text(scheduler_code[1])
+        library = scheduler_code[0] if scheduler_code else "diffusers"
+        index = _index(source, temporary) | {"scheduler": [library, scheduler["_class_name"]]}
+        checkpoint.write_json(temporary / "model_index.json", index)
+        for name, value in (extra or {}).items():
+            checkpoint.write_json(temporary / name, value)
 
 
 def _index(source: Folder, written: Path) -> dict[str, Any]:

@@ -252,6 +252,30 @@ def boundary_condition(timestep_scaling: float) -> Transform:
 # ------------------------------------------------------------------------------------ what is read
 
 
+def check_process(config: Mapping[str, Any], where: Path) -> None:
+    """Raise FolderError where the networks of a scheduler config are of another process than
+    x_t = α_t x_0 + σ_t ε with betas: no solver of ours steps along that.
+    """
+    name = str(config.get("_class_name"))
+    flow = name.startswith("FlowMatch") or config.get("use_flow_sigmas")
+    if flow or "flow" in str(config.get("prediction_type")):
+        process = "flow matching"
+    elif name.startswith("EDM") or config.get("sigma_data") is not None:
+        process = "EDM's process of sigmas"
+    elif config.get("timestep_type", "discrete") != "discrete":
+        process = "a process of continuous noise levels"
+    elif config.get("snr_shift_scale", 1.0) not in (None, 1.0):
+        process = "a process with a shifted SNR"
+    elif name in CLASSES or any(config.get(k) is not None for k in ("beta_end", "trained_betas")):
+        return
+    else:
+        process = "a process without betas"
+    raise FolderError(
+        f"{where}: {name} says that the network is of {process}; only networks that were trained"
+        " on a schedule of betas are supported, whatever the solver"
+    )
+
+
 def class_of(config: Mapping[str, Any], where: Path, solver: str | None) -> str:
     """The class whose steps are taken. Raises FolderError."""
     name = str(config.get("_class_name"))
@@ -275,15 +299,17 @@ def check_settings(config: Mapping[str, Any], where: Path, kind: str, *, own: bo
     """
     for key in OFF if own else ("thresholding",):
         if config.get(key) and key not in ON.get(kind, ()):
+            # No solver of ours has thresholding: choosing another one is no way out.
+            mend = "" if key == "thresholding" else f"{INSTEAD}, or "
             raise FolderError(
-                f"{where}: {key} = {config[key]!r} is not supported; {INSTEAD}, or set it to false"
+                f"{where}: {key} = {config[key]!r} is not supported; {mend}set it to false"
             )
     for key, allowed in FIXED.get(kind, {}).items() if own else ():
         value = config.get(key, False if key == "skip_prk_steps" else allowed[0])
         if value not in allowed:
             raise FolderError(
                 f"{where}: {key} = {value!r} is not supported, only"
-                f" {' or '.join(map(repr, allowed))}; choose --solver=ddim"
+                f" {' or '.join(map(repr, allowed))}; {INSTEAD}"
             )
 
 
@@ -520,10 +546,11 @@ def read(
       noise_correction: on or off; by default on for the class that this package writes.
 
     Raises:
-      FolderError: a class or setting that is not supported, or eps prediction with zero terminal
-        SNR.
+      FolderError: another process, a class or setting that is not supported, or eps prediction
+        with zero terminal SNR.
     """
     own = solver is None
+    check_process(config, where)
     kind = class_of(config, where, solver)
     check_settings(config, where, kind, own=own)
     spacing = spacing_of(config, kind, grid)
@@ -585,12 +612,12 @@ def solver_of(
 
 def of_folder(folder: Folder, **options: Any) -> Scheduler:
     """The folder's scheduler; `options` as of `read`. Raises FolderError."""
-    return read(
-        folder.scheduler,
-        folder.path / "scheduler" / "scheduler_config.json",
-        xl=folder.xl,
-        **options,
-    )
+    return read(folder.scheduler, config_path(folder), xl=folder.xl, **options)
+
+
+def config_path(folder: Folder) -> Path:
+    """Where the folder's scheduler config is."""
+    return folder.path / "scheduler" / "scheduler_config.json"
 
 
 # -------------------------------------------------------------------------------------- students
@@ -628,7 +655,11 @@ def student_timesteps(config: Mapping[str, Any], steps: int) -> list[int]:
 
 
 def student_config(
-    teacher: Mapping[str, Any], *, solver: str = "ddim", noise_correction: bool
+    teacher: Mapping[str, Any],
+    *,
+    solver: str = "ddim",
+    noise_correction: bool,
+    where: Path = Path("scheduler_config.json"),
 ) -> dict[str, Any]:
     """The scheduler config of a student, with the teacher's betas and prediction.
 
@@ -638,11 +669,14 @@ def student_config(
         α_s f(x_t, t) + σ_s ε with ε fresh. "renoise": the same with x̂0 instead of f, by a
         timestep_scaling at which f = x̂0.
       noise_correction: of "ddim", a class of its own. The others use no ε̂ that it could correct.
+      where: the teacher's file, for messages.
 
     Raises:
       ValueError: an unknown solver.
+      FolderError: a teacher of another process.
     """
     check_solver(solver)
+    check_process(teacher, where)
     teacher = with_defaults(teacher)
     kept = (*DEFAULTS, "trained_betas", "prediction_type", "rescale_betas_zero_snr")
     common = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
@@ -18,8 +19,11 @@ from safetensors.numpy import save_file
 
 from jaxdistill import partition
 from jaxdistill.errors import UserError
+from jaxdistill.run import checkpoint
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+FLOAT8 = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
+"""Safetensors' types that its reader for numpy does not know."""
 SHARD_BYTES = 10 * 2**30
 """Files larger than this are written in shards, as diffusers does."""
 
@@ -84,11 +88,19 @@ class WeightFiles:
         path, theirs = self.where[name]
         with _opened(path) as file:
             try:
-                return file.get_tensor(theirs)
-            except SafetensorError as error:
+                kind = FLOAT8.get(file.get_slice(theirs).get_dtype())
+                return file.get_tensor(theirs) if kind is None else _raw(path, theirs, kind)
+            except (SafetensorError, OSError, AttributeError, TypeError) as error:
+                # The last two are numpy's, of a type that it does not have.
                 raise WeightsError(
-                    f"{path}: tensor {theirs} cannot be read ({error}); copy the file again"
+                    f"{path}: tensor {theirs} cannot be read ({error}); copy the file again, or"
+                    " save it as float16, bfloat16 or float32"
                 ) from None
+
+    def source(self, name: str) -> str:
+        """Where a tensor is, for messages."""
+        path, theirs = self.where[name]
+        return f"{path}: tensor {theirs}"
 
 
 @dataclass(frozen=True)
@@ -148,9 +160,72 @@ class RenamedWeights(WeightFiles):
         found = self._origins[name]
         return np.ascontiguousarray(found.read(super().read(found.name)))
 
+    def source(self, name: str) -> str:
+        """Where a tensor is, for messages."""
+        return super().source(self._origins[name].name)
+
+
+def _raw(path: Path, name: str, dtype: Any) -> np.ndarray:
+    """A tensor by its place in the file, which the header says: its length in 8 bytes, then JSON,
+    then the tensors.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        about = json.loads(file.read(size))[name]
+        first, last = about["data_offsets"]
+        file.seek(8 + size + first)
+        return np.frombuffer(file.read(last - first), dtype).reshape(about["shape"])
+
+
+def numbers(files: WeightFiles, name: str, dtype: Any) -> np.ndarray:
+    """A tensor that `dtype` can hold. Raises WeightsError where it is not of floats, or one of its
+    values is no finite number, there or as `dtype`.
+    """
+    value = files.read(name)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise WeightsError(
+            f"{files.source(name)} is {value.dtype}: quantised weights are not read; save it as"
+            " float16, bfloat16 or float32"
+        )
+    if not np.isfinite(value).all():
+        count = int(np.size(value) - np.isfinite(value).sum())
+        raise WeightsError(
+            f"{files.source(name)} has {count} of {value.size} values that are not finite (NaN or"
+            " infinite); a merge or a cast has damaged it: make the file again"
+        )
+    most = float(jnp.finfo(dtype).max)
+    if most < float(jnp.finfo(value.dtype).max) and (largest := float(np.abs(value).max())) > most:
+        raise WeightsError(
+            f"{files.source(name)} has values up to {largest:.3g}, but {np.dtype(dtype)} ends at"
+            f" {most:.3g}; choose bfloat16 or float32"
+        )
+    return value
+
+
+POINTER = b"version https://git-lfs"
+
+
+def check_pointer(path: Path) -> None:
+    """Raise WeightsError for a file that git-lfs has not fetched yet, OSError for one that cannot
+    be read.
+    """
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise WeightsError(
+                f"{path} is a git-lfs pointer, a few lines that stand for the file; fetch it: git"
+                " lfs pull in its folder, or download it again"
+            )
+
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    try:
+        check_pointer(path)
+    except OSError as error:
+        raise WeightsError(
+            f"{path} cannot be read ({error.strerror}); give this user the right to, or copy it"
+            " again"
+        ) from None
     try:
         handle = safe_open(str(path), "numpy")
     except (SafetensorError, OSError) as error:
@@ -188,7 +263,8 @@ def load(
       shardings: a tree like `abstract` of shardings; the default device if None.
 
     Raises:
-      WeightsError: listing the names that are missing, left over or of another shape.
+      WeightsError: listing the names that are missing, left over or of another shape; or naming
+        a tensor whose values are no numbers of `dtype`.
     """
     wanted = flatten_dict(abstract["params"])
     plan = {path: _sources(path, leaf.shape, stacked) for path, leaf in wanted.items()}
@@ -214,7 +290,7 @@ def load(
     places = flatten_dict(shardings["params"]) if shardings is not None else dict.fromkeys(plan)
     loaded = {}
     for path, pairs in plan.items():
-        tensors = (from_torch(path, files.read(name)) for name, _ in pairs)
+        tensors = (from_torch(path, numbers(files, name, dtype)) for name, _ in pairs)
         value = np.stack([*tensors]) if _is_stacked(path, stacked) else next(tensors)
         whole, place = np.ascontiguousarray(value, dtype), places[path]
         loaded[path] = jax.device_put(whole) if place is None else partition.put(whole, place)
@@ -266,14 +342,20 @@ def _some(names: Sequence[str], count: int = 8) -> str:
 
 def torch_tensors(params: Any, *, stacked: str = "", dtype: Any = None) -> dict[str, np.ndarray]:
     """{"params": ...} -> torch's names and layouts, as contiguous host arrays (of `dtype`, if
-    given).
+    given). Raises WeightsError where one of them is not finite there.
     """
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten_dict(params["params"]).items():
         value = np.asarray(leaf)
         parts = list(value) if _is_stacked(path, stacked) else [value]
         for (name, _), part in zip(_sources(path, value.shape, stacked), parts, strict=True):
-            tensors[name] = np.ascontiguousarray(to_torch(path, part), dtype or part.dtype)
+            with np.errstate(over="ignore"):
+                tensors[name] = np.ascontiguousarray(to_torch(path, part), dtype or part.dtype)
+            if not np.isfinite(tensors[name]).all():
+                raise WeightsError(
+                    f"the tensor {name} has values that are not finite as {tensors[name].dtype};"
+                    " choose a wider type, such as config.export.dtype=float32"
+                )
     return tensors
 
 
@@ -281,7 +363,7 @@ def save(
     folder: Path, stem: str, tensors: Mapping[str, np.ndarray], *, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write `folder/stem.safetensors`, or shards with the index file that diffusers and
-    transformers read.
+    transformers read. Raises CheckpointError where they cannot be written.
     """
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
@@ -298,8 +380,12 @@ def save(
     )
     for name, shard in zip(names, shards, strict=True):
         temporary = folder / f"{name}.tmp"
-        save_file(shard, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / name)
+        try:
+            save_file(shard, temporary, metadata={"format": "pt"})
+            os.replace(temporary, folder / name)
+        except (SafetensorError, OSError) as error:
+            temporary.unlink(missing_ok=True)
+            raise checkpoint.not_written(f"write {folder / name}", error) from None
     if len(shards) > 1:
         weight_map = {
             tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard

@@ -17,6 +17,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import sampling
+from jaxdistill.errors import NotFinite
 from jaxdistill.interop import card
 from jaxdistill.interop.text_export import TextExport
 from jaxdistill.tasks.text_to_image.pipeline import Inputs, TextToImage, guides, time_ids
@@ -160,7 +161,12 @@ class ExportPainter:
 
         advance = jax.jit(step)
         draw = jax.jit(jax.vmap(lambda seed: card.noise_of(seed, jnp.arange(1), shape)[0]))
-        finish = jax.jit(lambda x: jnp.round(card.to_unit(x) * 255.0).astype(jnp.uint8))
+        finish = jax.jit(
+            lambda x: (
+                jnp.round(card.to_unit(x) * 255.0).astype(jnp.uint8),
+                jnp.isfinite(x).all(),
+            )
+        )
         self._places = places(self.sizes)
         whole = {
             size: NamedSharding(place.mesh, PartitionSpec()) for size, place in self._places.items()
@@ -196,8 +202,19 @@ class ExportPainter:
         def step(state: Any, t: Any, t_next: Any) -> Any:
             return advance(self._params[size], state, noise, cond, t, t_next, flag)
 
+        def finished(x: Any) -> Any:
+            images, finite = finish(x)
+            if not finite:
+                raise NotFinite(card.NOT_FINITE)
+            return images
+
         return Rollout(
-            sampling.start(noise), times[:-1], times[1:], step=step, finish=finish, count=len(seeds)
+            sampling.start(noise),
+            times[:-1],
+            times[1:],
+            step=step,
+            finish=finished,
+            count=len(seeds),
         )
 
 

@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from starlette.exceptions import HTTPException
 
 import jaxdistill
+from jaxdistill.errors import NotFinite
 from jaxdistill.page.engine import Busy, Cancelled, Engine, Expired, ExportPainter, Job, Painter
 
 PAGE = Path(__file__).parent
@@ -120,6 +121,8 @@ def outcome_of(found: Any) -> tuple[str, int, str]:
         return "deadline", 504, "the request waited too long; try again in a moment"
     if isinstance(found, Cancelled):
         return "cancelled", 503, "the server is shutting down"
+    if isinstance(found, NotFinite):
+        return "failed", 500, str(found)
     if isinstance(found, ValueError):
         return "invalid", 422, str(found).splitlines()[0]
     return "failed", 500, "drawing failed; the server's log says why"

@@ -407,26 +407,22 @@ def export(folder: str | Path, params: Any, card: Mapping[str, Any]) -> None:
     if not distributed.writes():
         return
     folder = Path(folder).absolute()
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     # Host arrays carry no device topology, so that any machine restores them without a target tree.
     host = jax.tree.map(np.asarray, params)
-    try:
-        with _alone() as checkpointer:
-            checkpointer.save(temporary / "params", host)
-    except (OSError, ValueError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise not_written(f"write {folder}", error) from None
-    leaves = jax.tree.leaves(host)
-    parameters = {
-        "path": "params",
-        "count": int(sum(a.size for a in leaves)),
-        "dtype": str(leaves[0].dtype),
-    }
-    whole = {**card, "parameters": parameters, "sha256": _hashes(temporary)}
-    write_json(temporary / "card.json", {**whole, "card_sha256": _card_hash(whole)})
-    swap_in(temporary, folder)
+    with made_whole(folder) as temporary:
+        try:
+            with _alone() as checkpointer:
+                checkpointer.save(temporary / "params", host)
+        except ValueError as error:  # Orbax's, of a full disk
+            raise not_written(f"write {folder}", error) from None
+        leaves = jax.tree.leaves(host)
+        parameters = {
+            "path": "params",
+            "count": int(sum(a.size for a in leaves)),
+            "dtype": str(leaves[0].dtype),
+        }
+        whole = {**card, "parameters": parameters, "sha256": _hashes(temporary)}
+        write_json(temporary / "card.json", {**whole, "card_sha256": _card_hash(whole)})
 
 
 def sign(folder: Path, name: str) -> None:
@@ -451,10 +447,59 @@ def _alone() -> Any:
     )
 
 
+def check_space(folder: Path, size: int, what: str) -> None:
+    """Raise CheckpointError where a folder's disk has less than `size` bytes for what comes."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise CheckpointError(
+            f"{folder} has {free / 1e9:.2f} GB of free disk, but {what} will need"
+            f" {size / 1e9:.2f} GB; free some, or choose another folder"
+        )
+
+
+def clear(folder: Path) -> None:
+    """Remove a folder of ours, also one that was copied with the modes of read-only files. Does
+    nothing where there is none. Raises CheckpointError.
+    """
+    if not folder.exists():
+        return
+    try:
+        folder.chmod(0o700)
+        for root, names, _ in os.walk(folder):
+            for path in (Path(root, name) for name in names):
+                if not path.is_symlink():
+                    path.chmod(0o700)
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} is left from an earlier start and cannot be removed ({error.strerror});"
+            " remove it and run the same command again"
+        ) from None
+
+
+@contextlib.contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of `folder`; of one that fails nothing is left.
+
+    Raises CheckpointError where it cannot be written.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    clear(temporary)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        swap_in(temporary, folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise not_written(f"write {folder}", error) from None
+        raise
+
+
 def swap_in(temporary: Path, folder: Path) -> None:
     """Put a finished folder in the place of `folder`, which comes back if that fails."""
     older = folder.with_name(folder.name + ".old")
-    shutil.rmtree(older, ignore_errors=True)
+    clear(older)
     if folder.exists():
         os.rename(folder, older)
     try:
@@ -463,7 +508,7 @@ def swap_in(temporary: Path, folder: Path) -> None:
         if older.exists():
             os.rename(older, folder)
         raise
-    shutil.rmtree(older, ignore_errors=True)
+    clear(older)
 
 
 def tree_hash(tree: Any) -> str:
@@ -503,7 +548,8 @@ def _hashes(folder: Path) -> dict[str, str]:
 def load_export(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     """(params as host arrays, card) of an export, after checking every file against its checksum.
 
-    Raises CheckpointError naming the file that is missing or was changed.
+    Raises CheckpointError naming the file that is missing or was changed, or the array that is not
+    finite.
     """
     folder = Path(folder).absolute()
     if not (folder / "card.json").is_file():
@@ -532,7 +578,23 @@ def load_export(folder: str | Path) -> tuple[Any, dict[str, Any]]:
                 f"{folder / name} is damaged: its SHA-256 starts with {found[name][:12]}, the card"
                 f" says {expected[name][:12]}; copy the export again"
             )
-    return _read_params(folder / "params"), card
+    params = _read_params(folder / "params")
+    if bad := not_finite(params):
+        raise CheckpointError(
+            f"{folder / 'params'}: {bad} has values that are not finite (NaN or infinite); the"
+            " training that wrote it has failed: give another export"
+        )
+    return params, card
+
+
+def not_finite(params: Any) -> str:
+    """The path of the first array of a tree with a value that is no finite number; "" where there
+    is none.
+    """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact) and not np.isfinite(leaf).all():
+            return "/".join(str(getattr(part, "key", part)) for part in path)
+    return ""
 
 
 def _read_params(folder: Path) -> Any:

@@ -529,6 +529,12 @@ class _Running:
                 self.watchdog.step()
             if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
                 bad = ", ".join(f"{k} = {v:g}" for k, v in values.items() if not np.isfinite(v))
+                if at == 0:
+                    raise NonFiniteError(
+                        f"{self.loop.name} step 0: {bad}; nothing has been trained yet: the"
+                        " teacher's weights, the data or the precision of the computation"
+                        " (config.compute) give no numbers"
+                    )
                 self.not_finite(f"step {at}: {bad}")
         return values
 

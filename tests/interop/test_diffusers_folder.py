@@ -342,7 +342,7 @@ def change_json(path, **values):
 
 
 REFUSALS = {
-    "no folder": (lambda root: shutil.rmtree(root), "is not a folder"),
+    "no folder": (lambda root: shutil.rmtree(root), "does not exist"),
     "no pipeline": (lambda root: (root / "model_index.json").unlink(), "no model_index.json"),
     "other pipeline": (
         lambda root: change_json(root / "model_index.json", _class_name="FluxPipeline"),

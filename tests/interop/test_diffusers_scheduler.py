@@ -393,7 +393,8 @@ REFUSALS = [
         "'eps' cannot start from zero terminal SNR",
     ),
     ({"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid' is not supported"),
-    ({"prediction_type": "flow"}, "prediction_type = 'flow' is not supported"),
+    ({"prediction_type": "flow"}, "DDIMScheduler says that the network is of flow matching"),
+    ({"prediction_type": "x"}, "prediction_type = 'x' is not supported"),
     ({"timestep_spacing": "karras"}, "timestep spacing 'karras' is not known"),
     ({"rescale_betas_zero_snr": True}, "'eps' cannot start from zero terminal SNR"),
 ]
@@ -404,6 +405,47 @@ def test_what_is_not_supported_is_named(changes, words):
     with pytest.raises(FolderError) as failure:
         diffusers_scheduler.read({"_class_name": DDIM, **LEADING, **changes}, WHERE)
     assert words in str(failure.value) and "\n" not in str(failure.value)
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+PROCESSES = {
+    "EDMEulerScheduler": {"sigma_data": 0.5, "prediction_type": "epsilon"},
+    "EDMDPMSolverMultistepScheduler": {"sigma_data": 1.0, "prediction_type": "v_prediction"},
+    "FlowMatchEulerDiscreteScheduler": {"shift": 3.0},
+    "FlowMatchHeunDiscreteScheduler": {},
+    UNIPC: {**LEADING, "use_flow_sigmas": True},
+    DPM: {**LEADING, **FLOW},
+    EULER: {**LEADING, "timestep_type": "continuous", "prediction_type": "v_prediction"},
+    DDIM: {**LEADING, "prediction_type": "flow_prediction"},
+    "CogVideoXDDIMScheduler": {**LEADING, "snr_shift_scale": 3.0},
+    "IPNDMScheduler": {"trained_betas": None, "num_train_timesteps": 1000},
+    "SomebodysScheduler": {},
+}
+
+
+@pytest.mark.parametrize("solver", [None, *diffusers_scheduler.SOLVERS])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_network_of_another_process_is_refused_whatever_the_solver(name, solver):
+    config = {"_class_name": name, **PROCESSES[name]}
+    with pytest.raises(FolderError, match="whatever the solver") as failure:
+        diffusers_scheduler.read(config, WHERE, solver=solver)
+    assert name in str(failure.value) and "--solver" not in str(failure.value)
+    with pytest.raises(FolderError, match="whatever the solver"):
+        diffusers_scheduler.student_config(config, noise_correction=False)
+
+
+def test_a_hint_to_another_solver_is_given_only_where_that_draws():
+    """Each refusal that names --solver is gone with it."""
+    hints = 0
+    for changes, _ in REFUSALS:
+        config = {"_class_name": DDIM, **LEADING, **changes}
+        with pytest.raises(FolderError) as failure:
+            diffusers_scheduler.read(config, WHERE)
+        if "--solver" in str(failure.value):
+            hints += 1
+            for solver in diffusers_scheduler.SOLVERS:
+                diffusers_scheduler.read(config, WHERE, solver=solver)
+    assert hints > 10
 
 
 def test_a_grid_that_is_given_stands_instead_of_karras():

@@ -435,7 +435,7 @@ def test_images_are_cropped_encoded_and_kept_with_their_captions(tmp_path):
 
 REFUSALS = [
     ({"teacher.folder": ""}, "config.teacher.folder is empty"),
-    ({"teacher.folder": "/nowhere"}, "/nowhere is not a folder"),
+    ({"teacher.folder": "/nowhere"}, "/nowhere does not exist"),
     ({"data.prompts": ""}, "config.data.prompts is empty"),
     ({"data.images": "/nowhere"}, "config.data.images = /nowhere is not a folder"),
     ({"adversarial.reals": "data"}, "needs config.data.images"),
@@ -475,7 +475,7 @@ def test_the_command_gives_one_line(tmp_path):
         *flags(tmp_path, **{"teacher.folder": "/nowhere"}),
         f"--workdir={tmp_path / 'run'}",
     )
-    assert_one_error_line(found, "/nowhere is not a folder")
+    assert_one_error_line(found, "/nowhere does not exist")
 
 
 def test_an_export_of_scanned_blocks_is_read_as_such(tmp_path):

@@ -45,6 +45,8 @@ class OwnModel:
             raise UserError("distill runs as one process; use jaxdistill.main for several")
         self.problem, self.options = problem, options
         self.params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), problem.params)
+        if bad := checkpoint.not_finite(self.params):
+            raise UserError(f"problem.params: {bad} has values that are not finite (NaN, infinite)")
         self.abstract = jax.eval_shape(lambda: self.params)
         self.image_shape = tuple(problem.image_shape)
         self.conds, self.first = peeked(problem.conds, "conds")

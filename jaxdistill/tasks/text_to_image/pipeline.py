@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill import partition, sampling
+from jaxdistill.errors import NotFinite
 from jaxdistill.interop import (
     NOTHING,
     Beside,
@@ -35,6 +36,21 @@ DEFAULT_GUIDANCE = {False: 7.5, True: 5.0}
 """Of diffusers' pipelines, without and with XL."""
 
 
+def check_finite(values: Array | np.ndarray, component: str, dtype: Any) -> None:
+    """Raise NotFinite where a component, computing in `dtype`, gives values that are no numbers."""
+    if bool(jnp.isfinite(values).all()):
+        return
+    half = jnp.finfo(dtype).bits < 32
+    mend = (
+        f"it computes in {np.dtype(dtype)}, whose range it may leave: take --dtype=float32, in a"
+        " run config.compute.dtype=float32"
+        if half
+        else "its weights are finite, but do not work: give another checkpoint, or lower the"
+        " guidance"
+    )
+    raise NotFinite(f"{component} gives values that are not finite (NaN or infinite); {mend}")
+
+
 class TextEncoders:
     """The frozen text side of a folder: prompts -> the network's conditioning."""
 
@@ -46,6 +62,7 @@ class TextEncoders:
             diffusers_folder.load_params(part, dtype=dtype) for part in folder.text_encoders
         ]
         modules = [part.module for part in folder.text_encoders]
+        self.dtype = modules[0].dtype
         xl = folder.xl
 
         def encode(params: Sequence[Any], ids: Sequence[Array]) -> dict[str, Array]:
@@ -81,9 +98,10 @@ class TextEncoders:
                         f"{path} gives the token {given.max()}, but its encoder knows"
                         f" {part.module.vocab_size}; copy the folder again"
                     )
-            parts.append(
-                {k: np.asarray(v)[:count] for k, v in self._encode(self.params, ids).items()}
-            )
+            encoded = {k: np.asarray(v)[:count] for k, v in self._encode(self.params, ids).items()}
+            for values in encoded.values():
+                check_finite(values, "the text encoder", self.dtype)
+            parts.append(encoded)
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
     def negative(self, prompt: str | None) -> dict[str, np.ndarray]:
@@ -334,15 +352,16 @@ class TextToImage:
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images float32 [b, h, w, 3] in [-1, 1] -> scaled latents float32 [b, h / f, w / f, c]."""
         rows = np.arange(-(-len(images) // self.parts) * self.parts) % len(images)
-        return np.asarray(self._encode(self.vae_params, self.place(images[rows])), np.float32)[
-            : len(images)
-        ]
+        latents = self._encode(self.vae_params, self.place(images[rows]))
+        check_finite(latents, "the VAE's encoder", self.vae.dtype)
+        return np.asarray(latents, np.float32)[: len(images)]
 
     def decode(self, latents: Array) -> np.ndarray:
         """Latents [b, h, w, c] -> images float32 [b, f h, f w, 3] in [0, 1]; in tiles where that
-        was asked for.
+        was asked for. Raises NotFinite.
         """
         tile = self.tile
+        check_finite(latents, "the UNet", self.unet.dtype)
         if tile and max(latents.shape[1:3]) > tile:
             images = decode_tiled(
                 lambda z: self._decode(self.vae_params, z),
@@ -353,6 +372,7 @@ class TextToImage:
             )
         else:
             images = self._decode(self.vae_params, latents)
+        check_finite(images, "the VAE's decoder", self.vae.dtype)  # to_unit would hide infinity
         return np.asarray(card.to_unit(images))
 
     def draw(self, seed: int, start: int, count: int, height: int, width: int) -> np.ndarray:
@@ -396,6 +416,7 @@ class TextToImage:
 
         Raises:
           ValueError: a size, number of steps, scale or latents that do not fit.
+          NotFinite: text, latents or images are no numbers; names the component.
         """
         if not prompts:
             raise ValueError("at least one prompt is needed")
@@ -420,7 +441,11 @@ class TextToImage:
             rows = np.arange(i, i + block) % len(prompts)
             part = {k: self.place(v[rows]) for k, v in cond.items()}
             x = self._sampled(self.place(noise[rows]), part, null, run, guidance)
-            found.append(self.decode(x) if decode else np.asarray(x))
+            if decode:
+                found.append(self.decode(x))
+            else:
+                check_finite(x, "the UNet", self.unet.dtype)
+                found.append(np.asarray(x))
         return np.concatenate(found)[: len(prompts)]
 
     def _sampled(self, starts: Array, cond: Any, null: Any, run: Run, guidance: float) -> Array:

@@ -206,7 +206,10 @@ class TextSetup:
         """The student's scheduler_config.json."""
         correct = getattr(self, "correct_noise", False)
         return diffusers_scheduler.student_config(
-            self.folder.scheduler, solver=spec.solver, noise_correction=correct
+            self.folder.scheduler,
+            solver=spec.solver,
+            noise_correction=correct,
+            where=diffusers_scheduler.config_path(self.folder),
         )
 
     def check_student(self, path: str) -> None:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxdistill import partition
 from jaxdistill.costs import chips
-from jaxdistill.errors import UserError
+from jaxdistill.errors import NotFinite, UserError
 from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.methods.recipe import Stage
 from jaxdistill.run import checkpoint, distributed, report
@@ -174,7 +174,14 @@ class TextToImageTask(TextSetup):
     ) -> dict[str, np.ndarray]:
         """The conditioning of these captions, float16."""
         found = pipe.text([captions[i] for i in numbers])
-        return {name: values.astype(np.float16) for name, values in found.items()}
+        with np.errstate(over="ignore"):
+            half = {name: values.astype(np.float16) for name, values in found.items()}
+        if not all(np.isfinite(values).all() for values in half.values()):
+            raise NotFinite(
+                "the text encoder gives values above 65504, which the cache of prompts (float16)"
+                " cannot hold; give another checkpoint"
+            )
+        return half
 
     def encoded_images(
         self, pipe: pipeline.TextToImage, captions: Sequence[str], numbers: list[int]
@@ -282,6 +289,8 @@ class TextToImageTask(TextSetup):
         """Caches, training, exports, results. Resumes where it was stopped."""
         config = self.config
         self.agree()
+        if distributed.writes():
+            self.rehearse(run.workdir)
         if config.log.checkpoints:  # a bucket that cannot be opened is told before weights are read
             checkpoint.Checkpoints(f"{config.log.checkpoints}/student").close()
         began = time.perf_counter()
@@ -307,6 +316,14 @@ class TextToImageTask(TextSetup):
             results = self.results(run, students)
         distributed.barrier("results are written")
         return results
+
+    def rehearse(self, workdir: Path) -> None:
+        """Look at all that the exports will touch, before the training. Raises UserError."""
+        count = sum(a.size for a in jax.tree.leaves(self.abstract))
+        unet = count * (4 + np.dtype(DTYPES[self.config.export.dtype]).itemsize)
+        stages = [stage for stage in self.recipe.stages if stage.serves]
+        copies = diffusers_folder.rehearse(self.folder, workdir / "diffusers")
+        checkpoint.check_space(workdir, len(stages) * (copies + unet), "its exports")
 
     def export(self, workdir: Path, student: Student, first: Student) -> None:
         """student/ (Orbax), diffusers/ (a pipeline folder) and with LoRA lora/ (diffusers' file).
