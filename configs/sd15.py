@@ -40,6 +40,7 @@ def whole() -> ConfigDict:
         {
             "folder": "",  # the pipeline, or a single .safetensors file
             "like": "",  # of a file: a pipeline folder of its kind, for configs and tokenizers
+            "clip_skip": 0,  # text layers left out, as in diffusers; 1 is A1111's clip skip 2
             "architecture": "",  # instead, to plan a run (jaxdistill.aot): sd15 | sd21 | sdxl
             "solver": "",  # ddim | dpm_solver_pp_2m: of its images, instead of its scheduler
             "steps": 50,  # of its images: in the health lines, and for the discriminator
@@ -47,10 +48,11 @@ def whole() -> ConfigDict:
     )
     config.data.update(
         {
-            # .txt (one a line), .jsonl ("prompt" or "caption"), or tfds:name:split[:key].
+            # .txt (one a line), .jsonl, .csv, .parquet ("prompt", "caption" or "text"), tars, or
+            # tfds:name:split[:key].
             "prompts": "",
-            # For adversarial.reals = "data": folder of images with metadata.jsonl, or
-            # tfds:name:split[:key of the captions].
+            # For adversarial.reals = "data": folder of images with metadata.jsonl or a .txt each,
+            # "data/{000..099}.tar" (WebDataset), or tfds:name:split[:key of the captions].
             "images": "",
             "tfds_dir": "",  # data_dir of tensorflow-datasets; ~/tensorflow_datasets by default
             "cache": "",  # folder of prompts, latents and pairs; default: the workdir's

@@ -48,7 +48,7 @@ from jaxdistill.tasks.text_to_image import pipeline
 
 
 def read_prompts(paths: Sequence[str], repeat: int = 1) -> list[dict[str, Any]]:
-    """The prompts of .txt and .jsonl files, each `repeat` times in a row.
+    """The prompts of files (`interop.prompts`), each `repeat` times in a row.
 
     Of several files, the name is a prompt's category.
 
@@ -126,6 +126,7 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
     for model, source, counts, guidance, solver in plan:
         layout = pipeline.every_device()
         pipe = pipeline.load(source, beside=given, solver=solver, layout=layout, **computed)
+        pipe.text.announce([item["prompt"] for item in items])
         for steps in counts:
             folder = out / "images" / f"{model}-{steps}"
             options = {
@@ -189,7 +190,7 @@ def parser() -> Parser:
     add("--student", metavar="FOLDER", help="a student's export or its diffusers/ folder")
     about = "finished images to score, instead of --teacher and --student"
     add("--images", metavar="FOLDER", help=about)
-    about = ".txt or .jsonl; with FILE,FILE each name is a category"
+    about = ".txt, .jsonl, .csv or .parquet; FILE,FILE: each name is a category"
     add("--prompts", type=names, metavar="FILE", help=about)
     add("--out", metavar="FOLDER", help="new folder for images and scores")
     drawing = p.add_argument_group("drawing")

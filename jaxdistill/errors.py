@@ -17,6 +17,7 @@ EXTRAS = {
     "fastapi": "serve",
     "uvicorn": "serve",
     "gcsfs": "tpu",
+    "pyarrow": "parquet",
 }
 """Module -> the extra that brings it."""
 

@@ -20,15 +20,22 @@ class Beside:
 
     Attributes:
       like: of a single file, a pipeline folder of its kind: configs, tokenizers, scheduler.
+      clip_skip: layers at the end of the text encoders that are left out, as in diffusers.
     """
 
     like: str | Path = ""
+    clip_skip: int = 0
 
 
 NOTHING = Beside()
 
-FLAGS = {
+FLAGS: dict[str, dict[str, Any]] = {
     "like": {"metavar": "FOLDER", "help": "of a single file: a pipeline folder of its kind"},
+    "clip_skip": {
+        "type": int,
+        "metavar": "N",
+        "help": "text layers left out, as in diffusers; 1 is A1111's clip skip 2",
+    },
 }
 """The flags of `Beside`'s fields."""
 

@@ -68,7 +68,9 @@ class Part(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """A checked pipeline folder. Nothing large has been read. `components` is model_index.json."""
+    """A checked pipeline folder. Nothing large has been read. `components` is model_index.json;
+    of its text encoders the last `clip_skip` layers are left out.
+    """
 
     path: Path
     components: Mapping[str, Any]
@@ -80,6 +82,7 @@ class Folder(NamedTuple):
     scheduler: Mapping[str, Any]
     zero_empty_prompt: bool
     file: Path | None = None
+    clip_skip: int = 0
 
     @property
     def name(self) -> str:
@@ -271,6 +274,8 @@ VAE_KEYS = (
     "sample_size",
     "scaling_factor",
     "shift_factor",
+    "latents_mean",
+    "latents_std",
     "force_upcast",
     "use_quant_conv",
     "use_post_quant_conv",
@@ -279,7 +284,7 @@ VAE_KEYS = (
     "up_block_types",
 )
 
-VAE_FIXED = {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
+VAE_FIXED = {"act_fn": ("silu", "swish")}
 
 
 def unet_module(config: Mapping[str, Any], where: Path, **options: Any) -> UNetCondition:
@@ -358,24 +363,36 @@ def _blocks(
     return tuple(known[block] for block in found)
 
 
-def vae_module(config: Mapping[str, Any], where: Path, **options: Any) -> AutoencoderKL:
+def vae_module(
+    config: Mapping[str, Any], where: Path, *, xl: bool = False, **options: Any
+) -> AutoencoderKL:
     """The autoencoder of an AutoencoderKL's config. `options`: attention, dtype.
 
-    Raises FolderError.
+    What its pipeline does not look at is not looked at here: a shift_factor, and but for `xl`
+    latents_mean and latents_std. Raises FolderError.
     """
     _check(config, where, VAE_KEYS, VAE_FIXED)
     channels = tuple(config["block_out_channels"])
     _blocks(config, "down_block_types", {"DownEncoderBlock2D": True}, len(channels), where)
     _blocks(config, "up_block_types", {"UpDecoderBlock2D": True}, len(channels), where)
+    mean, std = (tuple(config.get(f"latents_{name}") or ()) for name in ("mean", "std"))
+    latents = config.get("latent_channels", 4)
+    moved = bool(xl and mean and std)
+    if moved and not len(mean) == len(std) == latents:
+        raise FolderError(
+            f"{where}: latents_mean and latents_std hold {len(mean)} and {len(std)} numbers, but"
+            f" there are {latents} latent_channels"
+        )
     return AutoencoderKL(
         in_channels=config.get("in_channels", 3),
         out_channels=config.get("out_channels", 3),
-        latent_channels=config.get("latent_channels", 4),
+        latent_channels=latents,
+        mean=mean if moved else None,
+        std=std if moved else None,
         channels=channels,
         layers=config.get("layers_per_block", 1),
         groups=config.get("norm_num_groups", 32),
         scaling_factor=float(config.get("scaling_factor") or 0.18215),
-        shift_factor=float(config.get("shift_factor") or 0.0),
         use_quant_conv=bool(config.get("use_quant_conv", True)),
         use_post_quant_conv=bool(config.get("use_post_quant_conv", True)),
         mid_attention=bool(config.get("mid_block_add_attention", True)),
@@ -516,7 +533,7 @@ def open_folder(
         components=index,
         xl=xl,
         unet=unet,
-        vae=part("vae", "diffusion_pytorch_model", vae_module, **options),
+        vae=part("vae", "diffusion_pytorch_model", vae_module, xl=xl, **options),
         text_encoders=tuple(encoders),
         tokenizers=_tokenizers(root, needed),
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),

@@ -52,9 +52,12 @@ PREDICTIONS = {
 
 def open_checkpoint(path: str | Path, beside: Beside = NOTHING, **options: Any) -> Folder:
     """A pipeline folder or a single file, with what is named beside it. Raises FolderError."""
-    if is_file(path):
-        return open_file(path, beside, **options)
-    return diffusers_folder.open_folder(path, **options)
+    found = (
+        open_file(path, beside, **options)
+        if is_file(path)
+        else diffusers_folder.open_folder(path, **options)
+    )
+    return found._replace(clip_skip=beside.clip_skip)
 
 
 def open_file(path: str | Path, beside: Beside, *, ema: bool = True, **options: Any) -> Folder:

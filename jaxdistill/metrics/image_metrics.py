@@ -35,7 +35,7 @@ from PIL import Image
 
 from jaxdistill.errors import UserError
 from jaxdistill.interop import diffusers_folder, torch_weights
-from jaxdistill.interop.prompts import load_tokenizer
+from jaxdistill.interop.clip_tokenizer import Tokenizer
 from jaxdistill.interop.torch_weights import WeightFiles
 from jaxdistill.metrics.distances import gaussian_distance as frechet_distance
 from jaxdistill.metrics.distances import precision_recall, weights_hash
@@ -382,7 +382,7 @@ def load_clip(folder: str | Path, *, batch_size: int = 32) -> CLIP:
     folder = Path(folder)
     vision, text = _clip_modules(folder)
     prepare, said = clip_preprocessing(folder, vision.image_size)
-    tokenizer = load_tokenizer(folder, text.positions)
+    tokenizer = Tokenizer(folder, text.positions)
     files = WeightFiles(diffusers_folder.weight_files(folder, "model"))
 
     def load(module: Any, example: jax.Array, others: tuple[str, ...]) -> Any:

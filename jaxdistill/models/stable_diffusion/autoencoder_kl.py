@@ -120,7 +120,8 @@ class AutoencoderKL(nn.Module):
       channels: of each level.
       layers: residual blocks a level.
       groups: of the group norms.
-      scaling_factor, shift_factor: network latents = (latents - shift_factor) scaling_factor.
+      scaling_factor: network latents = latents scaling_factor.
+      mean, std: where both are given, of each channel: instead of latents (latents - mean) / std.
       use_quant_conv, use_post_quant_conv: whether there is a 1x1 convolution after the encoder and
         before the decoder.
       mid_attention: whether the middle attends.
@@ -135,7 +136,8 @@ class AutoencoderKL(nn.Module):
     layers: int = 2
     groups: int = 32
     scaling_factor: float = 0.18215
-    shift_factor: float = 0.0
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_attention: bool = True
@@ -183,13 +185,17 @@ class AutoencoderKL(nn.Module):
         z, log_variance = self.moments(x)
         if key is not None:
             z = z + jnp.exp(0.5 * log_variance) * jax.random.normal(key, z.shape)
-        return (z - self.shift_factor) * self.scaling_factor
+        if self.mean and self.std:
+            z = (z - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        return z * self.scaling_factor
 
     def decode(self, z: Array) -> Array:
         """Scaled latents [b, h, w, c] -> images [b, f h, f w, out_channels] around [-1, 1], not
         clipped.
         """
-        z = z / self.scaling_factor + self.shift_factor
+        z = z / self.scaling_factor
+        if self.mean and self.std:
+            z = z * jnp.asarray(self.std) + jnp.asarray(self.mean)
         if self.use_post_quant_conv:
             z = self.post_quant_conv(z)
         return self.decoder(z).astype(jnp.float32)

@@ -23,14 +23,16 @@ class CLIPAttention(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """X [b, l, d] -> its shape."""
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """X [b, l, d] -> its shape. `mask` bool [b, l] is False where nobody looks."""
         b, length, d = x.shape
         split = (b, length, self.heads, d // self.heads)
         q, k, v = (
             Linear(d, dtype=self.dtype, name=f"{name}_proj")(x).reshape(split) for name in "qkv"
         )
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal).reshape(x.shape)
+        seen = None if mask is None else mask[:, None, None, :]
+        out = jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=self.causal)
+        out = out.reshape(x.shape)
         return Linear(d, dtype=self.dtype, name="out_proj")(out)
 
 
@@ -45,10 +47,10 @@ class CLIPLayer(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """X [b, l, d] -> its shape."""
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """X [b, l, d] -> its shape. `mask` bool [b, l] is False where nobody looks."""
         x = x + CLIPAttention(self.heads, self.causal, self.dtype, name="self_attn")(
-            LayerNorm(self.eps, name="layer_norm1")(x)
+            LayerNorm(self.eps, name="layer_norm1")(x), mask
         )
         h = Linear(self.intermediate, dtype=self.dtype, name="mlp.fc1")(
             LayerNorm(self.eps, name="layer_norm2")(x)
@@ -62,8 +64,8 @@ class TextStates(NamedTuple):
     """What the encoder gives.
 
     last: states after the final norm [b, l, d]; penultimate: before the last layer, not normed [b,
-    l, d]; pooled: last's state at the end token, projected where the encoder has a projection [b,
-    p].
+    l, d]; both as if `skip` layers at the end were not there. pooled: with all layers the last
+    state at the end token, projected where the encoder has a projection [b, p].
     """
 
     last: Array
@@ -95,17 +97,19 @@ class CLIPText(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: Array) -> TextStates:
-        """Token ids int [b, l] -> TextStates."""
+    def __call__(self, ids: Array, mask: Array | None = None, *, skip: int = 0) -> TextStates:
+        """Token ids int [b, l] -> TextStates. `mask` bool [b, l] is False where nobody looks;
+        0 <= skip < layers.
+        """
         tokens = nn.Embed(
             self.vocab_size, self.hidden_size, name="text_model.embeddings.token_embedding"
         )(ids)
         places = nn.Embed(
             self.positions, self.hidden_size, name="text_model.embeddings.position_embedding"
         )(jnp.arange(ids.shape[1]))
-        x = penultimate = (tokens + places).astype(self.dtype)
+        x = (tokens + places).astype(self.dtype)
+        states = [x]
         for i in range(self.layers):
-            penultimate = x
             layer = CLIPLayer(
                 self.heads,
                 self.intermediate,
@@ -115,10 +119,13 @@ class CLIPText(nn.Module):
                 self.dtype,
                 name=f"text_model.encoder.layers.{i}",
             )
-            x = layer(x)
-        last = LayerNorm(self.eps, name="text_model.final_layer_norm")(x)
+            x = layer(x, mask)
+            states.append(x)
+        norm = LayerNorm(self.eps, name="text_model.final_layer_norm")
+        last = norm(x)
         end = jnp.argmax(ids if self.end_token == 2 else ids == self.end_token, axis=-1)
         pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
         if self.projection:
             pooled = Linear(self.projection, False, self.dtype, name="text_projection")(pooled)
-        return TextStates(last, penultimate, pooled)
+        shown = norm(states[-1 - skip]) if skip else last
+        return TextStates(shown, states[-2 - skip], pooled)

@@ -1,44 +1,56 @@
 """Prompts and captioned images of a text-to-image run."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from jaxdistill.interop.prompts import read_prompts
-from jaxdistill.metrics.image_metrics import read_image
-
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from jaxdistill.tasks.text_to_image.images import (
+    Captioned,
+    folder_images,
+    is_tars,
+    tar_captions,
+    tar_images,
+)
 
 
 def prompts_of(source: str, tfds_dir: str = "") -> list[str]:
-    """The prompts of a .txt or .jsonl file, or of a TFDS captions set as "tfds:name:split[:key]".
+    """The prompts of a file (`read_prompts`), of tars or a folder of captioned pictures
+    (`images`), or of a TFDS captions set as "tfds:name:split[:key]".
 
     Raises ValueError in one line where they cannot be read.
     """
+    name = "config.data.prompts"
     if not source:
         raise ValueError(
-            "config.data.prompts is empty; give a .txt or .jsonl file of prompts, or"
-            " tfds:name:split[:key]"
+            f"{name} is empty; give a file of prompts (.txt, .jsonl, .csv, .parquet), .tar files,"
+            " or tfds:name:split[:key]"
         )
-    if not source.startswith("tfds:"):
-        return [item["prompt"] for item in read_prompts(source)]
     found: list[str] = []
-    items, key = tfds_captions("config.data.prompts", source, tfds_dir)
-    for i in range(len(items)):
-        found += texts_of(items[i][key])
-    if not found:
-        raise ValueError(f"config.data.prompts = {source!r} has no prompts")
-    return found
+    if source.startswith("tfds:"):
+        items, key = tfds_captions(name, source, tfds_dir)
+        for i in range(len(items)):
+            found += texts_of(items[i][key], i)
+        if not found:
+            raise ValueError(f"{name} = {source!r} has no prompts")
+        return found
+    source = str(Path(source).expanduser())
+    if is_tars(source):
+        return tar_captions(name, source)
+    if Path(source).is_dir():
+        return [image.caption for image in folder_images(name, source)]
+    return [item["prompt"] for item in read_prompts(source)]
 
 
-def texts_of(value: Any) -> list[str]:
-    """The text of an example's field, or its several texts."""
+def texts_of(value: Any, number: int) -> list[str]:
+    """The text of an example's field, or its several texts. Raises ValueError."""
     texts = [value] if isinstance(value, (bytes, str)) else list(value)
-    return [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
+    try:
+        return [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
+    except UnicodeDecodeError:
+        raise ValueError(f"the caption of example {number} is not UTF-8") from None
 
 
 def tfds_captions(
@@ -93,68 +105,22 @@ def tfds_source(name: str, split: str, folder: str) -> Any:
         ) from None
 
 
-class Captioned(NamedTuple):
-    """An image with its caption.
-
-    `stamp` changes when the image does; `read` gives it, uint8 [h, w, 3].
-    """
-
-    caption: str
-    stamp: list[Any]
-    read: Callable[[], np.ndarray]
-
-
 def captioned_images(source: str, tfds_dir: str = "") -> list[Captioned]:
-    """The images of a folder with a metadata.jsonl ({"file_name", "prompt"} a line), or of
-    tfds:name:split[:caption key].
+    """The images of a folder, of tars (`images`), or of tfds:name:split[:caption key].
 
     Raises ValueError in one line.
     """
+    name, source = "config.data.images", str(Path(source).expanduser())
     if source.startswith("tfds:"):
-        items, key = tfds_captions("config.data.images", source, tfds_dir, images=True)
+        items, key = tfds_captions(name, source, tfds_dir, images=True)
         return [
-            Captioned(texts_of(items[i][key])[0], [source, i], partial(stored_image, items, i))
+            Captioned(texts_of(items[i][key], i)[0], [source, i], partial(stored_image, items, i))
             for i in range(len(items))
         ]
-    root = Path(source)
-    if not root.is_dir():
-        raise ValueError(
-            f"config.data.images = {source} is not a folder; give one with images and a"
-            " metadata.jsonl, or leave it empty"
-        )
-    if not (root / "metadata.jsonl").is_file():
-        raise ValueError(
-            f'config.data.images = {source} has no metadata.jsonl; it must hold {{"file_name": ...,'
-            ' "prompt": ...} a line'
-        )
-    found = []
-    for item in read_prompts(root / "metadata.jsonl"):
-        path = root / str(item.get("file_name", ""))
-        if path.suffix.lower() not in IMAGES or not path.is_file():
-            raise ValueError(
-                f"{root / 'metadata.jsonl'} names the image {item.get('file_name')!r}, which is not"
-                f" in {source}"
-            )
-        stamp = [str(path), path.stat().st_size, path.stat().st_mtime]
-        found.append(Captioned(item["prompt"], stamp, partial(read_image, path)))
-    return found
+    return tar_images(name, source) if is_tars(source) else folder_images(name, source)
 
 
 def stored_image(items: Any, i: int) -> np.ndarray:
     """The image of a stored example, grey ones in three channels: uint8 [h, w, 3]."""
     image = np.asarray(items[i]["image"], np.uint8)
     return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image[..., :3]
-
-
-def fit_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Uint8 [h, w, 3], cropped to the aspect ratio about its middle and resized: float32 [height,
-    width, 3] in [-1, 1].
-    """
-    picture = Image.fromarray(image)
-    scale = max(width / picture.width, height / picture.height)
-    size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-    picture = picture.resize(size, Image.Resampling.LANCZOS)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    return (
-        np.asarray(picture.crop((left, top, left + width, top + height)), np.float32) / 127.5 - 1.0
-    )

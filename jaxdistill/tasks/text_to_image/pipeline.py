@@ -21,9 +21,9 @@ from jaxdistill.interop import (
     diffusers_scheduler,
     single_file,
 )
+from jaxdistill.interop.clip_tokenizer import Tokenizer, say_cut
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
-from jaxdistill.interop.prompts import load_tokenizer, say_cut
 from jaxdistill.run import checkpoint
 
 SETTINGS = "jaxdistill.json"
@@ -51,22 +51,50 @@ def check_finite(values: Array | np.ndarray, component: str, dtype: Any) -> None
     raise NotFinite(f"{component} gives values that are not finite (NaN or infinite); {mend}")
 
 
+def tokenizers_of(folder: Folder) -> list[Tokenizer]:
+    """Its tokenizers; all give texts of one length. Raises FolderError."""
+    pairs = zip(folder.tokenizers, folder.text_encoders, strict=True)
+    found = [Tokenizer(path, part.module.positions) for path, part in pairs]
+    first = found[0]
+    for other in found[1:]:
+        if other.length != first.length:
+            raise FolderError(
+                f"{other.folder} gives texts of {other.length} tokens, but {first.folder} of"
+                f" {first.length}; their states are put side by side, so set one model_max_length"
+                " in both tokenizer_config.json"
+            )
+    return found
+
+
 class TextEncoders:
-    """The frozen text side of a folder: prompts -> the network's conditioning."""
+    """The frozen text side of a folder: prompts -> the network's conditioning.
+
+    Raises FolderError for tokenizers that cannot be used, ValueError for a clip_skip that leaves no
+    layer.
+    """
 
     def __init__(self, folder: Folder, *, dtype: Any = np.float32) -> None:
         self.folder = folder
-        self.length = min(part.module.positions for part in folder.text_encoders)
-        self.tokenizers = [load_tokenizer(path, self.length) for path in folder.tokenizers]
+        self.tokenizers = tokenizers_of(folder)
+        self.length = self.tokenizers[0].length
+        modules = [part.module for part in folder.text_encoders]
+        most = min(module.layers for module in modules) - 1
+        if not 0 <= folder.clip_skip <= most:
+            raise ValueError(f"clip_skip must be in 0..{most}, got {folder.clip_skip}")
         self.params = [
             diffusers_folder.load_params(part, dtype=dtype) for part in folder.text_encoders
         ]
-        modules = [part.module for part in folder.text_encoders]
-        self.dtype = modules[0].dtype
+        self.dtype = folder.text_encoders[0].module.dtype
+        self._said: set[str] = set()
         xl = folder.xl
+        # The pipelines without XL ask the config whether padding is looked at.
+        masked = not xl and bool(folder.text_encoders[0].config.get("use_attention_mask"))
 
-        def encode(params: Sequence[Any], ids: Sequence[Array]) -> dict[str, Array]:
-            states = [module.apply(p, i) for module, p, i in zip(modules, params, ids, strict=True)]
+        def encode(
+            params: Sequence[Any], ids: Sequence[Array], masks: Sequence[Array], skip: int
+        ) -> dict[str, Array]:
+            rows = zip(modules, params, ids, masks, strict=True)
+            states = [m.apply(p, i, s if masked else None, skip=skip) for m, p, i, s in rows]
             if not xl:
                 return {"context": states[0].last.astype(jnp.float32)}
             context = jnp.concatenate([s.penultimate for s in states], axis=-1)
@@ -75,14 +103,28 @@ class TextEncoders:
                 "pooled": states[-1].pooled.astype(jnp.float32),
             }
 
-        self._encode = jax.jit(encode)
+        self._encode = jax.jit(encode, static_argnums=3)
 
-    def __call__(self, prompts: Sequence[str], *, batch_size: int = 16) -> dict[str, np.ndarray]:
+    def __call__(
+        self, prompts: Sequence[str], *, batch_size: int = 16, skip: int | None = None
+    ) -> dict[str, np.ndarray]:
         """{"context" float32 [n, l, d]} and for XL "pooled" [n, p]; says on stderr what of a long
-        prompt is cut.
+        prompt is cut. `skip` layers at the end are left out, the folder's clip_skip if None.
+
+        Raises UserError for a prompt that is no text.
         """
         found = [tokenizer(prompts) for tokenizer in self.tokenizers]
-        say_cut(prompts, found[0].cut, self.length)
+        self._say(prompts, found[0].cut)
+        for part, tokens, path in zip(
+            self.folder.text_encoders, found, self.folder.tokenizers, strict=True
+        ):
+            if tokens.ids.max() >= part.module.vocab_size:
+                raise ValueError(
+                    f"{path} gives the token {tokens.ids.max()}, but its encoder knows"
+                    f" {part.module.vocab_size}; copy the folder again"
+                )
+        size = min(batch_size, len(prompts))
+        skip = self.folder.clip_skip if skip is None else skip
         parts = []
         for i in range(0, len(prompts), batch_size):
             ids = [
@@ -102,13 +144,35 @@ class TextEncoders:
             for values in encoded.values():
                 check_finite(values, "the text encoder", self.dtype)
             parts.append(encoded)
+=======
+            rows = range(i, min(i + batch_size, len(prompts)))
+            ids = [np.resize(t.ids[rows], (size, self.length)) for t in found]
+            masks = [np.resize(t.mask[rows], (size, self.length)) for t in found]
+            made = self._encode(self.params, ids, masks, skip)
+            parts.append({k: np.asarray(v)[: len(rows)] for k, v in made.items()})
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+    def _say(self, prompts: Sequence[str], cut: Sequence[str]) -> None:
+        """Each prompt that is cut is said once."""
+        new = {p: c for p, c in zip(prompts, cut, strict=True) if c and p not in self._said}
+        self._said.update(new)
+        say_cut(new, self.length)
+
+    def announce(self, prompts: Sequence[str]) -> None:
+        """One line for all of these prompts that are cut, before they are encoded in parts.
+
+        Raises UserError for a prompt that is no text.
+        """
+        cut: list[str] = []
+        for i in range(0, len(prompts), 4096):
+            cut += self.tokenizers[0](prompts[i : i + 4096]).cut
+        self._say(prompts, cut)
 
     def negative(self, prompt: str | None) -> dict[str, np.ndarray]:
         """The conditioning of one negative prompt, [1, ...]; None is the pipeline's own: zeros for
-        XL where its index says so.
+        XL where its index says so. Stock pipelines leave no layer out here.
         """
-        encoded = self([prompt or ""])
+        encoded = self([prompt or ""], skip=0)
         return (
             {k: np.zeros_like(v) for k, v in encoded.items()}
             if prompt is None and self.folder.zero_empty_prompt

@@ -39,7 +39,7 @@ from jaxdistill.tasks.text_to_image import pipeline
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 TOKENS = 77
-"""Of CLIP's text encoders."""
+"""Of the published architectures' tokenizers."""
 
 
 def open_teacher(config: ConfigDict) -> Folder:
@@ -92,6 +92,9 @@ class TextSetup:
         height, width = config.data.height or None, config.data.width or None
         self.size = pipeline.image_size(folder, height, width)
         factor = folder.vae.module.factor
+        self.tokens = TOKENS
+        if folder.tokenizers:
+            self.tokens = pipeline.tokenizers_of(folder)[0].length
         self.latent_shape = (*(side // factor for side in self.size), self.unet.in_channels)
         self.layout = partition.layout(config.mesh.to_dict(), devices=devices)
         micro = student.batch_size // student.accumulate
@@ -164,7 +167,7 @@ class TextSetup:
         """Shapes of a batch's conditioning."""
         _, _, cond = diffusers_folder.example_inputs(self.folder.unet)
         shapes = {name: (rows, *a.shape[1:]) for name, a in cond.items()}
-        shapes["context"] = (rows, TOKENS, cond["context"].shape[-1])
+        shapes["context"] = (rows, self.tokens, cond["context"].shape[-1])
         return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
 
     def batch_shapes(self, stage: Stage) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from jaxdistill.run.run import Run
 from jaxdistill.run.seeds import seed_of
 from jaxdistill.tasks.health import Health, mend
 from jaxdistill.tasks.text_to_image import pipeline
-from jaxdistill.tasks.text_to_image.data import captioned_images, fit_image, prompts_of
+from jaxdistill.tasks.text_to_image.data import captioned_images, prompts_of
+from jaxdistill.tasks.text_to_image.images import READING, fit_image
 from jaxdistill.tasks.text_to_image.setup import DTYPES, TextSetup, open_teacher
 
 NUMBERS = ("diversity", "contrast", "saturation", "distance")
@@ -130,6 +131,7 @@ class TextToImageTask(TextSetup):
             checkpoint.hash_files(files),
             [dict(part.config) for part in parts],
             config.compute.dtype,
+            folder.clip_skip,
         ]
 
         def cache(
@@ -138,13 +140,15 @@ class TextToImageTask(TextSetup):
             key = key_of(encoder, list(captions), *about)
             self._caches[name] = run.cache(name, key, len(captions), *rest, **kw)
 
+        pipe.text.announce(self.prompts)
         texts = partial(self.encoded, pipe, self.prompts)
         cache("prompts", [], self.prompts, texts, "encoding prompts", rows=16)
         self.null = {k: v.astype(np.float32) for k, v in pipe.text.negative(None).items()}
         if self.needs_reals and config.adversarial.reals == "data":
             captions = [image.caption for image in self.images]
+            pipe.text.announce(captions)
             vae = [self.hash_of(folder.vae), dict(folder.vae.config)]
-            about = [vae, [image.stamp for image in self.images], self.size]
+            about = [vae, [image.stamp for image in self.images], self.size, READING]
             read = partial(self.encoded_images, pipe, captions)
             rows = 4 * pipe.parts
             cache("images", about, captions, read, "encoding images", rows=rows)
