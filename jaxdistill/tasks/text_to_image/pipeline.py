@@ -127,29 +127,14 @@ class TextEncoders:
         skip = self.folder.clip_skip if skip is None else skip
         parts = []
         for i in range(0, len(prompts), batch_size):
-            ids = [
-                np.resize(t.ids[i : i + batch_size], (min(batch_size, len(prompts)), self.length))
-                for t in found
-            ]
-            count = len(found[0].ids[i : i + batch_size])
-            for part, given, path in zip(
-                self.folder.text_encoders, ids, self.folder.tokenizers, strict=True
-            ):
-                if given.max() >= part.module.vocab_size:
-                    raise ValueError(
-                        f"{path} gives the token {given.max()}, but its encoder knows"
-                        f" {part.module.vocab_size}; copy the folder again"
-                    )
-            encoded = {k: np.asarray(v)[:count] for k, v in self._encode(self.params, ids).items()}
-            for values in encoded.values():
-                check_finite(values, "the text encoder", self.dtype)
-            parts.append(encoded)
-=======
             rows = range(i, min(i + batch_size, len(prompts)))
             ids = [np.resize(t.ids[rows], (size, self.length)) for t in found]
             masks = [np.resize(t.mask[rows], (size, self.length)) for t in found]
             made = self._encode(self.params, ids, masks, skip)
-            parts.append({k: np.asarray(v)[: len(rows)] for k, v in made.items()})
+            encoded = {k: np.asarray(v)[: len(rows)] for k, v in made.items()}
+            for values in encoded.values():
+                check_finite(values, "the text encoder", self.dtype)
+            parts.append(encoded)
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
     def _say(self, prompts: Sequence[str], cut: Sequence[str]) -> None:
