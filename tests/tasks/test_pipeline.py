@@ -56,6 +56,30 @@ def test_images_are_diffusers(variant, pipes):
         assert np.abs(found - expected).max() < 1 / 255
 
 
+MEAN, STD = [0.1, -0.2, 0.3, 0.05], [1.5, 0.7, 1.1, 2.0]
+MOVED = {"shift_factor": 0.5, "latents_mean": MEAN, "latents_std": STD}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["sd", "sdxl"])
+def test_of_an_autoencoders_shifts_those_count_that_its_pipeline_looks_at(variant, tmp_path):
+    """Neither pipeline looks at shift_factor, and XL's alone at the mean and std."""
+    shutil.copytree(folders.folder(variant), tmp_path / variant)
+    path = tmp_path / variant / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **MOVED}))
+    stock, pipe = folders.load_torch(tmp_path / variant), pipeline.load(tmp_path / variant)
+    once = {"latents": latents(), "steps": 1, "guidance": 1.0}
+    expected = folders.torch_images(stock, **once)
+    assert np.abs(ours(pipe, **once) - expected).max() < 1 / 255
+    images = np.random.default_rng(0).uniform(-1, 1, (1, SIZE, SIZE, 3)).astype(np.float32)
+    images_nchw = folders.torch.tensor(images.transpose(0, 3, 1, 2))
+    z = stock.vae.encode(images_nchw).latent_dist.mean
+    z = folders.nhwc(z * stock.vae.config.scaling_factor)
+    factor = stock.vae.config.scaling_factor
+    expected = (z - factor * np.array(MEAN)) / STD if variant == "sdxl" else z
+    np.testing.assert_allclose(pipe.encode(images), expected, atol=1e-3)
+
+
 DDIM = {"clip_sample": False, "set_alpha_to_one": False}
 KARRAS = {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
 SCHEDULERS = [
