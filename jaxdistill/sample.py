@@ -150,8 +150,8 @@ def check_numbers(*, seed: int, **counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    if not 0 <= seed < 2**31:
-        raise ValueError(f"--seed must be in 0..{2**31 - 1}, got {seed}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be in 0..{2**32 - 1}, got {seed}")
 
 
 PIPELINE_FLAGS = ("negative_prompt", "height", "width", "grid", "solver", "latents")

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import Beside, add_flags, beside, explain_path
+from jaxdistill.interop import NOTHING, Beside, add_flags, beside, explain_path
 from jaxdistill.run import compilation
 from jaxdistill.run.help import Parser
 from jaxdistill.sample import kind
@@ -34,7 +34,9 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
-def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "", files: Beside) -> Painter:
+def open_painter(
+    folder: str, sizes: Sequence[int], *, encoder: str = "", files: Beside = NOTHING
+) -> Painter:
     """The compiled programs of an export or a pipeline folder. Raises ValueError in one line."""
     found = kind(Path(folder))
     if found == "label":

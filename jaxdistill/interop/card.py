@@ -341,7 +341,9 @@ def draw_noise(seed: int, start: int, count: int, image_shape: tuple[int, ...]) 
     """Standard normal [count, h, w, c]; image i depends on (seed, start + i) alone, not on the
     batch it is drawn in.
     """
-    return _noise(seed, np.arange(start, start + count, dtype=np.int32), image_shape)
+    return _noise(
+        np.uint32(seed % 2**32), np.arange(start, start + count, dtype=np.int32), image_shape
+    )
 
 
 def noise_of(seed: int | Array, rows: Array, image_shape: tuple[int, ...]) -> Array:

@@ -37,7 +37,7 @@ function radios(id, values, label) {
 }
 const chosen = (id) => Number(document.querySelector(`input[name="${id}"]:checked`).value);
 const choose = (id, value) => { ($(`${id}-${value}`) ?? document.querySelector(`input[name="${id}"]`)).checked = true; };
-const newSeed = () => Math.floor(Math.random() * 2 ** 31);
+const newSeed = () => Math.floor(Math.random() * 2 ** 32);
 
 function state() {
   const seed = $("seed").valueAsNumber;
@@ -45,7 +45,7 @@ function state() {
     prompt: $("caption").value.trim(),
     steps: chosen("steps"),
     count: chosen("counts"),
-    seed: Number.isInteger(seed) && seed >= 0 && seed < 2 ** 31 ? seed : 0,
+    seed: Number.isInteger(seed) && seed >= 0 && seed < 2 ** 32 ? seed : 0,
     correction: $("correction").checked,
     lock: $("lock").checked,
   };
@@ -71,7 +71,7 @@ function fromFragment(fallback) {
     prompt: (given.get("prompt") ?? fallback.prompt).slice(0, info.max_prompt),
     steps: number("steps", (n) => info.steps.includes(n)),
     count: number("count", (n) => info.counts.includes(n)),
-    seed: number("seed", (n) => Number.isInteger(n) && n >= 0 && n < 2 ** 31),
+    seed: number("seed", (n) => Number.isInteger(n) && n >= 0 && n < 2 ** 32),
     correction: flag("correction"),
     lock: flag("lock"),
   };

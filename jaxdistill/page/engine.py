@@ -118,7 +118,7 @@ def filled(
     rows = np.minimum(np.arange(size), len(seeds) - 1)
     return (
         size,
-        np.asarray(seeds, np.int32)[rows],
+        np.asarray(seeds, np.uint32)[rows],
         jax.tree.map(lambda *parts: np.concatenate([parts[r] for r in rows]), *conds),
     )
 
@@ -176,7 +176,7 @@ class ExportPainter:
         self._programs: dict[int, tuple[Any, Any, Any]] = {}
         one, scalar, flag = self.encode("a"), np.float32(1.0), np.bool_(True)
         for size in self.sizes:
-            _, *rows = filled((size,), np.zeros(1, np.int32), [one])
+            _, *rows = filled((size,), np.zeros(1, np.uint32), [one])
             seeds, cond = jax.device_put(rows, self._places[size])
             noise = draw(seeds)
             compiled = advance.lower(
@@ -235,7 +235,7 @@ class PipelinePainter:
         self.encode = lru_cache(maxsize=1024)(self._encode)
         for count in self.sizes:  # compiles
             for correct in self.pipes:
-                run = self.start(np.zeros(count, np.int32), [self.encode("a")] * count, 1, correct)
+                run = self.start(np.zeros(count, np.uint32), [self.encode("a")] * count, 1, correct)
                 run.advance()
             run.images()
 

@@ -38,7 +38,7 @@ from jaxdistill.page.engine import Busy, Cancelled, Engine, Expired, ExportPaint
 
 PAGE = Path(__file__).parent
 FILES = {"index.html": "text/html", "app.js": "text/javascript", "style.css": "text/css"}
-MAX_PROMPT, MAX_COUNT, MAX_FRAME, MAX_UNREAD = 300, 9, 8192, 1024
+MAX_PROMPT, MAX_COUNT, MAX_FRAME, MAX_UNREAD = 2000, 9, 32_768, 1024
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:;"
@@ -52,7 +52,7 @@ HEADERS = {
 Prompt = Annotated[
     str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT)
 ]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class ImageRequest(BaseModel):
@@ -216,7 +216,7 @@ class Session:
             )
             left = [frame.count]
             for index in range(frame.count):
-                seed = (frame.seed + index) % 2**31
+                seed = (frame.seed + index) % 2**32
                 self.queue(frame.id, request.model_copy(update={"seed": seed}), index, left)
 
     def queue(self, number: int, request: ImageRequest, index: int, left: list[int]) -> None:

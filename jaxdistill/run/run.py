@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxdistill.errors import UserError
 from jaxdistill.partition import Layout
 from jaxdistill.run import checkpoint, distributed, report
 from jaxdistill.run.loop import Place, StopSignal, Trained, prepare, read_curve
@@ -111,6 +113,8 @@ class Run:
                 for first in range(start, count, block):
                     last = min(first + block, count)
                     values = distributed.divided_rows(first, last, part)
+                    if first == start:
+                        check_space(folder, what, values, count - start)
                     if writer and first >= writer.done:
                         writer.add(values)
                     told.at(last)
@@ -159,6 +163,30 @@ class Run:
         if curves:
             report.curves_picture(self.workdir / "curves.png", curves)
         return whole
+
+
+def check_space(folder: Path, what: str, values: Mapping[str, np.ndarray], count: int) -> None:
+    """Say how much disk `count` records like those of `values` [n, ...] take, before they are
+    there. All processes must call it. Raises UserError where there is not as much.
+    """
+    record = sum(rows[0].nbytes for rows in values.values())
+    say(f"{what}: {count} x {_size(record)} = {_size(count * record)} in {folder}")
+    free = shutil.disk_usage(folder.parent).free if distributed.writes() else None
+    if not distributed.everyone(free is None or free > count * record):
+        left = "too little" if free is None else _size(free)
+        raise UserError(
+            f"{what} take {_size(count * record)} in {folder.parent}, where {left} is free; make"
+            " room, give fewer prompts, or set config.data.cache to another disk"
+        )
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    scale, unit = next((s, u) for s, u in SIZES if count >= s or s == 1)
+    return f"{count / scale:.3g} {unit}"
+
+
+SIZES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "B"))
 
 
 class Progress:

@@ -51,8 +51,8 @@ def check_config(config: ConfigDict) -> None:
         if isinstance(value, float) and not np.isfinite(value):
             raise ValueError(f"config.{name} must be a finite number, got {value}")
     for name in ("seed", "eval.seed"):
-        if name in flat and not 0 <= flat[name] < 2**31:
-            raise ValueError(f"config.{name} must be in 0..{2**31 - 1}, got {flat[name]}")
+        if name in flat and not 0 <= flat[name] < 2**32:
+            raise ValueError(f"config.{name} must be in 0..{2**32 - 1}, got {flat[name]}")
     for name in COUNTS:
         if name in flat and flat[name] < 1:
             raise ValueError(f"config.{name} must be at least 1, got {flat[name]}")

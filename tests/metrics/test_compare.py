@@ -1,6 +1,8 @@
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from test_image_metrics import write_clip
 
 from jaxdistill import compare
+from jaxdistill.interop import NOTHING
 from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.image_metrics import Inception
 from jaxdistill.run import report
@@ -24,6 +27,7 @@ class Pipe:
     """
 
     guidance = 7.5
+    text = SimpleNamespace(announce=lambda prompts: None)
 
     def check(self, **settings):
         if settings["steps"] > 1000:
@@ -224,7 +228,7 @@ def test_a_teachers_setting_that_cannot_be_is_refused_before_the_students_first_
 
 def test_each_model_has_its_solver_and_both_are_computed_alike(place):
     folder, calls = place
-    alike = {"like": "", "tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
+    alike = {"beside": NOTHING, "tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
     given = [
         "--tile=8",
         "--dtype=bfloat16",
@@ -243,7 +247,8 @@ def test_each_model_has_its_solver_and_both_are_computed_alike(place):
         said = json.loads(
             (folder / "out" / "images" / f"{row['model']}-{row['steps']}" / "row.json").read_text()
         )
-        assert {**alike, "dtype": "bfloat16", "solver": solver}.items() <= said.items()
+        told = {**asdict(NOTHING), "tile": 8, "dtype": "bfloat16", "solver": solver}
+        assert told.items() <= said.items()
         assert row["protocol"]["drawn"] == said
 
 

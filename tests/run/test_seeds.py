@@ -5,11 +5,12 @@ import itertools
 import jax
 import numpy as np
 
+from jaxdistill.interop import card
 from jaxdistill.run.seeds import key_of, seed_of
 
 NAMES = ["teacher", "student", "student-2", "student-4", "health", "pool", "pairs", "lora", ""]
 NAMES += ["network", "discriminator ", "discriminator 2", "student reals"]
-SEEDS = [0, 1, 2, 3, 200, 2**31 - 1]
+SEEDS = [0, 1, 2, 3, 200, 2**31 - 1, 2**31, 2**32 - 1]
 STREAMS = list(itertools.product(SEEDS, NAMES))
 
 
@@ -45,3 +46,10 @@ def test_a_stream_is_the_same_in_every_process():
     assert [seed_of(0, "teacher"), seed_of(1, "student")] == [1678333214, 330059899]
     assert jax.random.key_data(key_of(0, "teacher")).tolist() == [1381669686, 1443336698]
     assert all(0 <= seed_of(*one) < 2**31 for one in STREAMS)
+
+
+def test_noise_has_all_seeds_of_32_bits_and_old_ones_are_as_before():
+    for seed in (0, 7, 2**31 - 1, 2**31, 2**32 - 1):
+        key = jax.random.fold_in(jax.random.key(seed), 3)
+        expected = jax.random.normal(key, (2, 2, 1))
+        np.testing.assert_array_equal(card.draw_noise(seed, 3, 1, (2, 2, 1))[0], expected)

@@ -370,7 +370,7 @@ def test_a_signal_while_prompts_are_encoded_is_heeded_and_what_is_encoded_is_kep
     text, asked = pipe.text, []
 
     class Text:
-        negative = text.negative
+        negative, announce = text.negative, text.announce
 
         def __call__(self, prompts):
             asked.append(len(prompts))

@@ -26,10 +26,8 @@ from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
 from jaxdistill.run import checkpoint
 
-SETTINGS = "jaxdistill.json"
-"""What a student's folder says beyond diffusers' own files: {"steps", "guidance",
-"noise_correction"}.
-"""
+SETTINGS = diffusers_folder.SETTINGS
+"""{"steps", "guidance", "noise_correction", "clip_skip"}."""
 
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE = {False: 7.5, True: 5.0}
