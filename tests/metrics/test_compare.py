@@ -625,7 +625,7 @@ def test_captions_are_whole_and_no_formulas(place, monkeypatch):
         ([*DRAW, "--steps=a"], "--steps=a is not a list"),
         ([*DRAW, "--teacher_steps=0"], "--teacher_steps must be at least 1, got 0"),
         ([*DRAW, "--batch_size=0"], "--batch_size must be at least 1, got 0"),
-        ([*DRAW, "--seed=-1"], "--seed must be in 0..2147483647, got -1"),
+        ([*DRAW, "--seed=-1"], "--seed must be in 0..4294967295, got -1"),
         (
             [*DRAW, "--inception=inception.safetensors"],
             "--inception and --reference need each other",
