@@ -9,7 +9,7 @@ from jaxdistill.interop.prompts import PromptError, read_prompts
 
 ROWS = [
     {"text": "a cat, sitting", "category": "color"},
-    {"text": "caf\xe9 \U0001f600", "category": "b"},
+    {"text": "\xe9t\xe9 \U0001f600", "category": "b"},
     {"text": "a cat, sitting", "category": "again"},
 ]
 TXT = "\n  \n".join(row["text"] for row in ROWS) + "\n"
@@ -82,8 +82,8 @@ BAD = {
     "empty.txt.gz": (b"", "cannot be|is damaged|has no prompts"),
     "cut.txt.gz": (gzip.compress(TXT.encode())[:-9], "is damaged"),
     "plain.txt.gz": (b"a cat", "is damaged"),
-    "latin.txt": ("a cat\ncaf\xe9\n".encode("latin-1"), r"line 2 is not UTF-8 \(byte 4 is 0xe9\)"),
-    "latin.csv": ("text\ncaf\xe9\n".encode("latin-1"), r"line 2 is not UTF-8 \(byte 4 is 0xe9\)"),
+    "latin.txt": ("a cat\n\xfcber\n".encode("latin-1"), r"line 2 is not UTF-8 \(byte 1 is 0xfc\)"),
+    "latin.csv": ("text\n\xfcber\n".encode("latin-1"), r"line 2 is not UTF-8 \(byte 1 is 0xfc\)"),
     "half.txt": (b"\xff\xfea", r"is not UTF-16, as its mark says"),
     "nul.txt": ("a cat\na dog".encode("utf-16-le"), "line 1 has a NUL character"),
     "lfs.txt": (b"version https://git-lfs.github.com/spec/v1\noid\n", "run: git lfs pull"),
