@@ -30,10 +30,6 @@ PIPELINES = {"StableDiffusionPipeline": False, "StableDiffusionXLPipeline": True
 """Known pipeline classes, and whether they are XL."""
 
 
-SETTINGS = "jaxdistill.json"
-"""What a student's folder says beyond diffusers' own files."""
-
-
 class FolderError(UserError):
     """A pipeline folder that cannot be used, in one line."""
 
@@ -542,17 +538,7 @@ def open_folder(
         tokenizers=_tokenizers(root, needed),
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
         zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)) if xl else False,
-        clip_skip=_clip_skip(root),
     )
-
-
-def _clip_skip(root: Path) -> int:
-    """What a student was trained with. Raises FolderError."""
-    where = root / SETTINGS
-    found = read_json(where).get("clip_skip", 0) if where.is_file() else 0
-    if not isinstance(found, int):
-        raise FolderError(f"{where}: clip_skip = {found!r} must be a whole number")
-    return found
 
 
 # ------------------------------------------------------------------------------------------ weights

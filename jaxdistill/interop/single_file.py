@@ -57,7 +57,7 @@ def open_checkpoint(path: str | Path, beside: Beside = NOTHING, **options: Any) 
         if is_file(path)
         else diffusers_folder.open_folder(path, **options)
     )
-    return found._replace(clip_skip=beside.clip_skip or found.clip_skip)
+    return found._replace(clip_skip=beside.clip_skip)
 
 
 def open_file(path: str | Path, beside: Beside, *, ema: bool = True, **options: Any) -> Folder:

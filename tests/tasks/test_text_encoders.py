@@ -123,16 +123,6 @@ def test_clip_skip_is_diffusers(variant):
     check(folders.folder(variant), clip_skip=1)
 
 
-def test_a_students_clip_skip_travels_with_it(tmp_path):
-    folder = made(tmp_path, "sd", "plain")
-    (folder / "jaxdistill.json").write_text('{"clip_skip": 1}')
-    assert single_file.open_checkpoint(folder).clip_skip == 1
-    assert single_file.open_checkpoint(folder, Beside(clip_skip=2)).clip_skip == 2
-    (folder / "jaxdistill.json").write_text('{"clip_skip": "1"}')
-    with pytest.raises(FolderError, match=r"clip_skip = '1' must be a whole number"):
-        single_file.open_checkpoint(folder)
-
-
 def test_a_clip_skip_that_leaves_no_layer_is_refused():
     opened = single_file.open_checkpoint(folders.folder("sd"), Beside(clip_skip=2))
     with pytest.raises(ValueError, match=r"clip_skip must be in 0\.\.1, got 2"):

@@ -26,8 +26,10 @@ from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
 from jaxdistill.run import checkpoint
 
-SETTINGS = diffusers_folder.SETTINGS
-"""{"steps", "guidance", "noise_correction", "clip_skip"}."""
+SETTINGS = "jaxdistill.json"
+"""What a student's folder says beyond diffusers' own files: {"steps", "guidance",
+"noise_correction"}.
+"""
 
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE = {False: 7.5, True: 5.0}

@@ -344,8 +344,6 @@ class TextToImageTask(TextSetup):
             "noise_correction": self.correct_noise,
             "timesteps": timesteps,
         }
-        if self.folder.clip_skip:
-            settings["clip_skip"] = self.folder.clip_skip
         params = student.trained
         if self.config.student.lora_rank:
             lora.save(workdir / f"lora{end}", params, stacked=self.stacked)
