@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("diffusers")
+import folders
+import text_config
 import torch
 
 from jaxdistill.errors import UserError
@@ -16,7 +18,7 @@ from jaxdistill.interop import Beside, single_file
 from jaxdistill.interop.clip_tokenizer import Tokenizer
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.tasks.text_to_image import pipeline
-from tests import folders
+from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
 PROMPTS = ["a cat at a dog", "a photo of <toy>, and <Toy>_1 <one>", "cat " * 90, ""]
 NEGATIVE = "photo <toy>"
@@ -127,6 +129,16 @@ def test_a_clip_skip_that_leaves_no_layer_is_refused():
     opened = single_file.open_checkpoint(folders.folder("sd"), Beside(clip_skip=2))
     with pytest.raises(ValueError, match=r"clip_skip must be in 0\.\.1, got 2"):
         pipeline.TextEncoders(opened)
+
+
+def test_a_runs_texts_have_the_tokenizers_length(tmp_path):
+    folder = made(tmp_path, "sd", "plain")
+    short(folder, "tokenizer")
+    config = text_config.get_config()
+    config.teacher.update({"folder": str(folder), "clip_skip": 1})
+    opened = open_teacher(config)
+    assert TextSetup(config, opened).cond_shapes(2)["context"].shape == (2, 20, 16)
+    assert opened.clip_skip == 1
 
 
 # ---------------------------------------------------------------------------------------- bad input
