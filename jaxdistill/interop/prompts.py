@@ -56,7 +56,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 def prompt_of(row: Mapping[str, Any], where: str) -> str:
     """Raises PromptError for a row without a text under one of KEYS."""
-    keys = {str(key).lower(): key for key in list(row)[::-1]}
+    keys = {str(key).lower(): key for key in row}
     for name in KEYS:
         if name in keys and isinstance(row[keys[name]], str):
             return str(row[keys[name]])

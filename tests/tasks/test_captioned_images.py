@@ -94,7 +94,7 @@ def exif(orientation):
 def kinds():
     clear = np.dstack([RED, np.zeros((4, 6), np.uint8)])
     grey = np.full((4, 6), 100, np.uint8)
-    deep = np.full((4, 6), 25700, np.uint16)  # 100 of 255
+    deep = np.full((4, 6), 25600, np.uint16)  # 100 of 255
     palette, cmyk = Image.fromarray(RED).quantize(2), Image.fromarray(RED).convert("CMYK")
     out = {name: io.BytesIO() for name in ("palette", "cmyk")}
     palette.save(out["palette"], "PNG", transparency=0)
@@ -184,6 +184,8 @@ def test_pictures_that_cannot_be_used_are_named(make, tmp_path):
 
 def test_half_of_a_character_in_a_tar_is_replaced_and_said(tmp_path, capsys):
     tar(tmp_path / "0.tar", {"a.png": png(), "a.json": b'{"text": "a \\ud83d"}'})
+    assert prompts_of(str(tmp_path)) == ["a \ufffd"]
+    capsys.readouterr()
     assert captioned_images(str(tmp_path))[0].caption == "a \ufffd"
     assert "0.tar, the caption 'a \\ud83d' has half of a character" in capsys.readouterr().err
 

@@ -304,8 +304,10 @@ def _beside(name: str, root: Path) -> Iterator[tuple[Path, str]]:
             ' {"file_name": ..., "caption": ...}, or a .txt beside each picture'
         )
     for path in pictures:
+        where = others[path.with_suffix("")]
         try:
-            yield path, others[path.with_suffix("")].read_text(encoding="utf-8-sig").strip()
+            yield path, where.read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError:
-            where = others[path.with_suffix("")]
             raise UserError(f"{where} is not UTF-8; save it as UTF-8") from None
+        except OSError as error:
+            raise UserError(f"{where} cannot be read ({error.strerror})") from None

@@ -121,7 +121,8 @@ class TextEncoders:
             if tokens.ids.max() >= part.module.vocab_size:
                 raise ValueError(
                     f"{path} gives the token {tokens.ids.max()}, but its encoder knows"
-                    f" {part.module.vocab_size}; copy the folder again"
+                    f" {part.module.vocab_size}; words that were added to a tokenizer need the"
+                    " text encoder that was saved with them"
                 )
         size = min(batch_size, len(prompts))
         skip = self.folder.clip_skip if skip is None else skip
