@@ -52,7 +52,14 @@ def check_finite(values: Array | np.ndarray, component: str, dtype: Any) -> None
 
 
 def tokenizers_of(folder: Folder) -> list[Tokenizer]:
-    """Its tokenizers; all give texts of one length. Raises FolderError."""
+    """Its tokenizers; all give texts of one length. Reads no weights.
+
+    Raises FolderError for tokenizers that cannot be used, ValueError for a clip_skip that leaves no
+    layer.
+    """
+    most = min(part.module.layers for part in folder.text_encoders) - 1
+    if not 0 <= folder.clip_skip <= most:
+        raise ValueError(f"clip_skip must be in 0..{most}, got {folder.clip_skip}")
     pairs = zip(folder.tokenizers, folder.text_encoders, strict=True)
     found = [Tokenizer(path, part.module.positions) for path, part in pairs]
     first = found[0]
@@ -69,8 +76,7 @@ def tokenizers_of(folder: Folder) -> list[Tokenizer]:
 class TextEncoders:
     """The frozen text side of a folder: prompts -> the network's conditioning.
 
-    Raises FolderError for tokenizers that cannot be used, ValueError for a clip_skip that leaves no
-    layer.
+    Raises as `tokenizers_of`.
     """
 
     def __init__(self, folder: Folder, *, dtype: Any = np.float32) -> None:
@@ -78,9 +84,6 @@ class TextEncoders:
         self.tokenizers = tokenizers_of(folder)
         self.length = self.tokenizers[0].length
         modules = [part.module for part in folder.text_encoders]
-        most = min(module.layers for module in modules) - 1
-        if not 0 <= folder.clip_skip <= most:
-            raise ValueError(f"clip_skip must be in 0..{most}, got {folder.clip_skip}")
         self.params = [
             diffusers_folder.load_params(part, dtype=dtype) for part in folder.text_encoders
         ]
@@ -576,10 +579,11 @@ def load(
         settings = {**diffusers_folder.read_json(root / SETTINGS), **settings}
     if noise_correction is None:
         noise_correction = settings.get("noise_correction")
-    # Read first: a scheduler that is not supported should not cost the reading of the weights.
+    # Read first: what is not supported should not cost the reading of the weights.
     scheduler = diffusers_scheduler.of_folder(
         folder, grid=grid, solver=solver, noise_correction=noise_correction
     )
+    tokenizers_of(folder)
     if params is None:
         params = diffusers_folder.load_params(folder.unet, dtype=param_dtype)
     params = params if layout is None else layout.place(params)
