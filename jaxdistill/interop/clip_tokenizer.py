@@ -124,15 +124,15 @@ def check_text(prompt: str) -> str:
     return prompt
 
 
-def say_cut(lost: Mapping[str, str], length: int) -> None:
-    """One line on stderr on prompts that are longer than the encoder takes, and what each loses."""
-    if not lost:
-        return
+def say_cut(lost: Mapping[str, str], length: int, more: str = "") -> None:
+    """One line on stderr on prompts that are longer than the encoder takes, and what each loses.
+    `more` ends it.
+    """
     examples = [f"{p[:40]!r}... without {r[:60]!r}" for p, r in list(lost.items())[:SHOWN]]
     many = f"{len(lost)} prompts have" if len(lost) > 1 else "a prompt has"
-    more = ", ..." if len(lost) > SHOWN else ""
+    others = ", ..." if len(lost) > SHOWN else ""
     print(
         f"warning: {many} more than {length} tokens, and the rest is cut off:"
-        f" {'; '.join(examples)}{more}",
+        f" {'; '.join(examples)}{others}{more}",
         file=sys.stderr,
     )

@@ -204,3 +204,7 @@ def test_many_cut_prompts_are_one_line(capsys):
     assert line.count("without") == 3
     text(prompts[:2])
     assert not capsys.readouterr().err
+    for number in range(20):
+        text.announce([f"{number} " + "dog " * 90])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == pipeline.LINES - 1 and lines[-1].endswith("more such prompts are not said")

@@ -31,6 +31,9 @@ SETTINGS = "jaxdistill.json"
 "noise_correction"}.
 """
 
+LINES = 8
+"""About prompts that are cut, at most, of a loaded pipeline."""
+
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE = {False: 7.5, True: 5.0}
 """Of diffusers' pipelines, without and with XL."""
@@ -89,6 +92,7 @@ class TextEncoders:
         ]
         self.dtype = folder.text_encoders[0].module.dtype
         self._said: set[str] = set()
+        self._lines = 0
         xl = folder.xl
         # The pipelines without XL ask the config whether padding is looked at.
         masked = not xl and bool(folder.text_encoders[0].config.get("use_attention_mask"))
@@ -142,10 +146,14 @@ class TextEncoders:
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
     def _say(self, prompts: Sequence[str], cut: Sequence[str]) -> None:
-        """Each prompt that is cut is said once."""
+        """Each prompt that is cut is said once, in at most LINES lines: a server sees many."""
         new = {p: c for p, c in zip(prompts, cut, strict=True) if c and p not in self._said}
+        if not new or self._lines == LINES:
+            return
         self._said.update(new)
-        say_cut(new, self.length)
+        self._lines += 1
+        last = "; more such prompts are not said" if self._lines == LINES else ""
+        say_cut(new, self.length, last)
 
     def announce(self, prompts: Sequence[str]) -> None:
         """One line for all of these prompts that are cut, before they are encoded in parts.
