@@ -351,6 +351,7 @@ def work(command: Command, make: Callable[[ConfigDict], Listing], module: str) -
     """A list, by as many processes as were asked for."""
     config, workdir, stop = command.given_config(), command.folder(), StopSignal()
     count = workers.count_of(command.processes)
+    compilation.check_devices()
     try:
         study = Study(config, workdir, make(config), stop)
     except ValueError as error:

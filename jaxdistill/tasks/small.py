@@ -632,10 +632,15 @@ class SmallTask:
         return self.distillation.students(run, teacher, {}, self.health(run, teacher).of)
 
     def exported(self, run: Run) -> dict[int, Any]:
-        """{steps: parameters} of a finished run's exports, {} where some are missing."""
+        """{steps: parameters} of a finished run's exports, {} where some are missing, or the run
+        is to go on.
+        """
         found: dict[int, Any] = {}
+        wanted = self.config.student.iterations if len(self.recipe.stages) == 1 else 0
         for card_file in run.workdir.glob("student*/card.json"):
             params, about = checkpoint.load_export(card_file.parent)
+            if about.get("iterations", wanted) < wanted:
+                return {}
             found |= dict.fromkeys(about["serves"], params)
         whole = found.keys() >= set(self.config.student.steps)
         return dict(sorted(found.items())) if whole else {}
