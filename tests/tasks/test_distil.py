@@ -478,6 +478,26 @@ def test_the_command_gives_one_line(tmp_path):
     assert_one_error_line(found, "/nowhere does not exist")
 
 
+def test_a_students_export_that_was_copied_alone_says_what_it_lacks(tmp_path):
+    card = {"components": "../diffusers", "sampler": {"steps": 2}}
+    checkpoint.export(tmp_path / "student", {"params": {"a": np.ones(2, np.float32)}}, card)
+    with pytest.raises(UserError, match=r"holds a UNet alone; .*copy the run's diffusers/ beside"):
+        pipeline.load(tmp_path / "student")
+
+
+def test_the_exports_are_rehearsed_before_any_weight_is_read(tmp_path, monkeypatch):
+    def full(*given):
+        raise UserError("no space")
+
+    def load(*given):
+        raise AssertionError
+
+    monkeypatch.setattr(checkpoint, "check_space", full)
+    monkeypatch.setattr(TextToImageTask, "load", load)
+    with pytest.raises(UserError, match="no space"):
+        main.run(make_config(tmp_path), tmp_path / "run")
+
+
 def test_an_export_of_scanned_blocks_is_read_as_such(tmp_path):
     """configs/sdxl.py trains with stacked blocks; its Orbax export draws what the folder draws."""
     source = diffusers_folder.open_folder(folders.folder("sdxl"), scan=True)
