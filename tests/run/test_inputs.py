@@ -47,7 +47,7 @@ CHANGES = {
     "config, prompts": lambda folder: made_from(folder, prompts=["a dog"], config={"a": 2}),
     "more": lambda folder: made_from(folder, prompts=["a cat"], config={"a": 1}, more=1),
     "the weights": lambda folder: (
-        (folder / "w").write_bytes(b"abd") and made_from(folder, prompts=["a cat"], config={"a": 1})
+        (folder / "w").write_bytes(b"xyz") and made_from(folder, prompts=["a cat"], config={"a": 1})
     ),
 }
 

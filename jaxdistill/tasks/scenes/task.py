@@ -98,7 +98,7 @@ class SceneData:
     def made_from(self) -> dict[str, inputs.Input]:
         """What it is made from, by name. Raises UserError."""
         block, base = self.config.data, self.config.base
-        found = {"the text encoder": inputs.value(self.encoder.hash)}
+        found = {"the text encoder": inputs.value([self.encoder.hash, self.encoder.about])}
         if block.source:
             found["the garments (config.data.source)"] = inputs.value(
                 scenes.hash_of_files(block.source)

@@ -475,6 +475,13 @@ class Drawn:
             return {
                 n: self.pipe(self.prompts, steps=n, guidance=1.0, **self.options) for n in steps
             }
+        except NotFinite as error:  # the teacher has drawn with the same text, VAE and types
+            name = self.task.config.method.name
+            raise NotFinite(
+                f"the student in training: {str(error).partition(';')[0]}; lower"
+                f" config.methods.{name}'s learning rate, or set config.compute.dtype=float32, and"
+                " start in a new workdir"
+            ) from None
         finally:
             self.leave()
 
