@@ -90,28 +90,29 @@ def opened(folder, reals="data"):
     return TextToImageTask(config)
 
 
-def keys(folder):
-    """{cache: key} of both sources of images."""
+def read(folder):
+    """{cache: key} of both sources of images, and what the run is made from."""
     found = {}
     run, pipe = Run.__new__(Run), TextToImage.__new__(TextToImage)
     run.cache = lambda name, key, *rest, **kw: found.update({name: key})
-    pipe.text, pipe.layout = SimpleNamespace(negative=lambda prompt: {}), None
-    for reals in ("data", "teacher"):
-        opened(folder, reals).open_data(run, pipe)
-    return found
+    nothing = {"negative": lambda prompt: {}, "announce": lambda prompts: None}
+    pipe.text, pipe.layout = SimpleNamespace(**nothing), None
+    for reals in ("teacher", "data"):
+        task = opened(folder, reals)
+        task.open_data(run, pipe)
+    return found, task.made_from()
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_is_named_and_leaves_no_cache_that_depends_on_it(place, name):
-    before = keys(place)
-    inputs.check(place / "run", opened(place).made_from())
-    assert keys(place) == before
+    before, given = read(place)
+    inputs.check(place / "run", given)
     change, caches = CHANGES[name]
     change(place)
+    after, given = read(place)
     with pytest.raises(UserError) as failure:
-        inputs.check(place / "run", opened(place).made_from())
+        inputs.check(place / "run", given)
     assert f"changed since it began: {name};" in str(failure.value)
-    after = keys(place)
     assert {cache for cache in after if after[cache] != before[cache]} == {*caches.split()}
 
 
