@@ -94,6 +94,7 @@ class Study:
         self.first = self.tasks[self.entries[0].key]
         self.claims = workers.Claims(workdir / "claims", stop)
         self.rows_path = workdir / "rows.json"
+        self.inputs: dict[str, str] = {}
 
     def opened(self, entry: Entry) -> SmallTask:
         """Its task; all share the first one's data and programs."""
@@ -120,7 +121,9 @@ class Study:
     def open(self) -> None:
         """Make what the scores need, at the first start."""
         with self.claims.claim("scores"):
-            self.first.data.open(self.run_of(self.entries[0]._replace(folder="")))
+            run = self.run_of(self.entries[0]._replace(folder=""))
+            self.inputs = run.check_inputs(self.first.made_from())
+            self.first.data.open(run)
 
     # -- rows
 
@@ -236,6 +239,7 @@ class Study:
             "reference": rows[0] if rows[0]["model"] == "teacher" else None,
             **task.reals(),
             "protocol": self.protocol,
+            "inputs": self.inputs,
             "config": json.loads(self.config.to_json()),
             "versions": versions(),
         }
@@ -347,6 +351,7 @@ def work(command: Command, make: Callable[[ConfigDict], Listing], module: str) -
     """A list, by as many processes as were asked for."""
     config, workdir, stop = command.given_config(), command.folder(), StopSignal()
     count = workers.count_of(command.processes)
+    compilation.check_devices()
     try:
         study = Study(config, workdir, make(config), stop)
     except ValueError as error:

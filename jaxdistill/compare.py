@@ -9,6 +9,7 @@ protocol of every number; `scores.md`; `images.jsonl` with the CLIP score of eve
 
 import gc
 import json
+import os
 import shlex
 import sys
 from argparse import ArgumentTypeError, Namespace
@@ -272,6 +273,9 @@ def check_flags(args: Namespace) -> None:
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CompareError(f"--out={out} exists and is not empty; choose a new folder")
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise CompareError(f"--out={out} cannot be written; choose another folder")
 
 
 def wanted(args: Namespace, reference: Reference | None) -> list[str]:
@@ -363,6 +367,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(given)
     compilation.use_cache()
     try:
+        compilation.check_devices()
         results = run(args, f"python -m jaxdistill.compare {shlex.join(given)}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

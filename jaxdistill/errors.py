@@ -1,5 +1,7 @@
 """What a user can mend."""
 
+import errno
+
 
 class UserError(ValueError):
     """One clear line: the value, what is allowed, the mend. Commands print it and leave with 2."""
@@ -31,3 +33,10 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
         f'{error.name} is not installed; run: pip install "jaxdistill[{extra}]" (".[{extra}]" in a'
         " checkout)"
     )
+
+
+def cannot_be_used(error: OSError) -> str | None:
+    """A file that this user may not read or write, in one line; None where it is another error."""
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not error.filename:
+        return None
+    return f"{error.filename} cannot be read or written ({error.strerror}); change its rights"

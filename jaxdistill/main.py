@@ -4,7 +4,8 @@
 
 The config names the task, the teacher and the method. configs/ has smoke (under a minute), digits,
 fashion and scenes (small models, trained from scratch), and sd15, sd21, sdxl and tpu_v4 (your
-checkpoint). The same command resumes a run that was stopped, and evaluates a finished run again.
+checkpoint). The same command resumes a run that was stopped, and evaluates a finished run again;
+with more config.student.iterations it goes on.
 """
 
 import json
@@ -34,13 +35,13 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    prepare_workdir(workdir, config)
+    prepare_workdir(workdir, config, longer=len(task.recipe.stages) == 1)
     cache = config.compute.compilation_cache
     if "://" in cache:  # JAX only warns, and compiles at each start
         checkpoint.reach(cache, f"config.compute.compilation_cache = {cache}")
     compilation.use_cache(cache)
     if (workdir / "results.json").exists():
-        say(f"{workdir} is finished: evaluating it again")
+        say(f"{workdir} is finished: evaluating it again, after what is missing of its iterations")
     with StopSignal().installed() as stop:
         return task.execute(Run(config, workdir, stop, task.layout))
 
@@ -49,6 +50,7 @@ def join(command: Command, config: ConfigDict) -> None:
     """Join the other processes, which must agree on config and code. Raises UserError."""
     given = (command.coordinator, command.num_processes, command.process_id)
     distributed.start(*given, detect=command.distributed)
+    compilation.check_devices()
     about = {f"config.{k}": v for k, v in flatten(json.loads(config.to_json())).items()}
     same = {"workdir": command.workdir, "the code": distributed.code_hash()}
     distributed.check_same({**about, **same, **versions(machine=False)})

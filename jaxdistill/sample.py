@@ -6,6 +6,7 @@ python -m jaxdistill.sample --model=runs/sd15/student --prompt="a red fox" --out
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -270,10 +271,13 @@ def main(argv: list[str] | None = None) -> None:
     compilation.use_cache()
     out = Path(args.out)
     try:
+        compilation.check_devices()
         if out.suffix not in (".png", ".npz"):
             raise ValueError(f"--out={out} must end in .png or .npz")
         if not out.parent.is_dir():
             raise ValueError(f"--out={out}: the folder {out.parent} does not exist")
+        if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+            raise ValueError(f"--out={out} cannot be written; choose another file")
         draws_from = kind(Path(args.model))
         if draws_from != "label":
             images, prompts = (

@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         # On a CPU each core is a device of its own: XLA's threads gain nothing on networks as small
         # as the benchmark's.
         jax.config.update("jax_num_cpu_devices", min(cores(), max(args.batch_sizes)))
+        compilation.check_devices()
         files = beside(args, args.model, args.teacher)
         options: dict[str, Any] = {"encoder": args.text_encoder, "files": files}
         painters = {"student": open_painter(args.model, args.batch_sizes, **options)}

@@ -26,7 +26,7 @@ from jaxdistill.interop import card
 from jaxdistill.methods import imagine_flash
 from jaxdistill.methods.recipe import settings_from
 from jaxdistill.prediction import diffuse
-from jaxdistill.run import checkpoint, loop, report
+from jaxdistill.run import checkpoint, compilation, loop, report
 from jaxdistill.run.cli import Command, one_line_errors
 from jaxdistill.run.run import Run
 from jaxdistill.run.workdir import versions
@@ -165,6 +165,7 @@ def main() -> None:
                     f"--benchmark={folder} has no {name}; give the workdir of a finished benchmark,"
                     " or another --student"
                 )
+        compilation.check_devices()
         config = ConfigDict(json.loads((folder / "config.json").read_text()))
         if not config.data.source:
             raise UserError(

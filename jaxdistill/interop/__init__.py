@@ -96,7 +96,10 @@ def explain_path(path: str | Path) -> str:
         return f"{start}: it holds a LoRA; give the checkpoint that it belongs to"
     if whole := [name for name in names if name.endswith(".safetensors")]:
         return f"{start}, but holds files of weights; give one of them, as {root / whole[0]}"
-    return f"{start}: it has no model_index.json, as diffusers' save_pretrained writes it"
+    return (
+        f"{start}: it has no model_index.json, as diffusers' save_pretrained writes it, and no"
+        " card.json, as a run's student/ has"
+    )
 
 
 def _explain_missing(path: Path) -> str:

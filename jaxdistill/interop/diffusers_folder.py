@@ -30,6 +30,21 @@ PIPELINES = {"StableDiffusionPipeline": False, "StableDiffusionXLPipeline": True
 """Known pipeline classes, and whether they are XL."""
 
 
+OTHER_TASKS = {
+    "Inpaint": "inpainting",
+    "Upscale": "upscaling",
+    "Pix2Pix": "editing by instructions",
+    "Depth2Img": "pictures from depth",
+    "ControlNet": "pictures from a control image",
+    "T2IAdapter": "pictures from a control image",
+    "AnimateDiff": "video",
+    "Video": "video",
+}
+"""Parts of the names of pipelines whose networks take more than noise and text."""
+INPUTS = {5: "pictures from depth", 7: "upscaling", 8: "editing by instructions", 9: "inpainting"}
+"""What networks of so many input channels are for, with four of latents."""
+
+
 class FolderError(UserError):
     """A pipeline folder that cannot be used, in one line."""
 
@@ -101,7 +116,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FolderError(
             f"{path} is missing; give a pipeline folder written by diffusers' save_pretrained"
         ) from None
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise FolderError(
+            f"{path} cannot be read ({error.strerror}); give this user the right to, or copy it"
+            " again"
+        ) from None
+    except ValueError as error:
         raise FolderError(f"{path} is damaged ({error}); copy it again") from None
     if not isinstance(found, dict):
         raise FolderError(f"{path} is not a JSON object; copy it again")
@@ -156,7 +176,12 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             f"{folder} holds {pickles[0]} only, and pickles can run code; save the pipeline"
             " as safetensors, with safe_serialization=True"
         )
-    raise FolderError(f"{folder / stem}.safetensors is missing; copy the folder again")
+    whole = folder / f"{stem}.safetensors"
+    if whole.is_symlink():
+        raise FolderError(
+            f"{whole} is a link to {whole.readlink()}, which does not exist; copy the folder again"
+        )
+    raise FolderError(f"{whole} is missing; copy the folder again")
 
 
 # ------------------------------------------------------------------------------------------ configs
@@ -448,8 +473,7 @@ def _read_index(root: Path) -> tuple[dict[str, Any], list[str]]:
     index: dict[str, Any] = read_json(where)
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in PIPELINES:
-        known = ", ".join(PIPELINES)
-        raise FolderError(f"{where}: the pipeline {name!r} is not supported, only {known}")
+        raise FolderError(f"{where}: {_other_pipeline(index)}")
     needed = ["unet", "vae", "text_encoder", "tokenizer"]
     needed += ["text_encoder_2", "tokenizer_2"] if PIPELINES[name] else []
     for component in needed:
@@ -461,6 +485,40 @@ def _read_index(root: Path) -> tuple[dict[str, Any], list[str]]:
                 f"{where}: {component} is of class {found!r}; only {allowed} is supported"
             )
     return index, needed
+
+
+def _other_pipeline(index: Mapping[str, Any]) -> str:
+    """Why a pipeline is not supported, and what is."""
+    name = str(index.get("_class_name"))
+    shown = f"the pipeline {index.get('_class_name')!r}"
+    task = next((task for part, task in OTHER_TASKS.items() if part in name), "")
+    refiner = "XLImg2Img" in name and (index.get("text_encoder") or [None])[0] is None
+    if refiner:
+        return f"{shown} is XL's refiner, which ends another's work; give the base"
+    if "Img2Img" in name and not task:
+        same = "StableDiffusionXLPipeline" if "XL" in name else "StableDiffusionPipeline"
+        return (
+            f"{shown} starts from pictures; its networks may be those of text to"
+            f" image: then save them as {same}"
+        )
+    does = f" is of {task}; it" if task else ""
+    return f"{shown}{does} is not supported, only {', '.join(PIPELINES)}"
+
+
+def check_channels(given: int, made: int, latents: int, where: Path) -> None:
+    """Raise FolderError for a UNet that does not turn noisy latents alone into a prediction of
+    them: it is of another task, or of another VAE.
+    """
+    if given != latents and latents == 4 and given in INPUTS:
+        raise FolderError(
+            f"{where}: a network of {given} input channels is of {INPUTS[given]}: it takes more"
+            " than noise and text; give a checkpoint of text to image"
+        )
+    if (given, made) != (latents, latents):
+        raise FolderError(
+            f"{where}: the network turns {given} channels into {made}, but the VAE has {latents};"
+            " one of them belongs to another model"
+        )
 
 
 def _tokenizers(root: Path, needed: Sequence[str]) -> tuple[Path, ...]:
@@ -528,12 +586,15 @@ def open_folder(
             f"{root}: the unet's cross_attention_dim is {wanted}, but the text encoder gives"
             f" {width}; one of them belongs to another model"
         )
+    vae = part("vae", "diffusion_pytorch_model", vae_module, xl=xl, **options)
+    channels = (unet.module.in_channels, unet.module.out_channels, vae.module.latent_channels)
+    check_channels(*channels, root / "unet" / "config.json")
     return Folder(
         path=root,
         components=index,
         xl=xl,
         unet=unet,
-        vae=part("vae", "diffusion_pytorch_model", vae_module, xl=xl, **options),
+        vae=vae,
         text_encoders=tuple(encoders),
         tokenizers=_tokenizers(root, needed),
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),

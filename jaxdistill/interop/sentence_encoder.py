@@ -41,12 +41,16 @@ def _apply(model: BertEncoder, params: Any, ids: Array, mask: Array) -> Array:
 
 
 class TextEncoder(NamedTuple):
-    """A frozen encoder with its tokenizer."""
+    """A frozen encoder with its tokenizer.
+
+    hash: of its weights, by which exports name it; about: of its config and tokenizer.
+    """
 
     model: BertEncoder
     params: Any
     tokenizer: Tokenizer
     hash: str
+    about: str
 
     def __call__(
         self, captions: Sequence[str], *, length: int, batch_size: int = 256, watch: Watch = iter
@@ -147,7 +151,8 @@ def load(folder: str | Path = "") -> TextEncoder:
         raise EncoderError(
             f"{found / 'model.safetensors'} has no weight {error}; is it a BERT encoder?"
         ) from None
-    return TextEncoder(model, params, tokenizer, digest)
+    about = checkpoint.hash_files([found / "config.json", found / "tokenizer.json"])
+    return TextEncoder(model, params, tokenizer, digest, about)
 
 
 def convert(weights: dict[str, np.ndarray], layers: int) -> dict[str, Any]:
@@ -209,7 +214,8 @@ def cached_embeddings(
     depends on all of it.
     """
     distinct = sorted(set(captions))
-    key = hashlib.sha256(json.dumps([encoder.hash, length, distinct]).encode()).hexdigest()[:12]
+    parts = [encoder.hash, encoder.about, length, distinct]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
     tokens, mask = Path(folder) / f"tokens-{key}.npy", Path(folder) / f"mask-{key}.npy"
     if not (tokens.exists() and mask.exists()):
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,8 @@ from jaxdistill.run import checkpoint
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 FLOAT8 = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
 """Safetensors' types that its reader for numpy does not know."""
+ADAPTERS = (".base_layer.", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.")
+"""In names of tensors: a LoRA of PEFT or diffusers that has not been merged."""
 SHARD_BYTES = 10 * 2**30
 """Files larger than this are written in shards, as diffusers does."""
 
@@ -271,6 +273,12 @@ def load(
     sources = {name: shape for pairs in plan.values() for name, shape in pairs}
     missing = sorted(sources.keys() - files.shapes.keys())
     left_over = sorted(name for name in files.shapes.keys() - sources.keys() if not ignore(name))
+    if adapters := [name for name in left_over if any(mark in name for mark in ADAPTERS)]:
+        raise WeightsError(
+            f"{where} has the weights of an adapter beside its own ({_some(adapters, 2)}): merge it"
+            " where the pipeline was made, with fuse_lora() and unload_lora_weights(), and save the"
+            " pipeline again"
+        )
     shapes = [
         f"{name} is {list(files.shapes[name])}, the config wants {list(shape)}"
         for name, shape in sorted(sources.items())

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxdistill.errors import UserError, missing_extra
+from jaxdistill.errors import UserError, cannot_be_used, missing_extra
 from jaxdistill.run import checkpoint, distributed
 from jaxdistill.run.help import Parser, unknown
 from jaxdistill.run.loop import NonFiniteError, Stopped
@@ -227,6 +227,8 @@ def one_line_errors() -> Iterator[None]:
             raise
         fail(line)
     except OSError as error:
+        if line := cannot_be_used(error):
+            fail(line)
         if not checkpoint.disk_is_full(error):
             raise
         where = f" ({error.filename})" if error.filename else ""

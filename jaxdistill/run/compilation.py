@@ -9,6 +9,8 @@ import jax
 from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxdistill.errors import UserError
+
 KEEP_ALL = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -26,6 +28,18 @@ LOCK_SECONDS = 10
 def user_cache() -> Path:
     """The folder of what can be made again: $XDG_CACHE_HOME/jaxdistill or ~/.cache/jaxdistill."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxdistill"
+
+
+def check_devices() -> None:
+    """Start JAX's devices. Raises UserError where JAX_PLATFORMS asks for some that are not here."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX has no such plug-in
+        said = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no such device here"
+            f"{f' ({said})' if said else ''}; install jax for it, or leave JAX_PLATFORMS out"
+        ) from None
 
 
 def use_cache(folder: str = "") -> None:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxdistill.errors import UserError
 from jaxdistill.partition import Layout
-from jaxdistill.run import checkpoint, distributed, report
+from jaxdistill.run import checkpoint, distributed, inputs, report
 from jaxdistill.run.loop import Place, StopSignal, Trained, prepare, read_curve
 from jaxdistill.run.phase import Training, train
 from jaxdistill.run.workdir import say, versions
@@ -48,12 +48,22 @@ class Run:
         seconds = workdir / "seconds.json"
         self.seconds: dict[str, float] = json.loads(seconds.read_text()) if seconds.exists() else {}
 
+        self.inputs: dict[str, str] = {}
+        """What it is made from, {name: checksum}."""
+
         self.flops: Callable[[int], float] | None = None
         """Of a step of a stage on all devices, for MFU."""
 
     def drawn_on(self, layout: Layout | None) -> None:
         """The averages of the health lines are wanted on these devices of this process."""
         self.place = dataclasses.replace(self.place, own=layout)
+
+    def check_inputs(self, given: Mapping[str, inputs.Input]) -> dict[str, str]:
+        """{name: checksum} of what the run is made from, for its results. Raises UserError where
+        the workdir's run was made from something else.
+        """
+        self.inputs = inputs.check(self.workdir, given)
+        return self.inputs
 
     # -- time
 
@@ -149,6 +159,7 @@ class Run:
             **results,
             "seed": self.config.seed,
             "seconds": self.seconds,
+            "inputs": self.inputs,
             "config": json.loads(self.config.to_json()),
             "versions": versions(),
         }

@@ -19,26 +19,31 @@ import jaxdistill
 from jaxdistill.errors import UserError
 from jaxdistill.run import checkpoint, distributed, loop
 
+ITERATIONS = "student.iterations"
+"""The key of a config that a finished run may go on with."""
 
-def prepare_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Make the folder, check that it can be written, and that it belongs to this config. Raises
-    UserError.
+
+def prepare_workdir(workdir: Path, config: ConfigDict, *, longer: bool = False) -> None:
+    """Make the folder, check that it can be written, and that it belongs to this config, of which
+    the exports may change. Raises UserError.
+
+    `longer`: config.student.iterations may grow, too: a run of one stage goes on.
 
     Several processes may see one folder, or each its own under the same name.
     """
     failure = ""
     if distributed.is_main():
-        failure = check_workdir(workdir, config)
+        failure = check_workdir(workdir, config, longer=longer)
     failure = (
         distributed.broadcast(failure.encode()).decode() if jax.process_count() > 1 else failure
     )
     if not failure and not distributed.share_folder(workdir) and not distributed.is_main():
-        failure = check_workdir(workdir, config)
+        failure = check_workdir(workdir, config, longer=longer)
     if failure:
         raise UserError(failure)
 
 
-def check_workdir(workdir: Path, config: ConfigDict) -> str:
+def check_workdir(workdir: Path, config: ConfigDict, *, longer: bool = False) -> str:
     """What `prepare_workdir` does, in one process; what is wrong, or nothing."""
     if re.match(r"\w+:/", str(workdir)):
         return (
@@ -60,20 +65,31 @@ def check_workdir(workdir: Path, config: ConfigDict) -> str:
             found = json.loads(path.read_text())
         except ValueError:
             return f"{path} is damaged; choose another workdir"
-        differences = [
-            f"{k} = {flat_found.get(k)} there, {flat_wanted.get(k)} here"
-            for flat_found, flat_wanted in [(flatten(found), flatten(wanted))]
-            for k in sorted(flat_found.keys() | flat_wanted.keys())
-            if flat_found.get(k) != flat_wanted.get(k)
-        ]
-        if differences:
-            return (
-                f"--workdir={workdir} holds a run of another config ({'; '.join(differences[:5])});"
-                " choose another workdir, or use that run's flags"
-            )
-    else:
-        checkpoint.write_json(path, wanted)
+        if failure := difference(flatten(found), flatten(wanted), longer=longer):
+            return f"--workdir={workdir} {failure}"
+        if found == wanted:
+            return ""
+    checkpoint.write_json(path, wanted)
     return ""
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any], *, longer: bool) -> str:
+    """Why the run of one flat config cannot go on with another, "" where it can."""
+    changed = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k)]
+    changed = [k for k in changed if not k.startswith("export.")]  # made anew at each start
+    if changed == [ITERATIONS] and 0 < there[ITERATIONS] < here[ITERATIONS]:
+        if longer:
+            return ""
+        return (
+            f"holds a run of {there[ITERATIONS]} {ITERATIONS}, which its method divides among"
+            f" stages: it cannot go on to {here[ITERATIONS]}; choose another workdir"
+        )
+    if not changed:
+        return ""
+    text = "; ".join(f"{k} = {there.get(k)} there, {here.get(k)} here" for k in changed[:5])
+    return (
+        f"holds a run of another config ({text}); choose another workdir, or use that run's flags"
+    )
 
 
 def say(line: str) -> None:

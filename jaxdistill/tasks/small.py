@@ -24,7 +24,7 @@ from jaxdistill.model import Model, full_weights, low_rank
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.names import choose
 from jaxdistill.prediction import check_pair
-from jaxdistill.run import checkpoint, distributed, report
+from jaxdistill.run import checkpoint, distributed, inputs, report
 from jaxdistill.run.distillation import Distillation, Student
 from jaxdistill.run.loop import HealthFn
 from jaxdistill.run.phase import Training
@@ -78,7 +78,8 @@ class SmallTask:
         well, and losses are not traced in advance.
 
     Attributes:
-      data: what the runs of a list share: data, and the networks of the scores.
+      data: what the runs of a list share: data, and the networks of the scores; `made_from()` says
+        what they are made from.
       columns: {key of a row: (title, format)} of a run's table.
       shown: keys of the table in a run's picture.
       charted: {key: title} of the scores in a chart of methods.
@@ -462,6 +463,14 @@ class SmallTask:
 
         return batch
 
+    def made_from(self) -> dict[str, inputs.Input]:
+        """What a run of this task is made from, by name. Raises UserError."""
+        found: dict[str, inputs.Input] = self.data.made_from()
+        if self.teacher_path:
+            path = Path(self.teacher_path, "card.json")  # has the checksums of all its files
+            found["the teacher (config.teacher.path)"] = inputs.files([path])
+        return found
+
     # -- the teacher
 
     @property
@@ -623,10 +632,15 @@ class SmallTask:
         return self.distillation.students(run, teacher, {}, self.health(run, teacher).of)
 
     def exported(self, run: Run) -> dict[int, Any]:
-        """{steps: parameters} of a finished run's exports, {} where some are missing."""
+        """{steps: parameters} of a finished run's exports, {} where some are missing, or the run
+        is to go on.
+        """
         found: dict[int, Any] = {}
+        wanted = self.config.student.iterations if len(self.recipe.stages) == 1 else 0
         for card_file in run.workdir.glob("student*/card.json"):
             params, about = checkpoint.load_export(card_file.parent)
+            if about.get("iterations", wanted) < wanted:
+                return {}
             found |= dict.fromkeys(about["serves"], params)
         whole = found.keys() >= set(self.config.student.steps)
         return dict(sorted(found.items())) if whole else {}
@@ -660,6 +674,7 @@ class SmallTask:
         """The whole job; returns what results.json holds, {} in processes other than the first."""
         if self.teacher_path and not (run.workdir / "teacher").exists():
             self.given_teacher(Path(self.teacher_path))
+        run.check_inputs(self.made_from())
         self.data.open(run)
         teacher = self.teacher(run)
         served = self.served(run, teacher)

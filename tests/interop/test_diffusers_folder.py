@@ -341,7 +341,34 @@ def change_json(path, **values):
     path.write_text(json.dumps({**content, **values}))
 
 
+def with_channels(root, given, made=4):
+    change_json(root / "unet" / "config.json", in_channels=given, out_channels=made)
+
+
+def of_class(name, **more):
+    return lambda root: change_json(root / "model_index.json", _class_name=name, **more)
+
+
 REFUSALS = {
+    "inpainting": (of_class("StableDiffusionInpaintPipeline"), "is of inpainting; it is not"),
+    "instructions": (of_class("StableDiffusionInstructPix2PixPipeline"), "editing by instruct"),
+    "upscaling": (of_class("StableDiffusionUpscalePipeline"), "is of upscaling"),
+    "ControlNet": (of_class("StableDiffusionControlNetPipeline"), "a control image"),
+    "refiner": (
+        of_class("StableDiffusionXLImg2ImgPipeline", text_encoder=[None, None]),
+        "XL's refiner",
+    ),
+    "from pictures": (
+        of_class("StableDiffusionImg2ImgPipeline"),
+        "then save them as StableDiffusionPipeline",
+    ),
+    "inpainting network": (
+        lambda root: with_channels(root, 9),
+        "9 input channels is of inpainting",
+    ),
+    "instructions network": (lambda root: with_channels(root, 8), "editing by instructions"),
+    "depth network": (lambda root: with_channels(root, 5), "pictures from depth"),
+    "network of another VAE": (lambda root: with_channels(root, 16, 16), "but the VAE has 4"),
     "no folder": (lambda root: shutil.rmtree(root), "does not exist"),
     "no pipeline": (lambda root: (root / "model_index.json").unlink(), "no model_index.json"),
     "other pipeline": (
@@ -435,6 +462,26 @@ def test_weights_that_cannot_be_read_are_named(copy):
         json.dumps({"weight_map": {"a": "shard-1.safetensors"}})
     )
     with pytest.raises(FolderError, match=r"shard-1\.safetensors is missing"):
+        diffusers_folder.load_params(part)
+
+
+def test_weights_that_are_no_checkpoint_of_their_own_are_told_for_what_they_are(copy):
+    root = copy("sd")
+    path, part = (
+        root / "unet" / "diffusion_pytorch_model.safetensors",
+        diffusers_folder.open_folder(root).unet,
+    )
+    tensors, name = load_file(path), "conv_in"
+    adapted = {n.replace(f"{name}.", f"{name}.base_layer."): t for n, t in tensors.items()}
+    save_file(adapted | {f"{name}.lora_A.default.weight": np.zeros(1, np.float32)}, path)
+    with pytest.raises(WeightsError, match=r"adapter beside its own .*; merge|fuse_lora"):
+        diffusers_folder.load_params(part)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
+    with pytest.raises(WeightsError, match=r"is a git-lfs pointer, .* git lfs pull"):
+        diffusers_folder.load_params(part)
+    path.unlink()
+    path.symlink_to(root / "blobs" / "ab")
+    with pytest.raises(FolderError, match=r"is a link to .*blobs/ab, which does not exist"):
         diffusers_folder.load_params(part)
 
 

@@ -68,7 +68,9 @@ def test_caption_that_is_too_long_is_refused(encoder):
         encoder(["a red bag", "a red bag above a red bag"], length=8)
 
 
-def test_cache_is_computed_once_and_depends_on_captions_and_length(encoder, tmp_path, monkeypatch):
+def test_cache_is_computed_once_and_depends_on_encoder_captions_and_length(
+    encoder, tmp_path, monkeypatch
+):
     captions = ["a red bag", "a blue boot", "a red bag"]
     first = cached_embeddings(encoder, captions, tmp_path, length=10)
     files = sorted(p.name for p in tmp_path.iterdir())
@@ -82,6 +84,9 @@ def test_cache_is_computed_once_and_depends_on_captions_and_length(encoder, tmp_
         again = cached_embeddings(encoder, captions[::-1], tmp_path, length=10)
         with pytest.raises(AssertionError):
             cached_embeddings(encoder, captions, tmp_path, length=11)
+        with pytest.raises(AssertionError):  # another config or tokenizer of the same weights
+            other = encoder._replace(about="other")
+            cached_embeddings(other, captions, tmp_path, length=10)
         with pytest.raises(AssertionError):
             cached_embeddings(encoder, [*captions[:2], "a blue bag"], tmp_path, length=10)
     for found in (first, again):

@@ -204,7 +204,7 @@ def test_the_command_answers_a_mistake_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model={dir}", "--out={dir}/x.png"], "is not an export"),
+        (["--model={dir}", "--out={dir}/x.png"], "is not a pipeline folder"),
         (["--model={student}", "--out={dir}/x.jpg"], "must end in .png or .npz"),
         (["--model={student}", "--out={dir}/no/x.png"], "does not exist"),
         (

@@ -24,7 +24,7 @@ from jaxdistill.model import lora_init, lora_merge
 from jaxdistill.run import checkpoint, loop, record_cache
 from jaxdistill.run.run import Run
 from jaxdistill.tasks.text_to_image import pipeline
-from jaxdistill.tasks.text_to_image.task import TextToImageTask
+from jaxdistill.tasks.text_to_image.task import Drawn, TextToImageTask
 
 CONFIG = Path(text_config.__file__)
 
@@ -476,6 +476,35 @@ def test_the_command_gives_one_line(tmp_path):
         f"--workdir={tmp_path / 'run'}",
     )
     assert_one_error_line(found, "/nowhere does not exist")
+
+
+def test_a_students_export_that_was_copied_alone_says_what_it_lacks(tmp_path):
+    card = {"components": "../diffusers", "sampler": {"steps": 2}}
+    checkpoint.export(tmp_path / "student", {"params": {"a": np.ones(2, np.float32)}}, card)
+    with pytest.raises(UserError, match=r"holds a UNet alone; .*copy the run's diffusers/ beside"):
+        pipeline.load(tmp_path / "student")
+
+
+def test_a_student_that_draws_no_numbers_in_training_is_not_laid_on_its_teacher(tmp_path):
+    task = TextToImageTask(make_config(tmp_path))
+    pipe = pipeline.load(folders.folder("sd"), layout=partition.own_layout(task.layout))
+    drawn = Drawn(task, pipe, pipe, ["a cat"], {"height": 16, "width": 16})
+    bad = jax.tree.map(lambda a: np.full_like(a, 1e30), drawn.params)
+    with pytest.raises(UserError, match=r"^the student in training: the UNet .* learning rate"):
+        drawn(bad, [1])
+
+
+def test_the_exports_are_rehearsed_before_any_weight_is_read(tmp_path, monkeypatch):
+    def full(*given):
+        raise UserError("no space")
+
+    def load(*given):
+        raise AssertionError
+
+    monkeypatch.setattr(checkpoint, "check_space", full)
+    monkeypatch.setattr(TextToImageTask, "load", load)
+    with pytest.raises(UserError, match="no space"):
+        main.run(make_config(tmp_path), tmp_path / "run")
 
 
 def test_an_export_of_scanned_blocks_is_read_as_such(tmp_path):

@@ -427,14 +427,22 @@ def test_the_warning_advises_settings_that_the_method_has(method, changes, wante
     assert found == wanted.format(f"config.methods.{method}.")
 
 
+def test_an_export_of_fewer_iterations_is_not_taken_for_a_longer_run(folder):
+    config = tiny_config()
+    task, run = job(config, folder)
+    assert task.exported(run).keys() == {*config.student.steps}
+    longer = tiny_config(**{"student.iterations": config.student.iterations + 1})
+    assert job(longer, folder)[0].exported(run) == {}
+
+
 def test_a_workdir_of_other_images_is_refused(folder, tmp_path, monkeypatch):
-    shutil.copytree(folder / "extractor", tmp_path / "extractor")
+    shutil.copy(folder / "inputs.json", tmp_path)
     real = data.digits()
     other = real.train._replace(images=real.train.images[:, ::-1].copy())
     monkeypatch.setattr(data, "digits", lambda: real._replace(train=other))
     task, run = job(tiny_config(), tmp_path)
-    with pytest.raises(UserError, match=r"was started on other images .* choose another workdir"):
-        task.data.open(run)
+    with pytest.raises(UserError, match=r"changed since it began: the images \(config.data\);"):
+        task.execute(run)
 
 
 @pytest.mark.parametrize("made", [lambda x: x, lambda x: (x, 0.0), lambda x: (x[:, 0], {})])

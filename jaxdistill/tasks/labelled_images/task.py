@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from jaxdistill.interop import card
 from jaxdistill.names import choose
-from jaxdistill.run import checkpoint
+from jaxdistill.run import checkpoint, inputs
 from jaxdistill.run.distillation import check_keep_best
 from jaxdistill.run.run import Run
-from jaxdistill.run.workdir import UserError, say
+from jaxdistill.run.workdir import say
 from jaxdistill.tasks.labelled_images import data
 from jaxdistill.tasks.labelled_images.scores import (
     Evaluator,
@@ -69,21 +69,17 @@ class LabelledData:
         self.config = config
         self.dataset = make_dataset(config.data.to_dict())
 
-    def open(self, run: Run) -> None:
-        """The frozen classifier of the metrics: trained at the first start, then read.
+    def made_from(self) -> dict[str, inputs.Input]:
+        """What it is, by name."""
+        splits = (self.dataset.train, self.dataset.validation, self.dataset.test)
+        return {"the images (config.data)": inputs.value([data.fingerprint(s) for s in splits])}
 
-        Raises UserError where it was trained on other images.
-        """
+    def open(self, run: Run) -> None:
+        """The frozen classifier of the metrics: trained at the first start, then read."""
         ev, folder = self.config.eval, run.workdir / "extractor"
         size: dict[str, Any] = {"channels": tuple(ev.channels), "features": ev.features}
-        sha256 = data.fingerprint(self.dataset.train)
         if (folder / "card.json").exists():
-            params, about = checkpoint.load_export(folder)
-            if about.get("data_sha256", sha256) != sha256:
-                raise UserError(
-                    f"{run.workdir} was started on other images ({self.dataset.name}"
-                    f" {about['data_sha256']}, now {sha256}); choose another workdir"
-                )
+            params, _ = checkpoint.load_export(folder)
             classes, images = len(self.dataset.class_names), self.dataset.train.images
             self.extractor = make_extractor(params, images, num_classes=classes, **size)
             return
@@ -92,6 +88,7 @@ class LabelledData:
             self.extractor = train_extractor(self.dataset, steps=ev.extractor_steps, **size)
         about = {"role": "feature extractor", "hash": self.extractor.hash}
         sizes = {"channels": list(ev.channels), "features": ev.features}
+        sha256 = data.fingerprint(self.dataset.train)
         about |= {"data": self.dataset.name, "data_sha256": sha256}
         made = {"format": card.FORMAT, **about, **sizes}
         checkpoint.export(folder, self.extractor.params, made)

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from jaxdistill.errors import UserError
 from jaxdistill.interop import sentence_encoder
 from jaxdistill.names import choose
-from jaxdistill.run import checkpoint, compilation
+from jaxdistill.run import checkpoint, compilation, inputs
 from jaxdistill.run.distillation import check_keep_best
 from jaxdistill.run.loop import tqdm
 from jaxdistill.run.run import Run
@@ -94,6 +94,21 @@ class SceneData:
                 f"config.eval.samples and config.log.health_samples can be at most {most} where"
                 f" config.data.source is empty, got {count}"
             )
+
+    def made_from(self) -> dict[str, inputs.Input]:
+        """What it is made from, by name. Raises UserError."""
+        block, base = self.config.data, self.config.base
+        found = {"the text encoder": inputs.value([self.encoder.hash, self.encoder.about])}
+        if block.source:
+            found["the garments (config.data.source)"] = inputs.value(
+                scenes.hash_of_files(block.source)
+            )
+        else:
+            path = Path(base, "recogniser", reference.FILE)
+            found["the reference (config.base)"] = inputs.files([path])
+        if base and (card_file := Path(base, "recogniser", "card.json")).is_file():
+            found["the recogniser (config.base)"] = inputs.files([card_file])
+        return found
 
     def open(self, run: Run) -> None:
         """Make what is missing for the scores; the run's signals end it. A run without a base has

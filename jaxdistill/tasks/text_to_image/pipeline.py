@@ -581,7 +581,12 @@ def load(
                 " text-to-image student"
             )
         settings, scan = exported["sampler"], bool(exported.get("stacked"))
-        root = (root / exported["components"]).resolve()
+        export, root = root, (root / exported["components"]).resolve()
+        if not root.exists():
+            raise FolderError(
+                f"{export} holds a UNet alone; its other components should be in {root}, which"
+                " does not exist: copy the run's diffusers/ beside it, or draw from that one"
+            )
     folder = single_file.open_checkpoint(root, beside, attention=attention, dtype=dtype, scan=scan)
     if (root / SETTINGS).is_file():
         settings = {**diffusers_folder.read_json(root / SETTINGS), **settings}

@@ -1,8 +1,9 @@
 """Text to image as a task: a diffusers folder and prompts in, few-step students out."""
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from ml_collections import ConfigDict
 from jaxdistill import partition
 from jaxdistill.costs import chips
 from jaxdistill.errors import NotFinite, UserError
-from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler, lora
+from jaxdistill.interop import FLAGS, card, diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.methods.recipe import Stage
-from jaxdistill.run import checkpoint, distributed, report
+from jaxdistill.run import checkpoint, distributed, inputs, report
 from jaxdistill.run.distillation import Student
 from jaxdistill.run.record_cache import Cache, key_of
 from jaxdistill.run.run import Run
@@ -23,11 +24,14 @@ from jaxdistill.run.seeds import seed_of
 from jaxdistill.tasks.health import Health, mend
 from jaxdistill.tasks.text_to_image import pipeline
 from jaxdistill.tasks.text_to_image.data import captioned_images, prompts_of
-from jaxdistill.tasks.text_to_image.images import READING, fit_image
+from jaxdistill.tasks.text_to_image.images import READING, Captioned, fit_image
 from jaxdistill.tasks.text_to_image.setup import DTYPES, TextSetup, open_teacher
 
 NUMBERS = ("diversity", "contrast", "saturation", "distance")
 COLUMNS = {"steps": ("steps", "{}"), **{name: (name, "{:.3f}") for name in NUMBERS}}
+
+ENCODING = 2
+"""Counted up where the same text encoder makes something else of a prompt than it did."""
 
 Batches = Callable[[int], dict[str, Any]]
 
@@ -71,24 +75,52 @@ class TextToImageTask(TextSetup):
         """Of a component's weights; each file is read once a run."""
         where = part.file or part.folder
         if where not in self._hashes:
-            self._hashes[where] = checkpoint.hash_files(part.files())
+            self._hashes[where] = inputs.hash_files(part.files())
         return self._hashes[where]
 
-    def agree(self) -> None:
-        """Raise DistributedError where the processes were given different prompts, images or
-        weights: each reads its own copies.
+    @property
+    def parts(self) -> dict[str, diffusers_folder.Part]:
+        """The teacher's networks by name."""
+        folder = self.folder
+        encoders = {f"text_encoder{'_2' * i}": part for i, part in enumerate(folder.text_encoders)}
+        return {"unet": folder.unet, "vae": folder.vae, **encoders}
+
+    def made_from(self) -> dict[str, inputs.Input]:
+        """All that the run reads, by name: what its workdir remembers. Raises UserError."""
+        folder, found = self.folder, dict[str, inputs.Input]()
+        for name, part in self.parts.items():
+            content = partial(self.hash_of, part)
+            found[f"the teacher's {name} weights"] = inputs.files(part.files(), content)
+            found[f"the teacher's {name} config"] = inputs.value(dict(part.config))
+        for path in folder.tokenizers:
+            found[f"the teacher's {path.name}"] = inputs.files(files_in(path))
+        about = [folder.xl, folder.zero_empty_prompt, dict(folder.scheduler)]
+        found["the teacher's scheduler"] = inputs.value(about)
+        for path in self.beside_files():
+            found[f"{path}, beside the teacher"] = inputs.files([path])
+        found["the prompts (config.data.prompts)"] = inputs.value(self.prompts)
+        if self.images:
+            content = partial(content_of, self.images)
+            stamps = [[image.caption, image.stamp] for image in self.images]
+            digest = inputs.value(stamps).content()
+            found["the images (config.data.images)"] = inputs.Input(digest, content)
+        return found
+
+    def beside_files(self) -> list[Path]:
+        """The files that are named beside the teacher, as LoRAs with their scales."""
+        named = jax.tree.leaves([self.config.teacher[name] for name in FLAGS])
+        paths = [Path(p) for text in map(str, named) for p in (text, text.rpartition(":")[0]) if p]
+        return [path for path in paths if path.is_file()]
+
+    @cached_property
+    def beside_key(self) -> Any:
+        """What is named beside the teacher, as a cache's key: words, and files by their content.
+        Of folders the parts that are taken from them are in `parts`.
         """
-        if jax.process_count() == 1:
-            return
-        parts = (self.folder.unet, *self.folder.text_encoders, self.folder.vae)
-        captions = [image.caption for image in self.images]
-        distributed.check_same(
-            {
-                "the prompts' checksum": key_of(self.prompts),
-                "the checksum of the images' captions": key_of(captions),
-                "the teacher's checksum": [self.hash_of(part) for part in parts],
-            }
-        )
+        text = json.dumps([self.config.teacher[name] for name in FLAGS], default=str)
+        for path in self.beside_files():
+            text = text.replace(json.dumps(str(path))[1:-1], inputs.hash_files([path]))
+        return text
 
     def load(self, dtype: str, *, on_mesh: bool = True) -> Any:
         """The folder's UNet in a dtype of DTYPES, each tensor straight to its place on the mesh, or
@@ -125,11 +157,12 @@ class TextToImageTask(TextSetup):
         """
         config, folder = self.config, self.folder
         parts, paths = folder.text_encoders, folder.tokenizers
-        files = [file for path in paths for file in sorted(path.iterdir()) if file.is_file()]
         encoder = [
+            ENCODING,
             [self.hash_of(part) for part in parts],
-            checkpoint.hash_files(files),
+            inputs.hash_files(file for path in paths for file in files_in(path)),
             [dict(part.config) for part in parts],
+            self.beside_key,
             config.compute.dtype,
             folder.clip_skip,
         ]
@@ -219,7 +252,8 @@ class TextToImageTask(TextSetup):
 
         unet = [self.hash_of(self.folder.unet), dict(self.folder.unet.config)]
         compute = [config.compute.dtype, config.compute.teacher_dtype]
-        about = [unet, compute, options, sampler, dict(self.folder.scheduler), self.size]
+        schedule = [dict(self.folder.scheduler), self.folder.zero_empty_prompt]
+        about = [unet, compute, options, sampler, schedule, self.size]
         cache(name, about, captions, draw, what, rows=config.log.batch_size * pipe.parts)
 
     def cond(self, record: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -292,7 +326,9 @@ class TextToImageTask(TextSetup):
     def execute(self, run: Run) -> dict[str, Any]:
         """Caches, training, exports, results. Resumes where it was stopped."""
         config = self.config
-        self.agree()
+        sums = run.check_inputs(self.made_from())
+        for name, part in self.parts.items():  # they are not read again for the caches' keys
+            self._hashes[part.file or part.folder] = sums[f"the teacher's {name} weights"]
         if distributed.writes():
             self.rehearse(run.workdir)
         if config.log.checkpoints:  # a bucket that cannot be opened is told before weights are read
@@ -439,8 +475,30 @@ class Drawn:
             return {
                 n: self.pipe(self.prompts, steps=n, guidance=1.0, **self.options) for n in steps
             }
+        except NotFinite as error:  # the teacher has drawn with the same text, VAE and types
+            name = self.task.config.method.name
+            raise NotFinite(
+                f"the student in training: {str(error).partition(';')[0]}; lower"
+                f" config.methods.{name}'s learning rate, or set config.compute.dtype=float32, and"
+                " start in a new workdir"
+            ) from None
         finally:
             self.leave()
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Its files, in order."""
+    return [path for path in sorted(folder.iterdir()) if path.is_file()]
+
+
+def content_of(images: Sequence[Captioned]) -> str:
+    """Checksum of captions and pictures: of their files' bytes; of those in a stored data set,
+    their stamps.
+    """
+    firsts = dict.fromkeys(str(image.stamp[0]) for image in images)
+    files = inputs.hash_files(path for path in map(Path, firsts) if path.is_file())
+    others = [image.stamp for image in images if not Path(str(image.stamp[0])).is_file()]
+    return inputs.value([[image.caption for image in images], files, others]).content()
 
 
 def choose_solver(name: str) -> str:
