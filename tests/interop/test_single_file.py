@@ -5,6 +5,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import diffusers
 import diffusers.loaders.single_file_utils as stock
 import folders
 import jax
@@ -27,7 +28,6 @@ from jaxdistill.interop import (
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.original_layout import OPEN_TEXT, TEXT, UNET, VAE, XL_TEXT
 from jaxdistill.interop.single_file import open_checkpoint
-from jaxdistill.models.text.clip import CLIPText
 from jaxdistill.tasks.text_to_image.setup import open_teacher
 
 VARIANTS = ("sd", "sd2", "sdxl")
@@ -88,47 +88,108 @@ def test_stock_converters_make_the_folders_weights_of_the_file(pair):
             np.testing.assert_array_equal(state[name].numpy(), weights.read(name), err_msg=name)
 
 
-SIZES = {
-    # The tensors of the published files, without buffers.
-    "sd15": (1130, [(TEXT, CLIPText(49408, 768, 3072, 12, 12))]),
-    "sdxl": (
-        2513,
-        [
-            (XL_TEXT[0], CLIPText(49408, 768, 3072, 12, 12)),
-            (XL_TEXT[1], CLIPText(49408, 1280, 5120, 32, 20, projection=1280)),
-        ],
-    ),
+FULL = {
+    # The tensors of the published files, without buffers and layers that are not used.
+    "sd15": (1130, (TEXT,), {}),
+    "sd21": (1214, (OPEN_TEXT,), {"modelspec.architecture": "stable-diffusion-v2-768-v"}),
+    "sd21-base": (1214, (OPEN_TEXT,), {"modelspec.prediction_type": "epsilon"}),
+    "sdxl": (2513, XL_TEXT, {}),
 }
-
-
-UPSAMPLINGS = {"sd15": ("2.1", "5.2", "8.2"), "sdxl": ("2.2", "5.2")}
+UPSAMPLINGS = {
+    "sd15": ("2.1", "5.2", "8.2"),
+    "sd21": ("2.1", "5.2", "8.2"),
+    "sd21-base": ("2.1", "5.2", "8.2"),
+    "sdxl": ("2.2", "5.2"),
+}
 """After an attention where the block has one; stock converters take either place."""
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_at_full_size_each_tensor_has_one_place_of_its_shape(name):
-    count, encoders = SIZES[name]
-    folder = architectures.folder(architectures.PIPELINES[name])
-    tokens = jax.ShapeDtypeStruct((1, 2), np.int32)
-    shapes = [
-        (UNET, folder.unet.module, diffusers_folder.abstract_params(folder.unet)),
-        (VAE, folder.vae.module, diffusers_folder.abstract_params(folder.vae)),
-        *((p, m, jax.eval_shape(m.init, jax.random.key(0), tokens)) for p, m in encoders),
-    ]
-    places: dict[str, list] = {}
-    for prefix, module, abstract in shapes:
-        origin = original_layout.origin(module, prefix)
-        for ours, shape in torch_weights.names_of(abstract).items():
-            there = origin(ours)
-            places.setdefault(there.name, []).append((there.third, there, shape))
-    assert len(places) == count
-    assert {f"{UNET}output_blocks.{at}.conv.weight" for at in UPSAMPLINGS[name]} <= places.keys()
-    for found in places.values():
-        assert sorted(third for third, _, _ in found if third is not None) in ([], [0, 1, 2])
-        assert len(found) in (1, 3)
-        for third, there, shape in found:
-            whole = np.zeros(shape if third is None else (3 * shape[0], *shape[1:]), np.int8)
-            assert there.shape(there.write(whole).shape) == tuple(shape)
+def full_size(name):
+    """{name in the original layout: shape} of a published model, and its folder of configs."""
+    found = diffusers_folder.open_folder(architectures.pipeline_folder(name))
+    prefixes = (UNET, VAE, *FULL[name][1])
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, prefix in zip(parts(found), prefixes, strict=True):
+        there = original_layout.origin(part.module, prefix)
+        wanted = torch_weights.names_of(diffusers_folder.abstract_params(part))
+        places = [there(ours) for ours in wanted]
+        assert len({(place.name, place.third) for place in places}) == len(places)
+        for ours, place in zip(wanted.values(), places, strict=True):
+            third = place.third is not None
+            whole = (3 * ours[0], *ours[1:]) if third else ours
+            shapes[place.name] = place.write(np.broadcast_to(np.int8(0), whole)).shape
+    return shapes, found
+
+
+def write_header(path, shapes, metadata=None, dtype="F16"):
+    """A file of these tensors, all zeros, that takes no room on a disk."""
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_at_full_size_a_file_is_told_by_itself_and_each_tensor_has_one_place(
+    tmp_path, capsys, name
+):
+    count, prefixes, metadata = FULL[name]
+    shapes, wanted = full_size(name)
+    assert len(shapes) == count
+    assert {f"{UNET}output_blocks.{at}.conv.weight" for at in UPSAMPLINGS[name]} <= shapes.keys()
+    buffers = {"betas": (1000,), "denoiser.sigmas": (1000,), f"{prefixes[-1]}logit_scale": ()}
+    path = write_header(tmp_path / "x.safetensors", {**shapes, **buffers}, metadata)
+    found = open_checkpoint(path)
+    assert found.path == wanted.path and found.scheduler == wanted.scheduler
+    for part, published in zip(parts(found), parts(wanted), strict=True):
+        needed = torch_weights.names_of(diffusers_folder.abstract_params(published))
+        here = part.weights().shapes
+        assert {n: here[n] for n in needed} == needed
+        left = here.keys() - needed.keys()
+        assert all(map(diffusers_folder._ignored(part), left)), left
+    said = capsys.readouterr().err
+    assert "Stable Diffusion" in said and ("predicts v" in said) == (name == "sd21")
+
+
+def test_the_published_tokenizers_are_clips():
+    """Ids of CLIP's own tokenizer; 2.x and XL's second one pad with "!"."""
+    from transformers import CLIPTokenizer
+
+    for name, encoders in (("sd15", [49407]), ("sd21", [0]), ("sdxl", [49407, 0])):
+        root = architectures.pipeline_folder(name)
+        for i, pad in enumerate(encoders):
+            tokenizer = CLIPTokenizer.from_pretrained(root / f"tokenizer{'_2' * i}")
+            assert (len(tokenizer), tokenizer.pad_token_id) == (49408, pad)
+            found = tokenizer("a photo of a Cat", padding="max_length", max_length=9).input_ids
+            assert found == [49406, 320, 1125, 539, 320, 2368, 49407, pad, pad]
+
+
+def test_a_published_folder_is_one_that_stock_diffusers_reads(tmp_path, monkeypatch):
+    """And whole again after a file is lost; elsewhere, where no cache can be written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    make = architectures.pipeline_folder.__wrapped__
+    for name, pipeline in architectures.PIPELINES.items():
+        root = make(name)
+        (root / "model_index.json").unlink()
+        assert make(name) == root and tmp_path in root.parents
+        for part, kind in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
+            config = getattr(diffusers, kind).load_config(root / part)
+            with torch.device("meta"):
+                made = getattr(diffusers, kind).from_config(config).state_dict()
+            ours = getattr(diffusers_folder.open_folder(root), part)
+            wanted = torch_weights.names_of(diffusers_folder.abstract_params(ours))
+            assert {n: tuple(t.shape) for n, t in made.items()} == wanted
+        scheduler = getattr(diffusers, pipeline["scheduler"]["_class_name"])
+        assert scheduler.from_pretrained(root / "scheduler").config.steps_offset == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert (make("sd15") / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +209,7 @@ def test_the_files_marks_say_what_it_predicts(tmp_path, capsys, marks, metadata,
     path = original.write(folder, tmp_path / "x.safetensors", marks=marks, metadata=metadata)
     found = open_checkpoint(path, Beside(like=folder))
     assert found.scheduler == {**open_checkpoint(folder).scheduler, **changes}
-    assert "prediction_type = v_prediction" in capsys.readouterr().err
+    assert "predicts v" in capsys.readouterr().err
 
 
 def test_a_marked_file_is_drawn_as_the_folder_whose_config_says_the_same(tmp_path):
@@ -175,7 +236,7 @@ def test_averaged_weights_are_taken_where_there_are_some(tmp_path, capsys):
         if name.startswith(UNET)
     }
     save_file({**tensors, **beside, "model_ema.decay": np.zeros(())}, path)
-    plain = open_checkpoint(path, Beside(like=folder), ema=False)
+    plain = open_checkpoint(path, Beside(like=folder, ema=False))
     averages = open_checkpoint(path, Beside(like=folder))
     assert "averaged" in capsys.readouterr().err
     difference = jax.tree.map(
@@ -269,12 +330,12 @@ def damaged(tmp_path, kind):
         ("pickle", "is a pickle"),
         ("missing", "does not exist"),
         ("truncated", "cannot be read as safetensors"),
-        ("strange", "tensors of no known component, such as control_model.a"),
+        ("strange", "1 tensors of no known component, such as control_model.a"),
         ("lora", f"has no UNet under {UNET}"),
         ("unknown mark", "modelspec.prediction_type = 'sample' in its metadata is not supported"),
         ("two marks", "disagrees with itself"),
         ("other kind", "is Stable Diffusion 1.x or 2.x, but"),
-        ("no folder", "--like=FOLDER"),
+        ("no folder", "of no published family (context of 16, without label_emb)"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, kind, message):
