@@ -71,7 +71,7 @@ def vae_beside(base: Folder, where: str) -> Part | None:
 
 def text_beside(base: Folder, where: str) -> list[Part | None]:
     """For each text encoder of `base` the one of `Beside.text_encoder`: it is told by its width, or
-    by the order where the widths are equal.
+    by the order where the widths are equal. A file may hold both.
 
     Raises FolderError.
     """
@@ -85,20 +85,22 @@ def text_beside(base: Folder, where: str) -> list[Part | None]:
         )
     for text in given:
         path = _component(text, "text_encoder", "text_encoder")
-        header = {} if path.is_dir() else read_header(path)[0]
-        options = _config_width(path) if path.is_dir() else [p.width for p in text_places(header)]
-        free = [i for i, w in enumerate(widths) if w in options and found[i] is None]
+        shapes = {} if path.is_dir() else read_header(path)[0]
+        here = _config_width(path) if path.is_dir() else [p.width for p in text_places(shapes)]
+        free = [i for i, width in enumerate(widths) if width in here and found[i] is None]
         if not free:
-            seen = f"an encoder of width {options[0]}" if options else "no text encoder"
+            seen = f"an encoder of width {here[0]}" if here else "no text encoder"
             raise FolderError(
                 f"--text_encoder={text} holds {seen}, but this checkpoint wants width"
-                f" {' and '.join(map(str, widths))}"
+                f" {' and '.join(map(str, widths))}{', each once' * (len(given) > 1)}"
             )
-        if len(given) < len(free):
+        alike = len({widths[i] for i in free}) < len(free)
+        if alike and len(given) < len(free):
             raise FolderError(
                 f"--text_encoder={text} may be any of {len(free)} encoders; name all, as A,B"
             )
-        found[free[0]] = _encoder(parts[free[0]], path, header)
+        for i in free[:1] if alike else free:
+            found[i] = _encoder(parts[i], path, shapes)
     return found
 
 
