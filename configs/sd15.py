@@ -39,9 +39,15 @@ def whole() -> ConfigDict:
     config.teacher.update(
         {
             "folder": "",  # the pipeline, or a single .safetensors file
-            "like": "",  # of a file: a pipeline folder of its kind, for configs and tokenizers
+            # Of a file: a pipeline folder of its kind, instead of the published configs.
+            "like": "",
+            "vae": "",  # a file or folder, instead of the checkpoint's
+            "text_encoder": "",  # the same; of XL A,B
+            "prediction": "",  # of a file, eps | v | v_ztsnr: instead of what its marks say
+            "ema": True,  # of a file with both: the averaged weights of its UNet
             "clip_skip": 0,  # text layers left out, as in diffusers; 1 is A1111's clip skip 2
-            "architecture": "",  # instead, to plan a run (jaxdistill.aot): sd15 | sd21 | sdxl
+            # Instead, to plan a run (jaxdistill.aot): sd15 | sd21 | sd21-base | sdxl.
+            "architecture": "",
             "solver": "",  # ddim | dpm_solver_pp_2m: of its images, instead of its scheduler
             "steps": 50,  # of its images: in the health lines, and for the discriminator
         }

@@ -15,17 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import add_flags, beside, card, explain_path, is_file
+from jaxdistill.interop import add_flags, beside, card, explain_path, given, is_file
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.run import checkpoint, compilation, report
-from jaxdistill.run.help import Parser, named, note
-
-
-def boolean(text: str) -> bool:
-    """True or false, as a flag's value."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+from jaxdistill.run.help import Parser, boolean, named, note
 
 
 def labels_list(text: str) -> list[int]:
@@ -64,8 +57,6 @@ def parser() -> Parser:
     classes.add_argument("--labels", type=labels_list, metavar="N,N", help=about)
     add = p.add_argument_group("models that read text").add_argument
     add("--prompt", metavar="TEXT", help="what to draw")
-    about = "MiniLM folder, for a benchmark's export (default: installed package)"
-    add("--text_encoder", metavar="FOLDER", help=about)
     pipelines = p.add_argument_group("pipeline folders and their students")
     add = pipelines.add_argument
     about = "what guidance moves away from (default: the pipeline's)"
@@ -199,12 +190,13 @@ def caption_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
         raise ValueError(line) from None
 
     num, batch_size = prompt_numbers(args, batch_size=500)
-    given = [f"--{name}" for name in PIPELINE_FLAGS if getattr(args, name) is not None]
-    if given:
+    flags = [name for name in PIPELINE_FLAGS if getattr(args, name) is not None]
+    flags += [name for name in given(args) if name != "text_encoder"]
+    if flags:
         raise ValueError(
-            f"{given[0]}: {args.model} has its own size, grid and solver; leave it out"
+            f"--{flags[0]}: {args.model} has its own size, grid and solver; leave it out"
         )
-    model = TextExport(args.model, encoder=args.text_encoder or "")
+    model = TextExport(args.model, encoder=args.text_encoder)
     if args.steps is not None:
         check_numbers(seed=args.seed, steps=args.steps)
     captions = [args.prompt] * num
@@ -228,8 +220,6 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
         raise ValueError(line) from None
 
     num, batch_size = prompt_numbers(args, batch_size=4)
-    if args.text_encoder is not None:
-        raise ValueError(f"--text_encoder: {args.model} has its own; leave it out")
     options = computing(args)
     files = beside(args, args.model)
     latents = None
@@ -285,14 +275,11 @@ def main(argv: list[str] | None = None) -> None:
             )
             extra: dict[str, Any] = {"prompts": np.asarray(prompts)}
         else:
-            given = [
-                f"--{name}"
-                for name in ("prompt", "text_encoder", *PIPELINE_FLAGS)
-                if getattr(args, name) is not None
-            ]
-            if given and (Path(args.model) / "card.json").is_file():
+            flags = [n for n in ("prompt", *PIPELINE_FLAGS) if getattr(args, n) is not None]
+            flags += given(args)
+            if flags and (Path(args.model) / "card.json").is_file():
                 raise ValueError(
-                    f"{given[0]}: {args.model} draws classes, not text; give --labels, or a"
+                    f"--{flags[0]}: {args.model} draws classes, not text; give --labels, or a"
                     " pipeline folder as --model"
                 )
             if not (Path(args.model) / "card.json").is_file():

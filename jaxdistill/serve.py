@@ -66,8 +66,6 @@ def parser() -> Parser:
     about = "address to listen at; 0.0.0.0 lets other machines in"
     add("--host", default="127.0.0.1", metavar="ADDRESS", help=about)
     add("--port", type=int, default=8000, metavar="N", help="port to listen at")
-    about = "MiniLM folder, for a benchmark's export (default: installed package)"
-    add("--text_encoder", default="", metavar="FOLDER", help=about)
     about = "images drawn together; each size is compiled at start (default: 1,4,16)"
     add("--batch_sizes", type=sizes, default=(1, 4, 16), metavar="N,N", help=about)
     add("--queue", type=int, default=256, metavar="N", help="images that may wait")

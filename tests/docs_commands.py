@@ -88,6 +88,7 @@ SMALL = (
     (r"--teacher_steps=\d+", "--teacher_steps=4"),
     (r"lora_rank=\d+", "lora_rank=4"),
     (r"--num=\d{3,}", "--num=64"),
+    (r"(--model=my-model\.safetensors)(?! --like)", r"\1 --like=stable-diffusion-v1-5"),  # tiny
     (r"^(launch/(tpu_vm|slurm)\.sh.*?)( -- .*)?$", r"\1 --dry-run\3"),
 )
 """Real input -> small input, one after the other."""

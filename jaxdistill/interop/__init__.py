@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.errors import UserError
-from jaxdistill.run.help import Parser
+from jaxdistill.run.help import Parser, boolean, named
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+PREDICTIONS = {
+    "eps": ("epsilon", False),
+    "v": ("v_prediction", False),
+    "v_ztsnr": ("v_prediction", True),
+}
+"""--prediction -> (of a scheduler's config, whether its schedule ends at zero SNR)."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +28,39 @@ class Beside:
 
     Attributes:
       like: of a single file, a pipeline folder of its kind: configs, tokenizers, scheduler.
+      vae: a folder of diffusers or a single file, instead of the checkpoint's.
+      text_encoder: a folder of transformers or a single file, instead of the checkpoint's; of XL
+        two, with a comma.
+      prediction: of a single file, a key of PREDICTIONS; "" goes by the file's marks.
+      ema: of a single file, take the averaged weights of its UNet where it has both.
       clip_skip: layers at the end of the text encoders that are left out, as in diffusers.
     """
 
     like: str | Path = ""
+    vae: str = ""
+    text_encoder: str = ""
+    prediction: str = ""
+    ema: bool = True
     clip_skip: int = 0
 
 
 NOTHING = Beside()
 
 FLAGS: dict[str, dict[str, Any]] = {
-    "like": {"metavar": "FOLDER", "help": "of a single file: a pipeline folder of its kind"},
+    "like": {
+        "metavar": "FOLDER",
+        "help": "of a single file: a pipeline folder of its kind (default: published configs)",
+    },
+    "vae": {"metavar": "PATH", "help": "a VAE, file or folder, instead of the checkpoint's"},
+    "text_encoder": {
+        "metavar": "PATH",
+        "help": "a text encoder, file or folder (XL: A,B); of a benchmark's export a MiniLM folder",
+    },
+    "prediction": {
+        **named(tuple(PREDICTIONS)),
+        "help": f"of a single file: {', '.join(PREDICTIONS)} (default: what its marks say)",
+    },
+    "ema": {"metavar": "BOOL", "type": boolean, "help": "of a single file: take averaged weights"},
     "clip_skip": {
         "type": int,
         "metavar": "N",
@@ -39,6 +69,9 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 """The flags of `Beside`'s fields."""
 
+OF_FILES = ("like", "prediction", "ema")
+"""Those of no use for a folder."""
+
 
 def add_flags(parser: Parser, group: Any) -> None:
     """The flags of `Beside`; `group` has their line in --help."""
@@ -46,10 +79,19 @@ def add_flags(parser: Parser, group: Any) -> None:
     parser.add_more("--help_files", "checkpoints and LoRAs in files", flags, group=group)
 
 
+def given(args: Namespace) -> list[str]:
+    """The flags of `Beside` that are not at their default."""
+    return [name for name in FLAGS if getattr(args, name) != getattr(NOTHING, name)]
+
+
 def beside(args: Namespace, *paths: str | None) -> Beside:
     """Those flags, for checkpoints at `paths`. Raises UserError for one that has no use."""
-    if args.like and not any(path and is_file(path) for path in paths):
-        raise UserError("--like goes with a .safetensors checkpoint; leave it out for folders")
+    if not any(path and is_file(path) for path in paths):
+        for name in given(args):
+            if name in OF_FILES:
+                raise UserError(
+                    f"--{name} goes with a .safetensors checkpoint; leave it out for folders"
+                )
     return Beside(**{name: getattr(args, name) for name in FLAGS})
 
 

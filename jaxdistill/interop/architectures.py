@@ -1,95 +1,118 @@
-"""The published architectures of Stable Diffusion, to plan a run without a checkpoint: no weights,
-tokenizers or text encoders.
+"""The published configs of Stable Diffusion, as data: what a single file does not say of itself,
+and what a run is planned with where there is no checkpoint.
 """
 
+import atexit
+import functools
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jaxdistill.interop.diffusers_folder import Folder, Part, unet_module, vae_module
+from jaxdistill.run.compilation import user_cache
 
-_BETAS = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "steps_offset": 1,
+_DATA = resources.files("jaxdistill.interop") / "published"
+_FILES = {
+    "model_index": "model_index.json",
+    "scheduler": "scheduler/scheduler_config.json",
+    "tokenizer": "tokenizer/tokenizer_config.json",
+    "tokenizer_2": "tokenizer_2/tokenizer_config.json",
 }
-_LEVELS = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}
-_XL = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "sample_size": 128,
-    "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-_HEADS = (5, 10, 20, 20)
+"""Where a pipeline folder has a component's config; all others have COMPONENT/config.json."""
+
+
+def _published(name: str) -> Mapping[str, Mapping[str, Any]]:
+    return json.loads((_DATA / f"{name}.json").read_text(encoding="utf-8"))
+
 
 PIPELINES: Mapping[str, Mapping[str, Any]] = {
-    "sd15": {
-        "unet": {**_LEVELS, "sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
-        "scheduler": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **_BETAS},
-    },
-    "sd21": {
-        "unet": {
-            **_LEVELS,
-            "sample_size": 96,
-            "attention_head_dim": _HEADS,
-            "cross_attention_dim": 1024,
-            "use_linear_projection": True,
-        },
-        "scheduler": {
-            "_class_name": "DDIMScheduler",
-            "prediction_type": "v_prediction",
-            "clip_sample": False,
-            **_BETAS,
-        },
-    },
-    "sdxl": {"unet": _XL, "scheduler": {"_class_name": "EulerDiscreteScheduler", **_BETAS}},
+    name: _published(name) for name in ("sd15", "sd21", "sd21-base", "sdxl")
 }
-"""Stable Diffusion 1.5 (512 px), 2.1 (768 px, v-prediction) and SDXL base (1024 px): their UNet's
-and scheduler's configs.
+"""Stable Diffusion 1.5 (512 px), 2.1 (768 px, v prediction), 2.1 base (512 px) and XL base (1024
+px): {component: config}. 1.4 has the configs of 1.5, and 2.0 those of 2.1.
 """
-
-_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "scaling_factor": 0.18215,
-}
 
 
 def folder(pipeline: Mapping[str, Any], **options: Any) -> Folder:
-    """One of PIPELINES as a Folder that holds no weights. `options` as of `open_folder`."""
+    """One of PIPELINES as a Folder to plan with: no weights, tokenizers or text encoders. `options`
+    as of `open_folder`.
+    """
     nowhere = Path("architecture")
     common = {key: options[key] for key in ("attention", "dtype") if key in options}
-    unet = dict(pipeline["unet"])
+    unet, vae = dict(pipeline["unet"]), dict(pipeline["vae"])
     return Folder(
         path=nowhere,
         components={},
-        xl="addition_embed_type" in unet,
+        xl=unet.get("addition_embed_type") == "text_time",
         unet=Part(unet_module(unet, nowhere, **options), unet, nowhere, ""),
-        vae=Part(vae_module(_VAE, nowhere, **common), _VAE, nowhere, ""),
+        vae=Part(vae_module(vae, nowhere, **common), vae, nowhere, ""),
         text_encoders=(),
         tokenizers=(),
         scheduler=dict(pipeline["scheduler"]),
         zero_empty_prompt=False,
     )
+
+
+@functools.cache
+def pipeline_folder(name: str) -> Path:
+    """One of PIPELINES as a pipeline folder without weights, in the user's cache folder.
+
+    Each file appears whole or not at all, and the folder's name has the checksum of its content, so
+    that any number of processes may ask for it at once. Where the cache folder cannot be written,
+    it is a temporary folder of this process.
+    """
+    files = _contents(PIPELINES[name])
+    digest = hashlib.sha256("".join(f"{k}\n{v}\n" for k, v in files.items()).encode()).hexdigest()
+    kept = user_cache() / "published" / f"{name}-{digest[:12]}"
+    try:
+        return _written(kept, files)
+    except (OSError, RuntimeError):
+        made = Path(tempfile.mkdtemp(prefix="jaxdistill-"))
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        return _written(made / name, files)
+
+
+def _written(root: Path, files: Mapping[str, str]) -> Path:
+    for path, text in files.items():
+        target = root / path
+        if target.is_file() and target.stat().st_size == len(text.encode()):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(text.encode())
+        os.replace(temporary, target)
+    return root
+
+
+def _contents(pipeline: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """{path in the folder: text}."""
+    files = {
+        _FILES.get(name, f"{name}/config.json"): json.dumps(config, indent=2) + "\n"
+        for name, config in pipeline.items()
+    }
+    merges = gzip.decompress((_DATA / "clip_merges.txt.gz").read_bytes()).decode()
+    vocabulary = json.dumps(clip_vocabulary(merges), ensure_ascii=False)
+    for name in pipeline:
+        if name.startswith("tokenizer"):
+            files |= {f"{name}/merges.txt": merges, f"{name}/vocab.json": vocabulary}
+    return files
+
+
+def clip_vocabulary(merges: str) -> dict[str, int]:
+    """{token: id} of CLIP's tokenizer, from its merges.txt (Radford et al. 2021): the bytes, the
+    bytes that end a word, the merges in their order, and two marks.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = 256 - len(printable)  # written as letters from 256 on
+    letters = [chr(code) for code in (*printable, *range(256, 256 + others))]
+    joined = [line.replace(" ", "") for line in merges.splitlines()[1:]]
+    marks = ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *joined, *marks]
+    return {token: number for number, token in enumerate(tokens)}

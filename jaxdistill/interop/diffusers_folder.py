@@ -52,8 +52,8 @@ class FolderError(UserError):
 class Part(NamedTuple):
     """A component: its module, its checked config and its weight files.
 
-    `file`: instead of the folder's weights, those of one file of the original layout, where
-    `origin` says for each of diffusers' names what holds it; all begin with `prefix`.
+    `file`: instead of the folder's weights, those of one file. In another layout `origin` says for
+    each of diffusers' names what holds it; all begin with `prefix`.
     """
 
     module: nn.Module
@@ -79,7 +79,7 @@ class Part(NamedTuple):
             return WeightFiles(self.files(), rename=_renamer(self.module))
         names = torch_weights.names_of(abstract_params(self), stacked_of(self.module))
         origins = {name: self.origin(name) for name in names}
-        return torch_weights.RenamedWeights(self.file, origins, prefix=self.prefix)
+        return torch_weights.RenamedWeights(self.file, origins, names, prefix=self.prefix)
 
 
 class Folder(NamedTuple):
@@ -680,19 +680,23 @@ def _ignored(part: Part) -> Callable[[str], bool]:
     """Tensors of a checkpoint that are no parameters."""
     module, prefix = part.module, part.prefix
     if not isinstance(module, CLIPText):
-        return lambda name: False
+        # Of an autoencoder's own training: its loss, and averages.
+        return lambda name: name.startswith((f"{prefix}loss.", f"{prefix}model_ema."))
 
     def ignored(name: str) -> bool:
-        # A buffer of older transformers; and a projection that a plain CLIPTextModel does not use.
-        if name.endswith("position_ids"):
-            return True
-        if name.startswith(("text_projection.", f"{prefix}text_projection")):
-            return not module.projection
-        # OpenCLIP's temperature; its layers after the one whose output 2.x takes.
         rest = name.removeprefix(prefix)
-        layer = re.match(r"transformer\.resblocks\.(\d+)\.", rest)
-        unused = rest == "logit_scale" or (layer and int(layer[1]) >= module.layers)
-        return bool(prefix and unused)
+        # Buffers of older transformers and of OpenCLIP; a projection that a plain CLIPTextModel
+        # does not use.
+        if rest.endswith("position_ids") or rest == "attn_mask":
+            return True
+        if rest.startswith("text_projection"):
+            return not module.projection
+        # The temperature and the other half of a whole CLIP.
+        if part.file is not None and rest.startswith(("logit_scale", "vis")):
+            return True
+        # Layers after the one whose output 2.x takes.
+        layer = re.search(r"(resblocks|encoder\.layers)\.(\d+)\.", rest)
+        return bool(part.file and layer and int(layer[2]) >= module.layers)
 
     return ignored
 

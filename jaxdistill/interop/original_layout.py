@@ -13,7 +13,6 @@ from flax import linen as nn
 from jaxdistill.interop.torch_weights import Origin
 from jaxdistill.models.stable_diffusion.autoencoder_kl import AutoencoderKL
 from jaxdistill.models.stable_diffusion.unet_condition import UNetCondition
-from jaxdistill.models.text.clip import CLIPText
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -22,19 +21,29 @@ OPEN_TEXT = "cond_stage_model.model."  # 2.x: OpenCLIP's names
 XL_TEXT = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 
 
-def origin(module: nn.Module, prefix: str, *, short: bool = False) -> Callable[[str], Origin]:
+DIFFUSERS, OPEN_CLIP, TRANSFORMERS, SHORT = "diffusers", "open_clip", "transformers", "short"
+"""Whose names a component's tensors may have instead of the original layout's own: `SHORT` are
+transformers' without `text_model.`, as its newest versions write them.
+"""
+
+
+def origin(module: nn.Module, prefix: str, *, names: str = "") -> Callable[[str], Origin]:
     """Diffusers' name of a tensor of this module -> where the original layout has it.
 
-    `prefix`: one of those above; OpenCLIP's names are known by it. `short`: transformers' names
-    without `text_model.`, as its newest versions write them.
+    `prefix`: one of those above, or another. `names`: whose they are; those of a text encoder are
+    known by such a prefix.
     """
+    if names == DIFFUSERS:
+        return lambda name: Origin(prefix + name)
     if isinstance(module, UNetCondition):
         return lambda name: Origin(prefix + unet_name(name, module))
     if isinstance(module, AutoencoderKL):
         return lambda name: vae_origin(name, prefix, len(module.channels))
-    if isinstance(module, CLIPText) and prefix.endswith("model."):
+    if names == OPEN_CLIP or (not names and prefix.endswith("model.")):
         return lambda name: open_clip_origin(name, prefix)
-    return lambda name: Origin(prefix + (name.removeprefix("text_model.") if short else name))
+    return lambda name: Origin(
+        prefix + (name.removeprefix("text_model.") if names == SHORT else name)
+    )
 
 
 def averaged(found: Origin) -> Origin:

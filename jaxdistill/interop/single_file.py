@@ -1,33 +1,46 @@
 """A checkpoint in one file, as model sites offer it, read as the pipeline that it stands for.
 
-The file holds weights under the names of `original_layout`. What it does not say (heads, norm
-groups, tokenizers, the schedule) comes from a pipeline folder of its kind.
+The file holds weights, under the names of `original_layout` or of diffusers. What it does not say
+(heads, norm groups, tokenizers, the schedule) comes from the published configs of its family, or
+from a pipeline folder of its kind.
 """
 
+import functools
+import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from jaxdistill.interop import NOTHING, PICKLES, Beside, diffusers_folder, is_file
+from jaxdistill.interop import (
+    NOTHING,
+    Beside,
+    architectures,
+    diffusers_folder,
+    is_file,
+    marks,
+    torch_weights,
+)
 from jaxdistill.interop.diffusers_folder import Folder, FolderError, Part
-from jaxdistill.interop.original_layout import (
-    OPEN_TEXT,
-    TEXT,
-    UNET,
-    VAE,
-    XL_TEXT,
-    averaged,
-    origin,
+from jaxdistill.interop.loose_parts import part_at, text_beside, vae_beside
+from jaxdistill.interop.original_layout import UNET, averaged, origin
+from jaxdistill.interop.recognise import (
+    Place,
+    Shapes,
+    UNetFacts,
+    check_other,
+    check_unet,
+    family,
+    read_header,
+    text_places,
+    unet_place,
+    vae_place,
 )
 
 EXTRAS = (
     "alphas_cumprod",
     "betas",
-    "cond_stage_model.logit_scale",
-    "edm_",
+    "denoiser.",
     "log_one_minus_alphas_cumprod",
     "logvar",
     "lvlb_weights",
@@ -37,149 +50,159 @@ EXTRAS = (
     "sqrt_",
 )
 """Beginnings of tensors that are no weights: buffers of the schedule, and averages."""
+EXTRA_ENDS = ("attn_mask", "logit_scale", "position_ids")
+"""The same, ends."""
 AVERAGES = "model_ema.diffusion"
 """What the names of a UNet's averaged tensors begin with."""
-MARKS = ("v_pred", "ztsnr")
-"""Keys that say of a model that it predicts v, and has zero terminal SNR."""
-PREDICTIONS = {
-    "epsilon": "epsilon",
-    "eps": "epsilon",
-    "v": "v_prediction",
-    "v_prediction": "v_prediction",
-}
-"""Of modelspec's metadata -> of a scheduler's config."""
 
 
 def open_checkpoint(path: str | Path, beside: Beside = NOTHING, **options: Any) -> Folder:
     """A pipeline folder or a single file, with what is named beside it. Raises FolderError."""
-    found = (
-        open_file(path, beside, **options)
-        if is_file(path)
-        else diffusers_folder.open_folder(path, **options)
+    if is_file(path):
+        return open_file(path, beside, **options)._replace(clip_skip=beside.clip_skip)
+    found = diffusers_folder.open_folder(path, **options)
+    encoders = text_beside(found, beside.text_encoder)
+    return found._replace(
+        vae=vae_beside(found, beside.vae) or found.vae,
+        text_encoders=tuple(a or b for a, b in zip(encoders, found.text_encoders, strict=True)),
+        clip_skip=beside.clip_skip,
     )
-    return found._replace(clip_skip=beside.clip_skip)
 
 
-def open_file(path: str | Path, beside: Beside, *, ema: bool = True, **options: Any) -> Folder:
+def open_file(path: str | Path, beside: Beside, **options: Any) -> Folder:
     """Check a single file and describe its components. Reads names and configs only.
 
     Args:
       path: the file, safetensors.
       beside: what is named beside it; of `like` the weights of what the file lacks are taken, too.
-      ema: take the averaged weights of the UNet where the file has both.
       **options: as of `diffusers_folder.open_folder`.
 
     Raises:
-      FolderError: no such file, a pickle, another kind than `like`, tensors of no component, marks
-        that disagree.
+      FolderError: no such file, a pickle, another family or task, another kind than `like`, tensors
+        of no component, a component that is nowhere, marks that disagree.
     """
     path = Path(path)
-    names, metadata = _header(path)
-    if not beside.like:
-        raise FolderError(
-            f"{path} holds weights only; give a pipeline folder of its kind for configs and"
-            " tokenizers: --like=FOLDER, in a config config.teacher.like"
-        )
+    shapes, metadata = read_header(path)
+    place = unet_place(shapes) or check_other(path, shapes)
+    facts = check_unet(path, shapes, place)
+    told = marks.told(path, shapes, metadata, beside.prediction)
+    if beside.like:
+        base = _like(path, facts, beside, **options)
+        if told is not None:
+            _say(f"{path} {told.short}")
+    else:
+        kind = family(path, facts)
+        told = told or marks.assumed(path, shapes, place, kind.name)
+        _say(f"{path} is {kind.title} ({kind.reason}) and {told.short}")
+        name = kind.name + ("-base" if (kind.name, told.prediction) == ("sd21", "epsilon") else "")
+        base = diffusers_folder.open_folder(architectures.pipeline_folder(name), **options)
+        _check_sizes(path, part_at(base.unet, path, shapes, place), kind.title)
+    scheduler = {**base.scheduler, **(told.changes() if told else {})}
+    found = base._replace(file=path, scheduler=scheduler)
+    found = found._replace(unet=_unet(found.unet, path, shapes, place, ema=beside.ema))
+    return _completed(found, path, shapes, place, beside)
+
+
+def _like(path: Path, facts: UNetFacts, beside: Beside, **options: Any) -> Folder:
+    """The folder that is named for configs, once it is of the file's kind."""
     base = diffusers_folder.open_folder(beside.like, **options)
-    prefixes = _kind(path, names, base)
-    known = (UNET, VAE, *(prefix for prefix in prefixes if prefix), *EXTRAS)
-    strange = sorted(n for n in names if not n.startswith(known) and n not in MARKS)
+    if facts.label != base.xl:
+        kinds = {True: "SDXL", False: "Stable Diffusion 1.x or 2.x"}
+        raise FolderError(
+            f"{path} is {kinds[facts.label]}, but {base.path} is {kinds[base.xl]}; give a folder of"
+            " the file's kind"
+        )
+    return base
+
+
+def _unet(part: Part, path: Path, shapes: Shapes, place: Place, *, ema: bool) -> Part:
+    """The UNet, or its averages."""
+    found = part_at(part, path, shapes, place)
+    if place.prefix != UNET or not any(name.startswith(AVERAGES) for name in shapes):
+        return found
+    _say(f"{path}: of the UNet the {'averaged weights' if ema else 'weights as trained'} are taken")
+    if not ema:
+        return found
+    plain = origin(part.module, UNET)
+    return found._replace(origin=lambda name: averaged(plain(name)), prefix=AVERAGES)
+
+
+def _check_sizes(path: Path, part: Part, title: str) -> None:
+    """Raise FolderError for a UNet that the published config does not describe. A few tensors that
+    are missing are told of when the weights are read.
+    """
+    wanted = torch_weights.names_of(
+        diffusers_folder.abstract_params(part), diffusers_folder.stacked_of(part.module)
+    )
+    found = part.weights().shapes
+    other = [n for n, shape in wanted.items() if n in found and found[n] != shape]
+    missing, left = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    if not other and (not missing or (len(missing) < 10 and not left)):
+        return
+    name = min(other or missing or left)
+    sizes = f"{name} is {list(found[name])}" if name in found else f"it has no {name}"
+    if name in wanted and name in found:
+        sizes += f", not {list(wanted[name])}"
+    raise FolderError(
+        f"{path} looks like {title}, but differs from the published model ({sizes}); give a"
+        " pipeline folder of its kind, weights or not: --like=FOLDER, in a config"
+        " config.teacher.like"
+    )
+
+
+def _completed(found: Folder, path: Path, shapes: Shapes, place: Place, beside: Beside) -> Folder:
+    """The folder with the VAE and the text encoders of the file, or of what is named beside it."""
+    vae, texts = vae_place(shapes), text_places(shapes)
+    own = () if place.prefix == UNET else ("",)
+    prefixes = [place.prefix, *(p.prefix for p in (vae, *texts) if p)]
+    known = (*(p for p in prefixes if p), *EXTRAS)
+    strange = sorted(
+        name
+        for name in shapes
+        if not own
+        and not name.startswith(known)
+        and not name.endswith(EXTRA_ENDS)
+        and name not in marks.KEYS
+    )
     if strange:
         raise FolderError(
             f"{path} has {len(strange)} tensors of no known component, such as {strange[0]}"
         )
 
-    def part(found: Part, prefix: str) -> Part:
-        if not prefix or not _has(names, prefix):
-            print(f"{path} has no {found.folder.name}: taken from {found.folder}", file=sys.stderr)
-            return found
-        short = f"{prefix}embeddings.token_embedding.weight" in names
-        where = origin(found.module, prefix, short=short)
-        return found._replace(file=path, origin=where, prefix=prefix)
+    def part(named: Part | None, at: Place | None, fallback: Part, flag: str) -> Part:
+        if named is not None:
+            return named
+        if at is not None:
+            return part_at(fallback, path, shapes, at)
+        try:
+            fallback.files()
+        except FolderError:
+            raise FolderError(
+                f"{path} has no {fallback.folder.name}; name one beside it:"
+                f" --{flag}=FILE_OR_FOLDER, in a config config.teacher.{flag}"
+            ) from None
+        _say(f"{path} has no {fallback.folder.name}: taken from {fallback.folder}")
+        return fallback
 
-    unet = part(base.unet, UNET)
-    if ema and _has(names, AVERAGES):
-        print(f"{path}: the averaged weights of the UNet are taken", file=sys.stderr)
-        plain = origin(base.unet.module, UNET)
-        unet = unet._replace(origin=lambda name: averaged(plain(name)), prefix=AVERAGES)
-    encoders = zip(base.text_encoders, prefixes, strict=True)
-    return base._replace(
-        file=path,
-        unet=unet,
-        vae=part(base.vae, VAE),
-        text_encoders=tuple(part(found, prefix) for found, prefix in encoders),
-        scheduler=_scheduler(path, names, metadata, base.scheduler),
+    named = text_beside(found, beside.text_encoder)
+    places = _encoder_places(texts, len(found.text_encoders))
+    encoders = zip(named, places, found.text_encoders, strict=True)
+    return found._replace(
+        vae=part(vae_beside(found, beside.vae), vae, found.vae, "vae"),
+        text_encoders=tuple(part(*each, "text_encoder") for each in encoders),
     )
 
 
-def _header(path: Path) -> tuple[Collection[str], Mapping[str, str]]:
-    """The names of a file's tensors, and its metadata."""
-    if path.suffix in PICKLES:
-        raise FolderError(
-            f"{path} is a pickle, which can run code when it is read; save it as safetensors in a"
-            " program that you trust it to, such as the one it was made with"
-        )
-    try:
-        with safe_open(str(path), "numpy") as file:
-            return set(file.keys()), dict(file.metadata() or {})
-    except FileNotFoundError:
-        raise FolderError(f"{path} does not exist; give a .safetensors file") from None
-    except (SafetensorError, OSError) as error:
-        raise FolderError(
-            f"{path} cannot be read as safetensors ({error}); it may be truncated; copy it again"
-        ) from None
+def _encoder_places(places: Sequence[Place], count: int) -> list[Place | None]:
+    """For each text encoder its place in the file; XL's names have the number."""
+    if count == 1:
+        return [next(iter(places), None)]
+    numbers = [re.search(r"embedders\.(\d)\.", place.prefix) for place in places]
+    found = {int(m[1]) if m else i: p for i, (m, p) in enumerate(zip(numbers, places, strict=True))}
+    return [found.get(i) for i in range(count)]
 
 
-def _has(names: Collection[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
-
-
-def _kind(path: Path, names: Collection[str], base: Folder) -> tuple[str, ...]:
-    """The prefixes of the text encoders, "" for one that the file lacks, once the file is of the
-    folder's kind.
-    """
-    if not _has(names, UNET):
-        some = ", ".join(sorted(names)[:3])
-        raise FolderError(
-            f"{path} has no UNet under {UNET}* (it has {some}, ...); checkpoints of Stable"
-            " Diffusion 1.x, 2.x and XL are read"
-        )
-    xl = _has(names, f"{UNET}label_emb.") or _has(names, "conditioner.")
-    if xl != base.xl:
-        kinds = {True: "SDXL", False: "Stable Diffusion 1.x or 2.x"}
-        raise FolderError(
-            f"{path} is {kinds[xl]}, but {base.path} is {kinds[base.xl]}; give a folder of the"
-            " file's kind"
-        )
-    if xl:
-        return tuple(prefix if _has(names, prefix) else "" for prefix in XL_TEXT)
-    return (next((prefix for prefix in (TEXT, OPEN_TEXT) if _has(names, prefix)), ""),)
-
-
-def _scheduler(
-    path: Path, names: Collection[str], metadata: Mapping[str, str], base: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """The folder's scheduler, with what the file's marks say of the prediction."""
-    told = metadata.get("modelspec.prediction_type", "")
-    if told and told not in PREDICTIONS:
-        raise FolderError(
-            f"{path}: modelspec.prediction_type = {told!r} in its metadata is not supported, only"
-            f" {' or '.join(map(repr, PREDICTIONS))}"
-        )
-    said = PREDICTIONS.get(told)
-    if "v_pred" in names and said == "epsilon":
-        raise FolderError(
-            f"{path} disagrees with itself: its key v_pred says v prediction, its metadata"
-            f" modelspec.prediction_type = {told!r}"
-        )
-    found = "v_prediction" if "v_pred" in names else said
-    changes: dict[str, Any] = {"prediction_type": found} if found else {}
-    if "ztsnr" in names:
-        changes["rescale_betas_zero_snr"] = True
-    changed = {
-        k: v for k, v in changes.items() if base.get(k, "epsilon" if k[0] == "p" else None) != v
-    }
-    if changed:
-        text = ", ".join(f"{name} = {value}" for name, value in changed.items())
-        print(f"{path}: {text}, as its marks say", file=sys.stderr)
-    return {**base, **changes}
+@functools.cache
+def _say(line: str) -> None:
+    """Once a process: a command may open a file twice."""
+    print(line, file=sys.stderr)

@@ -113,7 +113,7 @@ class Origin:
       name: of the tensor there.
       third: of a fused projection its third along the first axis: 0, 1, 2 for q, k, v.
       transposed: a matrix whose axes are exchanged there.
-      kernel: a matrix [o, i] that is a 1x1 convolution [o, i, 1, 1] there.
+      kernel: a matrix [o, i] that is written as a 1x1 convolution [o, i, 1, 1] there.
     """
 
     name: str
@@ -125,16 +125,12 @@ class Origin:
         """Ours from the tensor there."""
         if self.third is not None:
             return np.split(value, 3)[self.third]
-        if self.kernel and value.ndim == 4:
-            return value[:, :, 0, 0]
         return value.T if self.transposed else value
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Ours, of the shape there."""
         if self.third is not None:
             return (shape[0] // 3, *shape[1:])
-        if self.kernel and len(shape) == 4 and shape[2:] == (1, 1):
-            return shape[:2]
         return shape[::-1] if self.transposed else shape
 
     def write(self, value: np.ndarray) -> np.ndarray:
@@ -147,24 +143,41 @@ class Origin:
 class RenamedWeights(WeightFiles):
     """Some tensors of a file of another layout by our names. What begins with `prefix` there and
     has none of them keeps its own name, so that `load` tells of it.
+
+    A matrix may be a 1x1 convolution there, or the reverse: `wanted` has our shapes by our names.
     """
 
-    def __init__(self, path: Path, origins: Mapping[str, Origin], *, prefix: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        origins: Mapping[str, Origin],
+        wanted: Mapping[str, tuple[int, ...]],
+        *,
+        prefix: str,
+    ) -> None:
         super().__init__([path])
         theirs = self.shapes
         self._origins = {name: o for name, o in origins.items() if o.name in theirs}
         used = {o.name for o in self._origins.values()}
         left = {n: s for n, s in theirs.items() if n.startswith(prefix) and n not in used}
-        self.shapes = {n: o.shape(theirs[o.name]) for n, o in self._origins.items()} | left
+        here = {n: o.shape(theirs[o.name]) for n, o in self._origins.items()}
+        self.shapes = {n: _as_wanted(shape, wanted[n]) for n, shape in here.items()} | left
 
     def read(self, name: str) -> np.ndarray:
         """A copy of one tensor, by our name."""
         found = self._origins[name]
-        return np.ascontiguousarray(found.read(super().read(found.name)))
+        value = found.read(super().read(found.name))
+        return np.ascontiguousarray(value).reshape(self.shapes[name])
 
     def source(self, name: str) -> str:
         """Where a tensor is, for messages."""
         return super().source(self._origins[name].name)
+
+
+def _as_wanted(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """The wanted shape where they differ in the ones at the end alone."""
+    alike = {len(shape), len(wanted)} == {2, 4} and shape[:2] == wanted[:2]
+    return wanted if alike and {*shape[2:], *wanted[2:]} == {1} else shape
 
 
 def _raw(path: Path, name: str, dtype: Any) -> np.ndarray:

@@ -126,6 +126,13 @@ def unquoted(value: str) -> str:
     return value[1:-1] if value[:1] in ("'", '"') else value
 
 
+def boolean(text: str) -> bool:
+    """True or false, as a flag's value."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
 def named(choices: Sequence[str]) -> dict[str, Any]:
     """The choices of a flag, with their names as its value."""
     return {"choices": tuple(choices), "metavar": "NAME"}

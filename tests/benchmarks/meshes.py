@@ -38,7 +38,7 @@ UNET = {
     "attention_head_dim": 2,
     "cross_attention_dim": 16,
 }
-PIPELINE = {"unet": UNET, "scheduler": architectures.PIPELINES["sd15"]["scheduler"]}
+PIPELINE = {**architectures.PIPELINES["sd15"], "unet": UNET}
 MESHES = (
     {"data": 8},
     {"data": 1, "fsdp": 8},

@@ -34,6 +34,7 @@ TINY = {
         "attention_head_dim": 2,
         "cross_attention_dim": 32,
     },
+    "vae": architectures.PIPELINES["sd15"]["vae"],
     "scheduler": architectures.PIPELINES["sd15"]["scheduler"],
 }
 
