@@ -20,9 +20,7 @@ def test_stock_diffusers_draws_a_students_images(variant, solver, tmp_path, monk
     nothing said of the timesteps.
     """
     source = diffusers_folder.open_folder(folders.folder(variant))
-    config = diffusers_scheduler.student_config(
-        source.scheduler, solver=solver, noise_correction=False
-    )
+    config = diffusers_scheduler.student_config(source.scheduler, solver=solver)
     target = tmp_path / "student"
     diffusers_folder.save_student(
         source, target, diffusers_folder.load_params(source.unet), scheduler=config

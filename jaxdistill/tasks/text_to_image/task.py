@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from jaxdistill import partition
 from jaxdistill.costs import chips
 from jaxdistill.errors import NotFinite, UserError
-from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler, lora
+from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler, how_to_sample, lora
 from jaxdistill.methods.recipe import Stage
 from jaxdistill.run import checkpoint, distributed, report
 from jaxdistill.run.distillation import Student
@@ -338,29 +338,32 @@ class TextToImageTask(TextSetup):
         end = "" if student is first else f"_{report.slug(max(steps))}"
         scheduler = self.scheduler_config(self.recipe.sampler)
         timesteps = {n: diffusers_scheduler.student_timesteps(scheduler, n) for n in steps}
-        settings = {
-            "steps": max(steps),
-            "guidance": 1.0,
-            "noise_correction": self.correct_noise,
-            "timesteps": timesteps,
-        }
+        height, width = self.size
+        made_for = {"steps": max(steps), "guidance": 1.0, "height": height, "width": width}
+        rest = {"noise_correction": self.correct_noise, "timesteps": timesteps}
+        settings: dict[str, Any] = {**made_for, **rest}
+        how = how_to_sample.how_to_sample(
+            how_to_sample.Student(scheduler, steps, self.size, self.correct_noise)
+        )
         params = student.trained
         if self.config.student.lora_rank:
             lora.save(workdir / f"lora{end}", params, stacked=self.stacked)
+            files = how_to_sample.files(how, checkpoint=self.folder.name, lora=lora.FILE)
+            for name, value in files.items():
+                checkpoint.write_json(workdir / f"lora{end}" / name, value)
             base = self.load("float32", on_mesh=jax.process_count() == 1)
             params = self.weights.merged(params, base)
-        code = None
-        if self.correct_noise:
-            module = diffusers_scheduler.NOISE_CORRECTION_MODULE
-            code = (module, diffusers_scheduler.NOISE_CORRECTION_CODE)
         diffusers_folder.save_student(
             self.folder,
             workdir / f"diffusers{end}",
             params,
-            scheduler=scheduler,
-            scheduler_code=code,
+            scheduler={**scheduler, pipeline.KEY: made_for},
+            size=self.size,
             dtype=DTYPES[self.config.export.dtype],
-            extra={pipeline.SETTINGS: settings},
+            extra={
+                pipeline.SETTINGS: settings,
+                **how_to_sample.files(how, checkpoint=f"student{end}"),
+            },
         )
         about = {
             "format": card.FORMAT,
