@@ -243,9 +243,7 @@ def comfyui_workflow(
         raise ValueError(f"ComfyUI cannot draw this student: it {comfy['cannot']}")
     if str(count) not in comfy["sigmas"]:
         served = ", ".join(map(str, how["steps"]))
-        raise ValueError(
-            f"the student was made for {served} steps, not {count}; choose one of them"
-        )
+        raise ValueError(f"steps = {count} is not what the student was made for: {served}")
     nodes: Json = {}
 
     def node(kind: str, **inputs: Any) -> str:

@@ -31,6 +31,7 @@ COMMANDS = {
     "serve",
     "aot",
     "teacher_states",
+    "how_to_sample",
 }
 PURE = ("core", "methods", "models")
 """Arrays and functions: no files, flags or logging."""
