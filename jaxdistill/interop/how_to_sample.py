@@ -1,10 +1,14 @@
-"""How a student is drawn in other programs: steps, times and sigmas for diffusers, ComfyUI, A1111
-and Forge, and a workflow for ComfyUI.
+"""Tell how a student is drawn in another program, or write a workflow for ComfyUI.
 
-What the programs do with them is a fact of their sources: `comfy/model_sampling.py`, `nodes.py` and
+    python -m jaxdistill.interop.how_to_sample --model=runs/sd15/diffusers --ui=a1111
+
+What the programs do with steps and sigmas is a fact of their sources: `comfy/model_sampling.py`, `nodes.py` and
 `comfy_extras` of ComfyUI; `modules/sd_schedulers.py` and `sd_samplers_*.py` of A1111 and Forge.
 """
 
+import argparse
+import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +19,9 @@ import numpy as np
 
 from jaxdistill import schedule as schedules
 from jaxdistill.interop import diffusers_scheduler as schedulers
+from jaxdistill.interop.diffusers_folder import read_json
+from jaxdistill.run.checkpoint import write_json
+from jaxdistill.run.help import Parser, named
 
 FORMAT = "jaxdistill-how-to-sample/1"
 FILE, WORKFLOW = "how_to_sample.json", "comfyui_workflow.json"
@@ -283,3 +290,77 @@ def files(how: Mapping[str, Any], *, checkpoint: str, lora: str = "") -> dict[st
         return {FILE: dict(how)}
     name = checkpoint if checkpoint.endswith(".safetensors") else f"{checkpoint}.safetensors"
     return {FILE: dict(how), WORKFLOW: comfyui_workflow(how, checkpoint=name, lora=lora)}
+
+
+# ---------------------------------------------------------------------------------------- command
+
+UIS = ("diffusers", "comfyui", "a1111", "forge")
+
+
+def parser() -> Parser:
+    """The flags."""
+    p = Parser("\n".join((__doc__ or "").splitlines()[:3]), "--model=FOLDER --ui=NAME")
+    add = p.add_argument
+    about = "what a run or an export wrote: it holds how_to_sample.json"
+    add("--model", required=True, metavar="FOLDER", help=about)
+    add("--ui", required=True, **named(UIS), help=f"the program: {', '.join(UIS)}")
+    about = ".json to write a workflow to (comfyui)"
+    add("--out", metavar="FILE", help=about)
+    about = "of the workflow, one of the student's (default: its most)"
+    add("--steps", type=int, metavar="N", help=about)
+    about = "of the workflow: the file in models/checkpoints (default: as the folder's)"
+    add("--checkpoint", metavar="NAME", help=about)
+    about = "of the workflow: the file in models/loras (default: as the folder's)"
+    add("--lora", metavar="NAME", help=about)
+    return p
+
+
+def names_of(folder: Path) -> dict[str, str]:
+    """The checkpoint and the LoRA that the folder's own workflow names."""
+    path = folder / WORKFLOW
+    nodes = read_json(path).values() if path.is_file() else ()
+    inputs = {key: value for node in nodes for key, value in node["inputs"].items()}
+    return {"checkpoint": inputs.get("ckpt_name", ""), "lora": inputs.get("lora_name", "")}
+
+
+def run(args: argparse.Namespace) -> str:
+    """What the command prints. Raises ValueError."""
+    folder = Path(args.model)
+    if not (folder / FILE).is_file():
+        raise ValueError(
+            f"--model={folder} has no {FILE}; give the diffusers/ or lora/ folder of a finished run"
+        )
+    how = read_json(folder / FILE)
+    if how.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / FILE}: format {how.get('format')!r} is not"
+            f" {FORMAT!r}; it was written by another version"
+        )
+    given = {"--steps": args.steps, "--checkpoint": args.checkpoint, "--lora": args.lora}
+    if args.out is None:
+        if flags := [flag for flag, value in given.items() if value is not None]:
+            raise ValueError(f"{flags[0]} is of a workflow; give --ui=comfyui and --out=FILE")
+        return json.dumps(how[args.ui], indent=2)
+    out = Path(args.out)
+    if args.ui != "comfyui" or out.suffix != ".json":
+        raise ValueError(f"--out={out}: only --ui=comfyui has a workflow, a .json file")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {args.steps}")
+    names: dict[str, Any] = names_of(folder)
+    names |= {key: value for key in names if (value := getattr(args, key)) is not None}
+    write_json(out, comfyui_workflow(how, **names, steps=args.steps or 0))
+    return str(out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, tell or write."""
+    args = parser().parse_args(argv)
+    try:
+        print(run(args))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,6 @@ COMMANDS = {
     "serve",
     "aot",
     "teacher_states",
-    "how_to_sample",
 }
 PURE = ("core", "methods", "models")
 """Arrays and functions: no files, flags or logging."""

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from jaxdistill import how_to_sample as command
 from jaxdistill import sampling
 from jaxdistill.interop import diffusers_scheduler, how_to_sample
 from jaxdistill.interop.how_to_sample import Student
@@ -219,11 +218,11 @@ def written(tmp_path):
 
 
 def test_the_command_tells_and_writes(written, capsys):
-    command.main([f"--model={written}", "--ui=a1111"])
+    how_to_sample.main([f"--model={written}", "--ui=a1111"])
     assert json.loads(capsys.readouterr().out)["sampler"] == "Euler"
     out = written / "w.json"
     flags = [f"--model={written}", "--ui=comfyui", f"--out={out}"]
-    command.main([*flags, "--steps=2", "--checkpoint=mine.safetensors"])
+    how_to_sample.main([*flags, "--steps=2", "--checkpoint=mine.safetensors"])
     workflow = json.loads(out.read_text())
     comfyui.check(workflow)
     expected = how_to_sample.comfyui_workflow(
@@ -244,7 +243,7 @@ def test_the_command_tells_and_writes(written, capsys):
 )
 def test_bad_flags_get_one_line(flags, words, written, capsys):
     with pytest.raises(SystemExit) as left:
-        command.main([f"--model={written}", *flags])
+        how_to_sample.main([f"--model={written}", *flags])
     error = capsys.readouterr().err
     assert left.value.code == 2 and error.startswith("error: ") and words in error
     assert error.count("\n") == 1
