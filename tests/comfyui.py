@@ -15,6 +15,7 @@ NODES = {
         ("MODEL",),
     ),
     "ModelSamplingDiscrete": ({"model": "MODEL", "sampling": str, "zsnr": bool}, ("MODEL",)),
+    "CLIPSetLastLayer": ({"clip": "CLIP", "stop_at_clip_layer": int}, ("CLIP",)),
     "CLIPTextEncode": ({"text": str, "clip": "CLIP"}, ("CONDITIONING",)),
     "EmptyLatentImage": ({"width": int, "height": int, "batch_size": int}, ("LATENT",)),
     "RandomNoise": ({"noise_seed": int}, ("NOISE",)),

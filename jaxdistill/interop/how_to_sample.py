@@ -2,8 +2,9 @@
 
     python -m jaxdistill.interop.how_to_sample --model=runs/sd15/diffusers --ui=a1111
 
-What the programs do with steps and sigmas is a fact of their sources: `comfy/model_sampling.py`, `nodes.py` and
-`comfy_extras` of ComfyUI; `modules/sd_schedulers.py` and `sd_samplers_*.py` of A1111 and Forge.
+What the programs do with steps and sigmas is a fact of their sources: `comfy/model_sampling.py`,
+`nodes.py` and `comfy_extras` of ComfyUI; `modules/sd_schedulers.py` and `sd_samplers_*.py` of A1111
+and Forge.
 """
 
 import argparse
@@ -40,12 +41,16 @@ class Student:
       steps: the step counts that it serves.
       size: height and width in pixels.
       noise_correction: whether it was trained with it, and draws with it by default.
+      clip_skip: as of `Folder`.
+      layers_out: layers of its text encoder that are left out without clip_skip: 1 of 2.x and XL.
     """
 
     scheduler: Mapping[str, Any]
     steps: Sequence[int]
     size: tuple[int, int]
     noise_correction: bool = False
+    clip_skip: int = 0
+    layers_out: int = 0
 
     @cached_property
     def predicts(self) -> str:
@@ -115,6 +120,7 @@ def how_to_sample(student: Student) -> Json:
         "prediction_type": student.predicts,
         "zero_terminal_snr": student.zero_snr,
         "noise_correction": student.noise_correction,
+        "clip_skip": student.clip_skip,
         "timesteps": student.of_steps(student.timesteps),
         "sigmas": student.of_steps(lambda n: student.sigmas(n, "diffusers")),
         "diffusers": in_diffusers(student),
@@ -138,7 +144,9 @@ def corrected_sigmas(sigmas: Sequence[float]) -> list[float]:
 def in_diffusers(student: Student) -> Json:
     """Calls of the student's folder as it is and, for eps, with noise correction."""
     height, width = student.size
-    common = {"guidance_scale": 1.0, "height": height, "width": width}
+    common: Json = {"guidance_scale": 1.0, "height": height, "width": width}
+    if student.clip_skip:
+        common["clip_skip"] = student.clip_skip
     found: Json = {
         "trust_remote_code": False,
         "scheduler": student.scheduler["_class_name"],
@@ -181,6 +189,8 @@ def in_comfyui(student: Student) -> Json:
     }
     if student.predicts == "v_prediction":
         found["model_sampling"] = {"sampling": "v_prediction", "zsnr": student.zero_snr}
+    if student.clip_skip:
+        found["stop_at_clip_layer"] = -1 - student.layers_out - student.clip_skip
     if student.corrects:
         found["with_noise_correction"] = {
             n: {"first": [s[0], 0.0], "then": s[1:]} for n, s in sigmas.items() if n != "1"
@@ -203,6 +213,11 @@ def in_a1111(student: Student) -> Json:
     settings: Json = {"SGM noise multiplier": True}
     if student.zero_snr:
         settings["Noise schedule for sampling"] = "Zero Terminal SNR"
+    without = ["noise correction"] if student.noise_correction else []
+    if student.clip_skip and not student.layers_out:
+        settings["Clip skip"] = 1 + student.clip_skip
+    elif student.clip_skip:
+        without.append("clip skip, which the program has for 1.x alone")
     found = {
         "sampler": "LCM" if student.renoises else "Euler",
         "schedule_type": "SGM Uniform",
@@ -212,7 +227,7 @@ def in_a1111(student: Student) -> Json:
         "settings": settings,
         "timesteps": student.of_steps(timesteps),
     }
-    return found | ({"without": "noise correction"} if student.noise_correction else {})
+    return found | ({"without": without} if without else {})
 
 
 def in_forge(student: Student) -> Json:
@@ -264,7 +279,10 @@ def comfyui_workflow(
         model = [node("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0), 0]
     if "model_sampling" in comfy:
         model = [node("ModelSamplingDiscrete", model=model, **comfy["model_sampling"]), 0]
-    text = node("CLIPTextEncode", text="a photo of a cat", clip=[loader, 1])
+    clip = [loader, 1]
+    if layer := comfy.get("stop_at_clip_layer"):
+        clip = [node("CLIPSetLastLayer", clip=clip, stop_at_clip_layer=layer), 0]
+    text = node("CLIPTextEncode", text="a photo of a cat", clip=clip)
     size = {"width": comfy["width"], "height": comfy["height"], "batch_size": 1}
     latents = node("EmptyLatentImage", **size)
     common = {

@@ -28,11 +28,11 @@ SOLVERS = diffusers_scheduler.STUDENT_SOLVERS
 STEPS = (1, 2, 3)
 
 
-def student(kind="eps", solver="ddim", *, correct=False, **changes):
+def student(kind="eps", solver="ddim", *, correct=False, skip=(0, 0), **changes):
     config = diffusers_scheduler.student_config(
         {**STABLE, **KINDS.get(kind, {}), **changes}, solver=solver
     )
-    return Student(config, STEPS, (48, 64), correct)
+    return Student(config, STEPS, (48, 64), correct, *skip)
 
 
 def told(*arguments, **options):
@@ -204,7 +204,23 @@ def test_what_a_program_cannot_draw_is_said():
             how_to_sample.comfyui_workflow(how, checkpoint="a.safetensors")
         assert list(how_to_sample.files(how, checkpoint="a")) == [how_to_sample.FILE]
     assert "v-prediction" in told("v", "renoise")["a1111"]["cannot"]
-    assert told(correct=True)["a1111"]["without"] == "noise correction"
+    assert told(correct=True)["a1111"]["without"] == ["noise correction"]
+
+
+@pytest.mark.parametrize(("out", "layer"), [(0, -2), (1, -3)])
+def test_clip_skip_travels(out, layer):
+    """One layer less than the program's own default: 1.x takes the last, 2.x and XL the one before
+    it.
+    """
+    how = told(skip=(1, out))
+    assert how["clip_skip"] == how["diffusers"]["calls"]["1"]["clip_skip"] == 1
+    assert how["a1111"]["settings"].get("Clip skip") == (None if out else 2)
+    assert ("without" in how["a1111"]) == bool(out)
+    workflow = how_to_sample.comfyui_workflow(how, checkpoint="a.safetensors")
+    comfyui.check(workflow)
+    nodes = {node["class_type"]: node["inputs"] for node in workflow.values()}
+    assert nodes["CLIPSetLastLayer"]["stop_at_clip_layer"] == layer
+    assert workflow[nodes["CLIPTextEncode"]["clip"][0]]["class_type"] == "CLIPSetLastLayer"
 
 
 # ---------------------------------------------------------------------------------------- command

@@ -27,10 +27,10 @@ from jaxdistill.run import checkpoint
 
 SETTINGS = "jaxdistill.json"
 """What a student's folder says beyond diffusers' own files: {"steps", "guidance", "height",
-"width", "noise_correction", "timesteps" of each number of steps}.
+"width", "clip_skip", "noise_correction", "timesteps" of each number of steps}.
 """
 KEY = "_jaxdistill"
-"""Of a student's scheduler_config.json: the first four of these, as diffusers' `save_pretrained`
+"""Of a student's scheduler_config.json: the first five of these, as diffusers' `save_pretrained`
 keeps such a key and drops SETTINGS.
 """
 
@@ -625,6 +625,8 @@ def load(
             )
         scan, root = bool(exported.get("stacked")), components_of(root, exported)
     folder = single_file.open_checkpoint(root, beside, attention=attention, dtype=dtype, scan=scan)
+    if not folder.clip_skip:
+        folder = folder._replace(clip_skip=int(settings.get("clip_skip", 0)))
     if noise_correction is None:
         noise_correction = settings.get("noise_correction")
     # Read first: a scheduler that is not supported should not cost the reading of the weights.

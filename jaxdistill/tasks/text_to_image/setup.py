@@ -65,7 +65,9 @@ def open_teacher(config: ConfigDict) -> Folder:
     }
     if config.teacher.folder:
         beside = Beside(**{name: config.teacher[name] for name in FLAGS})
-        return single_file.open_checkpoint(config.teacher.folder, beside, **options)
+        folder = single_file.open_checkpoint(config.teacher.folder, beside, **options)
+        made_for = pipeline.made_for(config.teacher.folder)
+        return folder._replace(clip_skip=folder.clip_skip or made_for.get("clip_skip", 0))
     name = config.teacher.architecture
     found = choose(architectures.PIPELINES, name, "config.teacher.architecture")
     return architectures.folder(found, **options)
@@ -89,7 +91,9 @@ class TextSetup:
         self.unet = folder.unet.module
         plain = self._scheduler(SamplerSpec(), correct=False)
         self.schedule, self.parameterization = plain.schedule, plain.parameterization
-        height, width = config.data.height or None, config.data.width or None
+        made_for = pipeline.made_for(config.teacher.folder) if config.teacher.folder else {}
+        height = config.data.height or made_for.get("height")
+        width = config.data.width or made_for.get("width")
         self.size = pipeline.image_size(folder, height, width)
         factor = folder.vae.module.factor
         self.tokens = TOKENS

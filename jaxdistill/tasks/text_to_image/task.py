@@ -338,13 +338,12 @@ class TextToImageTask(TextSetup):
         end = "" if student is first else f"_{report.slug(max(steps))}"
         scheduler = self.scheduler_config(self.recipe.sampler)
         timesteps = {n: diffusers_scheduler.student_timesteps(scheduler, n) for n in steps}
-        height, width = self.size
+        (height, width), skip = self.size, self.folder.clip_skip
         made_for = {"steps": max(steps), "guidance": 1.0, "height": height, "width": width}
+        made_for["clip_skip"] = skip
         rest = {"noise_correction": self.correct_noise, "timesteps": timesteps}
         settings: dict[str, Any] = {**made_for, **rest}
-        how = how_to_sample.how_to_sample(
-            how_to_sample.Student(scheduler, steps, self.size, self.correct_noise)
-        )
+        how = how_to_sample.how_to_sample(self.told(scheduler, steps))
         params = student.trained
         if self.config.student.lora_rank:
             lora.save(workdir / f"lora{end}", params, stacked=self.stacked)
@@ -376,6 +375,15 @@ class TextToImageTask(TextSetup):
             "sampler": settings,
         }
         checkpoint.export(workdir / f"student{end}", params, about)
+
+    def told(self, scheduler: Mapping[str, Any], steps: Sequence[int]) -> how_to_sample.Student:
+        """What other programs are told of a student."""
+        folder = self.folder
+        # A folder of 2.x holds 23 of OpenCLIP's 24 layers, and XL takes the last but one.
+        out = folder.xl or folder.text_encoders[0].module.layers == 23
+        return how_to_sample.Student(
+            scheduler, steps, self.size, self.correct_noise, folder.clip_skip, int(out)
+        )
 
     def results(self, run: Run, students: Sequence[Student]) -> dict[str, Any]:
         """The table of the health numbers of the averages that were exported."""
