@@ -1,6 +1,7 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,7 @@ class Pipe:
     """
 
     guidance = 7.5
+    text = SimpleNamespace(announce=lambda prompts: None)
 
     def check(self, **settings):
         if settings["steps"] > 1000:
@@ -177,6 +179,26 @@ def test_all_draw_the_same_prompts_from_the_same_seeds(place):
                 found, (picture(name, steps, 7, i, prompt) * 255).round().astype(np.uint8)
             )
     assert results["seed"] == 7 and "--seed=7" in results["command"] and "jax" in results["machine"]
+
+
+def test_steps_and_size_are_what_the_student_was_made_for(place, capsys):
+    folder, calls = place
+    made_for = {"timesteps": {"2": [999, 499], "1": [999]}, "height": 8, "width": 32}
+    (folder / "student" / pipeline.SETTINGS).write_text(json.dumps(made_for))
+    run(*DRAW, "--teacher_steps=20")
+    assert [call[:2] for call in calls if call[0] != "load"] == [
+        ("student", 1),
+        ("student", 2),
+        ("teacher", 20),
+    ]
+    for name in ("student-1", "teacher-20"):
+        size = Image.open(folder / "out" / "images" / name / "00000.png").size
+        assert size == (32, 8)
+    assert "warning" not in capsys.readouterr().err
+    run(*DRAW, "--out=again", "--steps=3", "--height=16")
+    assert "warning: student was made for 1 or 2 steps, not 3; 8x32 pixels" in (
+        capsys.readouterr().err
+    )
 
 
 def test_large_sets_are_drawn_in_pieces_with_running_numbers(place):

@@ -27,11 +27,11 @@ from jaxdistill.run import checkpoint
 
 SETTINGS = "jaxdistill.json"
 """What a student's folder says beyond diffusers' own files: {"steps", "guidance", "height",
-"width", "clip_skip", "noise_correction", "timesteps" of each number of steps}.
+"width", "clip_skip", "timesteps" of each number of steps, "noise_correction"}.
 """
 KEY = "_jaxdistill"
-"""Of a student's scheduler_config.json: the first five of these, as diffusers' `save_pretrained`
-keeps such a key and drops SETTINGS.
+"""Of a student's scheduler_config.json: these but the last. Diffusers' `save_pretrained` keeps such
+a key, and drops SETTINGS.
 """
 
 DEFAULT_STEPS = 50

@@ -338,11 +338,15 @@ class TextToImageTask(TextSetup):
         end = "" if student is first else f"_{report.slug(max(steps))}"
         scheduler = self.scheduler_config(self.recipe.sampler)
         timesteps = {n: diffusers_scheduler.student_timesteps(scheduler, n) for n in steps}
-        (height, width), skip = self.size, self.folder.clip_skip
-        made_for = {"steps": max(steps), "guidance": 1.0, "height": height, "width": width}
-        made_for["clip_skip"] = skip
-        rest = {"noise_correction": self.correct_noise, "timesteps": timesteps}
-        settings: dict[str, Any] = {**made_for, **rest}
+        made_for = {
+            "steps": max(steps),
+            "guidance": 1.0,
+            "height": self.size[0],
+            "width": self.size[1],
+            "clip_skip": self.folder.clip_skip,
+            "timesteps": timesteps,
+        }
+        settings = {**made_for, "noise_correction": self.correct_noise}
         how = how_to_sample.how_to_sample(self.told(scheduler, steps))
         params = student.trained
         if self.config.student.lora_rank:
