@@ -11,6 +11,7 @@ from PIL import Image
 from test_image_metrics import write_clip
 
 from jaxdistill import compare
+from jaxdistill.interop import NOTHING
 from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.image_metrics import Inception
 from jaxdistill.run import report
@@ -246,7 +247,7 @@ def test_a_teachers_setting_that_cannot_be_is_refused_before_the_students_first_
 
 def test_each_model_has_its_solver_and_both_are_computed_alike(place):
     folder, calls = place
-    alike = {"like": "", "tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
+    alike = {"beside": NOTHING, "tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
     given = [
         "--tile=8",
         "--dtype=bfloat16",

@@ -534,11 +534,15 @@ def served(settings: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def unlike(
-    settings: Mapping[str, Any], *, steps: int, guidance: float | None, size: tuple[int, int]
+    settings: Mapping[str, Any],
+    *,
+    steps: int,
+    guidance: float | None,
+    size: tuple[int | None, int | None],
 ) -> str:
     """What of a call a student of these settings was not made for, in words, or "".
 
-    guidance: None is the student's own.
+    guidance, and each side of the size: None is the student's own.
     """
     counts, found = served(settings), []
     if not counts:
@@ -547,9 +551,10 @@ def unlike(
         found.append(f"{listed(counts)} steps, not {steps}")
     if guidance is not None and guides(guidance):
         found.append(f"guidance 1, not {guidance:g} (it is distilled in)")
-    made = (settings.get("height", size[0]), settings.get("width", size[1]))
-    if size != made:
-        found.append(f"{made[0]}x{made[1]} pixels (height, width), not {size[0]}x{size[1]}")
+    made = (settings.get("height"), settings.get("width"))
+    drawn = tuple(m if side is None else side for side, m in zip(size, made, strict=True))
+    if all(made) and drawn != made:
+        found.append(f"{made[0]}x{made[1]} pixels (height, width), not {drawn[0]}x{drawn[1]}")
     return f"made for {'; '.join(found)}" if found else ""
 
 
