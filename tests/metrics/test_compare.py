@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -247,7 +248,7 @@ def test_a_teachers_setting_that_cannot_be_is_refused_before_the_students_first_
 
 def test_each_model_has_its_solver_and_both_are_computed_alike(place):
     folder, calls = place
-    alike = {"beside": NOTHING, "tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
+    alike = {"tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
     given = [
         "--tile=8",
         "--dtype=bfloat16",
@@ -258,15 +259,23 @@ def test_each_model_has_its_solver_and_both_are_computed_alike(place):
     results = run(*DRAW, "--steps=1", *given)
     # The teacher's folder is read before the first image and again to draw.
     assert [call[1:] for call in calls if call[0] == "load"] == [
-        ("teacher", {"solver": "dpm_solver_pp_2m", **alike}),
-        ("student", {"solver": "ddim", "layout": None, **alike}),
-        ("teacher", {"solver": "dpm_solver_pp_2m", "layout": None, **alike}),
+        ("teacher", {"beside": NOTHING, "solver": "dpm_solver_pp_2m", **alike}),
+        ("student", {"beside": NOTHING, "solver": "ddim", "layout": None, **alike}),
+        (
+            "teacher",
+            {"beside": NOTHING, "solver": "dpm_solver_pp_2m", "layout": None, **alike},
+        ),
     ]
     for row, solver in zip(results["rows"], ("dpm_solver_pp_2m", "ddim"), strict=True):
         said = json.loads(
             (folder / "out" / "images" / f"{row['model']}-{row['steps']}" / "row.json").read_text()
         )
-        assert {**alike, "dtype": "bfloat16", "solver": solver}.items() <= said.items()
+        assert {
+            **alike,
+            **asdict(NOTHING),
+            "dtype": "bfloat16",
+            "solver": solver,
+        }.items() <= said.items()
         assert row["protocol"]["drawn"] == said
 
 
