@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import Beside, add_flags, beside, explain_path
+from jaxdistill.interop import NOTHING, Beside, add_flags, beside, explain_path
 from jaxdistill.run import compilation
 from jaxdistill.run.help import Parser
 from jaxdistill.sample import kind
@@ -34,8 +34,18 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
-def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "", files: Beside) -> Painter:
-    """The compiled programs of an export or a pipeline folder. Raises ValueError in one line."""
+def open_painter(
+    folder: str,
+    sizes: Sequence[int],
+    *,
+    encoder: str = "",
+    files: Beside = NOTHING,
+    size: tuple[int, int] | None = None,
+) -> Painter:
+    """The compiled programs of an export or a pipeline folder, which draws in its own size if None.
+
+    Raises ValueError in one line.
+    """
     found = kind(Path(folder))
     if found == "label":
         if not (Path(folder) / "card.json").is_file():
@@ -43,7 +53,7 @@ def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "", files:
         raise ValueError(f"{folder} draws classes, not text; give a student that reads text")
     print(f"{folder}: loading, and compiling for each batch size", flush=True)
     if found == "pipeline":
-        return PipelinePainter(pipeline.load(folder, beside=files), sizes)
+        return PipelinePainter(pipeline.load(folder, beside=files), sizes, size=size)
     return ExportPainter(TextExport(folder, encoder=encoder), sizes)
 
 
@@ -114,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         options: dict[str, Any] = {"encoder": args.text_encoder, "files": files}
         painters = {"student": open_painter(args.model, args.batch_sizes, **options)}
         if args.teacher:
+            options["size"] = painters["student"].size
             painters["teacher"] = open_painter(args.teacher, args.batch_sizes, **options)
             if painters["teacher"].size != painters["student"].size:
                 raise ValueError(
