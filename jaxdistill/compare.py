@@ -109,8 +109,14 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
 
     The student goes first: it is the faster one, and shows soonest where something is wrong.
     """
+    made = pipeline.made_for(args.student) if args.student else {}
+    served = args.steps or list(pipeline.served(made)) or [1, 2, 3]
+    sides: dict[str, Any] = {
+        side: made.get(side) if getattr(args, side) is None else getattr(args, side)
+        for side in ("height", "width")
+    }
     plan = [
-        ("student", args.student, args.steps, args.student_guidance, args.student_solver),
+        ("student", args.student, served, args.student_guidance, args.student_solver),
         ("teacher", args.teacher, [args.teacher_steps], args.guidance, args.solver),
     ]
     plan = [entry for entry in plan if entry[1]]
@@ -120,7 +126,7 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
         # Read once and let go, so that a damaged folder is found before the first image and only
         # one pipeline is in memory.
         pipeline.load(source, beside=given, solver=solver, **computed).check(
-            steps=max(counts), guidance=guidance, height=args.height, width=args.width
+            steps=max(counts), guidance=guidance, **sides
         )
         gc.collect()
     rows = []
@@ -130,13 +136,12 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
         pipe.text.announce([item["prompt"] for item in items])
         for steps in counts:
             folder = out / "images" / f"{model}-{steps}"
-            options = {
-                "steps": steps,
-                "guidance": guidance,
-                "height": args.height,
-                "width": args.width,
-                "seed": args.seed,
-            }
+            told = pipeline.unlike(
+                made, steps=steps, guidance=guidance, size=(sides["height"], sides["width"])
+            )
+            if model == "student" and told:
+                print(f"warning: {source} was {told}", file=sys.stderr)
+            options = {"steps": steps, "guidance": guidance, **sides, "seed": args.seed}
             if args.negative_prompt is not None:
                 options["negative_prompt"] = args.negative_prompt
             files = draw(
@@ -198,8 +203,8 @@ def parser() -> Parser:
     add = drawing.add_argument
     about = "images per prompt, each from its own seed"
     add("--images_per_prompt", type=int, default=1, metavar="N", help=about)
-    about = "the student's step counts (default: 1,2,3)"
-    add("--steps", type=counts, default=[1, 2, 3], metavar="N,N", help=about)
+    about = "the student's step counts (default: its own, or 1,2,3)"
+    add("--steps", type=counts, metavar="N,N", help=about)
     add("--teacher_steps", type=int, default=50, metavar="N", help="the teacher's steps")
     about = "the teacher's guidance scale (default: its folder's)"
     add("--guidance", type=float, metavar="SCALE", help=about)
@@ -211,8 +216,8 @@ def parser() -> Parser:
     add("--student_solver", **named(tuple(card.SOLVERS)), help=about)
     about = "what guidance moves away from (default: the pipeline's)"
     add("--negative_prompt", metavar="TEXT", help=about)
-    add("--height", type=int, metavar="N", help="pixels (default: the checkpoint's)")
-    add("--width", type=int, metavar="N", help="pixels (default: the checkpoint's)")
+    add("--height", type=int, metavar="N", help="pixels (default: the student's)")
+    add("--width", type=int, metavar="N", help="pixels (default: the student's)")
     about = "image i depends on seed, i and its prompt only"
     add("--seed", type=int, default=0, metavar="N", help=about)
     about = "images at once, per device in drawing"

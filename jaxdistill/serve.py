@@ -35,9 +35,17 @@ except ModuleNotFoundError as error:
 
 
 def open_painter(
-    folder: str, sizes: Sequence[int], *, encoder: str = "", files: Beside = NOTHING
+    folder: str,
+    sizes: Sequence[int],
+    *,
+    encoder: str = "",
+    files: Beside = NOTHING,
+    size: tuple[int, int] | None = None,
 ) -> Painter:
-    """The compiled programs of an export or a pipeline folder. Raises ValueError in one line."""
+    """The compiled programs of an export or a pipeline folder, which draws in its own size if None.
+
+    Raises ValueError in one line.
+    """
     found = kind(Path(folder))
     if found == "label":
         if not (Path(folder) / "card.json").is_file():
@@ -45,7 +53,7 @@ def open_painter(
         raise ValueError(f"{folder} draws classes, not text; give a student that reads text")
     print(f"{folder}: loading, and compiling for each batch size", flush=True)
     if found == "pipeline":
-        return PipelinePainter(pipeline.load(folder, beside=files), sizes)
+        return PipelinePainter(pipeline.load(folder, beside=files), sizes, size=size)
     return ExportPainter(TextExport(folder, encoder=encoder), sizes)
 
 
@@ -115,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         options: dict[str, Any] = {"encoder": args.text_encoder, "files": files}
         painters = {"student": open_painter(args.model, args.batch_sizes, **options)}
         if args.teacher:
+            options["size"] = painters["student"].size
             painters["teacher"] = open_painter(args.teacher, args.batch_sizes, **options)
             if painters["teacher"].size != painters["student"].size:
                 raise ValueError(

@@ -224,9 +224,13 @@ class PipelinePainter:
     Image (seed) is that of `jaxdistill.sample --seed=seed --num=1`.
     """
 
-    def __init__(self, pipe: TextToImage, sizes: Sequence[int]) -> None:
+    def __init__(
+        self, pipe: TextToImage, sizes: Sequence[int], *, size: tuple[int, int] | None = None
+    ) -> None:
         self.sizes, self.steps, self.guidance = tuple(sorted(sizes)), pipe.steps, pipe.guidance
-        self.size, self.correct = pipe.check(), pipe.scheduler.noise_correction
+        height, width = size or (None, None)
+        self.size = pipe.check(height=height, width=width)
+        self.correct = pipe.scheduler.noise_correction
         self.max_steps = pipe.scheduler.run.most
         other = pipe.scheduler._replace(noise_correction=not self.correct)
         twin = TextToImage(pipe.folder, pipe.params, other, settings=pipe.settings, share=pipe)

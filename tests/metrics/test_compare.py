@@ -183,6 +183,26 @@ def test_all_draw_the_same_prompts_from_the_same_seeds(place):
     assert results["seed"] == 7 and "--seed=7" in results["command"] and "jax" in results["machine"]
 
 
+def test_steps_and_size_are_what_the_student_was_made_for(place, capsys):
+    folder, calls = place
+    made_for = {"timesteps": {"2": [999, 499], "1": [999]}, "height": 8, "width": 32}
+    (folder / "student" / pipeline.SETTINGS).write_text(json.dumps(made_for))
+    run(*DRAW, "--teacher_steps=20")
+    assert [call[:2] for call in calls if call[0] != "load"] == [
+        ("student", 1),
+        ("student", 2),
+        ("teacher", 20),
+    ]
+    for name in ("student-1", "teacher-20"):
+        size = Image.open(folder / "out" / "images" / name / "00000.png").size
+        assert size == (32, 8)
+    assert "warning" not in capsys.readouterr().err
+    run(*DRAW, "--out=again", "--steps=3", "--height=16")
+    assert "warning: student was made for 1 or 2 steps, not 3; 8x32 pixels" in (
+        capsys.readouterr().err
+    )
+
+
 def test_large_sets_are_drawn_in_pieces_with_running_numbers(place):
     folder, calls = place
     run(
@@ -228,7 +248,7 @@ def test_a_teachers_setting_that_cannot_be_is_refused_before_the_students_first_
 
 def test_each_model_has_its_solver_and_both_are_computed_alike(place):
     folder, calls = place
-    alike = {"beside": NOTHING, "tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
+    alike = {"tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
     given = [
         "--tile=8",
         "--dtype=bfloat16",
@@ -239,9 +259,12 @@ def test_each_model_has_its_solver_and_both_are_computed_alike(place):
     results = run(*DRAW, "--steps=1", *given)
     # The teacher's folder is read before the first image and again to draw.
     assert [call[1:] for call in calls if call[0] == "load"] == [
-        ("teacher", {"solver": "dpm_solver_pp_2m", **alike}),
-        ("student", {"solver": "ddim", "layout": None, **alike}),
-        ("teacher", {"solver": "dpm_solver_pp_2m", "layout": None, **alike}),
+        ("teacher", {"beside": NOTHING, "solver": "dpm_solver_pp_2m", **alike}),
+        ("student", {"beside": NOTHING, "solver": "ddim", "layout": None, **alike}),
+        (
+            "teacher",
+            {"beside": NOTHING, "solver": "dpm_solver_pp_2m", "layout": None, **alike},
+        ),
     ]
     for row, solver in zip(results["rows"], ("dpm_solver_pp_2m", "ddim"), strict=True):
         said = json.loads(

@@ -279,7 +279,10 @@ def test_the_servers_painter_draws_what_the_pipeline_draws():
     load = partial(
         pipeline.load, folders.folder("sd"), grid="trailing", solver="ddim"
     )  # starts at T, where noise correction acts
-    painter, found = PipelinePainter(load(), (2,)), {}
+    painter, found = (
+        PipelinePainter(load(), (2,), size=(48, 80)),
+        {},
+    )  # a teacher's, as its student's
     assert painter.max_steps == 1000  # the scheduler's own limit
     for correct in (False, True):
         run = painter.start(
@@ -288,7 +291,7 @@ def test_the_servers_painter_draws_what_the_pipeline_draws():
         while run.done < run.of:
             run.advance()
         found[correct] = run.images()
-        expected = load(noise_correction=correct)(["a cat"], seed=3, steps=3)
+        expected = load(noise_correction=correct)(["a cat"], seed=3, steps=3, height=48, width=80)
         assert found[correct].shape == (1, *painter.size, 3)
         np.testing.assert_allclose(found[correct], expected * 255.0, atol=1.0)
     assert np.abs(found[True].astype(int) - found[False]).max() > 3

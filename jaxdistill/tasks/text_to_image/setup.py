@@ -65,7 +65,9 @@ def open_teacher(config: ConfigDict) -> Folder:
     }
     if config.teacher.folder:
         beside = Beside(**{name: config.teacher[name] for name in FLAGS})
-        return single_file.open_checkpoint(config.teacher.folder, beside, **options)
+        folder = single_file.open_checkpoint(config.teacher.folder, beside, **options)
+        made_for = pipeline.made_for(config.teacher.folder)
+        return folder._replace(clip_skip=folder.clip_skip or made_for.get("clip_skip", 0))
     name = config.teacher.architecture
     found = choose(architectures.PIPELINES, name, "config.teacher.architecture")
     return architectures.folder(found, **options)
@@ -87,9 +89,11 @@ class TextSetup:
         choose(DTYPES, config.export.dtype, "config.export.dtype")
         self.stacked = STACK if config.compute.scan else ""
         self.unet = folder.unet.module
-        plain = self._scheduler(SamplerSpec())
+        plain = self._scheduler(SamplerSpec(), correct=False)
         self.schedule, self.parameterization = plain.schedule, plain.parameterization
-        height, width = config.data.height or None, config.data.width or None
+        made_for = pipeline.made_for(config.teacher.folder) if config.teacher.folder else {}
+        height = config.data.height or made_for.get("height")
+        width = config.data.width or made_for.get("width")
         self.size = pipeline.image_size(folder, height, width)
         factor = folder.vae.module.factor
         self.tokens = TOKENS
@@ -119,7 +123,7 @@ class TextSetup:
         exact = self.parameterization is v_prediction and ends
         spec = self.recipe.sampler
         self.correct_noise = spec.noise_correction and spec.solver == "ddim" and not exact
-        self.scheduler = self._scheduler(spec)
+        self.scheduler = self._scheduler(spec, correct=self.correct_noise)
         self.grids: dict[int, TimeGrid] = {n: self.grid(spec, n) for n in self.kit({}).steps}
         if self.recipe.learns_from:
             self.check_student(config.teacher.folder)
@@ -201,32 +205,40 @@ class TextSetup:
 
     # -- the student's sampler
 
-    def _scheduler(self, spec: SamplerSpec) -> Scheduler:
-        config = self.scheduler_config(spec)
-        return diffusers_scheduler.of_folder(self.folder._replace(scheduler=config))
+    def _scheduler(self, spec: SamplerSpec, *, correct: bool) -> Scheduler:
+        folder = self.folder._replace(scheduler=self.scheduler_config(spec))
+        return diffusers_scheduler.of_folder(folder, noise_correction=correct)
 
     def scheduler_config(self, spec: SamplerSpec) -> dict[str, Any]:
         """The student's scheduler_config.json."""
-        correct = getattr(self, "correct_noise", False)
+        where = diffusers_scheduler.config_path(self.folder)
         return diffusers_scheduler.student_config(
-            self.folder.scheduler,
-            solver=spec.solver,
-            noise_correction=correct,
-            where=diffusers_scheduler.config_path(self.folder),
+            self.folder.scheduler, solver=spec.solver, where=where
         )
 
     def check_student(self, path: str) -> None:
         """Raise ValueError where the folder is not drawn from as a student is; a published
         architecture stands for one that is.
         """
-        found = self.folder.scheduler
-        for key, value in self.scheduler_config(self.recipe.sampler).items():
-            if path and found.get(key) != value:
-                raise ValueError(
-                    f"config.teacher.folder = {path} is not a student with noise_correction ="
-                    f" {self.correct_noise}: its scheduler's {key} is {found.get(key)!r}, not"
-                    f" {value!r}; give the diffusers/ folder of a finished run"
-                )
+        if not path:
+            return
+        found, wanted = self.folder.scheduler, self.scheduler_config(self.recipe.sampler)
+        different = [key for key, value in wanted.items() if found.get(key) != value]
+        own = bool(pipeline.made_for(path).get("noise_correction", False))
+        if found.get("_class_name") == diffusers_scheduler.NOISE_CORRECTION:
+            different, own = [key for key in different if key != "_class_name"], True
+        for key in different:
+            raise ValueError(
+                f"config.teacher.folder = {path} is not a student: its scheduler's {key} is"
+                f" {found.get(key)!r}, not {wanted[key]!r}; give the diffusers/ folder of a"
+                " finished run"
+            )
+        if own != self.correct_noise:
+            raise ValueError(
+                f"config.teacher.folder = {path} is a student with noise_correction = {own}, but"
+                f" the config says {self.correct_noise}; set"
+                f" config.methods.{self.config.method.name}.noise_correction={own}"
+            )
 
     def sample(self, unet: Any, vae: Any, noise: jax.Array, cond: Any, *, steps: int) -> jax.Array:
         """Images [b, h, w, 3] from standard normal latents in `steps` calls without guidance: what
