@@ -26,7 +26,7 @@ from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
 from jaxdistill.run import checkpoint
 
-SETTINGS = "jaxdistill.json"
+SETTINGS = diffusers_folder.SETTINGS
 """What a student's folder says beyond diffusers' own files: {"steps", "guidance",
 "noise_correction"}.
 """
@@ -571,6 +571,8 @@ def load(
         settings, scan = exported["sampler"], bool(exported.get("stacked"))
         root = (root / exported["components"]).resolve()
     folder = single_file.open_checkpoint(root, beside, attention=attention, dtype=dtype, scan=scan)
+    if params is not None and folder.unet.updates:
+        raise FolderError(f"{path} is an export, to which no LoRA is added; give {root}")
     if (root / SETTINGS).is_file():
         settings = {**diffusers_folder.read_json(root / SETTINGS), **settings}
     if noise_correction is None:
