@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import add_flags, beside, card, explain_path, given, is_file
+from jaxdistill.interop import add_flags, beside, card, check_unused, explain_path, given, is_file
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.run import checkpoint, compilation, report
 from jaxdistill.run.help import Parser, boolean, named, note
@@ -273,6 +273,8 @@ def main(argv: list[str] | None = None) -> None:
         if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
             raise ValueError(f"--out={out} cannot be written; choose another file")
         draws_from = kind(Path(args.model))
+        if draws_from != "pipeline":
+            check_unused(args, args.model)
         if draws_from != "label":
             images, prompts = (
                 text_images(args) if draws_from == "pipeline" else caption_images(args)

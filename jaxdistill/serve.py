@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import NOTHING, Beside, add_flags, beside, explain_path
+from jaxdistill.interop import NOTHING, Beside, add_flags, beside, check_unused, explain_path
 from jaxdistill.run import compilation
 from jaxdistill.run.help import Parser
 from jaxdistill.sample import kind
@@ -121,6 +121,9 @@ def main(argv: list[str] | None = None) -> None:
         compilation.check_devices()
         files = beside(args, args.model, args.teacher)
         options: dict[str, Any] = {"encoder": args.text_encoder, "files": files}
+        for path in filter(None, (args.model, args.teacher)):
+            if kind(Path(path)) != "pipeline":
+                check_unused(args, path)
         painters = {"student": open_painter(args.model, args.batch_sizes, **options)}
         if args.teacher:
             options["size"] = painters["student"].size

@@ -34,6 +34,7 @@ class Beside:
       prediction: of a single file, a key of PREDICTIONS; "" goes by the file's marks.
       ema: of a single file, take the averaged weights of its UNet where it has both.
       clip_skip: layers at the end of the text encoders that are left out, as in diffusers.
+      loras: files of LoRAs that are added to the weights, FILE or FILE:WEIGHT.
     """
 
     like: str | Path = ""
@@ -42,6 +43,7 @@ class Beside:
     prediction: str = ""
     ema: bool = True
     clip_skip: int = 0
+    loras: tuple[str, ...] = ()
 
 
 NOTHING = Beside()
@@ -66,8 +68,15 @@ FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "text layers left out, as in diffusers; 1 is A1111's clip skip 2",
     },
+    "loras": {
+        "flag": "--lora",
+        "type": lambda text: tuple(text.split(",")),
+        "action": "extend",
+        "metavar": "FILE:WEIGHT,FILE",
+        "help": "LoRAs to add, with their weights (1 where left out)",
+    },
 }
-"""The flags of `Beside`'s fields."""
+"""The flags of `Beside`'s fields; `flag` is a name that is not the field's."""
 
 OF_FILES = ("like", "prediction", "ema")
 """Those of no use for a folder."""
@@ -75,7 +84,11 @@ OF_FILES = ("like", "prediction", "ema")
 
 def add_flags(parser: Parser, group: Any) -> None:
     """The flags of `Beside`; `group` has their line in --help."""
-    flags = {f"--{k}": {"default": getattr(NOTHING, k), **about} for k, about in FLAGS.items()}
+    flags = {}
+    for name, about in FLAGS.items():
+        default = getattr(NOTHING, name)
+        options = {"dest": name, "default": [] if default == () else default, **about}
+        flags[options.pop("flag", f"--{name}")] = options
     parser.add_more("--help_files", "checkpoints and LoRAs in files", flags, group=group)
 
 
@@ -92,7 +105,18 @@ def beside(args: Namespace, *paths: str | None) -> Beside:
                 raise UserError(
                     f"--{name} goes with a .safetensors checkpoint; leave it out for folders"
                 )
-    return Beside(**{name: getattr(args, name) for name in FLAGS})
+    named: dict[str, Any] = {name: getattr(args, name) for name in FLAGS}
+    return Beside(**named | {"loras": tuple(args.loras)})
+
+
+def check_unused(args: Namespace, path: str | Path) -> None:
+    """Raise UserError where something is named beside what is no pipeline folder or single file;
+    a text encoder goes with a benchmark's export, too.
+    """
+    for name in given(args):
+        if name != "text_encoder":
+            flag = FLAGS[name].get("flag", f"--{name}")
+            raise UserError(f"{flag} goes with a pipeline folder or a single file, not with {path}")
 
 
 def is_file(path: str | Path) -> bool:

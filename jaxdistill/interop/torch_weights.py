@@ -5,10 +5,10 @@ the axes differ.
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,10 @@ class WeightFiles:
     ) -> None:
         self.where: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.metadata: dict[str, str] = {}
         for path in files:
             with _opened(path) as file:
+                self.metadata |= file.metadata() or {}
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     if rename(name) in self.where:
                         raise WeightsError(
@@ -87,22 +89,22 @@ class WeightFiles:
 
     def read(self, name: str) -> np.ndarray:
         """A copy of one tensor."""
-        path, theirs = self.where[name]
+        return self.read_several([name])[0]
+
+    def read_several(self, names: Sequence[str]) -> list[np.ndarray]:
+        """Copies of tensors of one file, which is opened once for them."""
+        path = self.where[names[0]][0]
         with _opened(path) as file:
-            try:
-                kind = FLOAT8.get(file.get_slice(theirs).get_dtype())
-                return file.get_tensor(theirs) if kind is None else _raw(path, theirs, kind)
-            except (SafetensorError, OSError, AttributeError, TypeError) as error:
-                # The last two are numpy's, of a type that it does not have.
-                raise WeightsError(
-                    f"{path}: tensor {theirs} cannot be read ({error}); copy the file again, or"
-                    " save it as float16, bfloat16 or float32"
-                ) from None
+            return [_tensor(file, path, self.where[name][1]) for name in names]
 
     def source(self, name: str) -> str:
         """Where a tensor is, for messages."""
         path, theirs = self.where[name]
         return f"{path}: tensor {theirs}"
+
+    def stored(self, name: str) -> np.ndarray:
+        """A copy of one tensor in the type that the files have it in."""
+        return self.read(name)
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,19 @@ def _as_wanted(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ..
     return wanted if alike and {*shape[2:], *wanted[2:]} == {1} else shape
 
 
+def _tensor(file: Any, path: Path, name: str) -> np.ndarray:
+    """A tensor of an open file."""
+    try:
+        kind = FLOAT8.get(file.get_slice(name).get_dtype())
+        return file.get_tensor(name) if kind is None else _raw(path, name, kind)
+    except (SafetensorError, OSError, AttributeError, TypeError) as error:
+        # The last two are numpy's, of a type that it does not have.
+        raise WeightsError(
+            f"{path}: tensor {name} cannot be read ({error}); copy the file again, or save it as"
+            " float16, bfloat16 or float32"
+        ) from None
+
+
 def _raw(path: Path, name: str, dtype: Any) -> np.ndarray:
     """A tensor by its place in the file, which the header says: its length in 8 bytes, then JSON,
     then the tensors.
@@ -230,6 +245,66 @@ def check_pointer(path: Path) -> None:
                 f"{path} is a git-lfs pointer, a few lines that stand for the file; fetch it: git"
                 " lfs pull in its folder, or download it again"
             )
+
+
+@runtime_checkable
+class Update(Protocol):
+    """Something that is added to tensors of a component while they are read, such as a LoRA."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """What it is read from: it is told apart by their bytes and its weight."""
+
+    @property
+    def weight(self) -> float:
+        """Its factor."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The tensors that it changes."""
+
+    def read(self, name: str) -> np.ndarray:
+        """What is added to one of them: an array of its own, float32, of its shape."""
+
+
+class UpdatedWeights(WeightFiles):
+    """The tensors of `base` with updates, in their order; those without any are as in `base`."""
+
+    def __init__(self, base: WeightFiles, updates: Sequence[Update]) -> None:
+        self.base, self.where = base, base.where
+        self.shapes, self.metadata = base.shapes, base.metadata
+        self._updates = updates
+
+    def read(self, name: str) -> np.ndarray:
+        """A copy of one tensor; float32 where it is changed."""
+        return self._updated(name, self.base.read(name))
+
+    def stored(self, name: str) -> np.ndarray:
+        """A copy of one tensor in the type that `base` has it in. Raises WeightsError where that
+        does not hold it.
+        """
+        dtype = (value := self.base.read(name)).dtype
+        with np.errstate(over="ignore"):
+            value = self._updated(name, value).astype(dtype)
+        if not np.isfinite(value).all():
+            raise WeightsError(
+                f"{self.source(name)} has values that {dtype} cannot hold; lower the weight of the"
+                " LoRA, or give the checkpoint as float32"
+            )
+        return value
+
+    def source(self, name: str) -> str:
+        """Where a tensor is, for messages."""
+        added = [str(update.files[0]) for update in self._updates if name in update.names]
+        return " with ".join([self.base.source(name), *added])
+
+    def _updated(self, name: str, value: np.ndarray) -> np.ndarray:
+        for update in self._updates:
+            if name in update.names:
+                added = update.read(name)
+                added += value.astype(np.float32, copy=False)
+                value = added
+        return value
 
 
 @contextlib.contextmanager

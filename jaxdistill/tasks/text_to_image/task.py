@@ -21,6 +21,7 @@ from jaxdistill.interop import (
     diffusers_scheduler,
     how_to_sample,
     lora,
+    lora_files,
 )
 from jaxdistill.methods.recipe import Stage
 from jaxdistill.run import checkpoint, distributed, inputs, report
@@ -68,7 +69,7 @@ class TextToImageTask(TextSetup):
                 "config.adversarial.reals = 'data' needs config.data.images; set it, or let the"
                 " teacher draw them: config.adversarial.reals=teacher"
             )
-        self._hashes: dict[Path, str] = {}
+        self._hashes: dict[tuple[Path, ...], str] = {}
         self._caches: dict[str, Cache] = {}
 
     @property
@@ -79,11 +80,15 @@ class TextToImageTask(TextSetup):
     # -- weights
 
     def hash_of(self, part: diffusers_folder.Part) -> str:
-        """Of a component's weights; each file is read once a run."""
-        where = part.file or part.folder
-        if where not in self._hashes:
-            self._hashes[where] = inputs.hash_files(part.files())
-        return self._hashes[where]
+        """Of a component's weights, with what is added to them; each file is read once a run."""
+        added = [[self._hash(update.files), update.weight] for update in part.updates]
+        base = self._hash(part.files())
+        return key_of(base, added) if added else base
+
+    def _hash(self, files: Sequence[Path]) -> str:
+        if (name := tuple(files)) not in self._hashes:
+            self._hashes[name] = inputs.hash_files(files)
+        return self._hashes[name]
 
     @property
     def parts(self) -> dict[str, diffusers_folder.Part]:
@@ -96,8 +101,10 @@ class TextToImageTask(TextSetup):
         """All that the run reads, by name: what its workdir remembers. Raises UserError."""
         folder, found = self.folder, dict[str, inputs.Input]()
         for name, part in self.parts.items():
-            content = partial(self.hash_of, part)
-            found[f"the teacher's {name} weights"] = inputs.files(part.files(), content)
+            files = [*part.files(), *(path for update in part.updates for path in update.files)]
+            stamp = [inputs.files(files).stamp, [update.weight for update in part.updates]]
+            made = inputs.Input(stamp, partial(self.hash_of, part))
+            found[f"the teacher's {name} weights"] = made
             found[f"the teacher's {name} config"] = inputs.value(dict(part.config))
         for path in folder.tokenizers:
             found[f"the teacher's {path.name}"] = inputs.files(files_in(path))
@@ -335,7 +342,8 @@ class TextToImageTask(TextSetup):
         config = self.config
         sums = run.check_inputs(self.made_from())
         for name, part in self.parts.items():  # they are not read again for the caches' keys
-            self._hashes[part.file or part.folder] = sums[f"the teacher's {name} weights"]
+            if not part.updates:
+                self._hashes[tuple(part.files())] = sums[f"the teacher's {name} weights"]
         if distributed.writes():
             self.rehearse(run.workdir)
         if config.log.checkpoints:  # a bucket that cannot be opened is told before weights are read
@@ -381,7 +389,7 @@ class TextToImageTask(TextSetup):
         end = "" if student is first else f"_{report.slug(max(steps))}"
         scheduler = self.scheduler_config(self.recipe.sampler)
         timesteps = {n: diffusers_scheduler.student_timesteps(scheduler, n) for n in steps}
-        made_for = {
+        made_for: dict[str, Any] = {
             "steps": max(steps),
             "guidance": 1.0,
             "height": self.size[0],
@@ -390,6 +398,8 @@ class TextToImageTask(TextSetup):
             "timesteps": timesteps,
         }
         settings = {**made_for, "noise_correction": self.correct_noise}
+        if held := lora_files.record(self.folder):
+            settings["loras"] = held
         how = how_to_sample.how_to_sample(self.told(scheduler, steps))
         params = student.trained
         if self.config.student.lora_rank:
