@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxdistill.interop import add_flags, beside, card, explain_path, is_file
+from jaxdistill.interop import add_flags, beside, card, explain_path, is_file, known_students
+from jaxdistill.interop.known_students import Known
 from jaxdistill.interop.prompts import read_prompts as read_file
 from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.compare import (
@@ -103,29 +104,36 @@ def draw(
     return files
 
 
+def student_steps(args: Namespace) -> tuple[Known | None, list[int]]:
+    """The student as --as says it is, and its step counts. Raises FolderError."""
+    known = known_students.known(getattr(args, "as"), args.steps or ())
+    return known, args.steps or ([1, 2, 3] if known is None else [known.steps])
+
+
 def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) -> list[Row]:
     """The images of teacher and student at each number of steps, from the same seeds.
 
     The student goes first: it is the faster one, and shows soonest where something is wrong.
     """
+    known, counts = student_steps(args)
     plan = [
-        ("student", args.student, args.steps, args.student_guidance, args.student_solver),
-        ("teacher", args.teacher, [args.teacher_steps], args.guidance, args.solver),
+        ("student", args.student, counts, args.student_guidance, args.student_solver, known),
+        ("teacher", args.teacher, [args.teacher_steps], args.guidance, args.solver, None),
     ]
     plan = [entry for entry in plan if entry[1]]
     given = beside(args, args.teacher, args.student)
     computed = computing(args)
-    for _, source, counts, guidance, solver in plan[1:]:
+    for _, source, counts, guidance, solver, known in plan[1:]:
         # Read once and let go, so that a damaged folder is found before the first image and only
         # one pipeline is in memory.
-        pipeline.load(source, beside=given, solver=solver, **computed).check(
+        pipeline.load(source, beside=given, known=known, solver=solver, **computed).check(
             steps=max(counts), guidance=guidance, height=args.height, width=args.width
         )
         gc.collect()
     rows = []
-    for model, source, counts, guidance, solver in plan:
-        layout = pipeline.every_device()
-        pipe = pipeline.load(source, beside=given, solver=solver, layout=layout, **computed)
+    for model, source, counts, guidance, solver, known in plan:
+        chosen = {"known": known, "solver": solver, "layout": pipeline.every_device()}
+        pipe = pipeline.load(source, beside=given, **chosen, **computed)
         pipe.text.announce([item["prompt"] for item in items])
         for steps in counts:
             folder = out / "images" / f"{model}-{steps}"
@@ -151,6 +159,7 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
             said |= {
                 "guidance": used,
                 "batch_size": args.batch_size,
+                "as": getattr(args, "as") if known else None,
                 "solver": solver,
                 **asdict(given),
                 **computed,
@@ -198,7 +207,7 @@ def parser() -> Parser:
     about = "images per prompt, each from its own seed"
     add("--images_per_prompt", type=int, default=1, metavar="N", help=about)
     about = "the student's step counts (default: 1,2,3)"
-    add("--steps", type=counts, default=[1, 2, 3], metavar="N,N", help=about)
+    add("--steps", type=counts, metavar="N,N", help=about)
     add("--teacher_steps", type=int, default=50, metavar="N", help="the teacher's steps")
     about = "the teacher's guidance scale (default: its folder's)"
     add("--guidance", type=float, metavar="SCALE", help=about)

@@ -25,6 +25,8 @@ from jaxdistill.sample import kind
 try:
     import uvicorn
 
+    from jaxdistill.interop import known_students
+    from jaxdistill.interop.known_students import Known
     from jaxdistill.interop.text_export import TextExport
     from jaxdistill.page.engine import ExportPainter, Painter, PipelinePainter
     from jaxdistill.page.server import MAX_FRAME, Server, describe, make_app
@@ -34,16 +36,25 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
-def open_painter(folder: str, sizes: Sequence[int], *, encoder: str = "", files: Beside) -> Painter:
+def open_painter(
+    folder: str,
+    sizes: Sequence[int],
+    *,
+    encoder: str = "",
+    files: Beside,
+    known: Known | None = None,
+) -> Painter:
     """The compiled programs of an export or a pipeline folder. Raises ValueError in one line."""
     found = kind(Path(folder))
+    if known and found != "pipeline":
+        raise ValueError(f"--as={known.name}: {folder} is no pipeline; leave it out")
     if found == "label":
         if not (Path(folder) / "card.json").is_file():
             raise ValueError(explain_path(folder))
         raise ValueError(f"{folder} draws classes, not text; give a student that reads text")
     print(f"{folder}: loading, and compiling for each batch size", flush=True)
     if found == "pipeline":
-        return PipelinePainter(pipeline.load(folder, beside=files), sizes)
+        return PipelinePainter(pipeline.load(folder, beside=files, known=known), sizes)
     return ExportPainter(TextExport(folder, encoder=encoder), sizes)
 
 
@@ -112,7 +123,9 @@ def main(argv: list[str] | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", min(cores(), max(args.batch_sizes)))
         files = beside(args, args.model, args.teacher)
         options: dict[str, Any] = {"encoder": args.text_encoder, "files": files}
-        painters = {"student": open_painter(args.model, args.batch_sizes, **options)}
+        known = known_students.known(getattr(args, "as"))
+        student = open_painter(args.model, args.batch_sizes, known=known, **options)
+        painters = {"student": student}
         if args.teacher:
             painters["teacher"] = open_painter(args.teacher, args.batch_sizes, **options)
             if painters["teacher"].size != painters["student"].size:

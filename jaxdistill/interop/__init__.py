@@ -39,10 +39,17 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 """The flags of `Beside`'s fields."""
 
+AS = {
+    "metavar": "NAME",
+    "help": "draw the student as its kind is: lcm, turbo, lightning:N, hyper:N, dmd2",
+}
+"""The flag --as of a published student, `known_students.known`."""
+
 
 def add_flags(parser: Parser, group: Any) -> None:
-    """The flags of `Beside`; `group` has their line in --help."""
+    """The flags of `Beside`, and --as; `group` has their line in --help."""
     flags = {f"--{k}": {"default": getattr(NOTHING, k), **about} for k, about in FLAGS.items()}
+    flags["--as"] = AS
     parser.add_more("--help_files", "checkpoints and LoRAs in files", flags, group=group)
 
 

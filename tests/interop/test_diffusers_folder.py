@@ -49,7 +49,11 @@ def inputs(variant, size=(8, 8)):
         )
     }
     added = {}
-    if variant == "sdxl":
+    if variant == "lcm":
+        cond["guidance"] = np.float32([1.5, 8.0])
+        embed = folders.torch_pipe(variant).get_guidance_scale_embedding
+        added = {"timestep_cond": embed(torch.tensor(cond["guidance"]) - 1, embedding_dim=24)}
+    if variant in ("sdxl", "ssd"):
         cond |= {
             "pooled": r.standard_normal((2, 12), np.float32),
             "time_ids": np.float32([[64, 48, 3, 5, 64, 64]] * 2),
@@ -71,7 +75,7 @@ def torch_unet(variant, x, t, cond, added):
     return folders.nhwc(folders.torch_pipe(variant).unet(x, t, context, **added).sample)
 
 
-@pytest.mark.parametrize("variant", ["deep", "sd", "sdxl"])
+@pytest.mark.parametrize("variant", ["deep", "sd", "sdxl", "ssd", "small", "lcm"])
 def test_unet_is_torchs(variant):
     part = diffusers_folder.open_folder(folders.folder(variant)).unet
     params = diffusers_folder.load_params(part)
@@ -86,17 +90,29 @@ def test_unet_takes_sides_that_do_not_halve():
     assert error(found, torch_unet("sd2", x, t, cond, added)) < 1e-4
 
 
-def test_scanned_blocks_remat_and_looped_attention_change_nothing():
-    path = folders.folder("sdxl")
-    x, t, cond, _ = inputs("sdxl", (16, 16))
+@pytest.mark.parametrize(
+    ("variant", "layer"),
+    [("sdxl", "mid_block.attentions.0"), ("ssd", "down_blocks.1.attentions.1")],
+)
+def test_scanned_blocks_remat_and_looped_attention_change_nothing(variant, layer):
+    path = folders.folder(variant)
+    x, t, cond, _ = inputs(variant, (16, 16))
     plain = diffusers_folder.open_folder(path, attention="plain").unet
     expected = apply(plain, diffusers_folder.load_params(plain), x, t, cond)
     part = diffusers_folder.open_folder(path, scan=True, remat="full", attention="looped").unet
     params = diffusers_folder.load_params(part)
-    assert params["params"]["mid_block.attentions.0"]["transformer_blocks"]["attn1"]["to_q"][
-        "kernel"
-    ].shape == (2, 16, 16)
+    kernel = params["params"][layer]["transformer_blocks"]["attn1"]["to_q"]["kernel"]
+    assert kernel.shape == (2, 16, 16)
     assert error(apply(part, params, x, t, cond), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("variant", "states"), [("sd", 3), ("ssd", 3), ("small", 2)])
+def test_features_are_those_of_the_levels_and_of_a_middle_if_there_is_one(variant, states):
+    part = diffusers_folder.open_folder(folders.folder(variant)).unet
+    x, t, cond, _ = inputs(variant)
+    params = diffusers_folder.abstract_params(part)
+    found = jax.eval_shape(partial(part.module.apply, features=True), params, x, t, cond)
+    assert [state.shape for state in found] == [(2, 8, 8, 8), *[(2, 4, 4, 16)] * (states - 1)]
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters():
@@ -364,9 +380,23 @@ REFUSALS = {
     ),
     "depth": (
         lambda root: change_json(
+            root / "unet" / "config.json",
+            transformer_layers_per_block=[[0], [1]],
+            reverse_transformer_layers_per_block=[[1], [1, 1]],
+        ),
+        "transformer_layers_per_block = [[0], [1]] must hold positive whole numbers",
+    ),
+    "depths of layers, and none going up": (
+        lambda root: change_json(
             root / "unet" / "config.json", transformer_layers_per_block=[[1], [1]]
         ),
-        "transformer_layers_per_block = [[1], [1]] must hold positive whole numbers",
+        "lists layers, and reverse_transformer_layers_per_block is missing",
+    ),
+    "too few depths going up": (
+        lambda root: change_json(
+            root / "unet" / "config.json", reverse_transformer_layers_per_block=[1, [1]]
+        ),
+        "reverse_transformer_layers_per_block = [1, [1]] lists 1 layers of a level that has 2",
     ),
     "other component": (
         lambda root: change_json(

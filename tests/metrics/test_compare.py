@@ -10,6 +10,8 @@ from PIL import Image
 from test_image_metrics import write_clip
 
 from jaxdistill import compare
+from jaxdistill.interop import NOTHING
+from jaxdistill.interop.known_students import Known
 from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.image_metrics import Inception
 from jaxdistill.run import report
@@ -179,6 +181,20 @@ def test_all_draw_the_same_prompts_from_the_same_seeds(place):
     assert results["seed"] == 7 and "--seed=7" in results["command"] and "jax" in results["machine"]
 
 
+def test_a_known_student_has_its_kinds_sampler_and_steps(place, capsys):
+    folder, calls = place
+    run(*DRAW, "--as=dmd2")
+    assert [(c[1], c[2]["known"]) for c in calls if c[0] == "load"] == [
+        ("teacher", None), ("student", Known("dmd2", 4)), ("teacher", None)
+    ]  # fmt: skip
+    assert [call[:2] for call in calls if call[0] != "load"] == [("student", 4), ("teacher", 50)]
+    said = json.loads((folder / "out" / "images" / "student-4" / "row.json").read_text())
+    assert said["as"] == "dmd2"
+    del calls[:]
+    line = refused(capsys, *DRAW[:-2], "--out=other", "--as=lightning", "--steps=1,2")
+    assert "each of its files is for one number of steps" in line and not calls
+
+
 def test_large_sets_are_drawn_in_pieces_with_running_numbers(place):
     folder, calls = place
     run(
@@ -224,7 +240,8 @@ def test_a_teachers_setting_that_cannot_be_is_refused_before_the_students_first_
 
 def test_each_model_has_its_solver_and_both_are_computed_alike(place):
     folder, calls = place
-    alike = {"like": "", "tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
+    alike = {"tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
+    loaded = {**alike, "beside": NOTHING, "known": None}
     given = [
         "--tile=8",
         "--dtype=bfloat16",
@@ -235,9 +252,9 @@ def test_each_model_has_its_solver_and_both_are_computed_alike(place):
     results = run(*DRAW, "--steps=1", *given)
     # The teacher's folder is read before the first image and again to draw.
     assert [call[1:] for call in calls if call[0] == "load"] == [
-        ("teacher", {"solver": "dpm_solver_pp_2m", **alike}),
-        ("student", {"solver": "ddim", "layout": None, **alike}),
-        ("teacher", {"solver": "dpm_solver_pp_2m", "layout": None, **alike}),
+        ("teacher", {"solver": "dpm_solver_pp_2m", **loaded}),
+        ("student", {"solver": "ddim", "layout": None, **loaded}),
+        ("teacher", {"solver": "dpm_solver_pp_2m", "layout": None, **loaded}),
     ]
     for row, solver in zip(results["rows"], ("dpm_solver_pp_2m", "ddim"), strict=True):
         said = json.loads(

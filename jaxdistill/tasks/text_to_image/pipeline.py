@@ -24,6 +24,7 @@ from jaxdistill.interop import (
 from jaxdistill.interop.clip_tokenizer import Tokenizer, say_cut
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
+from jaxdistill.interop.known_students import Known
 from jaxdistill.run import checkpoint
 
 SETTINGS = "jaxdistill.json"
@@ -279,10 +280,13 @@ class Stepper(NamedTuple):
         """The solver's state at t_next."""
         if self.layout is not None:
             params = self.layout.gathered(params, self.unet.dtype)
+        cond = inputs.cond
+        if self.unet.guidance_width:
+            cond = {**cond, "guidance": jnp.full(inputs.noise.shape[:1], inputs.guidance)}
         denoiser = sampling.guided_denoiser(
             self.unet.apply,
             params,
-            inputs.cond,
+            cond,
             schedule=self.scheduler.schedule,
             parameterization=self.scheduler.parameterization,
             null_cond=partial(with_null, inputs.null),
@@ -373,6 +377,12 @@ class TextToImage:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         return image_size(self.folder, height, width)
+
+    def guides(self, scale: float) -> bool:
+        """Whether each step has a second call without the prompt at this scale. A network to which
+        the scale is an input (LCM's) never has.
+        """
+        return guides(scale) and not self.unet.guidance_width
 
     # -- devices
 
@@ -481,7 +491,7 @@ class TextToImage:
             size = (height // self.vae.factor, width // self.vae.factor)
             noise = check_latents(latents, (len(prompts), self.unet.in_channels, *size))
         cond = self.text(prompts)
-        null = self.text.negative(negative_prompt) if guides(guidance) else {}
+        null = self.text.negative(negative_prompt) if self.guides(guidance) else {}
         if self.folder.xl:
             cond["time_ids"] = np.tile(time_ids(height, width), (len(prompts), 1))
         found, block = [], min(batch_size, len(prompts)) * self.parts
@@ -499,7 +509,7 @@ class TextToImage:
 
     def _sampled(self, starts: Array, cond: Any, null: Any, run: Run, guidance: float) -> Array:
         """The latents to which a scheduler's run leads from these starts, one block of rows."""
-        inputs, guided = Inputs(starts, cond, null, np.float32(guidance)), guides(guidance)
+        inputs, guided = Inputs(starts, cond, null, np.float32(guidance)), self.guides(guidance)
         state = self.scheduler.begin(starts, run)
         for t, t_next in zip(run.times, run.next_times, strict=True):
             state = self.advance(self.params, state, inputs, t, t_next, guided=guided)
@@ -530,6 +540,7 @@ def load(
     path: str | Path,
     *,
     beside: Beside = NOTHING,
+    known: Known | None = None,
     attention: str = "auto",
     dtype: Any = jnp.float32,
     param_dtype: Any = np.float32,
@@ -546,6 +557,7 @@ def load(
     Args:
       path: the folder, or a single file.
       beside: what is named beside it.
+      known: the kind of a published student, instead of the folder's scheduler and settings.
       attention: a key of `latent_layers.ATTENTION`.
       dtype: of the computation.
       param_dtype: of the parameters.
@@ -571,14 +583,15 @@ def load(
         settings, scan = exported["sampler"], bool(exported.get("stacked"))
         root = (root / exported["components"]).resolve()
     folder = single_file.open_checkpoint(root, beside, attention=attention, dtype=dtype, scan=scan)
-    if (root / SETTINGS).is_file():
+    if known is not None:
+        settings = known.settings(folder)
+    elif (root / SETTINGS).is_file():
         settings = {**diffusers_folder.read_json(root / SETTINGS), **settings}
     if noise_correction is None:
         noise_correction = settings.get("noise_correction")
     # Read first: a scheduler that is not supported should not cost the reading of the weights.
-    scheduler = diffusers_scheduler.of_folder(
-        folder, grid=grid, solver=solver, noise_correction=noise_correction
-    )
+    read = diffusers_scheduler.of_folder if known is None else known.scheduler
+    scheduler = read(folder, grid=grid, solver=solver, noise_correction=noise_correction)
     if params is None:
         params = diffusers_folder.load_params(folder.unet, dtype=param_dtype)
     params = params if layout is None else layout.place(params)

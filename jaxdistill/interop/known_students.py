@@ -1,0 +1,149 @@
+"""How published few-step students are drawn from: LCM, Turbo, Lightning, Hyper, DMD2.
+
+Their files say little of it, and their LoRAs nothing. Sources are the authors' model cards, as
+stock diffusers runs them: Luo et al. 2023 (LCM and LCM-LoRA), Sauer et al. 2023 (ADD: SD-Turbo and
+SDXL-Turbo), Lin et al. 2024 (SDXL-Lightning), Ren et al. 2024 (Hyper-SD), Yin et al. 2024 (DMD2).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from jaxdistill.interop.diffusers_folder import Folder, FolderError
+from jaxdistill.interop.diffusers_scheduler import (
+    ANCESTRAL,
+    DDIM,
+    DEFAULTS,
+    EULER,
+    LCM,
+    Scheduler,
+    of_folder,
+    one_of,
+    with_defaults,
+)
+
+KEPT = (
+    *DEFAULTS,
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "set_alpha_to_one",
+    "steps_offset",
+)
+"""Of the base's scheduler_config.json, what its student shares with it."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of student.
+
+    Attributes:
+      scheduler: what its scheduler has, beside the base's betas and prediction.
+      steps: the step counts that it draws in.
+      default: of `steps`; 0 where the user has to say which.
+      single: each file is for one of `steps` alone.
+      timesteps: {steps: those at which it is called}, where they are not the scheduler's.
+      prediction: {steps: prediction_type}, where it is not the base's.
+      guidance_input: the scale of a network to which it is an input. All others have none.
+    """
+
+    scheduler: Mapping[str, Any]
+    steps: tuple[int, ...]
+    default: int
+    single: bool = False
+    timesteps: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    prediction: Mapping[int, str] = field(default_factory=dict)
+    guidance_input: float = 1.0
+
+
+TRAILING = {"timestep_spacing": "trailing"}
+KINDS: Mapping[str, Kind] = {
+    "lcm": Kind({"_class_name": LCM}, tuple(range(1, 9)), 4, guidance_input=8.0),
+    "turbo": Kind({"_class_name": ANCESTRAL, **TRAILING}, (1, 2, 3, 4), 1),
+    "lightning": Kind(
+        {"_class_name": EULER, **TRAILING},
+        (1, 2, 4, 8),
+        0,
+        single=True,
+        prediction={1: "sample"},
+    ),
+    "hyper": Kind({"_class_name": DDIM, **TRAILING}, (2, 4, 8), 0, single=True),
+    "dmd2": Kind(
+        {"_class_name": LCM},
+        (1, 4),
+        4,
+        single=True,
+        timesteps={4: (999, 749, 499, 249), 1: (399,)},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A kind, and the number of steps that is its default: of a kind of single ones, the only."""
+
+    name: str
+    steps: int
+
+    @property
+    def kind(self) -> Kind:
+        """What is known of it."""
+        return KINDS[self.name]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The step counts that it has."""
+        return (self.steps,) if self.kind.single else self.kind.steps
+
+    def settings(self, folder: Folder) -> dict[str, Any]:
+        """Default steps and guidance, as of a student's folder."""
+        scale = self.kind.guidance_input if folder.unet.module.guidance_width else 1.0
+        return {"steps": self.steps, "guidance": scale}
+
+    def config(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        """The scheduler_config.json for the one of its base."""
+        base = with_defaults(base)
+        changes: dict[str, Any] = {**self.kind.scheduler, "clip_sample": False}
+        if predicts := self.kind.prediction.get(self.steps):
+            changes["prediction_type"] = predicts
+        return {**{key: base[key] for key in KEPT if key in base}, **changes}
+
+    def scheduler(self, folder: Folder, **options: Any) -> Scheduler:
+        """The folder's, as this student has it; `options` as of `diffusers_scheduler.read`. Raises
+        FolderError.
+        """
+        config = self.config(folder.scheduler)
+        found = of_folder(folder._replace(scheduler=config), **options)
+        own = {} if options.get("grid") else self.kind.timesteps
+        return found._replace(run=replace(found.run, counts=self.counts, listed=own))
+
+
+def known(text: str | None, counts: Sequence[int] = ()) -> Known | None:
+    """NAME or NAME:STEPS, as "lightning:4"; None for none.
+
+    Args:
+      text: the flag's.
+      counts: of steps that are asked for. A single one stands for the STEPS of a kind of single
+        ones.
+
+    Raises:
+      FolderError: an unknown name, a number of steps that the kind does not have or, where it has
+        to be named, none.
+    """
+    if not text:
+        return None
+    name, _, own = text.partition(":")
+    if name not in KINDS:
+        raise FolderError(f"--as={text} is not known; choose one of {', '.join(KINDS)}")
+    kind = KINDS[name]
+    for count in (*([own] if own else []), *map(str, counts)):
+        if count not in map(str, kind.steps):
+            raise FolderError(f"--as={name} has {one_of(kind.steps)} steps, not {count}")
+    if not own and kind.single and len(counts) == 1:
+        return Known(name, counts[0])
+    if not own and not kind.default:
+        raise FolderError(
+            f"--as={name}: each of its files is for one number of steps; say which, as in"
+            f" --as={name}:4"
+        )
+    return Known(name, int(own or kind.default))
