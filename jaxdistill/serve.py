@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import Beside, add_flags, beside, explain_path
+from jaxdistill.interop import NOTHING, Beside, add_flags, beside, explain_path
 from jaxdistill.run import compilation
 from jaxdistill.run.help import Parser
 from jaxdistill.sample import kind
@@ -41,7 +41,7 @@ def open_painter(
     sizes: Sequence[int],
     *,
     encoder: str = "",
-    files: Beside,
+    files: Beside = NOTHING,
     known: Known | None = None,
 ) -> Painter:
     """The compiled programs of an export or a pipeline folder. Raises ValueError in one line."""

@@ -150,14 +150,14 @@ UNETS |= {
     "ssd": {
         **UNETS["sdxl"],
         "mid_block_type": "UNetMidBlock2D",
-        "layers_per_block": (1, 2),
+        "layers_per_block": 2,
         "transformer_layers_per_block": (1, (1, 2)),
         "reverse_transformer_layers_per_block": ((2, 1, 3), 1),
     },
     # As the small and tiny 1.x: no middle.
     "small": {**UNETS["sd"], "mid_block_type": None},
-    # As LCM's whole checkpoints: the guidance scale is an input.
-    "lcm": {**UNETS["sd"], "time_cond_proj_dim": 24},
+    # As LCM's whole checkpoints: the guidance scale is an input. Levels of unequal length.
+    "lcm": {**UNETS["sd"], "time_cond_proj_dim": 24, "layers_per_block": (1, 2)},
 }
 
 

@@ -95,12 +95,13 @@ def test_networks_of_another_shape_have_their_places(variant, tmp_path):
     path = original.write(folder, tmp_path / "model.safetensors", parts=("unet",))
     ours, wanted = open_checkpoint(path, Beside(like=folder)).unet, open_checkpoint(folder).unet
     assert_same_weights(ours, wanted)
+    if variant == "lcm":
+        return  # stock converters know neither its levels nor its scale
     tensors = {k: torch.tensor(v) for k, v in load_file(path).items()}
     config = {**wanted.config, "class_embed_type": None, "num_class_embeds": None}
     made, weights = stock.convert_ldm_unet_checkpoint(tensors, config=config), wanted.weights()
-    for name in weights.shapes:  # stock converters have no name for the scale's
-        if "cond_proj" not in name:
-            np.testing.assert_array_equal(made[name].numpy(), weights.read(name), err_msg=name)
+    for name in weights.shapes:
+        np.testing.assert_array_equal(made[name].numpy(), weights.read(name), err_msg=name)
 
 
 SIZES = {

@@ -1,6 +1,7 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ class Pipe:
     """
 
     guidance = 7.5
+    text = SimpleNamespace(announce=lambda prompts: None)
 
     def check(self, **settings):
         if settings["steps"] > 1000:
