@@ -85,6 +85,11 @@ def whole() -> ConfigDict:
     for flash in (config.methods.imagine_flash, config.methods.matched.flash):
         flash.shifts.table = ConfigDict(table)
     config.methods.matched.one.steps = 3
+    # As a plain call of stock programs takes the first step; with True they need sigmas for it
+    # (docs/your_ui.md).
+    flashes = (config.methods.imagine_flash, config.methods.matched.flash)
+    for block in (*flashes, config.methods.endpoint, config.methods.direct):
+        block.noise_correction = False
     config.adversarial.update(
         {"learning_rate": 1e-4, "width": 256, "states": "one", "reals": "teacher"}
     )

@@ -107,7 +107,7 @@ def draw(
 def student_steps(args: Namespace) -> tuple[Known | None, list[int]]:
     """The student as --as says it is, and its step counts. Raises FolderError."""
     known = known_students.known(getattr(args, "as"), args.steps or ())
-    return known, args.steps or ([1, 2, 3] if known is None else [known.steps])
+    return known, args.steps or ([] if known is None else [known.steps])
 
 
 def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) -> list[Row]:
@@ -116,6 +116,12 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
     The student goes first: it is the faster one, and shows soonest where something is wrong.
     """
     known, counts = student_steps(args)
+    made = pipeline.made_for(args.student) if args.student and known is None else {}
+    counts = counts or list(pipeline.served(made)) or [1, 2, 3]
+    sides: dict[str, Any] = {
+        side: made.get(side) if getattr(args, side) is None else getattr(args, side)
+        for side in ("height", "width")
+    }
     plan = [
         ("student", args.student, counts, args.student_guidance, args.student_solver, known),
         ("teacher", args.teacher, [args.teacher_steps], args.guidance, args.solver, None),
@@ -127,7 +133,7 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
         # Read once and let go, so that a damaged folder is found before the first image and only
         # one pipeline is in memory.
         pipeline.load(source, beside=given, known=known, solver=solver, **computed).check(
-            steps=max(counts), guidance=guidance, height=args.height, width=args.width
+            steps=max(counts), guidance=guidance, **sides
         )
         gc.collect()
     rows = []
@@ -137,13 +143,12 @@ def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) ->
         pipe.text.announce([item["prompt"] for item in items])
         for steps in counts:
             folder = out / "images" / f"{model}-{steps}"
-            options = {
-                "steps": steps,
-                "guidance": guidance,
-                "height": args.height,
-                "width": args.width,
-                "seed": args.seed,
-            }
+            told = pipeline.unlike(
+                made, steps=steps, guidance=guidance, size=(sides["height"], sides["width"])
+            )
+            if model == "student" and told:
+                print(f"warning: {source} was {told}", file=sys.stderr)
+            options = {"steps": steps, "guidance": guidance, **sides, "seed": args.seed}
             if args.negative_prompt is not None:
                 options["negative_prompt"] = args.negative_prompt
             files = draw(
@@ -206,7 +211,7 @@ def parser() -> Parser:
     add = drawing.add_argument
     about = "images per prompt, each from its own seed"
     add("--images_per_prompt", type=int, default=1, metavar="N", help=about)
-    about = "the student's step counts (default: 1,2,3)"
+    about = "the student's step counts (default: its own, or 1,2,3)"
     add("--steps", type=counts, metavar="N,N", help=about)
     add("--teacher_steps", type=int, default=50, metavar="N", help="the teacher's steps")
     about = "the teacher's guidance scale (default: its folder's)"
@@ -219,8 +224,8 @@ def parser() -> Parser:
     add("--student_solver", **named(tuple(card.SOLVERS)), help=about)
     about = "what guidance moves away from (default: the pipeline's)"
     add("--negative_prompt", metavar="TEXT", help=about)
-    add("--height", type=int, metavar="N", help="pixels (default: the checkpoint's)")
-    add("--width", type=int, metavar="N", help="pixels (default: the checkpoint's)")
+    add("--height", type=int, metavar="N", help="pixels (default: the student's)")
+    add("--width", type=int, metavar="N", help="pixels (default: the student's)")
     about = "image i depends on seed, i and its prompt only"
     add("--seed", type=int, default=0, metavar="N", help=about)
     about = "images at once, per device in drawing"

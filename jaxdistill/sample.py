@@ -69,8 +69,8 @@ def parser() -> Parser:
     add = pipelines.add_argument
     about = "what guidance moves away from (default: the pipeline's)"
     add("--negative_prompt", metavar="TEXT", help=about)
-    add("--height", type=int, metavar="N", help="pixels (default: the checkpoint's)")
-    add("--width", type=int, metavar="N", help="pixels (default: the checkpoint's)")
+    add("--height", type=int, metavar="N", help="pixels (default: the model's)")
+    add("--width", type=int, metavar="N", help="pixels (default: the model's)")
     about = f"time grid: {', '.join(card.GRIDS)} (default: the folder's)"
     add("--grid", **named(tuple(card.GRIDS)), help=about)
     about = f"{', '.join(card.SOLVERS)} (default: the folder's scheduler)"
@@ -252,6 +252,10 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
         **options,
     )
     prompts = [args.prompt] * num
+    chosen = {"steps": pipe.steps if args.steps is None else args.steps, "guidance": args.guidance}
+    size = pipe.check(**chosen, height=args.height, width=args.width, batch_size=batch_size)
+    if unlike := pipeline.unlike(pipe.settings, **chosen, size=size):
+        print(f"warning: {args.model} was {unlike}", file=sys.stderr)
     images = pipe(
         prompts,
         negative_prompt=args.negative_prompt,

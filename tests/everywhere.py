@@ -147,7 +147,7 @@ def against_diffusers(workdir, served):
             found = ours(folders.PROMPTS, steps=n, latents=start)
             with pytest.MonkeyPatch.context() as patch:
                 folders.give_noise(patch, fresh_noises(ours, n, start))
-                theirs = folders.load_torch(path, trust_remote_code=True)
+                theirs = folders.load_torch(path)
                 expected = folders.torch_images(theirs, latents=start, steps=n, guidance=1.0)
             assert expected.std() > 0.02
             worst = max(worst, float(np.abs(found - expected).max()))

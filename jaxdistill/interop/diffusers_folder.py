@@ -816,7 +816,7 @@ def save_student(
     params: Any,
     *,
     scheduler: Mapping[str, Any],
-    scheduler_code: tuple[str, str] | None = None,
+    size: tuple[int, int] | None = None,
     dtype: Any = None,
     extra: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
@@ -829,8 +829,7 @@ def save_student(
       target: the folder to write.
       params: of the UNet.
       scheduler: its config.
-      scheduler_code: (module name, source) of a scheduler class that is not diffusers' own; loads
-        with trust_remote_code=True.
+      size: height and width in pixels that the student was made for; those of the source if None.
       dtype: of the UNet's weights; that of the parameters if None.
       extra: {file name: JSON object} to put beside model_index.json.
 
@@ -850,16 +849,44 @@ def save_student(
             source.unet.stem,
             torch_weights.torch_tensors(params, stacked=stacked, dtype=dtype),
         )
-        checkpoint.write_json(temporary / "unet" / "config.json", source.unet.config)
+        config = source.unet.config if size is None else sized_config(source, size)
+        checkpoint.write_json(temporary / "unet" / "config.json", config)
         (temporary / "scheduler").mkdir()
         checkpoint.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
-        if scheduler_code:
-            (temporary / "scheduler" / f"{scheduler_code[0]}.py").write_text(scheduler_code[1])
-        library = scheduler_code[0] if scheduler_code else "diffusers"
-        index = _index(source, temporary) | {"scheduler": [library, scheduler["_class_name"]]}
+        index = _index(source, temporary) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
         checkpoint.write_json(temporary / "model_index.json", index)
         for name, value in (extra or {}).items():
             checkpoint.write_json(temporary / name, value)
+
+
+def sized_config(folder: Folder, size: tuple[int, int]) -> dict[str, Any]:
+    """The UNet's config for a size (height, width in pixels) that diffusers then draws by default.
+
+    XL's pipeline reads squares alone: for other sizes its config stays.
+    """
+    config = dict(folder.unet.config)
+    if size == native_size(folder):
+        return config
+    height, width = (side // folder.vae.module.factor for side in size)
+    if not folder.xl:
+        # A list: of a number below 64 diffusers thinks that an old config is wrong.
+        return {**config, "sample_size": [height, width]}
+    return {**config, "sample_size": height} if height == width else config
+
+
+def native_size(folder: Folder) -> tuple[int, int]:
+    """Height and width in pixels that diffusers draws by default."""
+    native = folder.unet.config.get("sample_size") or 64
+    version = tuple(
+        int(n)
+        for n in re.findall(r"\d+", str(folder.unet.config.get("_diffusers_version", "")))[:3]
+    )
+    if not folder.xl and version and version < (0, 9, 0) and isinstance(native, int):
+        # As diffusers does: folders of that age give the training size of 1.x wrongly.
+        native = max(native, 64)
+    sides = native if isinstance(native, (list, tuple)) else (native, native)
+    height, width = (side * folder.vae.module.factor for side in sides)
+    return height, width
 
 
 def _index(source: Folder, written: Path) -> dict[str, Any]:

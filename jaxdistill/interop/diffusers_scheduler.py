@@ -1,5 +1,5 @@
-"""A scheduler_config.json as a schedule, a solver and the times of a run; and the config and code
-of a student's scheduler.
+"""A scheduler_config.json as a schedule, a solver and the times of a run; and the config of a
+student's scheduler.
 """
 
 import math
@@ -34,6 +34,7 @@ BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
     "squaredcos_cap_v2": lambda n, start, end: schedules.cosine_betas(n),
 }
 NOISE_CORRECTION = "NoiseCorrectionDDIMScheduler"
+"""A class of its own that students' folders once had: DDIM with noise correction."""
 DDIM, PNDM, EULER, ANCESTRAL = (
     "DDIMScheduler",
     "PNDMScheduler",
@@ -559,7 +560,7 @@ def read(
       grid: one of SPACINGS instead of the config's timestep_spacing, of its spacing by sigma/alpha
         and of LCM's own.
       solver: a key of SOLVERS instead of the config's class.
-      noise_correction: on or off; by default on for the class that this package writes.
+      noise_correction: on or off; by default on for the class `NOISE_CORRECTION`.
 
     Raises:
       FolderError: another process, a class or setting that is not supported, or eps prediction
@@ -674,17 +675,15 @@ def student_config(
     teacher: Mapping[str, Any],
     *,
     solver: str = "ddim",
-    noise_correction: bool,
     where: Path = Path("scheduler_config.json"),
 ) -> dict[str, Any]:
-    """The scheduler config of a student, with the teacher's betas and prediction.
+    """The scheduler config of a student, of a stock class, with the teacher's betas and prediction.
 
     Args:
       teacher: its scheduler_config.json.
       solver: "ddim": DDIM on trailing times to clean images. "consistency": LCM's scheduler, x_s =
         α_s f(x_t, t) + σ_s ε with ε fresh. "renoise": the same with x̂0 instead of f, by a
         timestep_scaling at which f = x̂0.
-      noise_correction: of "ddim", a class of its own. The others use no ε̂ that it could correct.
       where: the teacher's file, for messages.
 
     Raises:
@@ -704,7 +703,7 @@ def student_config(
         "timestep_spacing": "trailing",
     }
     if solver == "ddim":
-        return {"_class_name": NOISE_CORRECTION if noise_correction else DDIM, **common}
+        return {"_class_name": DDIM, **common}
     T = float(teacher["num_train_timesteps"])
     return {
         "_class_name": LCM,
@@ -722,39 +721,3 @@ def check_solver(solver: str) -> None:
             f"a student's solver = {solver!r} is not known; choose one of"
             f" {', '.join(STUDENT_SOLVERS)}"
         )
-
-
-NOISE_CORRECTION_MODULE = "scheduling_noise_correction"
-NOISE_CORRECTION_CODE = '''"""DDIM from the noise that was drawn (Imagine Flash, section 3.3)."""
-
-from diffusers import DDIMScheduler
-from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
-
-
-class NoiseCorrectionDDIMScheduler(DDIMScheduler):
-    """At the first timestep the sample is the noise itself: x_s = alpha_s x0 + sigma_s x_T.
-
-    Everywhere else DDIM with eta = 0.
-    """
-
-    def step(self, model_output, timestep, sample, eta=0.0, return_dict=True, **unused):
-        if int(timestep) != int(self.timesteps[0]):
-            return super().step(model_output, timestep, sample, eta=0.0, return_dict=return_dict)
-        previous = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
-        alpha_bar = self.alphas_cumprod[int(timestep)]
-        alpha_bar_next = (
-            self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod
-        )
-        alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-        if self.config.prediction_type == "epsilon":
-            x0 = (sample - sigma * model_output) / alpha
-        elif self.config.prediction_type == "v_prediction":
-            x0 = alpha * sample - sigma * model_output
-        else:
-            x0 = model_output
-        following = alpha_bar_next**0.5 * x0 + (1 - alpha_bar_next) ** 0.5 * sample
-        if not return_dict:
-            return (following,)
-        return DDIMSchedulerOutput(prev_sample=following, pred_original_sample=x0)
-'''
-"""Written into a student's folder: diffusers loads it with `trust_remote_code=True`."""

@@ -88,7 +88,8 @@ def direct(
 @dataclass(frozen=True)
 class Settings:
     """pairs_share: of a budget in network calls, which makes the pairs; pairs: their number where
-    the budget is in iterations (0: the adversary's pool).
+    the budget is in iterations (0: the adversary's pool); noise_correction: in training and
+    sampling.
     """
 
     learning_rate: float = 1e-3
@@ -96,6 +97,7 @@ class Settings:
     pairs: int = 0
     pairs_solver: str = "ddim"
     pairs_steps: int = 50
+    noise_correction: bool = True
 
 
 def recipe(kit: Kit, settings: Settings) -> Recipe:
@@ -107,8 +109,14 @@ def recipe(kit: Kit, settings: Settings) -> Recipe:
             "pairs must be at least 0 and pairs_steps at least 1, got"
             f" {settings.pairs} and {settings.pairs_steps}"
         )
-    sampler = kit.trajectory(noise_correction=True)
-    loss = direct(kit.network, grids=kit.grids(sampler), constrain=kit.constrain, unroll=kit.unroll)
+    sampler = kit.trajectory(noise_correction=settings.noise_correction)
+    loss = direct(
+        kit.network,
+        grids=kit.grids(sampler),
+        correct_noise=settings.noise_correction,
+        constrain=kit.constrain,
+        unroll=kit.unroll,
+    )
     stage = Stage("", loss, kit.optimizers(settings.learning_rate), serves=kit.steps, data="pairs")
     pairs = Pairs(settings.pairs_share, settings.pairs, settings.pairs_solver, settings.pairs_steps)
     return Recipe([stage], sampler, pairs)

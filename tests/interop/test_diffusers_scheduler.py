@@ -196,21 +196,16 @@ def test_grid_and_solver_may_be_chosen():
     )
 
 
-def test_noise_correction_is_the_class_that_travels_with_a_student(tmp_path, monkeypatch):
-    (tmp_path / f"{diffusers_scheduler.NOISE_CORRECTION_MODULE}.py").write_text(
-        diffusers_scheduler.NOISE_CORRECTION_CODE
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    module = __import__(diffusers_scheduler.NOISE_CORRECTION_MODULE)
+def test_folders_of_the_class_that_once_travelled_are_drawn_with_noise_correction():
     for predicts in ("epsilon", "v_prediction", "sample"):
-        config = diffusers_scheduler.student_config(
-            {**LEADING, "prediction_type": predicts}, noise_correction=True
-        )
-        scheduler = getattr(module, diffusers_scheduler.NOISE_CORRECTION).from_config(config)
-        plain = ours(config, 3, noise_correction=False)
+        config = diffusers_scheduler.student_config({**LEADING, "prediction_type": predicts})
+        assert config["_class_name"] == DDIM
+        old = {**config, "_class_name": diffusers_scheduler.NOISE_CORRECTION}
         for steps in (1, 2, 3):
-            np.testing.assert_allclose(ours(config, steps), theirs(scheduler, steps), atol=3e-5)
-        assert np.abs(ours(config, 3) - plain).max() > 1e-3
+            expected = ours(config, steps, noise_correction=True)
+            np.testing.assert_array_equal(ours(old, steps), expected)
+        np.testing.assert_array_equal(ours(old, 3, noise_correction=False), ours(config, 3))
+        assert np.abs(ours(old, 3) - ours(config, 3)).max() > 1e-3
 
 
 # --------------------------------------------------------------------------------------- students
@@ -227,7 +222,7 @@ def stock(config):
 @pytest.mark.parametrize("solver", STUDENTS)
 def test_a_students_times_are_those_that_stock_diffusers_takes(solver, T):
     config = diffusers_scheduler.student_config(
-        {**LEADING, "num_train_timesteps": T}, solver=solver, noise_correction=False
+        {**LEADING, "num_train_timesteps": T}, solver=solver
     )
     scheduler = stock(config)
     for steps in range(1, 9):
@@ -242,7 +237,7 @@ def test_a_students_times_are_those_that_stock_diffusers_takes(solver, T):
 
 @pytest.mark.parametrize("solver", STUDENTS)
 def test_a_student_ends_at_clean_images(solver):
-    config = diffusers_scheduler.student_config(LEADING, solver=solver, noise_correction=False)
+    config = diffusers_scheduler.student_config(LEADING, solver=solver)
     run = diffusers_scheduler.read(config, WHERE).run
     # Diffusers' DDIM steps 1000 // N: of 6 and 7 steps the last ends at its timestep 0.
     clean = [steps for steps in range(1, 9) if run(steps).next_times[-1] == 0]
@@ -252,9 +247,7 @@ def test_a_student_ends_at_clean_images(solver):
 @pytest.mark.parametrize("more", [{}, V, V_ZERO], ids=["eps", "v", "zero_snr"])
 @pytest.mark.parametrize("solver", STUDENTS)
 def test_a_student_is_sampled_by_stock_diffusers(solver, more, same_noise):
-    config = diffusers_scheduler.student_config(
-        {**LEADING, **more}, solver=solver, noise_correction=False
-    )
+    config = diffusers_scheduler.student_config({**LEADING, **more}, solver=solver)
     scheduler = stock(config)
     for steps in (1, 2, 3, 4):
         same_noise(config, steps)
@@ -264,7 +257,7 @@ def test_a_student_is_sampled_by_stock_diffusers(solver, more, same_noise):
 
 def student_denoiser(solver):
     """A student's transform of a denoiser without meaning, at 8 times; (x̂0 before, x, times)."""
-    config = diffusers_scheduler.student_config(LEADING, solver=solver, noise_correction=False)
+    config = diffusers_scheduler.student_config(LEADING, solver=solver)
     found = diffusers_scheduler.read(config, WHERE)
     x0 = jnp.asarray(np.random.default_rng(1).standard_normal((8, 4, 4, 4), np.float32))
     x, times = jnp.flip(x0), jnp.asarray(diffusers_scheduler.student_grid(solver, 8, 1000.0))
@@ -275,9 +268,7 @@ def test_renoise_takes_the_networks_own_x0():
     found, x0, _, _ = student_denoiser("renoise")
     np.testing.assert_allclose(found, x0, rtol=3e-7)
     # To the last bit in diffusers' own arithmetic.
-    scheduler = stock(
-        diffusers_scheduler.student_config(LEADING, solver="renoise", noise_correction=False)
-    )
+    scheduler = stock(diffusers_scheduler.student_config(LEADING, solver="renoise"))
     for t in torch.arange(1, 1000):
         skip, out = scheduler.get_scalings_for_boundary_condition_discrete(t)
         assert out == 1.0 and skip < 1e-12
@@ -287,7 +278,7 @@ def test_renoise_takes_the_networks_own_x0():
 def test_consistency_is_the_function_that_was_trained(T):
     """`lcm.consistency_function`, whose time is a fraction of T."""
     config = diffusers_scheduler.student_config(
-        {**LEADING, "num_train_timesteps": T}, solver="consistency", noise_correction=False
+        {**LEADING, "num_train_timesteps": T}, solver="consistency"
     )
     assert config["timestep_scaling"] == 10.0 * 1000 / T
     x, x0 = NOISE[:1], NOISE[1:]
@@ -305,9 +296,7 @@ def test_consistency_is_the_function_that_was_trained(T):
 @pytest.mark.parametrize("solver", STUDENTS)
 @pytest.mark.parametrize("name", [DDIM, LCM])
 def test_a_student_has_the_betas_that_its_teachers_class_has_by_default(name, solver):
-    config = diffusers_scheduler.student_config(
-        {"_class_name": name}, solver=solver, noise_correction=False
-    )
+    config = diffusers_scheduler.student_config({"_class_name": name}, solver=solver)
     teacher = getattr(folders.diffusers, name)()
     np.testing.assert_array_equal(stock(config).betas, teacher.betas)
     np.testing.assert_allclose(
@@ -317,7 +306,7 @@ def test_a_student_has_the_betas_that_its_teachers_class_has_by_default(name, so
 
 def test_what_a_student_cannot_have_is_refused():
     for call in (
-        lambda: diffusers_scheduler.student_config(LEADING, solver="euler", noise_correction=False),
+        lambda: diffusers_scheduler.student_config(LEADING, solver="euler"),
         lambda: diffusers_scheduler.student_grid("euler", 1, 1000.0),
     ):
         with pytest.raises(ValueError, match="choose one of ddim, renoise, consistency"):
@@ -325,7 +314,7 @@ def test_what_a_student_cannot_have_is_refused():
     for steps in (0, 51):
         with pytest.raises(ValueError, match=r"must be in 1\.\.50"):
             diffusers_scheduler.student_grid("renoise", steps, 1000.0)
-    config = diffusers_scheduler.student_config(LEADING, solver="renoise", noise_correction=False)
+    config = diffusers_scheduler.student_config(LEADING, solver="renoise")
     with pytest.raises(ValueError, match=r"steps must be in 1\.\.50"):
         diffusers_scheduler.student_timesteps(config, 51)
     # A grid that is chosen instead has as many times as the training.
@@ -431,7 +420,7 @@ def test_a_network_of_another_process_is_refused_whatever_the_solver(name, solve
         diffusers_scheduler.read(config, WHERE, solver=solver)
     assert name in str(failure.value) and "--solver" not in str(failure.value)
     with pytest.raises(FolderError, match="whatever the solver"):
-        diffusers_scheduler.student_config(config, noise_correction=False)
+        diffusers_scheduler.student_config(config)
 
 
 def test_a_hint_to_another_solver_is_given_only_where_that_draws():

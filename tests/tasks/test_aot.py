@@ -78,11 +78,12 @@ def test_the_planned_sampler_draws_the_pipelines_images():
             "compute.dtype": "float32",
             "data.height": 64,
             "data.width": 64,
+            "methods.imagine_flash.noise_correction": True,
         }
     )
     setup = TextSetup(config, open_teacher(config))
     start = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
-    plain = diffusers_scheduler.student_config(pipe.folder.scheduler, noise_correction=False)
+    plain = diffusers_scheduler.student_config(pipe.folder.scheduler)
     pipe.scheduler = diffusers_scheduler.of_folder(
         pipe.folder._replace(scheduler=plain), noise_correction=True
     )

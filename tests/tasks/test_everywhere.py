@@ -14,10 +14,6 @@ CASES = [("sd", method, 2 * (i % 2)) for i, method in enumerate(METHODS)]
 assert QUICK in CASES
 
 SCHEDULERS = {
-    "imagine_flash": "NoiseCorrectionDDIMScheduler",
-    "matched": "NoiseCorrectionDDIMScheduler",
-    "endpoint": "NoiseCorrectionDDIMScheduler",
-    "direct": "NoiseCorrectionDDIMScheduler",
     "lcm": "LCMScheduler",
     "add": "LCMScheduler",
     "dmd2": "LCMScheduler",

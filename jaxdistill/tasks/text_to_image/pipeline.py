@@ -1,6 +1,5 @@
 """Text to image from a pipeline folder or a student's export: prompts in, images out."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,8 +27,12 @@ from jaxdistill.interop.known_students import Known
 from jaxdistill.run import checkpoint
 
 SETTINGS = "jaxdistill.json"
-"""What a student's folder says beyond diffusers' own files: {"steps", "guidance",
-"noise_correction"}.
+"""What a student's folder says beyond diffusers' own files: {"steps", "guidance", "height",
+"width", "clip_skip", "noise_correction", "timesteps" of each number of steps}.
+"""
+KEY = "_jaxdistill"
+"""Of a student's scheduler_config.json: the first five of these, as diffusers' `save_pretrained`
+keeps such a key and drops SETTINGS.
 """
 
 DEFAULT_STEPS = 50
@@ -232,20 +235,11 @@ def image_size(folder: Folder, height: int | None, width: int | None) -> tuple[i
 
     Raises ValueError where a side is no multiple of 8 or does not divide into latents.
     """
-    native = folder.unet.config.get("sample_size") or 64
-    version = tuple(
-        int(n)
-        for n in re.findall(r"\d+", str(folder.unet.config.get("_diffusers_version", "")))[:3]
-    )
-    if not folder.xl and version and version < (0, 9, 0) and isinstance(native, int):
-        native = max(
-            native, 64
-        )  # as diffusers does: folders of that age give the training size of 1.x wrongly
-    sides = native if isinstance(native, (list, tuple)) else (native, native)
     factor = folder.vae.module.factor
+    native = diffusers_folder.native_size(folder)
     found = [
-        given if given is not None else side * factor
-        for given, side in zip((height, width), sides, strict=True)
+        side if given is None else given
+        for given, side in zip((height, width), native, strict=True)
     ]
     for name, side in zip(("height", "width"), found, strict=True):
         multiple = max(8, factor)
@@ -376,6 +370,8 @@ class TextToImage:
         card.check_guidance(guidance)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        made = self.settings.get("height"), self.settings.get("width")
+        height, width = (m if g is None else g for g, m in zip((height, width), made, strict=True))
         return image_size(self.folder, height, width)
 
     def guides(self, scale: float) -> bool:
@@ -464,7 +460,7 @@ class TextToImage:
           negative_prompt: what guidance leads away from; None is the pipeline's own.
           steps: of the sampler; None is the folder's.
           guidance: scale of classifier-free guidance; 1 or less is none (`guides`).
-          height: pixels; None is the checkpoint's own.
+          height: pixels; None is the student's or the checkpoint's own.
           width: likewise.
           seed: image i is a function of (seed, start + i) and its prompt.
           start: number of the first image.
@@ -536,6 +532,65 @@ def every_device() -> partition.Layout | None:
     return partition.layout() if jax.device_count() > 1 else None
 
 
+def listed(counts: Sequence[int]) -> str:
+    """Such as "1, 2 or 3"."""
+    *most, last = map(str, counts)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def served(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The step counts of a student's settings."""
+    return tuple(sorted(int(n) for n in settings.get("timesteps", {})))
+
+
+def unlike(
+    settings: Mapping[str, Any], *, steps: int, guidance: float | None, size: tuple[int, int]
+) -> str:
+    """What of a call a student of these settings was not made for, in words, or "".
+
+    guidance: None is the student's own.
+    """
+    counts, found = served(settings), []
+    if not counts:
+        return ""
+    if steps not in counts:
+        found.append(f"{listed(counts)} steps, not {steps}")
+    if guidance is not None and guides(guidance):
+        found.append(f"guidance 1, not {guidance:g} (it is distilled in)")
+    made = (settings.get("height", size[0]), settings.get("width", size[1]))
+    if size != made:
+        found.append(f"{made[0]}x{made[1]} pixels (height, width), not {size[0]}x{size[1]}")
+    return f"made for {'; '.join(found)}" if found else ""
+
+
+def components_of(root: Path, exported: Mapping[str, Any]) -> Path:
+    """The pipeline folder that an export's card names. Raises FolderError where it is not there."""
+    found = (root / exported["components"]).resolve()
+    if not found.is_dir():
+        raise FolderError(
+            f"{root} holds a student's network alone, and its other components are not at {found};"
+            " copy that folder beside it, or give it instead"
+        )
+    return found
+
+
+def made_for(path: str | Path) -> dict[str, Any]:
+    """What a student's folder or export says that it was made for, as of SETTINGS; {} of other
+    folders and of files.
+
+    Raises FolderError.
+    """
+    root, found = Path(path), {}
+    if (root / "card.json").is_file():
+        exported = diffusers_folder.read_json(root / "card.json")
+        if "components" in exported:
+            found, root = exported["sampler"], components_of(root, exported)
+    scheduler = root / "scheduler" / "scheduler_config.json"
+    kept = diffusers_folder.read_json(scheduler).get(KEY, {}) if scheduler.is_file() else {}
+    own = diffusers_folder.read_json(root / SETTINGS) if (root / SETTINGS).is_file() else {}
+    return {**kept, **own, **found}
+
+
 def load(
     path: str | Path,
     *,
@@ -571,7 +626,7 @@ def load(
     Raises:
       FolderError, WeightsError, CheckpointError: what cannot be read, in one line.
     """
-    root, params, settings = Path(path), None, {}
+    root, params, settings = Path(path), None, made_for(path)
     if (root / "card.json").is_file():
         params, exported = checkpoint.load_export(root)
         if "components" not in exported:
@@ -580,13 +635,13 @@ def load(
                 f"{root} holds a {role} that reads no text; give a pipeline folder or a"
                 " text-to-image student"
             )
-        settings, scan = exported["sampler"], bool(exported.get("stacked"))
-        root = (root / exported["components"]).resolve()
+        scan, root = bool(exported.get("stacked")), components_of(root, exported)
     folder = single_file.open_checkpoint(root, beside, attention=attention, dtype=dtype, scan=scan)
     if known is not None:
-        settings = known.settings(folder)
-    elif (root / SETTINGS).is_file():
-        settings = {**diffusers_folder.read_json(root / SETTINGS), **settings}
+        kept = ("height", "width", "clip_skip")
+        settings = {k: v for k, v in settings.items() if k in kept} | known.settings(folder)
+    if not folder.clip_skip:
+        folder = folder._replace(clip_skip=int(settings.get("clip_skip", 0)))
     if noise_correction is None:
         noise_correction = settings.get("noise_correction")
     # Read first: a scheduler that is not supported should not cost the reading of the weights.

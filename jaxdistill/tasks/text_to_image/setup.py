@@ -66,16 +66,18 @@ def open_teacher(config: ConfigDict) -> Folder:
     }
     if config.teacher.folder:
         beside = Beside(**{name: config.teacher[name] for name in FLAGS})
-        found = single_file.open_checkpoint(config.teacher.folder, beside, **options)
-        return check_guided(found)
+        folder = single_file.open_checkpoint(config.teacher.folder, beside, **options)
+        check_guided(folder)
+        made_for = pipeline.made_for(config.teacher.folder)
+        return folder._replace(clip_skip=folder.clip_skip or made_for.get("clip_skip", 0))
     name = config.teacher.architecture
     published = choose(architectures.PIPELINES, name, "config.teacher.architecture")
     return architectures.folder(published, **options)
 
 
-def check_guided(folder: Folder) -> Folder:
-    """The folder. Raises UserError for a network to which the guidance scale is an input (LCM's):
-    methods guide their teacher by two calls, and their students have no such input.
+def check_guided(folder: Folder) -> None:
+    """Raise UserError for a network to which the guidance scale is an input (LCM's): methods guide
+    their teacher by two calls, and their students have no such input.
     """
     if width := folder.unet.module.guidance_width:
         raise UserError(
@@ -83,7 +85,6 @@ def check_guided(folder: Folder) -> Folder:
             f" an input of its UNet (time_cond_proj_dim = {width}), and none to learn from; give"
             " the checkpoint that it was made from"
         )
-    return folder
 
 
 class TextSetup:
@@ -102,9 +103,11 @@ class TextSetup:
         choose(DTYPES, config.export.dtype, "config.export.dtype")
         self.stacked = STACK if config.compute.scan else ""
         self.unet = folder.unet.module
-        plain = self._scheduler(SamplerSpec())
+        plain = self._scheduler(SamplerSpec(), correct=False)
         self.schedule, self.parameterization = plain.schedule, plain.parameterization
-        height, width = config.data.height or None, config.data.width or None
+        made_for = pipeline.made_for(config.teacher.folder) if config.teacher.folder else {}
+        height = config.data.height or made_for.get("height")
+        width = config.data.width or made_for.get("width")
         self.size = pipeline.image_size(folder, height, width)
         factor = folder.vae.module.factor
         self.tokens = TOKENS
@@ -134,7 +137,7 @@ class TextSetup:
         exact = self.parameterization is v_prediction and ends
         spec = self.recipe.sampler
         self.correct_noise = spec.noise_correction and spec.solver == "ddim" and not exact
-        self.scheduler = self._scheduler(spec)
+        self.scheduler = self._scheduler(spec, correct=self.correct_noise)
         self.grids: dict[int, TimeGrid] = {n: self.grid(spec, n) for n in self.kit({}).steps}
         if self.recipe.learns_from:
             self.check_student(config.teacher.folder)
@@ -216,32 +219,40 @@ class TextSetup:
 
     # -- the student's sampler
 
-    def _scheduler(self, spec: SamplerSpec) -> Scheduler:
-        config = self.scheduler_config(spec)
-        return diffusers_scheduler.of_folder(self.folder._replace(scheduler=config))
+    def _scheduler(self, spec: SamplerSpec, *, correct: bool) -> Scheduler:
+        folder = self.folder._replace(scheduler=self.scheduler_config(spec))
+        return diffusers_scheduler.of_folder(folder, noise_correction=correct)
 
     def scheduler_config(self, spec: SamplerSpec) -> dict[str, Any]:
         """The student's scheduler_config.json."""
-        correct = getattr(self, "correct_noise", False)
+        where = diffusers_scheduler.config_path(self.folder)
         return diffusers_scheduler.student_config(
-            self.folder.scheduler,
-            solver=spec.solver,
-            noise_correction=correct,
-            where=diffusers_scheduler.config_path(self.folder),
+            self.folder.scheduler, solver=spec.solver, where=where
         )
 
     def check_student(self, path: str) -> None:
         """Raise ValueError where the folder is not drawn from as a student is; a published
         architecture stands for one that is.
         """
-        found = self.folder.scheduler
-        for key, value in self.scheduler_config(self.recipe.sampler).items():
-            if path and found.get(key) != value:
-                raise ValueError(
-                    f"config.teacher.folder = {path} is not a student with noise_correction ="
-                    f" {self.correct_noise}: its scheduler's {key} is {found.get(key)!r}, not"
-                    f" {value!r}; give the diffusers/ folder of a finished run"
-                )
+        if not path:
+            return
+        found, wanted = self.folder.scheduler, self.scheduler_config(self.recipe.sampler)
+        different = [key for key, value in wanted.items() if found.get(key) != value]
+        own = bool(pipeline.made_for(path).get("noise_correction", False))
+        if found.get("_class_name") == diffusers_scheduler.NOISE_CORRECTION:
+            different, own = [key for key in different if key != "_class_name"], True
+        for key in different:
+            raise ValueError(
+                f"config.teacher.folder = {path} is not a student: its scheduler's {key} is"
+                f" {found.get(key)!r}, not {wanted[key]!r}; give the diffusers/ folder of a"
+                " finished run"
+            )
+        if own != self.correct_noise:
+            raise ValueError(
+                f"config.teacher.folder = {path} is a student with noise_correction = {own}, but"
+                f" the config says {self.correct_noise}; set"
+                f" config.methods.{self.config.method.name}.noise_correction={own}"
+            )
 
     def sample(self, unet: Any, vae: Any, noise: jax.Array, cond: Any, *, steps: int) -> jax.Array:
         """Images [b, h, w, 3] from standard normal latents in `steps` calls without guidance: what

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from jaxdistill import partition
 from jaxdistill.costs import chips
 from jaxdistill.errors import NotFinite, UserError
-from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler, lora
+from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler, how_to_sample, lora
 from jaxdistill.methods.recipe import Stage
 from jaxdistill.run import checkpoint, distributed, report
 from jaxdistill.run.distillation import Student
@@ -338,29 +338,31 @@ class TextToImageTask(TextSetup):
         end = "" if student is first else f"_{report.slug(max(steps))}"
         scheduler = self.scheduler_config(self.recipe.sampler)
         timesteps = {n: diffusers_scheduler.student_timesteps(scheduler, n) for n in steps}
-        settings = {
-            "steps": max(steps),
-            "guidance": 1.0,
-            "noise_correction": self.correct_noise,
-            "timesteps": timesteps,
-        }
+        (height, width), skip = self.size, self.folder.clip_skip
+        made_for = {"steps": max(steps), "guidance": 1.0, "height": height, "width": width}
+        made_for["clip_skip"] = skip
+        rest = {"noise_correction": self.correct_noise, "timesteps": timesteps}
+        settings: dict[str, Any] = {**made_for, **rest}
+        how = how_to_sample.how_to_sample(self.told(scheduler, steps))
         params = student.trained
         if self.config.student.lora_rank:
             lora.save(workdir / f"lora{end}", params, stacked=self.stacked)
+            files = how_to_sample.files(how, checkpoint=self.folder.name, lora=lora.FILE)
+            for name, value in files.items():
+                checkpoint.write_json(workdir / f"lora{end}" / name, value)
             base = self.load("float32", on_mesh=jax.process_count() == 1)
             params = self.weights.merged(params, base)
-        code = None
-        if self.correct_noise:
-            module = diffusers_scheduler.NOISE_CORRECTION_MODULE
-            code = (module, diffusers_scheduler.NOISE_CORRECTION_CODE)
         diffusers_folder.save_student(
             self.folder,
             workdir / f"diffusers{end}",
             params,
-            scheduler=scheduler,
-            scheduler_code=code,
+            scheduler={**scheduler, pipeline.KEY: made_for},
+            size=self.size,
             dtype=DTYPES[self.config.export.dtype],
-            extra={pipeline.SETTINGS: settings},
+            extra={
+                pipeline.SETTINGS: settings,
+                **how_to_sample.files(how, checkpoint=f"student{end}"),
+            },
         )
         about = {
             "format": card.FORMAT,
@@ -373,6 +375,15 @@ class TextToImageTask(TextSetup):
             "sampler": settings,
         }
         checkpoint.export(workdir / f"student{end}", params, about)
+
+    def told(self, scheduler: Mapping[str, Any], steps: Sequence[int]) -> how_to_sample.Student:
+        """What other programs are told of a student."""
+        folder = self.folder
+        # A folder of 2.x holds 23 of OpenCLIP's 24 layers, and XL takes the last but one.
+        out = folder.xl or folder.text_encoders[0].module.layers == 23
+        return how_to_sample.Student(
+            scheduler, steps, self.size, self.correct_noise, folder.clip_skip, int(out)
+        )
 
     def results(self, run: Run, students: Sequence[Student]) -> dict[str, Any]:
         """The table of the health numbers of the averages that were exported."""
