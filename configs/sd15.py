@@ -41,6 +41,7 @@ def whole() -> ConfigDict:
             "folder": "",  # the pipeline, or a single .safetensors file
             "like": "",  # of a file: a pipeline folder of its kind, for configs and tokenizers
             "clip_skip": 0,  # text layers left out, as in diffusers; 1 is A1111's clip skip 2
+            "loras": (),  # added to it before anything: "style.safetensors:0.8", ...
             "architecture": "",  # instead, to plan a run (jaxdistill.aot): sd15 | sd21 | sdxl
             "solver": "",  # ddim | dpm_solver_pp_2m: of its images, instead of its scheduler
             "steps": 50,  # of its images: in the health lines, and for the discriminator

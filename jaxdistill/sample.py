@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import add_flags, beside, card, explain_path, is_file
+from jaxdistill.interop import add_flags, beside, card, check_unused, explain_path, is_file
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.run import checkpoint, compilation, report
 from jaxdistill.run.help import Parser, named, note
@@ -281,6 +281,8 @@ def main(argv: list[str] | None = None) -> None:
         if not out.parent.is_dir():
             raise ValueError(f"--out={out}: the folder {out.parent} does not exist")
         draws_from = kind(Path(args.model))
+        if draws_from != "pipeline":
+            check_unused(beside(args), args.model)
         if draws_from != "label":
             images, prompts = (
                 text_images(args) if draws_from == "pipeline" else caption_images(args)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jaxdistill.errors import missing_extra
-from jaxdistill.interop import NOTHING, Beside, add_flags, beside, explain_path
+from jaxdistill.interop import NOTHING, Beside, add_flags, beside, check_unused, explain_path
 from jaxdistill.run import compilation
 from jaxdistill.run.help import Parser
 from jaxdistill.sample import kind
@@ -55,6 +55,7 @@ def open_painter(
     print(f"{folder}: loading, and compiling for each batch size", flush=True)
     if found == "pipeline":
         return PipelinePainter(pipeline.load(folder, beside=files, known=known), sizes)
+    check_unused(files, folder)
     return ExportPainter(TextExport(folder, encoder=encoder), sizes)
 
 

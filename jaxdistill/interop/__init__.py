@@ -21,10 +21,12 @@ class Beside:
     Attributes:
       like: of a single file, a pipeline folder of its kind: configs, tokenizers, scheduler.
       clip_skip: layers at the end of the text encoders that are left out, as in diffusers.
+      loras: files of LoRAs that are added to the weights, FILE or FILE:WEIGHT.
     """
 
     like: str | Path = ""
     clip_skip: int = 0
+    loras: tuple[str, ...] = ()
 
 
 NOTHING = Beside()
@@ -36,8 +38,15 @@ FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "text layers left out, as in diffusers; 1 is A1111's clip skip 2",
     },
+    "loras": {
+        "flag": "--lora",
+        "type": lambda text: tuple(text.split(",")),
+        "action": "extend",
+        "metavar": "FILE:WEIGHT,FILE",
+        "help": "LoRAs to add, with their weights (1 where left out)",
+    },
 }
-"""The flags of `Beside`'s fields."""
+"""The flags of `Beside`'s fields; `flag` is a name that is not the field's."""
 
 AS = {
     "metavar": "NAME",
@@ -48,7 +57,11 @@ AS = {
 
 def add_flags(parser: Parser, group: Any) -> None:
     """The flags of `Beside`, and --as; `group` has their line in --help."""
-    flags = {f"--{k}": {"default": getattr(NOTHING, k), **about} for k, about in FLAGS.items()}
+    flags = {}
+    for name, about in FLAGS.items():
+        default = getattr(NOTHING, name)
+        options = {"dest": name, "default": [] if default == () else default, **about}
+        flags[options.pop("flag", f"--{name}")] = options
     flags["--as"] = AS
     parser.add_more("--help_files", "checkpoints and LoRAs in files", flags, group=group)
 
@@ -57,7 +70,16 @@ def beside(args: Namespace, *paths: str | None) -> Beside:
     """Those flags, for checkpoints at `paths`. Raises UserError for one that has no use."""
     if args.like and not any(path and is_file(path) for path in paths):
         raise UserError("--like goes with a .safetensors checkpoint; leave it out for folders")
-    return Beside(**{name: getattr(args, name) for name in FLAGS})
+    given: dict[str, Any] = {name: getattr(args, name) for name in FLAGS}
+    return Beside(**given | {"loras": tuple(args.loras)})
+
+
+def check_unused(files: Beside, path: str | Path) -> None:
+    """Raise UserError where something is named beside what is no pipeline folder or single file."""
+    for name, about in FLAGS.items():
+        if getattr(files, name) != getattr(NOTHING, name):
+            flag = about.get("flag", f"--{name}")
+            raise UserError(f"{flag} goes with a pipeline folder or a single file, not with {path}")
 
 
 def is_file(path: str | Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from jaxdistill.interop import NOTHING, PICKLES, Beside, diffusers_folder, is_file
+from jaxdistill.interop import NOTHING, PICKLES, Beside, diffusers_folder, is_file, lora_files
 from jaxdistill.interop.diffusers_folder import Folder, FolderError, Part
 from jaxdistill.interop.original_layout import (
     OPEN_TEXT,
@@ -51,13 +51,15 @@ PREDICTIONS = {
 
 
 def open_checkpoint(path: str | Path, beside: Beside = NOTHING, **options: Any) -> Folder:
-    """A pipeline folder or a single file, with what is named beside it. Raises FolderError."""
-    found = (
-        open_file(path, beside, **options)
-        if is_file(path)
-        else diffusers_folder.open_folder(path, **options)
-    )
-    return found._replace(clip_skip=beside.clip_skip)
+    """A pipeline folder or a single file, with what is named beside it. Raises FolderError,
+    LoraError.
+    """
+    if is_file(path):
+        found = open_file(path, beside, **options)
+    else:
+        found = diffusers_folder.open_folder(path, **options)
+    found = found._replace(clip_skip=beside.clip_skip)
+    return lora_files.styled(found, beside.loras)
 
 
 def open_file(path: str | Path, beside: Beside, *, ema: bool = True, **options: Any) -> Folder:

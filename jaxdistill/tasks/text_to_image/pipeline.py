@@ -26,7 +26,7 @@ from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
 from jaxdistill.interop.known_students import Known
 from jaxdistill.run import checkpoint
 
-SETTINGS = "jaxdistill.json"
+SETTINGS = diffusers_folder.SETTINGS
 """What a student's folder says beyond diffusers' own files: {"steps", "guidance", "height",
 "width", "clip_skip", "noise_correction", "timesteps" of each number of steps}.
 """
@@ -637,6 +637,8 @@ def load(
             )
         scan, root = bool(exported.get("stacked")), components_of(root, exported)
     folder = single_file.open_checkpoint(root, beside, attention=attention, dtype=dtype, scan=scan)
+    if params is not None and folder.unet.updates:
+        raise FolderError(f"{path} is an export, to which no LoRA is added; give {root}")
     if known is not None:
         kept = ("height", "width", "clip_skip")
         settings = {k: v for k, v in settings.items() if k in kept} | known.settings(folder)

@@ -13,7 +13,14 @@ from ml_collections import ConfigDict
 from jaxdistill import partition
 from jaxdistill.costs import chips
 from jaxdistill.errors import NotFinite, UserError
-from jaxdistill.interop import card, diffusers_folder, diffusers_scheduler, how_to_sample, lora
+from jaxdistill.interop import (
+    card,
+    diffusers_folder,
+    diffusers_scheduler,
+    how_to_sample,
+    lora,
+    lora_files,
+)
 from jaxdistill.methods.recipe import Stage
 from jaxdistill.run import checkpoint, distributed, report
 from jaxdistill.run.distillation import Student
@@ -57,7 +64,7 @@ class TextToImageTask(TextSetup):
                 "config.adversarial.reals = 'data' needs config.data.images; set it, or let the"
                 " teacher draw them: config.adversarial.reals=teacher"
             )
-        self._hashes: dict[Path, str] = {}
+        self._hashes: dict[tuple[Path, ...], str] = {}
         self._caches: dict[str, Cache] = {}
 
     @property
@@ -68,11 +75,15 @@ class TextToImageTask(TextSetup):
     # -- weights
 
     def hash_of(self, part: diffusers_folder.Part) -> str:
-        """Of a component's weights; each file is read once a run."""
-        where = part.file or part.folder
-        if where not in self._hashes:
-            self._hashes[where] = checkpoint.hash_files(part.files())
-        return self._hashes[where]
+        """Of a component's weights, with what is added to them; each file is read once a run."""
+        added = [[self._hash(update.files), update.weight] for update in part.updates]
+        base = self._hash(part.files())
+        return key_of(base, added) if added else base
+
+    def _hash(self, files: Sequence[Path]) -> str:
+        if (name := tuple(files)) not in self._hashes:
+            self._hashes[name] = checkpoint.hash_files(files)
+        return self._hashes[name]
 
     def agree(self) -> None:
         """Raise DistributedError where the processes were given different prompts, images or
@@ -343,6 +354,8 @@ class TextToImageTask(TextSetup):
         made_for["clip_skip"] = skip
         rest = {"noise_correction": self.correct_noise, "timesteps": timesteps}
         settings: dict[str, Any] = {**made_for, **rest}
+        if held := lora_files.record(self.folder):
+            settings["loras"] = held
         how = how_to_sample.how_to_sample(self.told(scheduler, steps))
         params = student.trained
         if self.config.student.lora_rank:
