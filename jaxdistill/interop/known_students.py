@@ -7,9 +7,11 @@ SDXL-Turbo), Lin et al. 2024 (SDXL-Lightning), Ren et al. 2024 (Hyper-SD), Yin e
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from jaxdistill.interop.diffusers_folder import Folder, FolderError
+from jaxdistill.interop import how_to_sample
+from jaxdistill.interop.diffusers_folder import Folder, FolderError, read_json
 from jaxdistill.interop.diffusers_scheduler import (
     ANCESTRAL,
     DDIM,
@@ -116,6 +118,63 @@ class Known:
         found = of_folder(folder._replace(scheduler=config), **options)
         own = {} if options.get("grid") else self.kind.timesteps
         return found._replace(run=replace(found.run, counts=self.counts, listed=own))
+
+
+@dataclass(frozen=True)
+class Described:
+    """A student of this package whose file says nothing, as a LoRA's, by the how_to_sample.json
+    beside it.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+
+    def settings(self, folder: Folder) -> dict[str, Any]:
+        """What it was made for, as of a student's folder."""
+        found = {k: self.content[k] for k in ("height", "width", "timesteps") if k in self.content}
+        return {**found, "steps": self.content["default_steps"], "guidance": 1.0}
+
+    def scheduler(self, folder: Folder, **options: Any) -> Scheduler:
+        """The folder's, as this student has it; `options` as of `diffusers_scheduler.read`. Raises
+        FolderError.
+        """
+        base, own = with_defaults(folder.scheduler), self.content["diffusers"]
+        made = {
+            "prediction_type": (self.content["prediction_type"], "epsilon"),
+            "rescale_betas_zero_snr": (self.content["zero_terminal_snr"], False),
+        }
+        for key, (value, default) in made.items():
+            if base.get(key, default) != value:
+                raise FolderError(
+                    f"{self.path} is of a student with {key} = {value}, but {folder.name} has"
+                    f" {base.get(key, default)}; give a base of the same kind"
+                )
+        config = {key: base[key] for key in KEPT if key in base}
+        config |= {"_class_name": own["scheduler"], **own["from_config"]}
+        if options.get("noise_correction") is None:
+            options["noise_correction"] = self.content["noise_correction"]
+        return of_folder(folder._replace(scheduler=config), **options)
+
+
+def described(file: Path) -> Described | None:
+    """What is beside a LoRA's file (or in its folder). Raises FolderError for another file of the
+    name.
+    """
+    path = (file if file.is_dir() else file.parent) / how_to_sample.FILE
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    wanted = ("default_steps", "prediction_type", "zero_terminal_snr", "noise_correction")
+    missing = [key for key in wanted if key not in content]
+    if (
+        content.get("format") != how_to_sample.FORMAT
+        or missing
+        or ("from_config" not in content.get("diffusers", {}))
+    ):
+        raise FolderError(
+            f"{path} is not what this version writes of a student; move it away and say --as=NAME"
+        )
+    return Described(path, content)
 
 
 def known(text: str | None, counts: Sequence[int] = ()) -> Known | None:

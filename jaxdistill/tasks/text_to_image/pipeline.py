@@ -23,7 +23,7 @@ from jaxdistill.interop import (
 from jaxdistill.interop.clip_tokenizer import Tokenizer, say_cut
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
-from jaxdistill.interop.known_students import Known
+from jaxdistill.interop.known_students import Described, Known
 from jaxdistill.run import checkpoint
 
 SETTINGS = diffusers_folder.SETTINGS
@@ -595,7 +595,7 @@ def load(
     path: str | Path,
     *,
     beside: Beside = NOTHING,
-    known: Known | None = None,
+    known: Known | Described | None = None,
     attention: str = "auto",
     dtype: Any = jnp.float32,
     param_dtype: Any = np.float32,
@@ -612,7 +612,8 @@ def load(
     Args:
       path: the folder, or a single file.
       beside: what is named beside it.
-      known: the kind of a published student, instead of the folder's scheduler and settings.
+      known: the kind of a published student, or what is said beside a LoRA, instead of the
+        folder's scheduler and settings.
       attention: a key of `latent_layers.ATTENTION`.
       dtype: of the computation.
       param_dtype: of the parameters.
