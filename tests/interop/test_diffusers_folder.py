@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import folders
 import jax
@@ -13,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as torch_load_file
 
-from jaxdistill.interop import diffusers_folder, torch_weights
+from jaxdistill.interop import architectures, diffusers_folder, torch_weights
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.torch_weights import WeightsError
 
@@ -113,6 +114,25 @@ def test_features_are_those_of_the_levels_and_of_a_middle_if_there_is_one(varian
     params = diffusers_folder.abstract_params(part)
     found = jax.eval_shape(partial(part.module.apply, features=True), params, x, t, cond)
     assert [state.shape for state in found] == [(2, 8, 8, 8), *[(2, 4, 4, 16)] * (states - 1)]
+
+
+SHORT = {**architectures.PIPELINES["sdxl"]["unet"], "mid_block_type": "UNetMidBlock2D"}
+DEPTH, DEPTH_UP = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+PUBLISHED = {
+    # Millions of weights; the authors say 1.3 and 0.74 billion.
+    "SSD-1B": (1331, {DEPTH: [1, [2, 2], [4, 4]], DEPTH_UP: [[4, 4, 10], [2, 1, 1], 1]}),
+    "Vega": (745, {DEPTH: [1, [1, 1], [2, 2]], DEPTH_UP: [[2, 2, 2], [1, 1, 1], 1]}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_networks_of_another_shape_have_their_size(name):
+    millions, depths = PUBLISHED[name]
+    config = {**SHORT, **depths}
+    module = diffusers_folder.unet_module(config, Path(name))
+    part = diffusers_folder.Part(module, config, Path(name), "")
+    leaves = jax.tree.leaves(diffusers_folder.abstract_params(part))
+    assert round(sum(a.size for a in leaves) / 1e6) == millions
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters():
