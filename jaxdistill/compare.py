@@ -5,16 +5,20 @@
 --out gets `images/<row>/00000.png`, ... in the order of the prompts; `scores.json` with the
 protocol of every number; `scores.md`; `images.jsonl` with the CLIP score of every image; and
 `page.png`. --images=OUT/images scores them again; other folders of images work too.
+
+With --bases it tells whether a LoRA of few steps works on other checkpoints and beside other LoRAs:
+each base in each style is drawn without it, as their teacher, and with it.
 """
 
 import gc
 import json
 import os
+import re
 import shlex
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,18 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxdistill.interop import add_flags, beside, card, explain_path, is_file
+from jaxdistill.interop import (
+    Beside,
+    add_flags,
+    beside,
+    card,
+    explain_path,
+    how_to_sample,
+    is_file,
+    known_students,
+    lora_files,
+)
+from jaxdistill.interop.known_students import Described, Known
 from jaxdistill.interop.prompts import read_prompts as read_file
 from jaxdistill.metrics import image_metrics
 from jaxdistill.metrics.compare import (
@@ -104,69 +119,167 @@ def draw(
     return files
 
 
-def draw_rows(args: Namespace, items: Sequence[Mapping[str, Any]], out: Path) -> list[Row]:
-    """The images of teacher and student at each number of steps, from the same seeds.
+@dataclass(frozen=True)
+class Drawing:
+    """A checkpoint, and how it is drawn.
 
-    The student goes first: it is the faster one, and shows soonest where something is wrong.
+    Attributes:
+      model: what its rows are called.
+      source: its path.
+      files: what is named beside it.
+      steps: the numbers of steps of its rows.
+      guidance, solver: None is the checkpoint's own.
+      known: instead of its scheduler and settings.
+      made: what a student was made for, as of `pipeline.made_for`.
+      teacher: the model whose rows these are measured against.
     """
-    made = pipeline.made_for(args.student) if args.student else {}
-    served = args.steps or list(pipeline.served(made)) or [1, 2, 3]
+
+    model: str
+    source: str
+    files: Beside
+    steps: Sequence[int]
+    guidance: float | None = None
+    solver: str | None = None
+    known: Known | Described | None = None
+    made: Mapping[str, Any] = field(default_factory=dict)
+    teacher: str = ""
+
+    def load(self, **options: Any) -> Any:
+        """Its pipeline; `options` as of `pipeline.load`. Raises FolderError, WeightsError."""
+        chosen: dict[str, Any] = {"known": self.known, "solver": self.solver}
+        return pipeline.load(self.source, beside=self.files, **chosen, **options)
+
+
+def pair(args: Namespace) -> list[Drawing]:
+    """Student and teacher, of those that are given. The student goes first: it is the faster one,
+    and shows soonest where something is wrong.
+    """
+    known = known_students.known(getattr(args, "as"), args.steps or ())
+    made = pipeline.made_for(args.student) if args.student and known is None else {}
+    own = list(pipeline.served(made)) if known is None else [known.steps]
+    files, steps = beside(args, args.teacher, args.student), args.steps or own or [1, 2, 3]
+    found = []
+    if args.student:
+        options = {"known": known, "solver": args.student_solver, "made": made}
+        guidance = args.student_guidance
+        found.append(Drawing("student", args.student, files, steps, guidance, **options))
+    if args.teacher:
+        steps = [args.teacher_steps]
+        found.append(Drawing("teacher", args.teacher, files, steps, args.guidance, args.solver))
+    return found
+
+
+def table(args: Namespace) -> list[Drawing]:
+    """Each base in each style, without and with the LoRA of few steps. Raises FolderError."""
+    files = beside(args, *args.bases)
+    file, _ = lora_files.parse(files.loras[0])
+    known: Any = known_students.known(getattr(args, "as"), args.steps or ())
+    known = known or known_students.described(file)
+    if known is None:
+        raise CompareError(
+            f"--lora={files.loras[0]} has no {how_to_sample.FILE} beside it that says how it is"
+            " drawn; say --as=NAME"
+        )
+    made = known.content if isinstance(known, Described) else {}
+    own = list(pipeline.served(made)) or [known.steps]
+    styled = distinct([lora_files.parse(style)[0] for style in args.styles])
+    found = []
+    for base, base_name in zip(args.bases, distinct(args.bases), strict=True):
+        for style, style_name in zip(args.styles, styled, strict=True):
+            styles = () if style == "none" else (style,)
+            name = base_name if style == "none" else f"{base_name} + {style_name}"
+            few = Drawing(
+                f"{name} + {file.stem}",
+                base,
+                replace(files, loras=(*styles, *files.loras)),
+                args.steps or own,
+                args.student_guidance,
+                args.student_solver,
+                known,
+                made,
+                teacher=name,
+            )
+            plain, steps = replace(files, loras=styles), [args.teacher_steps]
+            found += [Drawing(name, base, plain, steps, args.guidance, args.solver), few]
+    return found
+
+
+def distinct(paths: Sequence[str | Path]) -> list[str]:
+    """A short name of each path, which nobody else has."""
+    names = [Path(path).stem for path in paths]
+    return [name if names.count(name) == 1 else f"{i + 1}-{name}" for i, name in enumerate(names)]
+
+
+def draw_rows(
+    args: Namespace, plan: Sequence[Drawing], items: Sequence[Mapping[str, Any]], out: Path
+) -> list[Row]:
+    """The images of all drawings at each of their numbers of steps, from the same seeds."""
+    computed, made = computing(args), next((d.made for d in plan if d.made), {})
     sides: dict[str, Any] = {
         side: made.get(side) if getattr(args, side) is None else getattr(args, side)
         for side in ("height", "width")
     }
-    plan = [
-        ("student", args.student, served, args.student_guidance, args.student_solver),
-        ("teacher", args.teacher, [args.teacher_steps], args.guidance, args.solver),
-    ]
-    plan = [entry for entry in plan if entry[1]]
-    given = beside(args, args.teacher, args.student)
-    computed = computing(args)
-    for _, source, counts, guidance, solver in plan[1:]:
+    for drawing in plan[1:]:
         # Read once and let go, so that a damaged folder is found before the first image and only
         # one pipeline is in memory.
-        pipeline.load(source, beside=given, solver=solver, **computed).check(
-            steps=max(counts), guidance=guidance, **sides
-        )
+        steps = max(drawing.steps)
+        drawing.load(**computed).check(steps=steps, guidance=drawing.guidance, **sides)
         gc.collect()
     rows = []
-    for model, source, counts, guidance, solver in plan:
-        layout = pipeline.every_device()
-        pipe = pipeline.load(source, beside=given, solver=solver, layout=layout, **computed)
+    for drawing in plan:
+        pipe = drawing.load(layout=pipeline.every_device(), **computed)
         pipe.text.announce([item["prompt"] for item in items])
-        for steps in counts:
-            folder = out / "images" / f"{model}-{steps}"
-            told = pipeline.unlike(
-                made, steps=steps, guidance=guidance, size=(sides["height"], sides["width"])
-            )
-            if model == "student" and told:
-                print(f"warning: {source} was {told}", file=sys.stderr)
-            options = {"steps": steps, "guidance": guidance, **sides, "seed": args.seed}
+        for steps in drawing.steps:
+            options = {"steps": steps, "guidance": drawing.guidance, **sides, "seed": args.seed}
             if args.negative_prompt is not None:
                 options["negative_prompt"] = args.negative_prompt
-            files = draw(
-                pipe, items, folder, batch_size=args.batch_size, label=f"{model}-{steps}", **options
-            )
-            used = getattr(pipe, "guidance", None) if guidance is None else guidance
-            said = {
-                "model": model,
-                "source": str(source),
-                "prompts": prompts_hash(items),
-                **options,
-            }
-            said |= {
-                "guidance": used,
-                "batch_size": args.batch_size,
-                "solver": solver,
-                **asdict(given),
-                **computed,
-                "dtype": args.dtype,
-            }
-            (folder / ROW).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-            rows.append(Row(model, steps, used, files, said))
+            warn_unlike(drawing, steps, sides["height"], sides["width"])
+            rows.append(draw_row(args, drawing, pipe, items, out, options))
         del pipe
         gc.collect()
     return sorted(rows, key=lambda row: row.model != "teacher")
+
+
+def warn_unlike(drawing: Drawing, steps: int, height: int | None, width: int | None) -> None:
+    """Tell of a row for which the student was not made, where its size is known."""
+    if height is None or width is None:
+        return
+    size = (height, width)
+    told = pipeline.unlike(drawing.made, steps=steps, guidance=drawing.guidance, size=size)
+    if told:
+        print(f"warning: {drawing.source} was {told}", file=sys.stderr)
+
+
+def draw_row(
+    args: Namespace,
+    drawing: Drawing,
+    pipe: Any,
+    items: Sequence[Mapping[str, Any]],
+    out: Path,
+    options: Mapping[str, Any],
+) -> Row:
+    """The images of a drawing with the pipe's `options`, and beside them what drew them."""
+    model, steps = drawing.model, options["steps"]
+    folder = out / "images" / re.sub(r"[^\w.-]+", "-", f"{model}-{steps}")
+    size = {"batch_size": args.batch_size}
+    files = draw(pipe, items, folder, label=folder.name, **size, **options)
+    used = getattr(pipe, "guidance", None) if drawing.guidance is None else drawing.guidance
+    said = {
+        "model": model,
+        "source": str(drawing.source),
+        "prompts": prompts_hash(items),
+        **options,
+        "guidance": used,
+        **size,
+        "as": getattr(args, "as") if isinstance(drawing.known, Known) else None,
+        "solver": drawing.solver,
+        "teacher": drawing.teacher or None,
+        **asdict(drawing.files),
+        **computing(args),
+        "dtype": args.dtype,
+    }
+    (folder / ROW).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    return Row(model, steps, used, files, said)
 
 
 # ------------------------------------------------------------------------------------------ command
@@ -223,33 +336,66 @@ def parser() -> Parser:
     about = "images at once, per device in drawing"
     add("--batch_size", type=int, default=4, metavar="N", help=about)
     add_computing(drawing)
-    add_scoring(p.add_argument_group("scores"))
+    p.add_more("--help_table", "base x style x LoRA of few steps", TABLE, group=drawing)
+    add_scoring(p, p.add_argument_group("scores"))
     add_flags(p, drawing)
     return p
 
 
-def add_scoring(flags: Any) -> None:
+TABLE: dict[str, dict[str, Any]] = {
+    "--bases": {
+        "type": names,
+        "metavar": "PATH,PATH",
+        "help": "checkpoints to draw with --lora=FILE, the LoRA of few steps, and without",
+    },
+    "--styles": {
+        "type": names,
+        "default": ["none"],
+        "metavar": "FILE:WEIGHT,none",
+        "help": "LoRAs to draw them in, in turn; none is the base itself (default: none)",
+    },
+}
+"""The flags of `table`."""
+
+
+def add_scoring(p: Parser, flags: Any) -> None:
     """The flags of the scores."""
     add = flags.add_argument
     about = "Inception in safetensors, for FID, KID, precision, recall"
     add("--inception", metavar="FILE", help=about)
-    about = f"{', '.join(PROTOCOLS)}"
-    add("--protocol", **named(list(PROTOCOLS)), default="clean-fid", help=about)
     about = "real images: a folder, or an .npz of --save_reference"
     add("--reference", metavar="PATH", help=about)
-    about = ".npz to keep the reference's statistics and features in"
-    add("--save_reference", metavar="FILE", help=about)
     add("--clip", metavar="FOLDER", help="CLIP of transformers, for the CLIP score")
     about = f"{','.join(METRICS)} (default: all that the files allow)"
     add("--metrics", type=names, metavar="NAME,NAME", help=about)
-    add("--kid_subset_size", type=int, default=1000, metavar="N", help="images per KID subset")
     add("--page_prompts", type=int, default=8, metavar="N", help="columns of page.png")
+    more: dict[str, dict[str, Any]] = {
+        "--protocol": {
+            **named(list(PROTOCOLS)),
+            "default": "clean-fid",
+            "help": ", ".join(PROTOCOLS),
+        },
+        "--save_reference": {
+            "metavar": "FILE",
+            "help": ".npz to keep the reference's statistics and features in",
+        },
+        "--kid_subset_size": {
+            "type": int,
+            "default": 1000,
+            "metavar": "N",
+            "help": "images per KID subset",
+        },
+    }
+    p.add_more("--help_scores", "how FID and KID are computed", more, group=flags)
 
 
 def check_flags(args: Namespace) -> None:
     """Raise CompareError where flags do not go together, ValueError where one is out of range."""
-    if args.images and (args.teacher or args.student):
-        raise CompareError("--images replaces --teacher and --student; give one or the other")
+    if args.images and (args.teacher or args.student or args.bases):
+        raise CompareError(
+            "--images replaces --teacher, --student and --bases; give one or the other"
+        )
+    check_table(args)
     counts = {
         flag: getattr(args, flag)
         for flag in ("images_per_prompt", "teacher_steps", "batch_size", "page_prompts")
@@ -262,7 +408,7 @@ def check_flags(args: Namespace) -> None:
         raise CompareError("--save_reference needs --inception and --reference")
     if args.save_reference and Path(args.save_reference).suffix != ".npz":
         raise CompareError(f"--save_reference={args.save_reference} must end in .npz")
-    if not (args.images or args.teacher or args.student):
+    if not (args.images or args.teacher or args.student or args.bases):
         if not args.save_reference:
             raise CompareError("nothing to compare; give --teacher, --student or --images")
         return
@@ -271,8 +417,8 @@ def check_flags(args: Namespace) -> None:
             raise CompareError(
                 f"--{flag} is missing; python -m jaxdistill.compare --help shows an example"
             )
-    for flag in ("teacher", "student"):
-        path = getattr(args, flag)
+    given = [("teacher", args.teacher), ("student", args.student)]
+    for flag, path in [*given, *(("bases", base) for base in args.bases or ())]:
         if path and not Path(path).is_dir() and not is_file(path):
             raise CompareError(f"--{flag}: {explain_path(path)}")
     out = Path(args.out)
@@ -281,6 +427,21 @@ def check_flags(args: Namespace) -> None:
     above = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise CompareError(f"--out={out} cannot be written; choose another folder")
+
+
+def check_table(args: Namespace) -> None:
+    """Raise CompareError where the flags of `table` do not go together."""
+    if not args.bases:
+        if args.styles != ["none"]:
+            raise CompareError("--styles goes with --bases; for a pair, name LoRAs in --lora")
+        return
+    if args.teacher or args.student:
+        raise CompareError("--bases replaces --teacher and --student; give one or the other")
+    if len(args.loras) != 1:
+        raise CompareError(
+            f"--bases needs one --lora=FILE, the LoRA of few steps, got {len(args.loras)};"
+            " LoRAs of styles go to --styles"
+        )
 
 
 def wanted(args: Namespace, reference: Reference | None) -> list[str]:
@@ -333,7 +494,7 @@ def run(args: Namespace, command: str = "") -> dict[str, Any]:
         if args.save_reference:
             image_metrics.save_reference(args.save_reference, reference)
             print(f"{args.save_reference}: {reference.count:,} images")
-    if not (args.images or args.teacher or args.student):
+    if not (args.images or args.teacher or args.student or args.bases):
         return {}
     metrics = wanted(args, reference)
     if reference is not None:
@@ -346,10 +507,12 @@ def run(args: Namespace, command: str = "") -> dict[str, Any]:
     texts, cut = embed(clip, items) if clip is not None else (None, 0)
     judges = Judges(metrics, extractor, reference, clip, texts, cut, args.kid_subset_size)
     out = Path(args.out)
-    rows = ready or draw_rows(args, items, out)
+    plan = table(args) if args.bases else pair(args)
+    rows = ready or draw_rows(args, plan, items, out)
     out.mkdir(parents=True, exist_ok=True)
     page(out / "page.png", rows, items, count=args.page_prompts)
-    scored = [score(row, items, judges) for row in rows]
+    teachers = {row.model: row for row in rows}
+    scored = [score(row, items, judges, teachers.get(row.teacher)) for row in rows]
     results = {
         "rows": [result for result, _ in scored],
         "prompts": {

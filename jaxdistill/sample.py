@@ -146,7 +146,7 @@ def check_numbers(*, seed: int, **counts: int) -> None:
         raise ValueError(f"--seed must be in 0..{2**32 - 1}, got {seed}")
 
 
-PIPELINE_FLAGS = ("negative_prompt", "height", "width", "grid", "solver", "latents")
+PIPELINE_FLAGS = ("negative_prompt", "height", "width", "grid", "solver", "latents", "as")
 
 
 def kind(folder: Path) -> str:
@@ -211,9 +211,9 @@ def caption_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
 def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     """Images and their prompts. Raises ValueError."""
     try:
-        from jaxdistill.tasks.text_to_image import (
-            pipeline,
-        )  # the tokenizers' library takes seconds to import
+        # The tokenizers' library takes seconds to import.
+        from jaxdistill.interop import known_students
+        from jaxdistill.tasks.text_to_image import pipeline
     except ModuleNotFoundError as error:
         if (line := missing_extra(error)) is None:
             raise
@@ -222,6 +222,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     num, batch_size = prompt_numbers(args, batch_size=4)
     options = computing(args)
     files = beside(args, args.model)
+    student = known_students.known(getattr(args, "as"), () if args.steps is None else (args.steps,))
     latents = None
     if args.latents is not None:
         try:
@@ -234,6 +235,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     pipe = pipeline.load(
         args.model,
         beside=files,
+        known=student,
         grid=args.grid,
         solver=args.solver,
         noise_correction=args.noise_correction,

@@ -25,6 +25,8 @@ from jaxdistill.sample import kind
 try:
     import uvicorn
 
+    from jaxdistill.interop import known_students
+    from jaxdistill.interop.known_students import Known
     from jaxdistill.interop.text_export import TextExport
     from jaxdistill.page.engine import ExportPainter, Painter, PipelinePainter
     from jaxdistill.page.server import MAX_FRAME, Server, describe, make_app
@@ -40,6 +42,7 @@ def open_painter(
     *,
     encoder: str = "",
     files: Beside = NOTHING,
+    known: Known | None = None,
     size: tuple[int, int] | None = None,
 ) -> Painter:
     """The compiled programs of an export or a pipeline folder, which draws in its own size if None.
@@ -47,13 +50,16 @@ def open_painter(
     Raises ValueError in one line.
     """
     found = kind(Path(folder))
+    if known and found != "pipeline":
+        raise ValueError(f"--as={known.name}: {folder} is no pipeline; leave it out")
     if found == "label":
         if not (Path(folder) / "card.json").is_file():
             raise ValueError(explain_path(folder))
         raise ValueError(f"{folder} draws classes, not text; give a student that reads text")
     print(f"{folder}: loading, and compiling for each batch size", flush=True)
     if found == "pipeline":
-        return PipelinePainter(pipeline.load(folder, beside=files), sizes, size=size)
+        pipe = pipeline.load(folder, beside=files, known=known)
+        return PipelinePainter(pipe, sizes, size=size)
     return ExportPainter(TextExport(folder, encoder=encoder), sizes)
 
 
@@ -124,7 +130,9 @@ def main(argv: list[str] | None = None) -> None:
         for path in filter(None, (args.model, args.teacher)):
             if kind(Path(path)) != "pipeline":
                 check_unused(args, path)
-        painters = {"student": open_painter(args.model, args.batch_sizes, **options)}
+        known = known_students.known(getattr(args, "as"))
+        student = open_painter(args.model, args.batch_sizes, known=known, **options)
+        painters = {"student": student}
         if args.teacher:
             options["size"] = painters["student"].size
             painters["teacher"] = open_painter(args.teacher, args.batch_sizes, **options)

@@ -145,6 +145,20 @@ UNETS = {
         "projection_class_embeddings_input_dim": 12 + 6 * 8,
     },
 }
+UNETS |= {
+    # As SSD-1B: XL with one residual block as its middle, and a depth for each layer.
+    "ssd": {
+        **UNETS["sdxl"],
+        "mid_block_type": "UNetMidBlock2D",
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, (1, 2)),
+        "reverse_transformer_layers_per_block": ((2, 1, 3), 1),
+    },
+    # As the small and tiny 1.x: no middle.
+    "small": {**UNETS["sd"], "mid_block_type": None},
+    # As LCM's whole checkpoints: the guidance scale is an input. Levels of unequal length.
+    "lcm": {**UNETS["sd"], "time_cond_proj_dim": 24, "layers_per_block": (1, 2)},
+}
 
 
 # Tiny pipelines as others build them: two levels of 16 and 32, an autoencoder of factor 2, fresh
@@ -221,6 +235,7 @@ def make(variant: str, folder: Path) -> None:
     if variant in FRESH:
         return make_fresh(variant, folder)
     torch.manual_seed(list(UNETS).index(variant))
+    xl = "addition_embed_type" in UNETS[variant]
     unet = diffusers.UNet2DConditionModel(sample_size=8, norm_num_groups=4, **UNETS[variant])
     for (
         parameter
@@ -229,10 +244,10 @@ def make(variant: str, folder: Path) -> None:
     first, size = tokenizer(folder.with_name(f"{folder.name}-tokens"))
     common = {
         "unet": unet.eval(),
-        "vae": autoencoder(0.13 if variant == "sdxl" else 0.18).eval(),
+        "vae": autoencoder(0.13 if xl else 0.18).eval(),
         "tokenizer": first,
     }
-    if variant == "sdxl":
+    if xl:
         second, _ = tokenizer(folder.with_name(f"{folder.name}-tokens2"), pad="!")
         pipe = diffusers.StableDiffusionXLPipeline(
             **common,

@@ -81,14 +81,21 @@ FLAGS: dict[str, dict[str, Any]] = {
 OF_FILES = ("like", "prediction", "ema")
 """Those of no use for a folder."""
 
+AS = {
+    "metavar": "NAME",
+    "help": "draw the student as its kind is: lcm, turbo, lightning:N, hyper:N, dmd2",
+}
+"""The flag --as of a published student, `known_students.known`."""
+
 
 def add_flags(parser: Parser, group: Any) -> None:
-    """The flags of `Beside`; `group` has their line in --help."""
+    """The flags of `Beside`, and --as; `group` has their line in --help."""
     flags = {}
     for name, about in FLAGS.items():
         default = getattr(NOTHING, name)
         options = {"dest": name, "default": [] if default == () else default, **about}
         flags[options.pop("flag", f"--{name}")] = options
+    flags["--as"] = AS
     parser.add_more("--help_files", "checkpoints and LoRAs in files", flags, group=group)
 
 

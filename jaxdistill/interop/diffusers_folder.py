@@ -263,6 +263,7 @@ UNET_KEYS = (
     "projection_class_embeddings_input_dim",
     "addition_embed_type_num_heads",
     "reverse_transformer_layers_per_block",
+    "time_cond_proj_dim",
     # What an average of a training leaves in the config: it says nothing about the network.
     "decay",
     "inv_gamma",
@@ -275,7 +276,7 @@ UNET_KEYS = (
 
 UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
     "only_cross_attention": (False,),
     "downsample_padding": (1,),
     "mid_block_scale_factor": (1,),
@@ -293,7 +294,6 @@ UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "time_embedding_dim": (None,),
     "time_embedding_act_fn": (None,),
     "timestep_post_act": (None,),
-    "time_cond_proj_dim": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "attention_type": ("default",),
@@ -302,6 +302,9 @@ UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "cross_attention_norm": (None,),
 }
 """Keys of a UNet's config that are read but must have one of these values."""
+
+MIDDLES = {"UNetMidBlock2DCrossAttn": 2, "UNetMidBlock2D": 1, None: 0}
+"""A UNet's mid_block_type -> its residual blocks; only two have an attention between them."""
 
 VAE_KEYS = (
     "in_channels",
@@ -351,29 +354,31 @@ def unet_module(config: Mapping[str, Any], where: Path, **options: Any) -> UNetC
         "attention_head_dim",
         where,
     )
-    depth = _each(
-        config.get("transformer_layers_per_block", 1), count, "transformer_layers_per_block", where
-    )
-    for name, values in (("attention_head_dim", heads), ("transformer_layers_per_block", depth)):
-        if any(not isinstance(value, int) or value < 1 for value in values):
-            raise FolderError(
-                f"{where}: {name} = {config.get(name)!r} must hold positive whole numbers"
-            )
+    if any(not isinstance(value, int) or value < 1 for value in heads):
+        raise FolderError(
+            f"{where}: attention_head_dim = {config.get('attention_head_dim')!r} must hold positive"
+            " whole numbers"
+        )
     if any(width % n for width, n in zip(channels, heads, strict=True)):
         raise FolderError(
             f"{where}: attention_head_dim = {list(heads)} heads do not divide block_out_channels ="
             f" {list(channels)}"
         )
-    up_depth = config.get("reverse_transformer_layers_per_block") or depth[::-1]
+    layers = _each(config.get("layers_per_block", 2), count, "layers_per_block", where)
+    depth, depth_up = _depths(config, layers, (down, up[::-1]), where)
+    middle = MIDDLES[config.get("mid_block_type", "UNetMidBlock2DCrossAttn")]
+    # The middle has the depth that is written for the last level, whether that attends or not.
+    last = _each(config.get("transformer_layers_per_block", 1), count, "", where)[-1]
     return UNetCondition(
         in_channels=config.get("in_channels", 4),
         out_channels=config.get("out_channels", 4),
         channels=channels,
-        layers=_each(config.get("layers_per_block", 2), count, "layers_per_block", where),
+        layers=layers,
         heads=heads,
-        depth=tuple(d if attends else 0 for d, attends in zip(depth, down, strict=True)),
-        depth_up=tuple(d if attends else 0 for d, attends in zip(up_depth, up, strict=True))[::-1],
-        mid_depth=depth[-1],
+        depth=depth,
+        depth_up=depth_up,
+        mid_layers=middle,
+        mid_depth=(last[0] if isinstance(last, (list, tuple)) else last) if middle == 2 else 0,
         linear_projection=bool(config.get("use_linear_projection", False)),
         groups=config.get("norm_num_groups", 32),
         eps=float(config.get("norm_eps", 1e-5)),
@@ -384,7 +389,47 @@ def unet_module(config: Mapping[str, Any], where: Path, **options: Any) -> UNetC
             if config.get("addition_embed_type") == "text_time"
             else 0
         ),
+        guidance_width=config.get("time_cond_proj_dim") or 0,
         **options,
+    )
+
+
+def _depths(
+    config: Mapping[str, Any],
+    layers: Sequence[int],
+    attends: tuple[Sequence[bool], Sequence[bool]],
+    where: Path,
+) -> tuple[tuple[int | tuple[int, ...], ...], ...]:
+    """Transformer blocks by level, going down and going up, 0 where the level does not attend: one
+    number for a level, or one for each of its layers. Raises FolderError.
+    """
+    name, up = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+    down = _each(config.get(name, 1), len(layers), name, where)
+    if config.get(up) is None and any(isinstance(value, (list, tuple)) for value in down):
+        raise FolderError(f"{where}: {name} = {config[name]!r} lists layers, and {up} is missing")
+    above = _each(config.get(up) or down[::-1], len(layers), up, where)[::-1]
+
+    def checked(key: str, value: Any, count: int) -> int | tuple[int, ...]:
+        listed = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        if any(not isinstance(n, int) or n < 1 for n in listed):
+            raise FolderError(
+                f"{where}: {key} = {config.get(key)!r} must hold positive whole numbers"
+            )
+        if isinstance(value, int):
+            return value
+        if len(listed) != count:
+            raise FolderError(
+                f"{where}: {key} = {config.get(key)!r} lists {len(listed)} layers of a level that"
+                f" has {count}"
+            )
+        return listed
+
+    return tuple(
+        tuple(
+            checked(key, value, count + more) if attending else 0
+            for value, count, attending in zip(values, layers, flags, strict=True)
+        )
+        for key, values, more, flags in ((name, down, 0, attends[0]), (up, above, 1, attends[1]))
     )
 
 
@@ -630,6 +675,8 @@ def example_inputs(part: Part) -> tuple[Any, ...]:
                 config["projection_class_embeddings_input_dim"] - 6 * module.addition_time_width
             )
             cond |= {"pooled": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
+        if module.guidance_width:
+            cond |= {"guidance": jnp.zeros((1,))}
         return jnp.zeros((1, side, side, module.in_channels)), jnp.zeros((1,)), cond
     if isinstance(module, AutoencoderKL):
         return (jnp.zeros((1, module.factor * 2, module.factor * 2, module.in_channels)),)

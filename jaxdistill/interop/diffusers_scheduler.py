@@ -3,8 +3,8 @@ student's scheduler.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -421,7 +421,8 @@ class Runs:
     """The runs of a scheduler, called with their number of steps.
 
     spacing: as of `spacing_of`; by_ratio: of `ratio_setting`; original: of `lcm_settings`; clean:
-    of `ends_clean`; betas, schedule: as the class reads them.
+    of `ends_clean`; betas, schedule: as the class reads them; counts: the only numbers of steps,
+    where not all are meant; listed: {steps: diffusers' timesteps} instead of a rule.
     """
 
     kind: str
@@ -433,19 +434,26 @@ class Runs:
     clean: bool
     betas: np.ndarray
     schedule: NoiseSchedule
+    counts: tuple[int, ...] = ()
+    listed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def most(self) -> int:
         """The largest number of steps."""
+        if self.counts:
+            return max(self.counts)
         return self.original if self.spacing == LCM else len(self.betas)
 
     def __call__(self, steps: int) -> Run:
-        """The run of so many steps, in 1..most. Raises ValueError."""
+        """The run of so many steps, of `counts` or in 1..most. Raises ValueError."""
+        if self.counts and steps not in self.counts:
+            raise ValueError(f"steps must be {one_of(self.counts)}, got {steps}")
         if not 1 <= steps <= self.most:
             raise ValueError(f"steps must be in 1..{self.most}, got {steps}")
         count = len(self.betas)
-        times = self.by_sigma(steps) if self.by_ratio else self.timesteps(steps) + 1.0
-        next_times = self.following(times, count // steps)
+        by_rule = steps not in self.listed
+        times = self.by_sigma(steps) if self.by_ratio and by_rule else self.timesteps(steps) + 1.0
+        next_times = self.following(times, count // steps if by_rule else None)
         if self.kind == PNDM and steps > 1:
             # The second call repeats the first interval, from where it is taken to begin.
             began = times[1] + count // steps
@@ -462,6 +470,8 @@ class Runs:
 
     def timesteps(self, steps: int) -> np.ndarray:
         """Diffusers' own, float64 [N]."""
+        if steps in self.listed:
+            return np.asarray(self.listed[steps], np.float64)
         count = len(self.betas)
         found = (
             lcm_timesteps(count, steps, self.original)
@@ -491,10 +501,10 @@ class Runs:
             integers(np, times - 1.0) == whole, times, np.nextafter(times, np.float32(whole + 1.0))
         )
 
-    def following(self, times: np.ndarray, width: int) -> np.ndarray:
-        """Where the step from each of the times ends."""
+    def following(self, times: np.ndarray, width: int | None) -> np.ndarray:
+        """Where the step from each of the times ends: at the next one, or `width` away."""
         end = 0.0 if self.clean else 1.0
-        if self.kind in SIGMAS or self.kind == LCM:
+        if width is None or self.kind in SIGMAS or self.kind == LCM:
             # UniPC's sigma_min is that of its own steps, so that the last one is empty.
             empty = self.kind == UNIPC and self.by_ratio and not self.clean
             return np.append(times[1:], times[-1] if empty else end)
@@ -507,6 +517,12 @@ class Runs:
         if self.kind == UNIPC:
             return lower
         return bool(self.config.get("euler_at_final")) or (lower and calls < 15)
+
+
+def one_of(counts: Sequence[int]) -> str:
+    """(2, 4, 8) -> "2, 4 or 8"."""
+    *most, last = map(str, counts)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def latent_settings(

@@ -26,6 +26,16 @@ from jaxdistill.run.help import Parser, named
 
 FORMAT = "jaxdistill-how-to-sample/1"
 FILE, WORKFLOW = "how_to_sample.json", "comfyui_workflow.json"
+OWN = (
+    "clip_sample",
+    "set_alpha_to_one",
+    "steps_offset",
+    "thresholding",
+    "timestep_spacing",
+    "original_inference_steps",
+    "timestep_scaling",
+)
+"""Of a student's scheduler, what a LoRA's base has not: for `from_config` of its own."""
 LAST_ALPHA_BAR = {"diffusers": 2.0**-24, "comfyui": 4.8973451890853435e-08}
 """In place of 0 at zero terminal SNR, so that the first sigma is finite."""
 
@@ -150,6 +160,7 @@ def in_diffusers(student: Student) -> Json:
     found: Json = {
         "trust_remote_code": False,
         "scheduler": student.scheduler["_class_name"],
+        "from_config": {k: v for k, v in student.scheduler.items() if k in OWN},
         "calls": student.of_steps(lambda n: {"num_inference_steps": n, **common}),
     }
     if student.corrects and student.predicts == "epsilon":

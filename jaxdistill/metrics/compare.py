@@ -1,6 +1,7 @@
 """Scores of images that belong to prompts: a row a model, tables, and a picture page."""
 
 import hashlib
+import itertools
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from PIL import Image
 
 from jaxdistill.errors import UserError
 from jaxdistill.interop import diffusers_folder
-from jaxdistill.metrics import image_metrics
+from jaxdistill.metrics import distances, image_metrics
 from jaxdistill.metrics.image_metrics import CLIP, Inception, Reference
 from jaxdistill.run import report
 
@@ -22,6 +23,10 @@ ROW = "row.json"
 TILE = 256
 """Longer side of an image on the page."""
 COLUMNS = {
+    "distance": ("RMS to teacher ↓", 1.0, "{:.3f}"),
+    "diversity": ("diversity", 1.0, "{:.2f}"),
+    "contrast": ("contrast", 1.0, "{:.2f}"),
+    "saturation": ("saturation", 1.0, "{:.2f}"),
     "fid": ("FID ↓", 1.0, "{:.2f}"),
     "kid": ("KID × 10³ ↓", 1e3, "{:.3f}"),
     "kid_std": ("± KID × 10³", 1e3, "{:.3f}"),
@@ -47,6 +52,11 @@ class Row:
     guidance: float | None
     files: list[Path]
     drawn: Mapping[str, Any]
+
+    @property
+    def teacher(self) -> str:
+        """The model that these images are measured against, or none."""
+        return str(self.drawn.get("teacher") or "")
 
     @property
     def name(self) -> str:
@@ -134,8 +144,47 @@ def mean_score(scores: np.ndarray) -> dict[str, Any]:
     return {"clip": float(scores.mean()), "clip_error": error}
 
 
+def health(row: Row, teacher: Row, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`distances.health` of a row against its teacher's, from files, one prompt's images in memory.
+
+    Without diversity where each prompt has one image. Raises MetricError.
+    """
+    values: dict[str, list[np.ndarray]] = {}
+    start = 0
+    for _, group in itertools.groupby(item["prompt"] for item in items):
+        part = slice(start, start + len(list(group)))
+        start = part.stop
+        ours, theirs = (
+            np.stack([image_metrics.read_image(f) for f in found.files[part]]) / np.float32(255)
+            for found in (row, teacher)
+        )
+        if ours.shape != theirs.shape:
+            raise CompareError(
+                f"{row.name} has images of {ours.shape[2]}x{ours.shape[1]} pixels, {teacher.name}"
+                f" of {theirs.shape[2]}x{theirs.shape[1]}; draw both alike, with --height, --width"
+            )
+        pair, labels = (ours, theirs), np.zeros(len(ours))
+        measured = {
+            "contrast": np.stack([x.std(axis=(1, 2, 3)) for x in pair], axis=1),
+            "saturation": np.asarray([[distances.saturation(x) for x in pair]] * len(ours)),
+            "distance": np.square(ours - theirs).mean(axis=(1, 2, 3), dtype=np.float64)[:, None],
+        }
+        if len(ours) > 1:
+            spread = [distances.class_spread(x, labels) for x in pair]
+            measured["diversity"] = np.asarray([spread])
+        for name, part_values in measured.items():
+            values.setdefault(name, []).append(part_values)
+    means = {name: np.concatenate(found).mean(axis=0) for name, found in values.items()}
+    distance = float(np.sqrt(means.pop("distance")[0]))
+    ratios = {name: float(ours / max(theirs, 1e-6)) for name, (ours, theirs) in means.items()}
+    return ratios | {"distance": distance}
+
+
 def score(
-    row: Row, items: Sequence[Mapping[str, Any]], judges: Judges
+    row: Row,
+    items: Sequence[Mapping[str, Any]],
+    judges: Judges,
+    teacher: Row | None = None,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """A row's scores with their protocol, and the CLIP scores of its images [n] where CLIP is
     there. Raises MetricError.
@@ -150,6 +199,8 @@ def score(
         "sizes": images.sizes()[:8],
     }
     single = None
+    if teacher is not None:
+        result |= health(row, teacher, items)
     if (
         judges.extractor is not None
         and judges.reference is not None

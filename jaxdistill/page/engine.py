@@ -20,7 +20,7 @@ from jaxdistill import sampling
 from jaxdistill.errors import NotFinite
 from jaxdistill.interop import card
 from jaxdistill.interop.text_export import TextExport
-from jaxdistill.tasks.text_to_image.pipeline import Inputs, TextToImage, guides, time_ids
+from jaxdistill.tasks.text_to_image.pipeline import Inputs, TextToImage, time_ids
 
 
 class Busy(Exception):
@@ -43,6 +43,7 @@ class Painter(Protocol):
     size: tuple[int, int]  # height and width of the images
     steps: int
     max_steps: int
+    counts: tuple[int, ...]  # the only step counts; empty: all up to max_steps
     guidance: float
     correct: bool
 
@@ -148,6 +149,7 @@ class ExportPainter:
         settings = export.card["sampler"]
         self.steps, self.guidance = int(settings["steps"]), float(settings["guidance"])
         self.correct, self.max_steps = bool(settings["noise_correction"]), max_steps
+        self.counts: tuple[int, ...] = ()
         self.size = (export.shape[0], export.shape[1])
         self.encode = lru_cache(maxsize=4096)(self._encode)
         shape = export.shape
@@ -231,15 +233,16 @@ class PipelinePainter:
         height, width = size or (None, None)
         self.size = pipe.check(height=height, width=width)
         self.correct = pipe.scheduler.noise_correction
-        self.max_steps = pipe.scheduler.run.most
+        self.max_steps, self.counts = pipe.scheduler.run.most, pipe.scheduler.run.counts
         other = pipe.scheduler._replace(noise_correction=not self.correct)
         twin = TextToImage(pipe.folder, pipe.params, other, settings=pipe.settings, share=pipe)
         self.pipes = {self.correct: pipe, not self.correct: twin}
-        self.null = pipe.text.negative(None) if guides(self.guidance) else {}
+        self.null = pipe.text.negative(None) if pipe.guides(self.guidance) else {}
         self.encode = lru_cache(maxsize=1024)(self._encode)
         for count in self.sizes:  # compiles
             for correct in self.pipes:
-                run = self.start(np.zeros(count, np.uint32), [self.encode("a")] * count, 1, correct)
+                zeros, conds = np.zeros(count, np.uint32), [self.encode("a")] * count
+                run = self.start(zeros, conds, self.steps, correct)
                 run.advance()
             run.images()
 
@@ -254,7 +257,7 @@ class PipelinePainter:
         pipe = self.pipes[correct]
         _, numbers, cond = filled(self.sizes, seeds, conds)
         noise = jnp.asarray(np.concatenate([pipe.draw(int(n), 0, 1, *self.size) for n in numbers]))
-        run, guided = pipe.scheduler.run(steps), guides(self.guidance)
+        run, guided = pipe.scheduler.run(steps), pipe.guides(self.guidance)
         inputs = Inputs(noise, cond, self.null, np.float32(self.guidance))
 
         def step(state: Any, t: Any, t_next: Any) -> Any:

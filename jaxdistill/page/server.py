@@ -282,7 +282,9 @@ class Server:
 
     def check(self, model: str, steps: int) -> None:
         """Raise ValueError for a step count that the model has no use for."""
-        most = self.painters[model].max_steps
+        most, counts = self.painters[model].max_steps, self.painters[model].counts
+        if counts and steps not in counts:
+            raise ValueError(f"steps: one of {', '.join(map(str, counts))}, got {steps}")
         if steps > most:
             raise ValueError(f"steps: at most {most}, got {steps}")
 
@@ -477,8 +479,8 @@ def describe(folder: str, painters: dict[str, Painter]) -> dict[str, Any]:
     return {
         "name": path.name,
         "version": jaxdistill.__version__,
-        "steps": [1, 2, 3],
-        "default_steps": min(3, student.steps),
+        "steps": list(student.counts) or [1, 2, 3],
+        "default_steps": student.steps if student.counts else min(3, student.steps),
         "noise_correction": {"default": student.correct, "choice": True},
         "image": {"height": student.size[0], "width": student.size[1]},
         "examples": examples,

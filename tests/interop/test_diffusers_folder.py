@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import folders
 import jax
@@ -13,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as torch_load_file
 
-from jaxdistill.interop import diffusers_folder, torch_weights
+from jaxdistill.interop import architectures, diffusers_folder, torch_weights
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.torch_weights import WeightsError
 
@@ -49,7 +50,11 @@ def inputs(variant, size=(8, 8)):
         )
     }
     added = {}
-    if variant == "sdxl":
+    if variant == "lcm":
+        cond["guidance"] = np.float32([1.5, 8.0])
+        embed = folders.torch_pipe(variant).get_guidance_scale_embedding
+        added = {"timestep_cond": embed(torch.tensor(cond["guidance"]) - 1, embedding_dim=24)}
+    if variant in ("sdxl", "ssd"):
         cond |= {
             "pooled": r.standard_normal((2, 12), np.float32),
             "time_ids": np.float32([[64, 48, 3, 5, 64, 64]] * 2),
@@ -71,7 +76,7 @@ def torch_unet(variant, x, t, cond, added):
     return folders.nhwc(folders.torch_pipe(variant).unet(x, t, context, **added).sample)
 
 
-@pytest.mark.parametrize("variant", ["deep", "sd", "sdxl"])
+@pytest.mark.parametrize("variant", ["deep", "sd", "sdxl", "ssd", "small", "lcm"])
 def test_unet_is_torchs(variant):
     part = diffusers_folder.open_folder(folders.folder(variant)).unet
     params = diffusers_folder.load_params(part)
@@ -86,17 +91,48 @@ def test_unet_takes_sides_that_do_not_halve():
     assert error(found, torch_unet("sd2", x, t, cond, added)) < 1e-4
 
 
-def test_scanned_blocks_remat_and_looped_attention_change_nothing():
-    path = folders.folder("sdxl")
-    x, t, cond, _ = inputs("sdxl", (16, 16))
+@pytest.mark.parametrize(
+    ("variant", "layer"),
+    [("sdxl", "mid_block.attentions.0"), ("ssd", "down_blocks.1.attentions.1")],
+)
+def test_scanned_blocks_remat_and_looped_attention_change_nothing(variant, layer):
+    path = folders.folder(variant)
+    x, t, cond, _ = inputs(variant, (16, 16))
     plain = diffusers_folder.open_folder(path, attention="plain").unet
     expected = apply(plain, diffusers_folder.load_params(plain), x, t, cond)
     part = diffusers_folder.open_folder(path, scan=True, remat="full", attention="looped").unet
     params = diffusers_folder.load_params(part)
-    assert params["params"]["mid_block.attentions.0"]["transformer_blocks"]["attn1"]["to_q"][
-        "kernel"
-    ].shape == (2, 16, 16)
+    kernel = params["params"][layer]["transformer_blocks"]["attn1"]["to_q"]["kernel"]
+    assert kernel.shape == (2, 16, 16)
     assert error(apply(part, params, x, t, cond), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("variant", "states"), [("sd", 3), ("ssd", 3), ("small", 2)])
+def test_features_are_those_of_the_levels_and_of_a_middle_if_there_is_one(variant, states):
+    part = diffusers_folder.open_folder(folders.folder(variant)).unet
+    x, t, cond, _ = inputs(variant)
+    params = diffusers_folder.abstract_params(part)
+    found = jax.eval_shape(partial(part.module.apply, features=True), params, x, t, cond)
+    assert [state.shape for state in found] == [(2, 8, 8, 8), *[(2, 4, 4, 16)] * (states - 1)]
+
+
+SHORT = {**architectures.PIPELINES["sdxl"]["unet"], "mid_block_type": "UNetMidBlock2D"}
+DEPTH, DEPTH_UP = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+PUBLISHED = {
+    # Millions of weights; the authors say 1.3 and 0.74 billion.
+    "SSD-1B": (1331, {DEPTH: [1, [2, 2], [4, 4]], DEPTH_UP: [[4, 4, 10], [2, 1, 1], 1]}),
+    "Vega": (745, {DEPTH: [1, [1, 1], [2, 2]], DEPTH_UP: [[2, 2, 2], [1, 1, 1], 1]}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_networks_of_another_shape_have_their_size(name):
+    millions, depths = PUBLISHED[name]
+    config = {**SHORT, **depths}
+    module = diffusers_folder.unet_module(config, Path(name))
+    part = diffusers_folder.Part(module, config, Path(name), "")
+    leaves = jax.tree.leaves(diffusers_folder.abstract_params(part))
+    assert round(sum(a.size for a in leaves) / 1e6) == millions
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters():
@@ -391,9 +427,23 @@ REFUSALS = {
     ),
     "depth": (
         lambda root: change_json(
+            root / "unet" / "config.json",
+            transformer_layers_per_block=[[0], [1]],
+            reverse_transformer_layers_per_block=[[1], [1, 1]],
+        ),
+        "transformer_layers_per_block = [[0], [1]] must hold positive whole numbers",
+    ),
+    "depths of layers, and none going up": (
+        lambda root: change_json(
             root / "unet" / "config.json", transformer_layers_per_block=[[1], [1]]
         ),
-        "transformer_layers_per_block = [[1], [1]] must hold positive whole numbers",
+        "lists layers, and reverse_transformer_layers_per_block is missing",
+    ),
+    "too few depths going up": (
+        lambda root: change_json(
+            root / "unet" / "config.json", reverse_transformer_layers_per_block=[1, [1]]
+        ),
+        "reverse_transformer_layers_per_block = [1, [1]] lists 1 layers of a level that has 2",
     ),
     "other component": (
         lambda root: change_json(

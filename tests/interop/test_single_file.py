@@ -88,6 +88,23 @@ def test_stock_converters_make_the_folders_weights_of_the_file(pair):
             np.testing.assert_array_equal(state[name].numpy(), weights.read(name), err_msg=name)
 
 
+@pytest.mark.parametrize("variant", ["ssd", "small", "lcm"])
+def test_networks_of_another_shape_have_their_places(variant, tmp_path):
+    """A depth for each layer and a short middle, no middle, and a guidance scale as an input."""
+    folder = folders.folder(variant)
+    path = original.write(folder, tmp_path / "model.safetensors", parts=("unet",))
+    ours, wanted = open_checkpoint(path, Beside(like=folder)).unet, open_checkpoint(folder).unet
+    assert_same_weights(ours, wanted)
+    if variant == "lcm":
+        assert f"{UNET}time_embed.cond_proj.weight" in load_file(path)
+        return  # stock converters know neither its levels nor its scale
+    tensors = {k: torch.tensor(v) for k, v in load_file(path).items()}
+    config = {**wanted.config, "class_embed_type": None, "num_class_embeds": None}
+    made, weights = stock.convert_ldm_unet_checkpoint(tensors, config=config), wanted.weights()
+    for name in weights.shapes:
+        np.testing.assert_array_equal(made[name].numpy(), weights.read(name), err_msg=name)
+
+
 FULL = {
     # The tensors of the published files, without buffers and layers that are not used.
     "sd15": (1130, (TEXT,), {}),

@@ -12,8 +12,9 @@ from PIL import Image
 from test_image_metrics import write_clip
 
 from jaxdistill import compare
-from jaxdistill.interop import NOTHING
-from jaxdistill.metrics import image_metrics
+from jaxdistill.interop import NOTHING, how_to_sample
+from jaxdistill.interop.known_students import Described, Known
+from jaxdistill.metrics import distances, image_metrics
 from jaxdistill.metrics.image_metrics import Inception
 from jaxdistill.run import report
 from jaxdistill.tasks.text_to_image import pipeline
@@ -203,6 +204,100 @@ def test_steps_and_size_are_what_the_student_was_made_for(place, capsys):
     )
 
 
+def test_a_known_student_has_its_kinds_sampler_and_steps(place, capsys):
+    folder, calls = place
+    run(*DRAW, "--as=dmd2")
+    assert [(c[1], c[2]["known"]) for c in calls if c[0] == "load"] == [
+        ("teacher", None), ("student", Known("dmd2", 4)), ("teacher", None)
+    ]  # fmt: skip
+    assert [call[:2] for call in calls if call[0] != "load"] == [("student", 4), ("teacher", 50)]
+    said = json.loads((folder / "out" / "images" / "student-4" / "row.json").read_text())
+    assert said["as"] == "dmd2"
+    del calls[:]
+    line = refused(capsys, *DRAW[:-2], "--out=other", "--as=lightning", "--steps=1,2")
+    assert "each of its files is for one number of steps" in line and not calls
+
+
+TABLE = [
+    "--bases=teacher,student",
+    "--styles=none,fox.safetensors:0.8",
+    "--lora=few/pytorch_lora_weights.safetensors:0.9",
+    "--prompts=prompts.txt",
+    "--out=out",
+    "--images_per_prompt=2",
+    "--teacher_steps=20",
+]
+
+
+@pytest.fixture
+def told(place):
+    """What is said beside the LoRA of few steps."""
+    scheduler = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
+    told = how_to_sample.how_to_sample(how_to_sample.Student(scheduler, (1, 3), (16, 24)))
+    (place[0] / "few").mkdir()
+    (place[0] / "few" / "how_to_sample.json").write_text(json.dumps(told))
+    return told
+
+
+def test_a_table_draws_each_base_in_each_style_without_and_with_the_lora(place, told):
+    folder, calls = place
+    results = run(*TABLE)
+    few, fox = "few/pytorch_lora_weights.safetensors:0.9", "fox.safetensors:0.8"
+    loaded = [(c[1], c[2]["beside"].loras, c[2]["known"]) for c in calls if c[0] == "load"]
+    described = Described(Path("few/how_to_sample.json"), told)
+    wanted = [
+        (base, (*style, *own), known)
+        for base in ("teacher", "student")
+        for style in ((), (fox,))
+        for own, known in (((), None), ((few,), described))
+    ]
+    assert loaded == [*wanted[1:], *wanted]  # all but the first are read before anything is drawn
+    step = "pytorch_lora_weights"
+    names = ["teacher", "teacher + fox", "student", "student + fox"]
+    assert [(row["model"], row["steps"]) for row in results["rows"]] == [
+        (model, steps)
+        for name in names
+        for model, steps in ((name, 20), (f"{name} + {step}", 1), (f"{name} + {step}", 3))
+    ]
+    row = next(
+        r for r in results["rows"] if (r["model"], r["steps"]) == (f"{names[1]} + {step}", 3)
+    )
+    pair = [
+        np.stack(
+            [np.asarray(Image.open(f), np.float32) / 255 for f in sorted(images.glob("*.png"))]
+        )
+        for images in (
+            folder / "out/images/teacher-fox-pytorch_lora_weights-3",
+            folder / "out/images/teacher-fox-20",
+        )
+    ]
+    expected = distances.health(*pair, np.repeat(np.arange(6), 2))
+    assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-4)
+    text = (folder / "out" / "scores.md").read_text()
+    assert "RMS to teacher" in text and "| student + fox + pytorch_lora_weights | 3 |" in text
+    again = run("--images=out/images", "--prompts=prompts.txt", "--images_per_prompt=2", "--out=b")
+    assert {r["model"]: r.get("distance") for r in again["rows"] if r["steps"] == 3} == {
+        r["model"]: r.get("distance") for r in results["rows"] if r["steps"] == 3
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--styles=none,x.safetensors"], "--styles goes with --bases"),
+        (["--bases=teacher"], "--bases needs one --lora=FILE, the LoRA of few steps, got 0"),
+        (["--bases=teacher", "--lora=a,b"], "got 2; LoRAs of styles go to --styles"),
+        (["--bases=teacher", "--lora=a", "--student=student"], "--bases replaces --teacher and"),
+        (["--bases=teacher", "--lora=a.safetensors"], "say --as=NAME"),
+        (["--bases=teacher", "--lora=a", "--as=tcd"], "--as=tcd is not known; choose one of lcm"),
+        (["--bases=nowhere", "--lora=a"], "--bases: nowhere does not exist"),
+    ],
+)
+def test_a_table_that_cannot_be_drawn_is_refused(flags, words, place, capsys):
+    assert words in refused(capsys, *flags, "--prompts=prompts.txt", "--out=out")
+    assert place[1] == []
+
+
 def test_large_sets_are_drawn_in_pieces_with_running_numbers(place):
     folder, calls = place
     run(
@@ -249,6 +344,7 @@ def test_a_teachers_setting_that_cannot_be_is_refused_before_the_students_first_
 def test_each_model_has_its_solver_and_both_are_computed_alike(place):
     folder, calls = place
     alike = {"tile": 8, "dtype": jnp.dtype("bfloat16"), "attention": "looped"}
+    loaded = {**alike, "beside": NOTHING, "known": None}
     given = [
         "--tile=8",
         "--dtype=bfloat16",
@@ -259,12 +355,9 @@ def test_each_model_has_its_solver_and_both_are_computed_alike(place):
     results = run(*DRAW, "--steps=1", *given)
     # The teacher's folder is read before the first image and again to draw.
     assert [call[1:] for call in calls if call[0] == "load"] == [
-        ("teacher", {"beside": NOTHING, "solver": "dpm_solver_pp_2m", **alike}),
-        ("student", {"beside": NOTHING, "solver": "ddim", "layout": None, **alike}),
-        (
-            "teacher",
-            {"beside": NOTHING, "solver": "dpm_solver_pp_2m", "layout": None, **alike},
-        ),
+        ("teacher", {"solver": "dpm_solver_pp_2m", **loaded}),
+        ("student", {"solver": "ddim", "layout": None, **loaded}),
+        ("teacher", {"solver": "dpm_solver_pp_2m", "layout": None, **loaded}),
     ]
     for row, solver in zip(results["rows"], ("dpm_solver_pp_2m", "ddim"), strict=True):
         said = json.loads(
@@ -639,7 +732,7 @@ def test_captions_are_whole_and_no_formulas(place, monkeypatch):
         ),
         (["--teacher=teacher", "--out=out"], "--prompts is missing"),
         (["--teacher=teacher", "--prompts=prompts.txt"], "--out is missing"),
-        ([*DRAW, "--images=real"], "--images replaces --teacher and --student"),
+        ([*DRAW, "--images=real"], "--images replaces --teacher, --student and --bases"),
         ([*DRAW, "--teacher=none"], "--teacher: none does not exist"),
         ([*DRAW, "--prompts=none.txt"], "none.txt"),
         ([*DRAW, "--out=real"], "--out=real exists and is not empty; choose a new folder"),

@@ -238,6 +238,7 @@ class Slow:
     """A painter whose images take their time."""
 
     sizes, size, steps, max_steps, guidance, correct = (1,), (2, 2), 1, 3, 1.0, False
+    counts = ()
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -263,6 +264,18 @@ class SlowRun:
 
     def images(self) -> np.ndarray:
         return np.zeros((1, 2, 2, 3), np.uint8)
+
+
+def test_a_model_of_certain_step_counts_offers_and_takes_those_alone():
+    painter = Slow()
+    painter.steps, painter.max_steps, painter.counts = 4, 8, (1, 2, 4, 8)
+    painter.go.set()
+    with Running({"student": painter}, serve.describe("x", {"student": painter})) as running:
+        info = json.loads(running.get("/api/info")[1])
+        assert (info["steps"], info["default_steps"]) == ([1, 2, 4, 8], 4)
+        status, body, _ = running.get("/api/image", {"prompt": "a", "steps": 3})
+        assert status == 422 and "steps: one of 1, 2, 4, 8, got 3" in body.decode()
+        assert running.get("/api/image", {"prompt": "a", "steps": 2})[0] == 200
 
 
 def test_busy_late_wrong_and_broken_requests_are_told_apart():

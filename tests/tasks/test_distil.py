@@ -434,6 +434,10 @@ def test_images_are_cropped_encoded_and_kept_with_their_captions(tmp_path):
 REFUSALS = [
     ({"teacher.folder": ""}, "config.teacher.folder is empty"),
     ({"teacher.folder": "/nowhere"}, "/nowhere does not exist"),
+    (
+        {"teacher.folder": str(folders.folder("lcm"))},
+        "guidance is an input of its UNet (time_cond_proj_dim = 24)",
+    ),
     ({"data.prompts": ""}, "config.data.prompts is empty"),
     ({"data.images": "/nowhere"}, "config.data.images = /nowhere is not a folder"),
     ({"adversarial.reals": "data"}, "needs config.data.images"),

@@ -468,13 +468,18 @@ def sinusoidal(t: Array, dim: int, *, flip: bool, shift: float) -> Array:
 
 
 class Embedding(nn.Module):
-    """linear_1, silu, linear_2: diffusers' TimestepEmbedding."""
+    """linear_1, silu, linear_2: diffusers' TimestepEmbedding, to whose input a condition is added
+    (`cond_proj`).
+    """
 
     width: int
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """X [b, d] -> [b, width]."""
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        """X [b, d] and a condition [b, e] -> [b, width]."""
+        if condition is not None:
+            project = Linear(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
+            x = x + project(condition)
         h = nn.silu(Linear(self.width, dtype=self.dtype, name="linear_1")(x))
         return Linear(self.width, dtype=self.dtype, name="linear_2")(h)

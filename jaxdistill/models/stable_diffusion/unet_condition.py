@@ -41,6 +41,25 @@ def like(a: Array, other: Array) -> Array:
     return jnp.repeat(a, copies, axis=0) if copies > 1 else a
 
 
+def per_layer(depth: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """One number for each of a level's attention layers: all the same, or listed.
+
+    Raises ValueError for a list of another length.
+    """
+    found = (depth,) * count if isinstance(depth, int) else tuple(depth)
+    if len(found) != count:
+        raise ValueError(f"{list(found)} must be one number or {count}, one per layer")
+    return found
+
+
+def guidance_embedding(scale: Array, width: int) -> Array:
+    """Guidance scales [b] as a network with `guidance_width` reads them: float32 [b, width] of
+    1000 (scale - 1), as diffusers' get_guidance_scale_embedding.
+    """
+    embedded = sinusoidal(1000.0 * (scale - 1.0), width, flip=False, shift=1.0)
+    return jnp.pad(embedded, ((0, 0), (0, width % 2)))
+
+
 class FeedForward(nn.Module):
     """GEGLU: (x W_a) gelu(x W_b), then a projection back."""
 
@@ -148,15 +167,17 @@ class UNetCondition(nn.Module):
       channels: of each level.
       layers: residual blocks of each level going down; one more going up.
       heads: attention heads of each level.
-      depth: transformer blocks of each attention layer going down, by level; 0 where the level has
-        none.
+      depth: transformer blocks of each attention layer going down, by level: a number, or one for
+        each of its layers; 0 where the level has none.
       depth_up: the same going up, by level again (the first number is the level of full
         resolution).
-      mid_depth: of the middle.
+      mid_layers: residual blocks of the middle: 2 around its attention; 1 or 0 without.
+      mid_depth: transformer blocks of the middle's attention, 0 without.
       linear_projection: proj_in and proj_out are linear (2.x, XL), not 1x1 convolutions (1.x).
       groups, eps: of the group norms.
       flip_sin_to_cos, freq_shift: of the time embedding.
       addition_time_width: width of each embedded time id (XL), 0 without the text_time addition.
+      guidance_width: width of the embedded guidance scale (LCM), 0 without.
       attention: a key of `latent_layers.ATTENTION`.
       remat: a key of REMAT_POLICIES, for residual and transformer blocks.
       scan: run the transformer blocks of one attention layer as a `lax.scan` over stacked
@@ -169,8 +190,9 @@ class UNetCondition(nn.Module):
     channels: Sequence[int] = (320, 640, 1280, 1280)
     layers: Sequence[int] = (2, 2, 2, 2)
     heads: Sequence[int] = (8, 8, 8, 8)
-    depth: Sequence[int] = (1, 1, 1, 0)
-    depth_up: Sequence[int] = (1, 1, 1, 0)
+    depth: Sequence[int | Sequence[int]] = (1, 1, 1, 0)
+    depth_up: Sequence[int | Sequence[int]] = (1, 1, 1, 0)
+    mid_layers: int = 2
     mid_depth: int = 1
     linear_projection: bool = False
     groups: int = 32
@@ -178,6 +200,7 @@ class UNetCondition(nn.Module):
     flip_sin_to_cos: bool = True
     freq_shift: float = 0.0
     addition_time_width: int = 0
+    guidance_width: int = 0
     attention: str = "auto"
     remat: str = "none"
     scan: bool = False
@@ -197,18 +220,20 @@ class UNetCondition(nn.Module):
           x: latents [b, h, w, in_channels].
           t: the training step of each example, float [b].
           cond: {"context" [r b, m, d]}; with the text_time addition also "pooled" [r b, p] and
-            "time_ids" [r b, 6].
+            "time_ids" [r b, 6]; with `guidance_width` also the scale "guidance" [b] or [r b].
           features: return the hidden states at the end of each level going down and of the middle
-            instead, for a discriminator.
+            (where there is one) instead, for a discriminator.
 
         Returns:
           [r b, h, w, out_channels] in x's dtype, or the list of states.
         """
         embed: dict[str, Any] = {"flip": self.flip_sin_to_cos, "shift": self.freq_shift}
         width = 4 * self.channels[0]
-        time = Embedding(width, self.dtype, name="time_embedding")(
-            sinusoidal(t, self.channels[0], **embed)
-        )
+        moment, scale = sinusoidal(t, self.channels[0], **embed), None
+        if self.guidance_width:
+            scale = guidance_embedding(cond["guidance"], self.guidance_width)
+            moment = like(moment, scale)
+        time = Embedding(width, self.dtype, name="time_embedding")(moment, scale)
         if self.addition_time_width:
             ids = cond["time_ids"]
             embedded = sinusoidal(ids.reshape(-1), self.addition_time_width, **embed).reshape(
@@ -242,31 +267,31 @@ class UNetCondition(nn.Module):
         skips, states, last = [h], [], len(self.channels) - 1
         for level, channels in enumerate(self.channels):
             at = f"down_blocks.{level}"
-            for i in range(self.layers[level]):
+            for i, depth in enumerate(per_layer(self.depth[level], self.layers[level])):
                 h = resnet(f"{at}.resnets.{i}", channels, h)
-                if self.depth[level]:
-                    h = attend(f"{at}.attentions.{i}", level, self.depth[level], h)
+                if depth:
+                    h = attend(f"{at}.attentions.{i}", level, depth, h)
                 skips.append(h)
             states.append(h)
             if level < last:
                 h = Conv(channels, stride=2, dtype=self.dtype, name=f"{at}.downsamplers.0.conv")(h)
                 skips.append(h)
-        h = resnet("mid_block.resnets.0", self.channels[-1], h)
-        if self.mid_depth:
-            h = attend("mid_block.attentions.0", last, self.mid_depth, h)
-        h = resnet("mid_block.resnets.1", self.channels[-1], h)
+        for i in range(self.mid_layers):
+            if i == 1 and self.mid_depth:
+                h = attend("mid_block.attentions.0", last, self.mid_depth, h)
+            h = resnet(f"mid_block.resnets.{i}", self.channels[-1], h)
         if features:
-            return [*states, h]
+            return [*states, h] if self.mid_layers else states
         for number, level in enumerate(reversed(range(last + 1))):
             at = f"up_blocks.{number}"
-            for i in range(self.layers[level] + 1):
+            for i, depth in enumerate(per_layer(self.depth_up[level], self.layers[level] + 1)):
                 h = resnet(
                     f"{at}.resnets.{i}",
                     self.channels[level],
                     jnp.concatenate([h, like(skips.pop(), h)], axis=-1),
                 )
-                if self.depth_up[level]:
-                    h = attend(f"{at}.attentions.{i}", level, self.depth_up[level], h)
+                if depth:
+                    h = attend(f"{at}.attentions.{i}", level, depth, h)
             if level > 0:
                 h = Conv(self.channels[level], dtype=self.dtype, name=f"{at}.upsamplers.0.conv")(
                     h, skips[-1].shape[1:3]

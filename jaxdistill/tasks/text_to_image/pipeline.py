@@ -23,6 +23,7 @@ from jaxdistill.interop import (
 from jaxdistill.interop.clip_tokenizer import Tokenizer, say_cut
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
+from jaxdistill.interop.known_students import Described, Known
 from jaxdistill.run import checkpoint
 
 SETTINGS = diffusers_folder.SETTINGS
@@ -285,10 +286,13 @@ class Stepper(NamedTuple):
         """The solver's state at t_next."""
         if self.layout is not None:
             params = self.layout.gathered(params, self.unet.dtype)
+        cond = inputs.cond
+        if self.unet.guidance_width:
+            cond = {**cond, "guidance": jnp.full(inputs.noise.shape[:1], inputs.guidance)}
         denoiser = sampling.guided_denoiser(
             self.unet.apply,
             params,
-            inputs.cond,
+            cond,
             schedule=self.scheduler.schedule,
             parameterization=self.scheduler.parameterization,
             null_cond=partial(with_null, inputs.null),
@@ -381,6 +385,12 @@ class TextToImage:
         made = self.settings.get("height"), self.settings.get("width")
         height, width = (m if g is None else g for g, m in zip((height, width), made, strict=True))
         return image_size(self.folder, height, width)
+
+    def guides(self, scale: float) -> bool:
+        """Whether each step has a second call without the prompt at this scale. A network to which
+        the scale is an input (LCM's) never has.
+        """
+        return guides(scale) and not self.unet.guidance_width
 
     # -- devices
 
@@ -489,7 +499,7 @@ class TextToImage:
             size = (height // self.vae.factor, width // self.vae.factor)
             noise = check_latents(latents, (len(prompts), self.unet.in_channels, *size))
         cond = self.text(prompts)
-        null = self.text.negative(negative_prompt) if guides(guidance) else {}
+        null = self.text.negative(negative_prompt) if self.guides(guidance) else {}
         if self.folder.xl:
             cond["time_ids"] = np.tile(time_ids(height, width), (len(prompts), 1))
         found, block = [], min(batch_size, len(prompts)) * self.parts
@@ -507,7 +517,7 @@ class TextToImage:
 
     def _sampled(self, starts: Array, cond: Any, null: Any, run: Run, guidance: float) -> Array:
         """The latents to which a scheduler's run leads from these starts, one block of rows."""
-        inputs, guided = Inputs(starts, cond, null, np.float32(guidance)), guides(guidance)
+        inputs, guided = Inputs(starts, cond, null, np.float32(guidance)), self.guides(guidance)
         state = self.scheduler.begin(starts, run)
         for t, t_next in zip(run.times, run.next_times, strict=True):
             state = self.advance(self.params, state, inputs, t, t_next, guided=guided)
@@ -602,6 +612,7 @@ def load(
     path: str | Path,
     *,
     beside: Beside = NOTHING,
+    known: Known | Described | None = None,
     attention: str = "auto",
     dtype: Any = jnp.float32,
     param_dtype: Any = np.float32,
@@ -618,6 +629,8 @@ def load(
     Args:
       path: the folder, or a single file.
       beside: what is named beside it.
+      known: the kind of a published student, or what is said beside a LoRA, instead of the
+        folder's scheduler and settings.
       attention: a key of `latent_layers.ATTENTION`.
       dtype: of the computation.
       param_dtype: of the parameters.
@@ -644,14 +657,16 @@ def load(
     folder = single_file.open_checkpoint(root, beside, attention=attention, dtype=dtype, scan=scan)
     if params is not None and folder.unet.updates:
         raise FolderError(f"{path} is an export, to which no LoRA is added; give {root}")
+    if known is not None:
+        kept = ("height", "width", "clip_skip")
+        settings = {k: v for k, v in settings.items() if k in kept} | known.settings(folder)
     if not folder.clip_skip:
         folder = folder._replace(clip_skip=int(settings.get("clip_skip", 0)))
     if noise_correction is None:
         noise_correction = settings.get("noise_correction")
     # Read first: what is not supported should not cost the reading of the weights.
-    scheduler = diffusers_scheduler.of_folder(
-        folder, grid=grid, solver=solver, noise_correction=noise_correction
-    )
+    read = diffusers_scheduler.of_folder if known is None else known.scheduler
+    scheduler = read(folder, grid=grid, solver=solver, noise_correction=noise_correction)
     tokenizers_of(folder)
     if params is None:
         params = diffusers_folder.load_params(folder.unet, dtype=param_dtype)

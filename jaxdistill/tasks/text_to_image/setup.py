@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxdistill import methods, partition
 from jaxdistill.costs.flops import flops_of
+from jaxdistill.errors import UserError
 from jaxdistill.interop import (
     FLAGS,
     Beside,
@@ -66,11 +67,24 @@ def open_teacher(config: ConfigDict) -> Folder:
     if config.teacher.folder:
         beside = Beside(**{name: config.teacher[name] for name in FLAGS})
         folder = single_file.open_checkpoint(config.teacher.folder, beside, **options)
+        check_guided(folder)
         made_for = pipeline.made_for(config.teacher.folder)
         return folder._replace(clip_skip=folder.clip_skip or made_for.get("clip_skip", 0))
     name = config.teacher.architecture
-    found = choose(architectures.PIPELINES, name, "config.teacher.architecture")
-    return architectures.folder(found, **options)
+    published = choose(architectures.PIPELINES, name, "config.teacher.architecture")
+    return architectures.folder(published, **options)
+
+
+def check_guided(folder: Folder) -> None:
+    """Raise UserError for a network to which the guidance scale is an input (LCM's): methods guide
+    their teacher by two calls, and their students have no such input.
+    """
+    if width := folder.unet.module.guidance_width:
+        raise UserError(
+            f"config.teacher.folder = {folder.file or folder.path} is a student whose guidance is"
+            f" an input of its UNet (time_cond_proj_dim = {width}), and none to learn from; give"
+            " the checkpoint that it was made from"
+        )
 
 
 class TextSetup:
