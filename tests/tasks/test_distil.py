@@ -19,7 +19,7 @@ from shell import assert_one_error_line, assert_same_bits, run_command
 from configs import base
 from jaxdistill import main, partition
 from jaxdistill.errors import UserError
-from jaxdistill.interop import diffusers_folder, lora
+from jaxdistill.interop import diffusers_folder, diffusers_scheduler, lora
 from jaxdistill.model import lora_init, lora_merge
 from jaxdistill.run import checkpoint, loop, record_cache
 from jaxdistill.run.run import Run
@@ -248,6 +248,22 @@ def test_a_folder_that_is_no_student_cannot_teach_one_step(tmp_path):
         UserError,
         match=r"is not a student: its scheduler's _class_name is .*; give the diffusers/ folder",
     ):
+        main.run(config, tmp_path / "run")
+
+
+def test_a_student_of_another_first_step_cannot_teach_one_step(tmp_path):
+    """Noise correction is no part of its scheduler, but of its sampler."""
+    source = diffusers_folder.open_folder(folders.folder("sd"))
+    diffusers_folder.save_student(
+        source,
+        tmp_path / "student",
+        diffusers_folder.load_params(source.unet),
+        scheduler=diffusers_scheduler.student_config(source.scheduler),
+        extra={pipeline.SETTINGS: {"noise_correction": True, "height": 64, "width": 64}},
+    )
+    changes = {"teacher.folder": str(tmp_path / "student")}
+    config = base.chosen(make_config(tmp_path, **changes), "one", file="text_config")
+    with pytest.raises(UserError, match=r"set config\.methods\.endpoint\.noise_correction=True$"):
         main.run(config, tmp_path / "run")
 
 
