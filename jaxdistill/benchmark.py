@@ -122,7 +122,9 @@ class Study:
         """Make what the scores need, at the first start."""
         with self.claims.claim("scores"):
             run = self.run_of(self.entries[0]._replace(folder=""))
-            self.inputs = run.check_inputs(self.first.made_from())
+            run.check_inputs(self.first.made_from())
+            run.keep_inputs()
+            self.inputs = run.inputs
             self.first.data.open(run)
 
     # -- rows

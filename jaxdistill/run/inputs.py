@@ -50,14 +50,17 @@ def hash_files(paths: Iterable[Path]) -> str:
         raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
 
 
-def check(workdir: Path, inputs: Mapping[str, Input]) -> dict[str, str]:
-    """{name: checksum} of a run's inputs, which its workdir keeps from its first start on.
+Records = Mapping[str, Mapping[str, Any]]
+"""{name: {"stamp", "sha256"}}."""
+
+
+def check(workdir: Path, inputs: Mapping[str, Input]) -> Records:
+    """A run's inputs as its workdir will `keep` them, if they are those that it began with.
 
     A file of the size and time that it had is not read again. Raises UserError where one has
     changed since, DistributedError where processes have different ones.
     """
-    path = workdir / FILE
-    stored = _read(path)
+    stored = _read(workdir / FILE)
     found = {}
     for name, given in inputs.items():
         stamp = json.loads(json.dumps(given.stamp))
@@ -75,9 +78,15 @@ def check(workdir: Path, inputs: Mapping[str, Input]) -> dict[str, str]:
             f"--workdir={workdir} holds a run of other inputs: changed since it began:"
             f" {', '.join(changed)}; put back what was there, or choose another --workdir"
         )
-    if found != stored:
-        checkpoint.write_json(path, found)
-    return sums
+    return found
+
+
+def keep(workdir: Path, records: Records) -> None:
+    """Write them beside the run. Not before there is work to lose: a file that a first start has
+    refused may be mended.
+    """
+    if records != _read(workdir / FILE):
+        checkpoint.write_json(workdir / FILE, records)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -48,8 +48,7 @@ class Run:
         seconds = workdir / "seconds.json"
         self.seconds: dict[str, float] = json.loads(seconds.read_text()) if seconds.exists() else {}
 
-        self.inputs: dict[str, str] = {}
-        """What it is made from, {name: checksum}."""
+        self._records: inputs.Records = {}
 
         self.flops: Callable[[int], float] | None = None
         """Of a step of a stage on all devices, for MFU."""
@@ -58,12 +57,21 @@ class Run:
         """The averages of the health lines are wanted on these devices of this process."""
         self.place = dataclasses.replace(self.place, own=layout)
 
-    def check_inputs(self, given: Mapping[str, inputs.Input]) -> dict[str, str]:
-        """{name: checksum} of what the run is made from, for its results. Raises UserError where
-        the workdir's run was made from something else.
+    def check_inputs(self, given: Mapping[str, inputs.Input]) -> None:
+        """Raise UserError where the workdir's run was made from something else. The workdir
+        remembers them from its first training on.
         """
-        self.inputs = inputs.check(self.workdir, given)
-        return self.inputs
+        self._records = inputs.check(self.workdir, given)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What it is made from, {name: checksum}."""
+        return {name: str(record["sha256"]) for name, record in self._records.items()}
+
+    def keep_inputs(self) -> None:
+        """Remember them: what comes is made from them."""
+        if self._records:
+            inputs.keep(self.workdir, self._records)
 
     # -- time
 
@@ -83,6 +91,7 @@ class Run:
 
     def train(self, training: Training) -> Trained:
         """One training to its end; resumes where a checkpoint is."""
+        self.keep_inputs()
         found = train(training, self.place)
         self.record(training.name, found.seconds.total)
         self.record(f"saving the {training.name}", found.seconds.saving)

@@ -675,6 +675,7 @@ class SmallTask:
         if self.teacher_path and not (run.workdir / "teacher").exists():
             self.given_teacher(Path(self.teacher_path))
         run.check_inputs(self.made_from())
+        run.keep_inputs()
         self.data.open(run)
         teacher = self.teacher(run)
         served = self.served(run, teacher)

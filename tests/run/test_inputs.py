@@ -14,10 +14,16 @@ def made_from(folder, **values):
     return found | {"the weights": inputs.files([folder / "w"])}
 
 
+def check(folder, given):
+    records = inputs.check(folder, given)
+    inputs.keep(folder, records)
+    return {name: record["sha256"] for name, record in records.items()}
+
+
 @pytest.fixture
 def begun(tmp_path):
     (tmp_path / "w").write_bytes(b"abc")
-    sums = inputs.check(tmp_path, made_from(tmp_path, prompts=["a cat"], config={"a": 1}))
+    sums = check(tmp_path, made_from(tmp_path, prompts=["a cat"], config={"a": 1}))
     assert sums.keys() == {"prompts", "config", "the weights"} and len({*sums.values()}) == 3
     return tmp_path, sums
 
@@ -30,13 +36,13 @@ def test_the_same_inputs_are_welcome_and_a_file_is_not_read_twice(begun):
         raise AssertionError
 
     given["the weights"] = given["the weights"]._replace(content=read)
-    assert inputs.check(folder, given) == sums
+    assert check(folder, given) == sums
 
 
 def test_a_file_that_is_only_newer_is_read_and_welcome(begun):
     folder, sums = begun
     os.utime(folder / "w", (1, 1))
-    assert inputs.check(folder, made_from(folder, prompts=["a cat"], config={"a": 1})) == sums
+    assert check(folder, made_from(folder, prompts=["a cat"], config={"a": 1})) == sums
     stamp = json.loads((folder / inputs.FILE).read_text())["the weights"]["stamp"]
     assert stamp == [["w", 3, 10**9]]
 
@@ -61,7 +67,7 @@ def test_what_has_changed_is_named_and_nothing_is_forgotten(begun, name):
     if name == "the weights":
         given = made_from(folder, prompts=["a cat"], config={"a": 1})
     with pytest.raises(UserError) as failure:
-        inputs.check(folder, given)
+        check(folder, given)
     text = str(failure.value)
     assert f"changed since it began: {name};" in text and "--workdir" in text and "\n" not in text
     assert (folder / inputs.FILE).read_bytes() == before
@@ -73,4 +79,9 @@ def test_a_file_that_cannot_be_read_and_a_damaged_memory_are_named(begun):
         inputs.files([folder / "gone"])
     (folder / inputs.FILE).write_text("{")
     with pytest.raises(UserError, match=r"inputs\.json is damaged"):
-        inputs.check(folder, {})
+        check(folder, {})
+
+
+def test_a_first_start_that_is_refused_later_leaves_no_memory(tmp_path):
+    inputs.check(tmp_path, {"prompts": inputs.value(["a cta"])})
+    check(tmp_path, {"prompts": inputs.value(["a cat"])})

@@ -340,10 +340,10 @@ class TextToImageTask(TextSetup):
     def execute(self, run: Run) -> dict[str, Any]:
         """Caches, training, exports, results. Resumes where it was stopped."""
         config = self.config
-        sums = run.check_inputs(self.made_from())
+        run.check_inputs(self.made_from())
         for name, part in self.parts.items():  # they are not read again for the caches' keys
             if not part.updates:
-                self._hashes[tuple(part.files())] = sums[f"the teacher's {name} weights"]
+                self._hashes[tuple(part.files())] = run.inputs[f"the teacher's {name} weights"]
         if distributed.writes():
             self.rehearse(run.workdir)
         if config.log.checkpoints:  # a bucket that cannot be opened is told before weights are read
