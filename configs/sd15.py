@@ -46,6 +46,7 @@ def whole() -> ConfigDict:
             "prediction": "",  # of a file, eps | v | v_ztsnr: instead of what its marks say
             "ema": True,  # of a file with both: the averaged weights of its UNet
             "clip_skip": 0,  # text layers left out, as in diffusers; 1 is A1111's clip skip 2
+            "loras": (),  # added to it before anything: "style.safetensors:0.8", ...
             # Instead, to plan a run (jaxdistill.aot): sd15 | sd21 | sd21-base | sdxl.
             "architecture": "",
             "solver": "",  # ddim | dpm_solver_pp_2m: of its images, instead of its scheduler

@@ -54,6 +54,8 @@ def open_painter(
     print(f"{folder}: loading, and compiling for each batch size", flush=True)
     if found == "pipeline":
         return PipelinePainter(pipeline.load(folder, beside=files), sizes, size=size)
+    if files.loras:
+        raise ValueError(f"--lora goes with a pipeline folder or a single file, not with {folder}")
     return ExportPainter(TextExport(folder, encoder=encoder), sizes)
 
 

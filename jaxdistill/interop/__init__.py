@@ -2,7 +2,7 @@
 
 import json
 import re
-from argparse import Namespace
+from argparse import Action, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Beside:
       prediction: of a single file, a key of PREDICTIONS; "" goes by the file's marks.
       ema: of a single file, take the averaged weights of its UNet where it has both.
       clip_skip: layers at the end of the text encoders that are left out, as in diffusers.
+      loras: files of LoRAs that are added to the weights, FILE or FILE:WEIGHT.
     """
 
     like: str | Path = ""
@@ -42,9 +43,19 @@ class Beside:
     prediction: str = ""
     ema: bool = True
     clip_skip: int = 0
+    loras: tuple[str, ...] = ()
 
 
 NOTHING = Beside()
+
+
+class Several(Action):
+    """A flag whose values are separated by commas, or have one flag each: a tuple."""
+
+    def __call__(self, parser: Any, namespace: Namespace, values: Any, option: Any = None) -> None:
+        """Add the values."""
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values.split(",")))
+
 
 FLAGS: dict[str, dict[str, Any]] = {
     "like": {
@@ -66,8 +77,14 @@ FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "text layers left out, as in diffusers; 1 is A1111's clip skip 2",
     },
+    "loras": {
+        "flag": "lora",
+        "action": Several,
+        "metavar": "FILE:WEIGHT,FILE",
+        "help": "LoRAs to add; a weight is 1 by default",
+    },
 }
-"""The flags of `Beside`'s fields."""
+"""The flags of `Beside`'s fields; `flag` is a name that is not the field's."""
 
 OF_FILES = ("like", "prediction", "ema")
 """Those of no use for a folder."""
@@ -75,13 +92,17 @@ OF_FILES = ("like", "prediction", "ema")
 
 def add_flags(parser: Parser, group: Any) -> None:
     """The flags of `Beside`; `group` has their line in --help."""
-    flags = {f"--{k}": {"default": getattr(NOTHING, k), **about} for k, about in FLAGS.items()}
+    flags = {}
+    for name, about in FLAGS.items():
+        options = {"dest": name, "default": getattr(NOTHING, name), **about}
+        flags[f"--{options.pop('flag', name)}"] = options
     parser.add_more("--help_files", "checkpoints and LoRAs in files", flags, group=group)
 
 
 def given(args: Namespace) -> list[str]:
     """The flags of `Beside` that are not at their default."""
-    return [name for name in FLAGS if getattr(args, name) != getattr(NOTHING, name)]
+    changed = [name for name in FLAGS if getattr(args, name) != getattr(NOTHING, name)]
+    return [FLAGS[name].get("flag", name) for name in changed]
 
 
 def beside(args: Namespace, *paths: str | None) -> Beside:

@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from jaxdistill.errors import UserError
 from jaxdistill.interop import explain_path, torch_weights
-from jaxdistill.interop.torch_weights import Origin, WeightFiles
+from jaxdistill.interop.torch_weights import Origin, Update, WeightFiles
 from jaxdistill.models.stable_diffusion.autoencoder_kl import AutoencoderKL
 from jaxdistill.models.stable_diffusion.unet_condition import STACK, UNetCondition
 from jaxdistill.models.text.clip import ACTIVATIONS, CLIPText
@@ -28,8 +28,8 @@ from jaxdistill.run import checkpoint
 
 PIPELINES = {"StableDiffusionPipeline": False, "StableDiffusionXLPipeline": True}
 """Known pipeline classes, and whether they are XL."""
-
-
+KEY = "_jaxdistill"
+"""Of a student's scheduler_config.json: what it was made for, and the LoRAs that it holds."""
 OTHER_TASKS = {
     "Inpaint": "inpainting",
     "Upscale": "upscaling",
@@ -54,6 +54,7 @@ class Part(NamedTuple):
 
     `file`: instead of the folder's weights, those of one file. In another layout `origin` says for
     each of diffusers' names what holds it; all begin with `prefix`.
+    `updates`: what is added to the weights while they are read.
     """
 
     module: nn.Module
@@ -63,6 +64,12 @@ class Part(NamedTuple):
     file: Path | None = None
     origin: Callable[[str], Origin] | None = None
     prefix: str = ""
+    updates: tuple[Update, ...] = ()
+
+    @property
+    def is_folders(self) -> bool:
+        """Whether its weights are its folder's, as they are."""
+        return self.file is None and not self.updates
 
     @property
     def where(self) -> str:
@@ -75,6 +82,11 @@ class Part(NamedTuple):
 
     def weights(self) -> WeightFiles:
         """The tensors by diffusers' names of today. Raises FolderError, WeightsError."""
+        base = self._base_weights()
+        return torch_weights.UpdatedWeights(base, self.updates) if self.updates else base
+
+    def _base_weights(self) -> WeightFiles:
+        """Those tensors without updates."""
         if self.file is None or self.origin is None:
             return WeightFiles(self.files(), rename=_renamer(self.module))
         names = torch_weights.names_of(abstract_params(self), stacked_of(self.module))
@@ -766,14 +778,14 @@ def part_of(source: Folder, name: str) -> Part | None:
 def copy_part(source: Folder, name: str, target: Path) -> None:
     """A component's folder, with the weights that the source takes for it."""
     part = part_of(source, name)
-    if part is None or part.file is None:
+    if part is None or part.is_folders:
         copy_component(source.path / name if part is None else part.folder, target)
         return
     target.mkdir()
     checkpoint.write_json(target / "config.json", part.config)
     weights = part.weights()
     names = torch_weights.names_of(abstract_params(part))
-    torch_weights.save(target, part.stem, {n: weights.read(n) for n in names})
+    torch_weights.save(target, part.stem, {n: weights.stored(n) for n in names})
 
 
 def copied(source: Folder) -> list[str]:
@@ -813,7 +825,7 @@ def rehearse(source: Folder, target: Path) -> int:
     size = 0
     for name in copied(source):
         part = part_of(source, name)
-        if part is not None and part.file is not None:
+        if part is not None and not part.is_folders:
             size += 4 * sum(a.size for a in jax.tree.leaves(abstract_params(part)))
             continue
         for path in component_files(source.path / name if part is None else part.folder).values():

@@ -22,12 +22,12 @@ _COMFY_TEXT = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transf
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
-def layers(part: Part) -> dict[str, tuple[str, ...]]:
-    """{layer: its tensors}, by torch's names: "conv_in" has "conv_in.weight", "conv_in.bias"."""
-    found: dict[str, tuple[str, ...]] = {}
-    for name in names_of(abstract_params(part), stacked_of(part.module)):
-        layer = name.rpartition(".")[0]
-        found[layer] = (*found.get(layer, ()), name)
+def layers(part: Part) -> dict[str, dict[str, tuple[int, ...]]]:
+    """{layer by torch's name: {"weight": its shape, "bias": ...}}."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in names_of(abstract_params(part), stacked_of(part.module)).items():
+        layer, _, leaf = name.rpartition(".")
+        found.setdefault(layer, {})[leaf] = shape
     return found
 
 

@@ -18,6 +18,7 @@ from jaxdistill.interop import (
     architectures,
     diffusers_folder,
     is_file,
+    lora_files,
     marks,
     torch_weights,
 )
@@ -57,16 +58,19 @@ AVERAGES = "model_ema.diffusion"
 
 
 def open_checkpoint(path: str | Path, beside: Beside = NOTHING, **options: Any) -> Folder:
-    """A pipeline folder or a single file, with what is named beside it. Raises FolderError."""
+    """A pipeline folder or a single file, with what is named beside it. Raises FolderError,
+    LoraError.
+    """
     if is_file(path):
-        return open_file(path, beside, **options)._replace(clip_skip=beside.clip_skip)
-    found = diffusers_folder.open_folder(path, **options)
-    encoders = text_beside(found, beside.text_encoder)
-    return found._replace(
-        vae=vae_beside(found, beside.vae) or found.vae,
-        text_encoders=tuple(a or b for a, b in zip(encoders, found.text_encoders, strict=True)),
-        clip_skip=beside.clip_skip,
-    )
+        found = open_file(path, beside, **options)
+    else:
+        found = diffusers_folder.open_folder(path, **options)
+        encoders = text_beside(found, beside.text_encoder)
+        found = found._replace(
+            vae=vae_beside(found, beside.vae) or found.vae,
+            text_encoders=tuple(a or b for a, b in zip(encoders, found.text_encoders, strict=True)),
+        )
+    return lora_files.styled(found._replace(clip_skip=beside.clip_skip), beside.loras)
 
 
 def open_file(path: str | Path, beside: Beside, **options: Any) -> Folder:

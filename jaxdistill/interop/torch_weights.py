@@ -5,10 +5,10 @@ the axes differ.
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,10 @@ class WeightFiles:
     ) -> None:
         self.where: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.metadata: dict[str, str] = {}
         for path in files:
             with _opened(path) as file:
+                self.metadata |= file.metadata() or {}
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     if rename(name) in self.where:
                         raise WeightsError(
@@ -103,6 +105,10 @@ class WeightFiles:
         """Where a tensor is, for messages."""
         path, theirs = self.where[name]
         return f"{path}: tensor {theirs}"
+
+    def stored(self, name: str) -> np.ndarray:
+        """A copy of one tensor in the type that the files have it in."""
+        return self.read(name)
 
 
 @dataclass(frozen=True)
@@ -230,6 +236,54 @@ def check_pointer(path: Path) -> None:
                 f"{path} is a git-lfs pointer, a few lines that stand for the file; fetch it: git"
                 " lfs pull in its folder, or download it again"
             )
+
+
+class Update(Protocol):
+    """Something that is added to tensors of a component while they are read, such as a LoRA."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """What it is read from: it is told apart by their bytes and its weight."""
+
+    @property
+    def weight(self) -> float:
+        """Its factor."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The tensors that it changes."""
+
+    def read(self, name: str) -> np.ndarray:
+        """What is added to one of them, float32 of its shape."""
+
+
+class UpdatedWeights(WeightFiles):
+    """The tensors of `base` with updates, in their order; those without any are as in `base`."""
+
+    def __init__(self, base: WeightFiles, updates: Sequence[Update]) -> None:
+        self.base, self.where = base, base.where
+        self.shapes, self.metadata = base.shapes, base.metadata
+        self._updates = updates
+
+    def read(self, name: str) -> np.ndarray:
+        """A copy of one tensor; float32 where it is changed."""
+        return self._updated(name, self.base.read(name))
+
+    def stored(self, name: str) -> np.ndarray:
+        """A copy of one tensor in the type that `base` has it in."""
+        value = self.base.read(name)
+        return self._updated(name, value).astype(value.dtype)
+
+    def source(self, name: str) -> str:
+        """Where a tensor is, for messages."""
+        added = [str(update.files[0]) for update in self._updates if name in update.names]
+        return " with ".join([self.base.source(name), *added])
+
+    def _updated(self, name: str, value: np.ndarray) -> np.ndarray:
+        for update in self._updates:
+            if name in update.names:
+                value = value.astype(np.float32) + update.read(name)
+        return value
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ SETTINGS = "jaxdistill.json"
 """What a student's folder says beyond diffusers' own files: {"steps", "guidance", "height",
 "width", "clip_skip", "timesteps" of each number of steps, "noise_correction"}.
 """
-KEY = "_jaxdistill"
+KEY = diffusers_folder.KEY
 """Of a student's scheduler_config.json: these but the last. Diffusers' `save_pretrained` keeps such
 a key, and drops SETTINGS.
 """
@@ -642,6 +642,8 @@ def load(
             )
         scan, root = bool(exported.get("stacked")), components_of(root, exported)
     folder = single_file.open_checkpoint(root, beside, attention=attention, dtype=dtype, scan=scan)
+    if params is not None and folder.unet.updates:
+        raise FolderError(f"{path} is an export, to which no LoRA is added; give {root}")
     if not folder.clip_skip:
         folder = folder._replace(clip_skip=int(settings.get("clip_skip", 0)))
     if noise_correction is None:

@@ -21,6 +21,7 @@ from jaxdistill.interop import (
     diffusers_scheduler,
     how_to_sample,
     lora,
+    lora_files,
 )
 from jaxdistill.methods.recipe import Stage
 from jaxdistill.run import checkpoint, distributed, inputs, report
@@ -68,7 +69,7 @@ class TextToImageTask(TextSetup):
                 "config.adversarial.reals = 'data' needs config.data.images; set it, or let the"
                 " teacher draw them: config.adversarial.reals=teacher"
             )
-        self._hashes: dict[Path, str] = {}
+        self._hashes: dict[tuple[Path, ...], str] = {}
         self._caches: dict[str, Cache] = {}
 
     @property
@@ -79,11 +80,15 @@ class TextToImageTask(TextSetup):
     # -- weights
 
     def hash_of(self, part: diffusers_folder.Part) -> str:
-        """Of a component's weights; each file is read once a run."""
-        where = part.file or part.folder
-        if where not in self._hashes:
-            self._hashes[where] = inputs.hash_files(part.files())
-        return self._hashes[where]
+        """Of a component's weights, with what is added to them; each file is read once a run."""
+        added = [[self._hash(update.files), update.weight] for update in part.updates]
+        base = self._hash(part.files())
+        return key_of(base, added) if added else base
+
+    def _hash(self, files: Sequence[Path]) -> str:
+        if (name := tuple(files)) not in self._hashes:
+            self._hashes[name] = inputs.hash_files(files)
+        return self._hashes[name]
 
     @property
     def parts(self) -> dict[str, diffusers_folder.Part]:
@@ -97,7 +102,8 @@ class TextToImageTask(TextSetup):
         folder, found = self.folder, dict[str, inputs.Input]()
         for name, part in self.parts.items():
             content = partial(self.hash_of, part)
-            found[f"the teacher's {name} weights"] = inputs.files(part.files(), content)
+            files = [*part.files(), *(file for update in part.updates for file in update.files)]
+            found[f"the teacher's {name} weights"] = inputs.files(files, content)
             found[f"the teacher's {name} config"] = inputs.value(dict(part.config))
         for path in folder.tokenizers:
             found[f"the teacher's {path.name}"] = inputs.files(files_in(path))
@@ -381,7 +387,7 @@ class TextToImageTask(TextSetup):
         end = "" if student is first else f"_{report.slug(max(steps))}"
         scheduler = self.scheduler_config(self.recipe.sampler)
         timesteps = {n: diffusers_scheduler.student_timesteps(scheduler, n) for n in steps}
-        made_for = {
+        made_for: dict[str, Any] = {
             "steps": max(steps),
             "guidance": 1.0,
             "height": self.size[0],
@@ -389,6 +395,8 @@ class TextToImageTask(TextSetup):
             "clip_skip": self.folder.clip_skip,
             "timesteps": timesteps,
         }
+        if held := lora_files.record(self.folder):
+            made_for["loras"] = held
         settings = {**made_for, "noise_correction": self.correct_noise}
         how = how_to_sample.how_to_sample(self.told(scheduler, steps))
         params = student.trained
