@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -238,6 +238,7 @@ def check_pointer(path: Path) -> None:
             )
 
 
+@runtime_checkable
 class Update(Protocol):
     """Something that is added to tensors of a component while they are read, such as a LoRA."""
 
