@@ -57,18 +57,18 @@ FOREIGN = {
 Shape = tuple[int, ...]
 Place = tuple[str, str]
 """A component, and a layer of it by torch's name."""
-_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+_WIDTHS: Mapping[Shape, str] = {(768,): "Stable Diffusion 1.x", (1024,): "Stable Diffusion 2.x", (2048,): "SDXL"}
 """Families by the width of the text in cross-attention."""
 _TOLD = {
-    r"sdxl|stable-diffusion-xl": _WIDTHS[2048],
-    r"sd_v2|sd_2|stable-diffusion-v2": _WIDTHS[1024],
-    r"sd_v1|sd_1|stable-diffusion-v1": _WIDTHS[768],
+    r"sdxl|stable-diffusion-xl": _WIDTHS[(2048,)],
+    r"sd_v2|sd_2|stable-diffusion-v2": _WIDTHS[(1024,)],
+    r"sd_v1|sd_1|stable-diffusion-v1": _WIDTHS[(768,)],
 }
 """What trainers write of the base into a file's metadata."""
 _MARKS = {
     r"double_blocks|single_transformer_blocks": "Flux",
     r"joint_blocks|add_q_proj": "Stable Diffusion 3",
-    r"lora_te2_|text_encoder_2\.": _WIDTHS[2048],
+    r"lora_te2_|text_encoder_2\.": _WIDTHS[(2048,)],
 }
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps PEFT's configs in a file's metadata, their keys behind a component's."""
@@ -276,7 +276,7 @@ def _incomplete(keys: Mapping[str, str], shapes: Mapping[str, Shape]) -> str:
     down, up = shapes[keys["down"]], shapes[keys["up"]]
     if min(len(down), len(up)) < 2 or math.prod(up[2:]) != 1:
         return f"has a down of shape {list(down)} and an up of {list(up)}"
-    inner = shapes[keys["mid"]][:2] if "mid" in keys else (up[1], down[0])
+    inner = shapes[keys["mid"]][:2] if "mid" in keys else (down[0], down[0])
     if tuple(inner) != (up[1], down[0]) or ("mid" in keys and math.prod(down[2:]) != 1):
         return f"has parts of different ranks: down {list(down)}, up {list(up)}"
     return "is of rank 0" if not down[0] else ""
@@ -390,8 +390,8 @@ def _base(tensors: WeightFiles) -> str:
         if re.search(pattern, told):
             return family
     for key, shape in tensors.shapes.items():
-        if re.search(r"attn2.to_[kv]\W.*(down|lora_A)", key) and shape[1:2] != ():
-            return _WIDTHS.get(shape[1], "")
+        if re.search(r"attn2.to_[kv]\W.*(down|lora_A)", key) and shape[1:2] in _WIDTHS:
+            return _WIDTHS[shape[1:2]]
     text = " ".join(tensors.shapes)
     return next((family for pattern, family in _MARKS.items() if re.search(pattern, text)), "")
 
