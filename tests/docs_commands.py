@@ -56,6 +56,7 @@ INPUTS = {
     "fashion-mnist": 'mkdir fashion-mnist && python -c "import pathlib, idx;'
     " idx.write_fashion(pathlib.Path('fashion-mnist'))\"",
     "my-model.safetensors": "python tests/original.py stable-diffusion-v1-5 my-model.safetensors",
+    "style.safetensors": "python tests/loras.py stable-diffusion-v1-5 style.safetensors",
     "prompts.txt": r"printf 'a cat\na dog at a cat\nphoto\n' > prompts.txt",
 }
 """What the commands read and a user brings: made small, where one names it."""

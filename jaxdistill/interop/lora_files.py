@@ -57,7 +57,11 @@ FOREIGN = {
 Shape = tuple[int, ...]
 Place = tuple[str, str]
 """A component, and a layer of it by torch's name."""
-_WIDTHS: Mapping[Shape, str] = {(768,): "Stable Diffusion 1.x", (1024,): "Stable Diffusion 2.x", (2048,): "SDXL"}
+_WIDTHS: Mapping[Shape, str] = {
+    (768,): "Stable Diffusion 1.x",
+    (1024,): "Stable Diffusion 2.x",
+    (2048,): "SDXL",
+}
 """Families by the width of the text in cross-attention."""
 _TOLD = {
     r"sdxl|stable-diffusion-xl": _WIDTHS[(2048,)],

@@ -271,9 +271,18 @@ class UpdatedWeights(WeightFiles):
         return self._updated(name, self.base.read(name))
 
     def stored(self, name: str) -> np.ndarray:
-        """A copy of one tensor in the type that `base` has it in."""
-        value = self.base.read(name)
-        return self._updated(name, value).astype(value.dtype)
+        """A copy of one tensor in the type that `base` has it in. Raises WeightsError where that
+        does not hold it.
+        """
+        dtype = (value := self.base.read(name)).dtype
+        with np.errstate(over="ignore"):
+            value = self._updated(name, value).astype(dtype)
+        if not np.isfinite(value).all():
+            raise WeightsError(
+                f"{self.source(name)} has values that {dtype} cannot hold; lower the weight of the"
+                " LoRA, or give the checkpoint as float32"
+            )
+        return value
 
     def source(self, name: str) -> str:
         """Where a tensor is, for messages."""

@@ -69,7 +69,7 @@ class TextToImageTask(TextSetup):
                 "config.adversarial.reals = 'data' needs config.data.images; set it, or let the"
                 " teacher draw them: config.adversarial.reals=teacher"
             )
-        self._hashes: dict[tuple[Path, ...], str] = {}
+        self._hashes: dict[tuple[Any, ...], str] = {}
         self._caches: dict[str, Cache] = {}
 
     @property
@@ -81,9 +81,10 @@ class TextToImageTask(TextSetup):
 
     def hash_of(self, part: diffusers_folder.Part) -> str:
         """Of a component's weights, with what is added to them; each file is read once a run."""
-        added = [[self._hash(update.files), update.weight] for update in part.updates]
-        base = self._hash(part.files())
-        return key_of(base, added) if added else base
+        if (key := files_of(part)) not in self._hashes:
+            added = [[self._hash(update.files), update.weight] for update in part.updates]
+            self._hashes[key] = key_of(self._hash(part.files()), added)
+        return self._hashes[key]
 
     def _hash(self, files: Sequence[Path]) -> str:
         if (name := tuple(files)) not in self._hashes:
@@ -341,7 +342,7 @@ class TextToImageTask(TextSetup):
         config = self.config
         sums = run.check_inputs(self.made_from())
         for name, part in self.parts.items():  # they are not read again for the caches' keys
-            self._hashes[part.file or part.folder] = sums[f"the teacher's {name} weights"]
+            self._hashes[files_of(part)] = sums[f"the teacher's {name} weights"]
         if distributed.writes():
             self.rehearse(run.workdir)
         if config.log.checkpoints:  # a bucket that cannot be opened is told before weights are read
@@ -464,6 +465,12 @@ class TextToImageTask(TextSetup):
             notes=f"The student {protocol}.",
             columns=COLUMNS,
         )
+
+
+def files_of(part: diffusers_folder.Part) -> tuple[Any, ...]:
+    """What a component is read from: its files, or those with LoRAs and their weights."""
+    added = [(*update.files, update.weight) for update in part.updates]
+    return (*part.files(), *added)
 
 
 class Drawn:
