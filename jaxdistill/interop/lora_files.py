@@ -88,13 +88,13 @@ class Change(NamedTuple):
     """What a file has for one tensor.
 
     `keys`: {role: key}, of "down", "up", "mid", "alpha", or one of "diff" and "bias".
-    `shape`: of the tensor. `rank`: of the update. `alpha`: what the file's configs say.
+    `shape`: of the tensor. `rank`: of the update. `alpha`: where no key has it.
     """
 
     keys: Mapping[str, str]
     shape: Shape
     rank: int = 1
-    alpha: float | None = None
+    alpha: float = 1.0
     root: bool = False  # scaled by alpha / sqrt(r) (Kalajdzievski 2023)
 
 
@@ -118,38 +118,34 @@ class Lora:
         A convolution with a core (Tucker): up [o, r], mid [r, s, h, w], down [s, i].
         """
         change = self.changes[name]
-        if "diff" in change.keys:
-            value = self._value(change.keys["diff"])
-            return np.float32(self.weight) * value.reshape(change.shape)
-        if "bias" in change.keys:
-            value = self._value(change.keys["bias"])
+        values = self._values(change.keys)
+        scale = self.weight
+        if "diff" not in values:
+            alpha = np.asarray(values.pop("alpha", change.alpha)).item()
+            scale *= alpha / (math.sqrt(change.rank) if change.root else change.rank)
+        if len(values) == 1:
+            (value,) = values.values()
+            return np.float32(scale) * value.reshape(change.shape)
+        up, down = (values[role].reshape(len(values[role]), -1) for role in ("up", "down"))
+        down *= np.float32(scale)
+        if "mid" in values:
+            value = np.einsum("or,rshw,si->oihw", up, values["mid"], down, optimize=True)
         else:
-            up, down = (self._value(change.keys[role]) for role in ("up", "down"))
-            up, flat = up.reshape(len(up), -1), down.reshape(len(down), -1)
-            if "mid" in change.keys:
-                mid = self._value(change.keys["mid"])
-                value = np.einsum("or,rshw,si->oihw", up, mid, flat, optimize=True)
-            else:
-                value = up @ flat
-        return np.float32(self.weight * self._scale(change)) * value.reshape(change.shape)
+            value = up @ down
+        return value.reshape(change.shape)
 
-    def _scale(self, change: Change) -> float:
-        """Alpha / r; 1 where the file has no alpha."""
-        alpha = change.alpha
-        if "alpha" in change.keys:
-            alpha = float(self._value(change.keys["alpha"]).reshape(()))
-        if alpha is None:
-            return 1.0
-        return alpha / (math.sqrt(change.rank) if change.root else change.rank)
-
-    def _value(self, key: str) -> np.ndarray:
-        value = self.tensors.read(key).astype(np.float32)
-        if not np.isfinite(value).all():
-            raise LoraError(
-                f"{self.files[0]}: {key} has values that are not finite; the file is damaged, or"
-                " its training failed: take another one"
-            )
-        return value
+    def _values(self, keys: Mapping[str, str]) -> dict[str, np.ndarray]:
+        """{role: values, float32}."""
+        found = {}
+        tensors = self.tensors.read_several([*keys.values()])
+        for (role, key), tensor in zip(keys.items(), tensors, strict=True):
+            found[role] = tensor.astype(np.float32)
+            if not np.isfinite(found[role]).all():
+                raise LoraError(
+                    f"{self.files[0]}: {key} has values that are not finite; the file is damaged,"
+                    " or its training failed: take another one"
+                )
+        return found
 
 
 def styled(folder: Folder, loras: Sequence[str]) -> Folder:
@@ -414,7 +410,8 @@ def _changes(
     if "diff_b" in keys:
         found["bias"] = Change({"diff": keys["diff_b"]}, there["bias"])
     if "down" in keys:
-        scale = (shapes[keys["down"]][0], _alpha(config, layer), bool(config.get("use_rslora")))
+        rank = shapes[keys["down"]][0]
+        scale = (rank, _alpha(config, layer, rank), bool(config.get("use_rslora")))
         low = {role: key for role, key in keys.items() if role not in ("bias", "diff_b")}
         found["weight"] = Change(low, there["weight"], *scale)
         if "bias" in keys:
@@ -438,9 +435,9 @@ def _configs(files: Sequence[Path], metadata: Mapping[str, str]) -> dict[str, di
     return found
 
 
-def _alpha(config: Mapping[str, Any], layer: str) -> float | None:
+def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """A layer's alpha in a config of PEFT: of the first pattern that ends its name."""
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
             return float(alpha)
-    return float(config["lora_alpha"]) if "lora_alpha" in config else None
+    return float(config.get("lora_alpha", rank))

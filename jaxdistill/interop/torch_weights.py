@@ -89,17 +89,13 @@ class WeightFiles:
 
     def read(self, name: str) -> np.ndarray:
         """A copy of one tensor."""
-        path, theirs = self.where[name]
+        return self.read_several([name])[0]
+
+    def read_several(self, names: Sequence[str]) -> list[np.ndarray]:
+        """Copies of tensors of one file, which is opened once for them."""
+        path = self.where[names[0]][0]
         with _opened(path) as file:
-            try:
-                kind = FLOAT8.get(file.get_slice(theirs).get_dtype())
-                return file.get_tensor(theirs) if kind is None else _raw(path, theirs, kind)
-            except (SafetensorError, OSError, AttributeError, TypeError) as error:
-                # The last two are numpy's, of a type that it does not have.
-                raise WeightsError(
-                    f"{path}: tensor {theirs} cannot be read ({error}); copy the file again, or"
-                    " save it as float16, bfloat16 or float32"
-                ) from None
+            return [_tensor(file, path, self.where[name][1]) for name in names]
 
     def source(self, name: str) -> str:
         """Where a tensor is, for messages."""
@@ -186,6 +182,19 @@ def _as_wanted(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ..
     return wanted if alike and {*shape[2:], *wanted[2:]} == {1} else shape
 
 
+def _tensor(file: Any, path: Path, name: str) -> np.ndarray:
+    """A tensor of an open file."""
+    try:
+        kind = FLOAT8.get(file.get_slice(name).get_dtype())
+        return file.get_tensor(name) if kind is None else _raw(path, name, kind)
+    except (SafetensorError, OSError, AttributeError, TypeError) as error:
+        # The last two are numpy's, of a type that it does not have.
+        raise WeightsError(
+            f"{path}: tensor {name} cannot be read ({error}); copy the file again, or save it as"
+            " float16, bfloat16 or float32"
+        ) from None
+
+
 def _raw(path: Path, name: str, dtype: Any) -> np.ndarray:
     """A tensor by its place in the file, which the header says: its length in 8 bytes, then JSON,
     then the tensors.
@@ -255,7 +264,7 @@ class Update(Protocol):
         """The tensors that it changes."""
 
     def read(self, name: str) -> np.ndarray:
-        """What is added to one of them, float32 of its shape."""
+        """What is added to one of them: an array of its own, float32, of its shape."""
 
 
 class UpdatedWeights(WeightFiles):
@@ -292,7 +301,9 @@ class UpdatedWeights(WeightFiles):
     def _updated(self, name: str, value: np.ndarray) -> np.ndarray:
         for update in self._updates:
             if name in update.names:
-                value = value.astype(np.float32) + update.read(name)
+                added = update.read(name)
+                added += value.astype(np.float32, copy=False)
+                value = added
         return value
 
 

@@ -26,6 +26,7 @@ from jaxdistill.interop.torch_weights import torch_tensors
 from jaxdistill.models.text.clip import CLIPText
 from jaxdistill.tasks.text_to_image import pipeline
 from jaxdistill.tasks.text_to_image.setup import open_teacher
+from jaxdistill.tasks.text_to_image.task import TextToImageTask
 
 VARIANTS = ("sd", "sdxl")
 
@@ -397,6 +398,28 @@ def test_a_student_holds_its_teachers_style_and_takes_it_once(tmp_path, capsys):
     assert lora_files.record(student) == settings["loras"]
     with pytest.raises(LoraError, match=r"with the weight 0\.8 already, not 1;"):
         open_checkpoint(target, Beside(loras=(str(path),)))
+
+
+def test_checksums_tell_styles_apart(tmp_path):
+    """By the bytes of a LoRA and by its weight; only those of the components that it changes."""
+    folder = folders.folder("sd")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    layer = "lora_unet_conv_in.diff_b"
+    style, other = (
+        loras.save({layer: torch.full((8,), value)}, tmp_path / f"{value}.safetensors")
+        for value in (1.0, 2.0)
+    )
+
+    def checksums(*given):
+        config = text_config.get_config()
+        config.teacher.update({"folder": str(folder), "loras": given})
+        config.data.prompts = str(tmp_path / "prompts.txt")
+        task = TextToImageTask(config)
+        return [task.hash_of(part) for part in (task.folder.unet, *task.folder.text_encoders)]
+
+    found = [checksums(*given) for given in ((), (f"{style}",), (f"{style}:0.5",), (f"{other}",))]
+    assert len({unet for unet, _ in found}) == 4
+    assert len({text for _, text in found}) == 1
 
 
 def test_half_precision_encoders_stay_so(tmp_path):
