@@ -164,11 +164,14 @@ def styled(folder: Folder, loras: Sequence[str]) -> Folder:
     if not loras:
         return folder
     held = {entry["hash"]: entry["weight"] for entry in record(folder)}
-    stems = lora_names.known_stems(folder)
+    stems, given = lora_names.known_stems(folder), set()
     for text in loras:
         path, weight = parse(text)
         files = _files(path)
         name = checkpoint.hash_files(files)
+        if name in given:
+            raise LoraError(f"{files[0]} is given twice; give it once, with one weight")
+        given.add(name)
         if name not in held:
             folder = _with(folder, files, weight, stems)
         elif held[name] != weight:
@@ -244,12 +247,13 @@ def _grouped(path: Path, tensors: WeightFiles) -> tuple[dict[str, dict[str, str]
                 " differences are: merge it into the checkpoint with the program it is for"
             )
         end = next((end for end in ROLES if key.endswith(end)), "")
-        keys = found.setdefault(key.removesuffix(end), {}) if end else {}
         if not end:
             strange.append(key)
-        elif ROLES[end] in keys:
-            raise LoraError(f"{path} has {keys[ROLES[end]]} and {key} for one part of a layer")
-        keys[ROLES.get(end, "")] = key
+            continue
+        keys = found.setdefault(key.removesuffix(end), {})
+        other = keys.setdefault(ROLES[end], key)
+        if other != key:
+            raise LoraError(f"{path} has {other} and {key} for one part of a layer")
     if not any({"down", "up", "diff", "diff_b"} & keys.keys() for keys in found.values()):
         some = ", ".join(strange[:3])
         whole = any(re.search(r"diffusion_model\.|down_blocks\.|text_model\.", k) for k in strange)
@@ -269,15 +273,17 @@ def _incomplete(keys: Mapping[str, str], shapes: Mapping[str, Shape]) -> str:
     for part in ("down", "up"):
         if part not in keys:
             return f"has {' and '.join(sorted(low))} without {part}"
-    if "diff" in keys:
+    if "diff" in keys or {"bias", "diff_b"} <= keys.keys():
         return "has a low-rank and a full difference"
     if "alpha" in keys and math.prod(shapes[keys["alpha"]]) != 1:
         return f"has an alpha of shape {list(shapes[keys['alpha']])}, not a number"
     down, up = shapes[keys["down"]], shapes[keys["up"]]
     if min(len(down), len(up)) < 2 or math.prod(up[2:]) != 1:
         return f"has a down of shape {list(down)} and an up of {list(up)}"
-    inner = shapes[keys["mid"]][:2] if "mid" in keys else (down[0], down[0])
-    if tuple(inner) != (up[1], down[0]) or ("mid" in keys and math.prod(down[2:]) != 1):
+    mid = shapes[keys["mid"]] if "mid" in keys else (down[0], down[0], 1, 1)
+    if "mid" in keys and (len(mid) != 4 or math.prod(down[2:]) != 1):
+        return f"has a mid of shape {list(mid)} and a down of {list(down)}"
+    if mid[:2] != (up[1], down[0]):
         return f"has parts of different ranks: down {list(down)}, up {list(up)}"
     return "is of rank 0" if not down[0] else ""
 
@@ -331,7 +337,7 @@ def _with(
         config = configs.get(component, configs.get("", {}))
         try:
             found = _changes(layer, keys, tensors.shapes, shapes[component][layer], config)
-        except (TypeError, ValueError, re.error) as error:
+        except (AttributeError, TypeError, ValueError, re.error) as error:
             raise LoraError(f"{files[-1]}: the alpha of {layer} is damaged ({error})") from None
         changes.setdefault(component, {}).update(found)
     for component, added in changes.items():

@@ -165,7 +165,9 @@ def test_stacked_blocks_take_their_own_updates(tmp_path):
 
 
 def test_cores_and_full_differences_are_added(tmp_path):
-    """LyCORIS: `lora_mid` between two 1x1 convolutions; `diff`, `diff_b`, `w_norm`, `b_norm`."""
+    """LyCORIS: `lora_mid` between two 1x1 convolutions; `diff`, `diff_b`, `w_norm`, `b_norm`.
+    PEFT: a bias of the update, which has its scale.
+    """
     folder = folders.folder("sd")
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
@@ -183,6 +185,12 @@ def test_cores_and_full_differences_are_added(tmp_path):
         f"lora_unet_{linear}.diff": draw(*plain["unet.time_embedding.linear_1.weight"].shape),
         f"lora_unet_{linear}.diff_b": draw(*plain["unet.time_embedding.linear_1.bias"].shape),
     }
+    state |= {
+        "unet.conv_out.lora_A.weight": torch.zeros(2, width, 3, 3),
+        "unet.conv_out.lora_B.weight": torch.zeros(4, 2, 1, 1),
+        "unet.conv_out.lora_B.bias": draw(4),
+        "unet.conv_out.alpha": torch.tensor(3.0),
+    }
     path = loras.save(state, tmp_path / "style.safetensors")
     found = weights(open_checkpoint(folder, Beside(loras=(f"{path}:0.5",))))
     added = {name: 2 * (value - plain[name]) for name, value in found.items()}
@@ -198,7 +206,17 @@ def test_cores_and_full_differences_are_added(tmp_path):
             wanted = state[f"lora_unet_{layer}.{end}"].numpy()
             np.testing.assert_allclose(added[f"unet.{name}.{leaf}"], wanted, atol=1e-5)
     changed = {n for n, v in added.items() if np.abs(v).max() > 0}
-    assert len(changed) == 5
+    bias = state["unet.conv_out.lora_B.bias"].numpy()
+    np.testing.assert_allclose(added["unet.conv_out.bias"], bias * 3 / 2, atol=1e-5)
+    assert len(changed) == 6
+
+
+def test_a_rank_stabilised_lora_is_scaled_by_the_root(tmp_path):
+    folder = folders.folder("sd")
+    pipe = loras.adapted(folder, use_rslora=True)
+    paths = loras.write_peft(pipe, tmp_path / "peft")
+    found = open_checkpoint(folder, Beside(loras=tuple(map(str, paths))))
+    assert_equal(weights(found), loras.merged(pipe))
 
 
 TEXTS = {
@@ -293,6 +311,8 @@ def damaged(kind, tmp_path):
         state[f"{Q}.alpha"] = torch.ones(2)
     if kind == "strange":
         state["bundle_emb.cat.string_to_param.*"] = torch.zeros(1)
+    if kind == "core":
+        state[f"{Q}.lora_mid.weight"] = torch.zeros(4, 4)
     if kind == "twice":
         again = loras.original(folder, {k: v for k, v in state.items() if k.startswith(Q)})
         state |= {k: v.clone() for k, v in again.items()}
@@ -329,6 +349,7 @@ MESSAGES = {
     "other width": "0 of its 2 keys fit sd, but " + Q + " is [16, 7], the layer [16, 16]",
     "up without down": f"is damaged: {Q} has alpha and up without down",
     "ranks": "parts of different ranks: down [4, 16], up [16, 5]",
+    "core": "has a mid of shape [4, 4]",
     "alpha alone": "lora_unet_conv_norm_out has alpha without down",
     "alpha list": "alpha of shape [2]",
     "strange": "bundle_emb.cat.string_to_param.* is unknown",
