@@ -2,7 +2,7 @@
 
 import json
 import re
-from argparse import Namespace
+from argparse import Action, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,15 @@ class Beside:
 
 NOTHING = Beside()
 
+
+class Several(Action):
+    """A flag whose values are separated by commas, or have one flag each: a tuple."""
+
+    def __call__(self, parser: Any, namespace: Namespace, values: Any, option: Any = None) -> None:
+        """Add the values."""
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values.split(",")))
+
+
 FLAGS: dict[str, dict[str, Any]] = {
     "like": {
         "metavar": "FOLDER",
@@ -69,11 +78,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         "help": "text layers left out, as in diffusers; 1 is A1111's clip skip 2",
     },
     "loras": {
-        "flag": "--lora",
-        "type": lambda text: tuple(text.split(",")),
-        "action": "extend",
+        "flag": "lora",
+        "action": Several,
         "metavar": "FILE:WEIGHT,FILE",
-        "help": "LoRAs to add, with their weights (1 where left out)",
+        "help": "LoRAs to add; a weight is 1 by default",
     },
 }
 """The flags of `Beside`'s fields; `flag` is a name that is not the field's."""
@@ -92,16 +100,16 @@ def add_flags(parser: Parser, group: Any) -> None:
     """The flags of `Beside`, and --as; `group` has their line in --help."""
     flags = {}
     for name, about in FLAGS.items():
-        default = getattr(NOTHING, name)
-        options = {"dest": name, "default": [] if default == () else default, **about}
-        flags[options.pop("flag", f"--{name}")] = options
+        options = {"dest": name, "default": getattr(NOTHING, name), **about}
+        flags[f"--{options.pop('flag', name)}"] = options
     flags["--as"] = AS
     parser.add_more("--help_files", "checkpoints and LoRAs in files", flags, group=group)
 
 
 def given(args: Namespace) -> list[str]:
     """The flags of `Beside` that are not at their default."""
-    return [name for name in FLAGS if getattr(args, name) != getattr(NOTHING, name)]
+    changed = [name for name in FLAGS if getattr(args, name) != getattr(NOTHING, name)]
+    return [FLAGS[name].get("flag", name) for name in changed]
 
 
 def beside(args: Namespace, *paths: str | None) -> Beside:
@@ -120,10 +128,11 @@ def check_unused(args: Namespace, path: str | Path) -> None:
     """Raise UserError where something is named beside what is no pipeline folder or single file;
     a text encoder goes with a benchmark's export, too.
     """
-    for name in given(args):
-        if name != "text_encoder":
-            flag = FLAGS[name].get("flag", f"--{name}")
-            raise UserError(f"{flag} goes with a pipeline folder or a single file, not with {path}")
+    for flag in given(args):
+        if flag != "text_encoder":
+            raise UserError(
+                f"--{flag} goes with a pipeline folder or a single file, not with {path}"
+            )
 
 
 def is_file(path: str | Path) -> bool:

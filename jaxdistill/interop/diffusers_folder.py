@@ -28,10 +28,8 @@ from jaxdistill.run import checkpoint
 
 PIPELINES = {"StableDiffusionPipeline": False, "StableDiffusionXLPipeline": True}
 """Known pipeline classes, and whether they are XL."""
-SETTINGS = "jaxdistill.json"
-"""A file of a student's folder: how it was made to be drawn, and the LoRAs that it holds."""
-
-
+KEY = "_jaxdistill"
+"""Of a student's scheduler_config.json: what it was made for, and the LoRAs that it holds."""
 OTHER_TASKS = {
     "Inpaint": "inpainting",
     "Upscale": "upscaling",
@@ -55,8 +53,8 @@ class Part(NamedTuple):
     """A component: its module, its checked config and its weight files.
 
     `file`: instead of the folder's weights, those of one file. In another layout `origin` says for
-    each of diffusers' names what holds it; all begin with `prefix`. `updates`: what is added to the
-    weights while they are read.
+    each of diffusers' names what holds it; all begin with `prefix`.
+    `updates`: what is added to the weights while they are read.
     """
 
     module: nn.Module

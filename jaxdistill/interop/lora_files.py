@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxdistill.errors import UserError
 from jaxdistill.interop import PICKLES, lora_names
-from jaxdistill.interop.diffusers_folder import SETTINGS, Folder, read_json
+from jaxdistill.interop.diffusers_folder import KEY, Folder, read_json
 from jaxdistill.interop.torch_weights import Update, WeightFiles
 from jaxdistill.run import checkpoint
 
@@ -198,8 +198,7 @@ def parse(text: str) -> tuple[Path, float]:
 
 def record(folder: Folder) -> list[dict[str, Any]]:
     """The LoRAs in a folder's weights: those of its own teacher, and what is added now."""
-    path = folder.path / SETTINGS
-    found = read_json(path).get("loras", []) if folder.file is None and path.is_file() else []
+    found = [] if folder.file else folder.scheduler.get(KEY, {}).get("loras", [])
     updates = [u for part in lora_names.components(folder).values() for u in part.updates]
     added = dict.fromkeys((tuple(update.files), update.weight) for update in updates)
     return found + [

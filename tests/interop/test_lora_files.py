@@ -1,5 +1,6 @@
 """A LoRA in a file changes the weights as PEFT does, in whatever form it comes."""
 
+import functools
 import json
 import re
 
@@ -36,6 +37,12 @@ def style(request):
     """A folder, and its pipeline in torch with a LoRA of several ranks and alphas."""
     folder = folders.folder(request.param)
     return folder, loras.adapted(folder, **loras.PATTERNS)
+
+
+@functools.cache
+def kohya(variant, seed=0):
+    """Kohya's tensors of a variant's LoRA, of one rank and alpha."""
+    return loras.kohya(loras.adapted(folders.folder(variant), seed))
 
 
 def components(found):
@@ -142,8 +149,7 @@ def test_several_loras_and_weights_add_up(tmp_path):
     folder = folders.folder("sd")
     files = []
     for seed in (0, 1):
-        state = loras.kohya(loras.adapted(folder, seed))
-        files.append(loras.save(state, tmp_path / f"{seed}.safetensors"))
+        files.append(loras.save(kohya("sd", seed), tmp_path / f"{seed}.safetensors"))
     plain = weights(open_checkpoint(folder))
     first, second = (weights(open_checkpoint(folder, Beside(loras=(str(f),)))) for f in files)
     both = weights(open_checkpoint(folder, Beside(loras=(f"{files[0]}:0.5", f"{files[1]}:-1.5"))))
@@ -154,7 +160,7 @@ def test_several_loras_and_weights_add_up(tmp_path):
 
 def test_stacked_blocks_take_their_own_updates(tmp_path):
     folder = folders.folder("sdxl")
-    path = loras.save(loras.kohya(loras.adapted(folder)), tmp_path / "style.safetensors")
+    path = loras.save(kohya("sdxl"), tmp_path / "style.safetensors")
     plain, scanned = (
         open_checkpoint(folder, Beside(loras=(str(path),)), scan=scan) for scan in (False, True)
     )
@@ -293,12 +299,12 @@ def damaged(kind, tmp_path):
     """A LoRA that cannot be used."""
     folder = folders.folder("sd")
     path = tmp_path / "style.safetensors"
-    state = loras.kohya(loras.adapted(folder))
+    state = dict(kohya("sd"))
     down, up = f"{Q}.lora_down.weight", f"{Q}.lora_up.weight"
     if kind == "missing":
         return path
     if kind == "other base":
-        state = loras.kohya(loras.adapted(folders.folder("sdxl")))
+        state = kohya("sdxl")
     if kind == "other width":
         state = {down: torch.zeros(2, 7), up: torch.zeros(16, 2)}
     if kind == "up without down":
@@ -398,8 +404,7 @@ def test_a_weight_follows_the_last_colon(text, path, weight):
 def test_a_student_holds_its_teachers_style_and_takes_it_once(tmp_path, capsys):
     """Text encoders too, in the type that they are stored in."""
     folder = folders.folder("sd")
-    pipe = loras.adapted(folder)
-    path = loras.save(loras.kohya(pipe), tmp_path / "style.safetensors")
+    path = loras.save(kohya("sd"), tmp_path / "style.safetensors")
     teacher = open_checkpoint(folder, Beside(loras=(f"{path}:0.8",)))
     settings = {"loras": lora_files.record(teacher)}
     params = diffusers_folder.load_params(teacher.unet)
@@ -446,8 +451,7 @@ def test_checksums_tell_styles_apart(tmp_path):
 def test_half_precision_encoders_stay_so(tmp_path):
     folder = tmp_path / "half"
     folders.load_torch(folders.folder("sd"), torch_dtype=torch.float16).save_pretrained(folder)
-    pipe = loras.adapted(folders.folder("sd"))
-    path = loras.save(loras.kohya(pipe), tmp_path / "style.safetensors")
+    path = loras.save(kohya("sd"), tmp_path / "style.safetensors")
     found = open_checkpoint(folder, Beside(loras=(str(path),)))
     diffusers_folder.copy_part(found, "text_encoder", tmp_path / "text_encoder")
     state = load_file(tmp_path / "text_encoder" / "model.safetensors")
@@ -460,7 +464,7 @@ def test_half_precision_encoders_stay_so(tmp_path):
 
 def test_commands_and_configs_take_loras(tmp_path, capsys):
     folder = folders.folder("sd")
-    path = loras.save(loras.kohya(loras.adapted(folder)), tmp_path / "style.safetensors")
+    path = loras.save(kohya("sd"), tmp_path / "style.safetensors")
     needed = ["--model=x", "--out=x.png"]
     for flags in (["--lora=a:0.5,b"], ["--lora=a:0.5", "--lora=b"]):
         args = sample.parser().parse_args([*needed, *flags])

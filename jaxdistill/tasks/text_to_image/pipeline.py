@@ -26,11 +26,11 @@ from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
 from jaxdistill.interop.known_students import Described, Known
 from jaxdistill.run import checkpoint
 
-SETTINGS = diffusers_folder.SETTINGS
+SETTINGS = "jaxdistill.json"
 """What a student's folder says beyond diffusers' own files: {"steps", "guidance", "height",
 "width", "clip_skip", "timesteps" of each number of steps, "noise_correction"}.
 """
-KEY = "_jaxdistill"
+KEY = diffusers_folder.KEY
 """Of a student's scheduler_config.json: these but the last. Diffusers' `save_pretrained` keeps such
 a key, and drops SETTINGS.
 """

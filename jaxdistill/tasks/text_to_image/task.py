@@ -69,7 +69,7 @@ class TextToImageTask(TextSetup):
                 "config.adversarial.reals = 'data' needs config.data.images; set it, or let the"
                 " teacher draw them: config.adversarial.reals=teacher"
             )
-        self._hashes: dict[tuple[Path, ...], str] = {}
+        self._hashes: dict[tuple[Any, ...], str] = {}
         self._caches: dict[str, Cache] = {}
 
     @property
@@ -81,9 +81,12 @@ class TextToImageTask(TextSetup):
 
     def hash_of(self, part: diffusers_folder.Part) -> str:
         """Of a component's weights, with what is added to them; each file is read once a run."""
-        added = [[self._hash(update.files), update.weight] for update in part.updates]
-        base = self._hash(part.files())
-        return key_of(base, added) if added else base
+        if not part.updates:
+            return self._hash(part.files())
+        if (key := files_of(part)) not in self._hashes:
+            added = [[self._hash(update.files), update.weight] for update in part.updates]
+            self._hashes[key] = key_of(self._hash(part.files()), added)
+        return self._hashes[key]
 
     def _hash(self, files: Sequence[Path]) -> str:
         if (name := tuple(files)) not in self._hashes:
@@ -342,8 +345,7 @@ class TextToImageTask(TextSetup):
         config = self.config
         run.check_inputs(self.made_from())
         for name, part in self.parts.items():  # they are not read again for the caches' keys
-            if not part.updates:
-                self._hashes[tuple(part.files())] = run.inputs[f"the teacher's {name} weights"]
+            self._hashes[files_of(part)] = run.inputs[f"the teacher's {name} weights"]
         if distributed.writes():
             self.rehearse(run.workdir)
         if config.log.checkpoints:  # a bucket that cannot be opened is told before weights are read
@@ -397,9 +399,9 @@ class TextToImageTask(TextSetup):
             "clip_skip": self.folder.clip_skip,
             "timesteps": timesteps,
         }
-        settings = {**made_for, "noise_correction": self.correct_noise}
         if held := lora_files.record(self.folder):
-            settings["loras"] = held
+            made_for["loras"] = held
+        settings = {**made_for, "noise_correction": self.correct_noise}
         how = how_to_sample.how_to_sample(self.told(scheduler, steps))
         params = student.trained
         if self.config.student.lora_rank:
@@ -466,6 +468,12 @@ class TextToImageTask(TextSetup):
             notes=f"The student {protocol}.",
             columns=COLUMNS,
         )
+
+
+def files_of(part: diffusers_folder.Part) -> tuple[Any, ...]:
+    """What a component is read from: its files, or those with LoRAs and their weights."""
+    added = [(*update.files, update.weight) for update in part.updates]
+    return (*part.files(), *added)
 
 
 class Drawn:
