@@ -100,7 +100,12 @@ def whole() -> ConfigDict:
     config.adversarial.update(
         {"learning_rate": 1e-4, "width": 256, "states": "one", "reals": "teacher"}
     )
-    config.export = ConfigDict({"dtype": "float16"})  # of the UNet in diffusers/
+    config.export = ConfigDict(
+        {
+            "dtype": "float16",  # of the UNet in diffusers/ and in the single file
+            "single_file": "auto",  # student.safetensors: always | never | auto: of a single file
+        }
+    )
     config.log.update(
         {
             "every": 10,

@@ -88,7 +88,7 @@ SMALL = (
     (r"--topology=(v4|v5p):\S+", r"--topology=\1:2x2x1"),
     (r"--topology=(v5e|v6e):\S+", r"--topology=\1:2x2"),
     (r"--teacher_steps=\d+", "--teacher_steps=4"),
-    (r"lora_rank=\d+", "lora_rank=4"),
+    (r"(lora_rank|--rank)=\d+", r"\1=4"),
     (r"--num=\d{3,}", "--num=64"),
     (r"(--model=my-model\.safetensors)(?! --like)", r"\1 --like=stable-diffusion-v1-5"),  # tiny
     (r"^(launch/(tpu_vm|slurm)\.sh.*?)( -- .*)?$", r"\1 --dry-run\3"),

@@ -89,7 +89,7 @@ class Part(NamedTuple):
         """Those tensors without updates."""
         if self.file is None or self.origin is None:
             return WeightFiles(self.files(), rename=_renamer(self.module))
-        names = torch_weights.names_of(abstract_params(self), stacked_of(self.module))
+        names = names_of(self)
         origins = {name: self.origin(name) for name in names}
         return torch_weights.RenamedWeights(self.file, origins, names, prefix=self.prefix)
 
@@ -715,6 +715,11 @@ def load_params(part: Part, *, dtype: Any = np.float32, shardings: Any = None) -
         ignore=_ignored(part),
         shardings=shardings,
     )
+
+
+def names_of(part: Part) -> dict[str, tuple[int, ...]]:
+    """Torch's names and shapes of a part's parameters."""
+    return torch_weights.names_of(abstract_params(part), stacked_of(part.module))
 
 
 def stacked_of(module: nn.Module) -> str:

@@ -60,6 +60,19 @@ def torch_shape(path: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else tuple(reversed(shape))
 
 
+@runtime_checkable
+class Weights(Protocol):
+    """Tensors by torch's names, read one at a time."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+
+    def source(self, name: str) -> str:
+        """Where it is, for messages."""
+
+
 class WeightFiles:
     """The tensors of one or several safetensors files by name.
 
@@ -207,7 +220,7 @@ def _raw(path: Path, name: str, dtype: Any) -> np.ndarray:
         return np.frombuffer(file.read(last - first), dtype).reshape(about["shape"])
 
 
-def numbers(files: WeightFiles, name: str, dtype: Any) -> np.ndarray:
+def numbers(files: Weights, name: str, dtype: Any) -> np.ndarray:
     """A tensor that `dtype` can hold. Raises WeightsError where it is not of floats, or one of its
     values is no finite number, there or as `dtype`.
     """
@@ -328,7 +341,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def load(
-    files: WeightFiles,
+    files: Weights,
     abstract: Any,
     *,
     where: str,
@@ -434,6 +447,44 @@ def _some(names: Sequence[str], count: int = 8) -> str:
     return ", ".join(names[:count]) + (
         f" and {len(names) - count} more" if len(names) > count else ""
     )
+
+
+class TreeWeights:
+    """The parameters of a module by torch's names, turned when they are read."""
+
+    def __init__(self, params: Any, *, stacked: str = "") -> None:
+        self._leaves: dict[str, tuple[Sequence[str], Any, int | None]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path, leaf in flatten_dict(params["params"]).items():
+            many = _is_stacked(path, stacked)
+            for i, (name, shape) in enumerate(_sources(path, leaf.shape, stacked)):
+                self._leaves[name] = (path, leaf, i if many else None)
+                self.shapes[name] = shape
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, on the host."""
+        path, leaf, i = self._leaves[name]
+        return to_torch(path, np.asarray(leaf if i is None else leaf[i]))
+
+    def source(self, name: str) -> str:
+        """Its name."""
+        return f"the tensor {name}"
+
+
+class Arrays:
+    """Tensors that are in memory, by their names."""
+
+    def __init__(self, values: Mapping[str, np.ndarray]) -> None:
+        self._values = values
+        self.shapes = {name: value.shape for name, value in values.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One of them."""
+        return self._values[name]
+
+    def source(self, name: str) -> str:
+        """Its name."""
+        return f"the tensor {name}"
 
 
 def torch_tensors(params: Any, *, stacked: str = "", dtype: Any = None) -> dict[str, np.ndarray]:

@@ -12,7 +12,8 @@ from paths import ROOT
 from jaxdistill.run.cli import Command
 from jaxdistill.run.help import Parser
 
-COMMANDS = ("main", "sample", "compare", "benchmark", "ablate", "serve", "aot", "teacher_states")
+COMMANDS = ("main", "sample", "compare", "benchmark", "ablate", "serve", "aot", "export")
+COMMANDS += ("teacher_states",)
 COMMANDS = tuple(f"jaxdistill.{name}" for name in (*COMMANDS, "tasks.scenes.measure"))
 COMMANDS = (*COMMANDS, "jaxdistill.interop.how_to_sample")
 SCRIPTS = ("gke_jobset.py", "local_pod.sh", "slurm.sh", "tpu_vm.sh", "tpu_worker.sh")

@@ -19,7 +19,7 @@ from shell import assert_one_error_line, assert_same_bits, run_command
 from configs import base
 from jaxdistill import main, partition
 from jaxdistill.errors import UserError
-from jaxdistill.interop import diffusers_folder, diffusers_scheduler, lora
+from jaxdistill.interop import Beside, diffusers_folder, diffusers_scheduler, lora, single_file
 from jaxdistill.model import lora_init, lora_merge
 from jaxdistill.run import checkpoint, loop, record_cache
 from jaxdistill.run.run import Run
@@ -275,6 +275,7 @@ def test_low_rank_updates_load_in_diffusers_and_fuse(tmp_path):
         "student.lora_targets": ("to_q", "to_out.0", "conv1", "proj_in"),
         "methods.imagine_flash.adversarial_weight": 0.0,
         "methods.imagine_flash.learning_rate": 3e-2,
+        "export.single_file": "always",
     }
     config = make_config(tmp_path, "sd2", **changes)  # v-prediction from zero terminal SNR
     config.student.update({"iterations": 3, "steps": (1,)})
@@ -291,9 +292,17 @@ def test_low_rank_updates_load_in_diffusers_and_fuse(tmp_path):
     base = folders.load_torch(folders.folder("sd2"))
     base.scheduler = theirs.scheduler
     without = folders.torch_images(base, latents=start, steps=2, guidance=1.0)
-    base.load_lora_weights(tmp_path / "run" / "lora", weight_name=lora.FILE)
-    beside = folders.torch_images(base, latents=start, steps=2, guidance=1.0)
-    assert np.abs(beside - fused).max() < 1 / 255 < np.abs(without - fused).max()
+    assert np.abs(without - fused).max() > 1 / 255
+    for name in (lora.FILE, lora.KOHYA_FILE):  # in diffusers' names and in Kohya's
+        base.load_lora_weights(tmp_path / "run" / "lora", weight_name=name)
+        beside = folders.torch_images(base, latents=start, steps=2, guidance=1.0)
+        base.unload_lora_weights()
+        assert np.abs(beside - fused).max() < 1 / 255
+    # And the run's single file is the student's folder.
+    files = Beside(like=tmp_path / "run" / "diffusers")
+    found = single_file.open_checkpoint(tmp_path / "run" / "student.safetensors", files)
+    weights = (found.unet, diffusers_folder.open_folder(files.like).unet)
+    assert_same_bits(*map(diffusers_folder.load_params, weights))
     tensors = load_file(tmp_path / "run" / "lora" / lora.FILE)
     assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {3} and any(
         "conv1.lora_B" in n for n in tensors

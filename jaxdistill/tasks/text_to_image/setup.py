@@ -39,6 +39,13 @@ from jaxdistill.tasks.text_to_image import pipeline
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
+SINGLE_FILE: dict[str, Callable[[Folder], bool]] = {
+    "auto": lambda teacher: teacher.file is not None,
+    "always": lambda teacher: True,
+    "never": lambda teacher: False,
+}
+"""Whether a student is written as one file, too."""
+
 TOKENS = 77
 """Of the published architectures' tokenizers."""
 
@@ -101,6 +108,7 @@ class TextSetup:
         self.config, self.folder = config, folder
         student = config.student
         choose(DTYPES, config.export.dtype, "config.export.dtype")
+        choose(SINGLE_FILE, config.export.single_file, "config.export.single_file")
         self.stacked = STACK if config.compute.scan else ""
         self.unet = folder.unet.module
         plain = self._scheduler(SamplerSpec(), correct=False)

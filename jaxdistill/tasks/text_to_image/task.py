@@ -30,10 +30,10 @@ from jaxdistill.run.record_cache import Cache, key_of
 from jaxdistill.run.run import Run
 from jaxdistill.run.seeds import seed_of
 from jaxdistill.tasks.health import Health, mend
-from jaxdistill.tasks.text_to_image import pipeline
+from jaxdistill.tasks.text_to_image import pipeline, take_away
 from jaxdistill.tasks.text_to_image.data import captioned_images, prompts_of
 from jaxdistill.tasks.text_to_image.images import READING, Captioned, fit_image
-from jaxdistill.tasks.text_to_image.setup import DTYPES, TextSetup, open_teacher
+from jaxdistill.tasks.text_to_image.setup import DTYPES, SINGLE_FILE, TextSetup, open_teacher
 
 NUMBERS = ("diversity", "contrast", "saturation", "distance")
 COLUMNS = {"steps": ("steps", "{}"), **{name: (name, "{:.3f}") for name in NUMBERS}}
@@ -71,6 +71,11 @@ class TextToImageTask(TextSetup):
             )
         self._hashes: dict[tuple[Any, ...], str] = {}
         self._caches: dict[str, Cache] = {}
+
+    @property
+    def single_file(self) -> bool:
+        """Whether the student is written as one file, too."""
+        return SINGLE_FILE[self.config.export.single_file](self.folder)
 
     @property
     def needs_reals(self) -> bool:
@@ -379,13 +384,17 @@ class TextToImageTask(TextSetup):
         count = sum(a.size for a in jax.tree.leaves(self.abstract))
         unet = count * (4 + np.dtype(DTYPES[self.config.export.dtype]).itemsize)
         stages = [stage for stage in self.recipe.stages if stage.serves]
-        copies = diffusers_folder.rehearse(self.folder, workdir / "diffusers")
-        checkpoint.check_space(workdir, len(stages) * (copies + unet), "its exports")
+        size = unet + diffusers_folder.rehearse(self.folder, workdir / "diffusers")
+        if self.single_file:
+            student = take_away.trained(workdir, self.folder, self.abstract, {}, self.stacked)
+            size += take_away.size_of_file(student, self.folder, self.config.export.dtype)
+        checkpoint.check_space(workdir, len(stages) * size, "its exports")
 
     def export(self, workdir: Path, student: Student, first: Student) -> None:
-        """student/ (Orbax), diffusers/ (a pipeline folder) and with LoRA lora/ (diffusers' file).
+        """student/ (Orbax), diffusers/ (a pipeline folder), student.safetensors and with LoRA
+        lora/.
 
-        Of a stage beside the one of the most steps the folders' names end in its steps.
+        Of a stage beside the one of the most steps the names end in its steps.
         """
         steps = sorted(student.stage.serves)
         end = "" if student is first else f"_{report.slug(max(steps))}"
@@ -434,6 +443,21 @@ class TextToImageTask(TextSetup):
             "sampler": settings,
         }
         checkpoint.export(workdir / f"student{end}", params, about)
+        folder = self.folder._replace(scheduler=scheduler)
+        path = workdir / f"student{end}"
+        whole = take_away.trained(path, folder, params, settings, self.stacked)
+        self.take_away(whole, student.trained)
+
+    def take_away(self, student: take_away.Student, trained: Any) -> None:
+        """student.safetensors where it is wanted, and with LoRA a file under Kohya's names."""
+        path = student.path
+        if self.config.student.lora_rank:
+            factors = lora.factors_of(trained, stacked=self.stacked)
+            file = path.with_name(path.name.replace("student", "lora")) / lora.KOHYA_FILE
+            take_away.write_lora(student, factors, file, dtype="float32", form="kohya")
+        if self.single_file:
+            file = path.with_name(f"{path.name}.safetensors")
+            take_away.write_file(student, self.folder, file, dtype=self.config.export.dtype)
 
     def told(self, scheduler: Mapping[str, Any], steps: Sequence[int]) -> how_to_sample.Student:
         """What other programs are told of a student."""
