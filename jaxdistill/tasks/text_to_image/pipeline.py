@@ -581,7 +581,13 @@ def unlike(
 
 
 def components_of(root: Path, exported: Mapping[str, Any]) -> Path:
-    """The pipeline folder that an export's card names. Raises FolderError where it is not there."""
+    """The pipeline folder that an export's card names. Raises FolderError where there is none."""
+    if "components" not in exported:
+        role = exported.get("role", "thing")
+        raise FolderError(
+            f"{root} holds a {role} that reads no text; give a pipeline folder or a text-to-image"
+            " student"
+        )
     found = (root / exported["components"]).resolve()
     if not found.is_dir():
         raise FolderError(
@@ -647,12 +653,6 @@ def load(
     root, params, settings = Path(path), None, made_for(path)
     if (root / "card.json").is_file():
         params, exported = checkpoint.load_export(root)
-        if "components" not in exported:
-            role = exported.get("role", "thing")
-            raise FolderError(
-                f"{root} holds a {role} that reads no text; give a pipeline folder or a"
-                " text-to-image student"
-            )
         scan, root = bool(exported.get("stacked")), components_of(root, exported)
     folder = single_file.open_checkpoint(root, beside, attention=attention, dtype=dtype, scan=scan)
     if params is not None and folder.unet.updates:
