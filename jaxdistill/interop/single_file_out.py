@@ -17,8 +17,9 @@ import numpy as np
 from jaxdistill.errors import UserError
 from jaxdistill.interop import diffusers_folder, torch_weights
 from jaxdistill.interop.diffusers_folder import Folder, Part
+from jaxdistill.interop.marks import KEYS
 from jaxdistill.interop.original_layout import OPEN_TEXT, TEXT, UNET, VAE, XL_TEXT, origin
-from jaxdistill.interop.single_file import EXTRAS, MARKS
+from jaxdistill.interop.single_file import EXTRAS
 from jaxdistill.interop.torch_weights import Origin, Weights, WeightsError
 from jaxdistill.run import checkpoint
 
@@ -94,7 +95,7 @@ def entries(
         made |= _part(part, prefix, others)
     if source.file is not None:
         stored, _ = header(source.file)
-        kept = {n: s for n, s in stored.items() if n.startswith(EXTRAS) or n in MARKS}
+        kept = {n: s for n, s in stored.items() if n.startswith(EXTRAS) or n in KEYS}
         averages = {n for n in kept if n.startswith("model_ema.")}
         made |= {n: _copied(source.file, s) for n, s in kept.items() if n not in averages}
     empty = Entry("F32", (0,), 0, lambda: np.zeros(0, np.float32))
