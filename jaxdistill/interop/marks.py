@@ -49,10 +49,20 @@ class Told(NamedTuple):
         what = {"epsilon": "noise (eps)", "v_prediction": "v"}[self.prediction]
         return f"predicts {what}{', with zero terminal SNR' * self.zero_snr}: {self.reason}"
 
-    def changes(self) -> dict[str, Any]:
-        """Of a scheduler's config."""
-        zero = {"rescale_betas_zero_snr": True} if self.zero_snr else {}
-        return {"prediction_type": self.prediction, **zero}
+    def scheduler(self, base: Mapping[str, Any], *, published: bool) -> dict[str, Any]:
+        """A scheduler's config with it. A published one is our choice: where it ends at zero SNR,
+        its times begin there, and PNDM gives way to DDIM, which has such an end.
+        """
+        found = {**base, "prediction_type": self.prediction}
+        if self.zero_snr:
+            found["rescale_betas_zero_snr"] = True
+            if published:
+                found["timestep_spacing"] = "trailing"
+                if base["_class_name"] == "PNDMScheduler":
+                    found["_class_name"] = "DDIMScheduler"
+        elif self.prediction == "epsilon" and base.get("rescale_betas_zero_snr"):
+            found["rescale_betas_zero_snr"] = False  # noise cannot be divided by a zero
+        return found
 
 
 def told(path: Path, shapes: Shapes, metadata: Mapping[str, str], flag: str) -> Told | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-from jaxdistill.interop import PICKLES
+from jaxdistill.interop import PICKLES, explain_path
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.original_layout import DIFFUSERS, OPEN_CLIP, SHORT, TRANSFORMERS, UNET
 
@@ -46,6 +46,8 @@ def read_header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
             shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
             return shapes, dict(file.metadata() or {})
     except FileNotFoundError:
+        if not path.suffix:
+            raise FolderError(explain_path(path)) from None
         raise FolderError(f"{path} does not exist; give a .safetensors file") from None
     except (SafetensorError, OSError) as error:
         for start, kind in STARTS.items():

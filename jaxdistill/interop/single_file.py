@@ -61,6 +61,7 @@ def open_checkpoint(path: str | Path, beside: Beside = NOTHING, **options: Any) 
     """A pipeline folder or a single file, with what is named beside it. Raises FolderError,
     LoraError.
     """
+    path = Path(path).expanduser()
     if is_file(path):
         found = open_file(path, beside, **options)
     else:
@@ -86,6 +87,9 @@ def open_file(path: str | Path, beside: Beside, **options: Any) -> Folder:
         of no component, a component that is nowhere, marks that disagree.
     """
     path = Path(path)
+    whole = path.absolute().parent.parent
+    if path.is_file() and (whole / "model_index.json").is_file():
+        raise FolderError(f"{path} is a part of a pipeline folder; give that: {whole}")
     shapes, metadata = read_header(path)
     place = unet_place(shapes) or check_other(path, shapes)
     facts = check_unet(path, shapes, place)
@@ -101,15 +105,17 @@ def open_file(path: str | Path, beside: Beside, **options: Any) -> Folder:
         name = kind.name + ("-base" if (kind.name, told.prediction) == ("sd21", "epsilon") else "")
         base = diffusers_folder.open_folder(architectures.pipeline_folder(name), **options)
         _check_sizes(path, part_at(base.unet, path, shapes, place), kind.title)
-    scheduler = {**base.scheduler, **(told.changes() if told else {})}
-    found = base._replace(file=path, scheduler=scheduler)
+    found = base._replace(file=path)
+    if told is not None:
+        scheduler = told.scheduler(base.scheduler, published=not beside.like)
+        found = found._replace(scheduler=scheduler)
     found = found._replace(unet=_unet(found.unet, path, shapes, place, ema=beside.ema))
     return _completed(found, path, shapes, place, beside)
 
 
 def _like(path: Path, facts: UNetFacts, beside: Beside, **options: Any) -> Folder:
     """The folder that is named for configs, once it is of the file's kind."""
-    base = diffusers_folder.open_folder(beside.like, **options)
+    base = diffusers_folder.open_folder(Path(beside.like).expanduser(), **options)
     if facts.label != base.xl:
         kinds = {True: "SDXL", False: "Stable Diffusion 1.x or 2.x"}
         raise FolderError(

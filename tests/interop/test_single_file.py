@@ -368,11 +368,12 @@ def test_a_tensor_that_is_missing_is_named(tmp_path):
         diffusers_folder.load_params(open_checkpoint(path, Beside(like=like)).unet)
 
 
-def test_commands_and_configs_take_a_file(tmp_path, capsys):
+def test_commands_and_configs_take_a_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     folder = folders.folder("sd")
     path = original.write(folder, tmp_path / "x.safetensors")
     images = []
-    for model in ([f"--model={path}", f"--like={folder}"], [f"--model={folder}"]):
+    for model in (["--model=~/x.safetensors", f"--like={folder}"], [f"--model={folder}"]):
         out = tmp_path / "out.npz"
         sample.main([*model, "--prompt=a cat", "--steps=2", "--height=64", f"--out={out}"])
         images.append(np.load(out)["images"])
@@ -559,6 +560,25 @@ def test_the_flag_wins_over_marks_and_says_so(
     assert said in capsys.readouterr().err
 
 
+def test_noise_is_never_predicted_at_zero_snr(tmp_path):
+    folder = folders.folder("sd2")  # its scheduler has it
+    path = original.write(folder, tmp_path / "x.safetensors")
+    found = open_checkpoint(path, Beside(like=folder, prediction="eps"))
+    assert diffusers_scheduler.of_folder(found).schedule.alpha(1000.0) > 0.01
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_published_schedulers_draw_from_zero_snr_where_a_file_is_marked_so(tmp_path, name):
+    shapes, _ = full_size(name)
+    path = write_header(tmp_path / "x.safetensors", shapes | {"v_pred": (), "ztsnr": ()})
+    scheduler = open_checkpoint(path).scheduler
+    found = diffusers_scheduler.of_folder(open_checkpoint(path))
+    theirs = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
+    theirs.set_timesteps(4)
+    assert found.run(4).times[0] - 1 == theirs.timesteps[0] == 999  # ours count from 1
+    assert found.schedule.alpha(found.schedule.T) < 1e-3
+
+
 @pytest.mark.parametrize(("spread", "name"), [(0.05, "sd21-base"), (0.2, "sd21")])
 def test_an_unmarked_file_of_2x_is_told_by_a_bias_and_the_flag_corrects_it(
     tmp_path, capsys, spread, name
@@ -664,6 +684,8 @@ def bad_beside(tmp_path, kind):
         "width": (folder, Beside(text_encoder=str(xl / "text_encoder")), "of width 32"),
         "too many": (folder, Beside(text_encoder="a,b"), "names 2, but this checkpoint has 1"),
         "flag": (unet, Beside(like=folder, prediction="x"), "'x' is not known"),
+        "part": (folder / "unet/diffusion_pytorch_model.safetensors", Beside(), f"that: {folder}"),
+        "hub": (folder, Beside(vae="stabilityai/sd-vae-ft-mse"), "nothing is downloaded"),
     }[kind]
 
 
@@ -671,7 +693,7 @@ def bad_beside(tmp_path, kind):
     "kind",
     [
         *("no vae", "no text", "whole", "not there", "no autoencoder"),
-        *("no encoder", "width", "too many", "flag"),
+        *("no encoder", "width", "too many", "flag", "part", "hub"),
     ],
 )
 def test_what_is_missing_or_does_not_fit_is_said_with_its_flag(tmp_path, kind):
