@@ -14,6 +14,16 @@ NODES = {
         {"model": "MODEL", "lora_name": str, "strength_model": float},
         ("MODEL",),
     ),
+    "LoraLoader": (
+        {
+            "model": "MODEL",
+            "clip": "CLIP",
+            "lora_name": str,
+            "strength_model": float,
+            "strength_clip": float,
+        },
+        ("MODEL", "CLIP"),
+    ),
     "ModelSamplingDiscrete": ({"model": "MODEL", "sampling": str, "zsnr": bool}, ("MODEL",)),
     "CLIPSetLastLayer": ({"clip": "CLIP", "stop_at_clip_layer": int}, ("CLIP",)),
     "CLIPTextEncode": ({"text": str, "clip": "CLIP"}, ("CONDITIONING",)),

@@ -263,7 +263,7 @@ def comfyui_workflow(
     """A workflow in ComfyUI's API format, which its page opens and its /prompt takes.
 
     Args:
-      how: of `how_to_sample`.
+      how: of `how_to_sample`; with a student's LoRA its `loras` are the styles below it.
       checkpoint: name of the file in models/checkpoints.
       lora: name of the student's LoRA in models/loras, where the checkpoint is its base.
       steps: of those that the student serves; 0 is the most.
@@ -285,12 +285,15 @@ def comfyui_workflow(
         return name
 
     loader = node("CheckpointLoaderSimple", ckpt_name=checkpoint)
-    model = [loader, 0]
+    model, clip = [loader, 0], [loader, 1]
+    for style in how.get("loras", ()) if lora else ():
+        strength = dict.fromkeys(("strength_model", "strength_clip"), float(style["weight"]))
+        name = node("LoraLoader", model=model, clip=clip, lora_name=style["file"], **strength)
+        model, clip = [name, 0], [name, 1]
     if lora:
         model = [node("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0), 0]
     if "model_sampling" in comfy:
         model = [node("ModelSamplingDiscrete", model=model, **comfy["model_sampling"]), 0]
-    clip = [loader, 1]
     if layer := comfy.get("stop_at_clip_layer"):
         clip = [node("CLIPSetLastLayer", clip=clip, stop_at_clip_layer=layer), 0]
     text = node("CLIPTextEncode", text="a photo of a cat", clip=clip)

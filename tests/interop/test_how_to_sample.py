@@ -166,6 +166,19 @@ def test_the_lora_is_loaded_over_its_base():
     assert (size["height"], size["width"]) == (48, 64)
 
 
+def test_a_teachers_styles_are_loaded_below_the_students_lora():
+    how = {**told(), "loras": [{"file": "style.safetensors", "weight": 0.8, "hash": "0"}]}
+    workflow = how_to_sample.comfyui_workflow(how, checkpoint="a", lora="few.safetensors")
+    comfyui.check(workflow)
+    by_kind = {node["class_type"]: (name, node["inputs"]) for name, node in workflow.items()}
+    style, inputs = by_kind["LoraLoader"]
+    assert (inputs["lora_name"], inputs["strength_clip"]) == ("style.safetensors", 0.8)
+    assert by_kind["LoraLoaderModelOnly"][1]["model"] == [style, 0]
+    assert by_kind["CLIPTextEncode"][1]["clip"] == [style, 1]
+    merged = how_to_sample.comfyui_workflow(how, checkpoint="a").values()
+    assert not [node for node in merged if "Lora" in node["class_type"]]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_sigmas_are_those_of_comfyuis_table_at_the_students_timesteps(kind, solver):

@@ -415,7 +415,11 @@ class TextToImageTask(TextSetup):
         params = student.trained
         if self.config.student.lora_rank:
             lora.save(workdir / f"lora{end}", params, stacked=self.stacked)
-            files = how_to_sample.files(how, checkpoint=self.folder.name, lora=lora.FILE)
+            # What its teacher had in its weights already is in the base's.
+            own = {} if self.folder.file else self.folder.scheduler.get(pipeline.KEY, {})
+            styles = {"loras": held[len(own.get("loras", ())) :]}
+            names = {"checkpoint": self.folder.name, "lora": lora.FILE}
+            files = how_to_sample.files(how | styles, **names)
             for name, value in files.items():
                 checkpoint.write_json(workdir / f"lora{end}" / name, value)
             base = self.load("float32", on_mesh=jax.process_count() == 1)
