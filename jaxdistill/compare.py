@@ -247,7 +247,8 @@ def warn_unlike(drawing: Drawing, steps: int, height: int | None, width: int | N
     size = (height, width)
     told = pipeline.unlike(drawing.made, steps=steps, guidance=drawing.guidance, size=size)
     if told:
-        print(f"warning: {drawing.source} was {told}", file=sys.stderr)
+        student = drawing.model if drawing.teacher else drawing.source
+        print(f"warning: {student} was {told}", file=sys.stderr)
 
 
 def draw_row(

@@ -10,6 +10,7 @@ import docs_commands
 import pytest
 from paths import ROOT
 
+from jaxdistill import interop
 from jaxdistill.errors import UserError
 from jaxdistill.run.cli import Command
 
@@ -55,6 +56,8 @@ def flags_of(source: Path) -> set[str]:
     if re.search(r"import .*\bCommand\b", text):
         text += (ROOT / "jaxdistill" / "run" / "cli.py").read_text()
     defined = re.findall(r"(?:DEFINE_\w+\(\s*|^    )\"(\w+)\"(?:,|: \()", text, re.MULTILINE)
+    if "add_flags(" in text:
+        defined += ["as", *(about.get("flag", name) for name, about in interop.FLAGS.items())]
     return {*defined, *re.findall(r"(?:\"|^ {4,}|\| )--([a-z][\w-]*)", text, re.MULTILINE)}
 
 

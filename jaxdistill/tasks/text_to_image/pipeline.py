@@ -544,12 +544,6 @@ def every_device() -> partition.Layout | None:
     return partition.layout() if jax.device_count() > 1 else None
 
 
-def listed(counts: Sequence[int]) -> str:
-    """Such as "1, 2 or 3"."""
-    *most, last = map(str, counts)
-    return f"{', '.join(most)} or {last}" if most else last
-
-
 def served(settings: Mapping[str, Any]) -> tuple[int, ...]:
     """The step counts of a student's settings."""
     return tuple(sorted(int(n) for n in settings.get("timesteps", {})))
@@ -570,7 +564,7 @@ def unlike(
     if not counts:
         return ""
     if steps not in counts:
-        found.append(f"{listed(counts)} steps, not {steps}")
+        found.append(f"{diffusers_scheduler.one_of(counts)} steps, not {steps}")
     if guidance is not None and guides(guidance):
         found.append(f"guidance 1, not {guidance:g} (it is distilled in)")
     made = (settings.get("height"), settings.get("width"))
