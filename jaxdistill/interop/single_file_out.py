@@ -15,11 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.errors import UserError
-from jaxdistill.interop import diffusers_folder, torch_weights
+from jaxdistill.interop import diffusers_folder, marks, torch_weights
 from jaxdistill.interop.diffusers_folder import Folder, Part
-from jaxdistill.interop.marks import KEYS
-from jaxdistill.interop.original_layout import OPEN_TEXT, TEXT, UNET, VAE, XL_TEXT, origin
-from jaxdistill.interop.single_file import EXTRAS
+from jaxdistill.interop.original_layout import (
+    OPEN_TEXT,
+    SHORT,
+    TEXT,
+    UNET,
+    VAE,
+    XL_TEXT,
+    origin,
+)
+from jaxdistill.interop.single_file import EXTRA_ENDS, EXTRAS
 from jaxdistill.interop.torch_weights import Origin, Weights, WeightsError
 from jaxdistill.run import checkpoint
 
@@ -95,14 +102,18 @@ def entries(
         made |= _part(part, prefix, others)
     if source.file is not None:
         stored, _ = header(source.file)
-        kept = {n: s for n, s in stored.items() if n.startswith(EXTRAS) or n in KEYS}
-        averages = {n for n in kept if n.startswith("model_ema.")}
+        kept = {
+            name: found
+            for name, found in stored.items()
+            if name.startswith(EXTRAS) or name.endswith(EXTRA_ENDS) or name in marks.KEYS
+        }
+        averages = {name for name in kept if name.startswith("model_ema.")}
         made |= {n: _copied(source.file, s) for n, s in kept.items() if n not in averages}
     empty = Entry("F32", (0,), 0, lambda: np.zeros(0, np.float32))
-    return made | {mark: empty for mark in marks(folder) if mark not in made}
+    return made | {mark: empty for mark in marks_of(folder) if mark not in made}
 
 
-def marks(folder: Folder) -> list[str]:
+def marks_of(folder: Folder) -> list[str]:
     """The keys that tell ComfyUI, Forge and `single_file` what a model predicts."""
     says = folder.scheduler
     v = says.get("prediction_type") == "v_prediction"
@@ -122,7 +133,7 @@ def _part(part: Part, prefix: str, dtype: str) -> dict[str, Entry]:
     module has as well; then what has another dtype or a LoRA is put in its place.
     """
     weights, made = part.weights(), {}
-    if part.file is not None and part.prefix == prefix:
+    if part.file is not None and _in_place(part, prefix):
         stored, _ = header(part.file)
         made = {n: _copied(part.file, s) for n, s in stored.items() if n.startswith(prefix)}
         if dtype == KEEP and isinstance(weights, torch_weights.RenamedWeights):
@@ -131,6 +142,21 @@ def _part(part: Part, prefix: str, dtype: str) -> dict[str, Entry]:
     if missing := sorted(names.keys() - weights.shapes.keys()):
         raise WeightsError(f"{part.where} has no {missing[0]}; copy it again")
     return made | placed(weights, names, origin(part.module, prefix), _kinds(part, dtype))
+
+
+def _in_place(part: Part, prefix: str) -> bool:
+    """Whether a file holds a component as the original layout does, or as transformers now does."""
+    if part.origin is None:
+        return False
+    names = diffusers_folder.names_of(part)
+    return any(
+        all(
+            part.origin(name).name == place.name or place.transposed
+            for name in names
+            for place in [origin(part.module, prefix, names=whose)(name)]
+        )
+        for whose in ("", SHORT)
+    )
 
 
 def _copied(path: Path, stored: Stored) -> Entry:
@@ -218,7 +244,7 @@ def modelspec(
       hint: how it is used.
     """
     older: Mapping[str, str] = header(teacher.file)[1] if teacher.file else {}
-    v = "v_pred" in marks(folder)
+    v = "v_pred" in marks_of(folder)
     if folder.xl:
         architecture = "stable-diffusion-xl-v1-base"
     elif text_prefixes(folder) == (OPEN_TEXT,):

@@ -84,7 +84,7 @@ def test_a_run_knows_what_its_student_was_made_from(run, tmp_path):
     assert_same_bits(*map(diffusers_folder.load_params, (found.unet, wanted.unet)))
     told = metadata(files[0])
     assert told["modelspec.title"] == "teacher in 2 steps"
-    assert told["modelspec.usage_hint"].startswith("1, 2 steps, CFG 1")
+    assert told["modelspec.usage_hint"].startswith("1 or 2 steps, CFG 1")
     assert told["modelspec.resolution"] == "64x64"
 
 

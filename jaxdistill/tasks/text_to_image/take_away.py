@@ -15,6 +15,7 @@ from jaxdistill.interop import (
     NOTHING,
     Beside,
     diffusers_folder,
+    is_file,
     lora,
     single_file,
     single_file_out,
@@ -56,12 +57,12 @@ class Student:
     @property
     def steps(self) -> list[int]:
         """The step counts that it is for; none where nobody has said so."""
-        return sorted(int(n) for n in self.settings.get("timesteps", {}))
+        return list(pipeline.served(self.settings))
 
     @property
     def hint(self) -> str:
         """How it is used."""
-        counts = ", ".join(map(str, self.steps)) or "few"
+        counts = pipeline.listed(self.steps) if self.steps else "few"
         return f"{counts} steps, CFG 1, trailing timesteps"
 
 
@@ -78,9 +79,10 @@ def open_student(path: str | Path) -> Student:
     Raises FolderError, WeightsError or CheckpointError.
     """
     path = root = Path(path)
-    params, settings, stacked = None, {}, ""
-    if single_file.is_file(path):
+    if is_file(path):
         raise FolderError(f"{path} is a file already; give a run's student/ or diffusers/ folder")
+    settings = pipeline.made_for(path)
+    unet: Weights | None = None
     if (path / "card.json").is_file():
         params, card = checkpoint.load_export(path)
         if "components" not in card:
@@ -88,16 +90,14 @@ def open_student(path: str | Path) -> Student:
                 f"{path} holds a {card.get('role', 'thing')} that reads no text; give a"
                 " text-to-image student"
             )
-        root, settings = (path / card["components"]).resolve(), card["sampler"]
-        stacked = STACK if card.get("stacked") else ""
+        root = pipeline.components_of(path, card)
+        unet = TreeWeights(params, stacked=STACK if card.get("stacked") else "")
     folder = diffusers_folder.open_folder(root)
-    if (root / pipeline.SETTINGS).is_file():
-        settings = {**diffusers_folder.read_json(root / pipeline.SETTINGS), **settings}
-    unet = folder.unet.weights() if params is None else TreeWeights(params, stacked=stacked)
+    unet = unet or folder.unet.weights()
     config_file = root.parent / "config.json"
     config = diffusers_folder.read_json(config_file) if config_file.is_file() else {}
-    trained = root.parent / root.name.replace("diffusers", "lora", 1) / lora.FILE
-    low = trained if config and "lora" in trained.parent.name and trained.is_file() else None
+    file = root.parent / root.name.replace("diffusers", "lora", 1) / lora.FILE
+    low = file if config and "lora" in file.parent.name and file.is_file() else None
     return Student(path, folder, unet, settings, config, low)
 
 
@@ -150,9 +150,12 @@ def spec_of(student: Student, teacher: Folder | None) -> dict[str, str]:
     source = teacher or student.folder
     steps = f" in {student.steps[-1]} steps" if student.steps else ", few-step student"
     title = f"{Path(source.name).stem}{steps}"
-    return single_file_out.modelspec(
+    found = single_file_out.modelspec(
         student.folder, source, title=title, size=size, hint=student.hint
     )
+    if skip := int(student.settings.get("clip_skip", 0)):
+        found["modelspec.encoder_layer"] = str(skip + 1)  # counted as A1111 does
+    return found
 
 
 # ----------------------------------------------------------------------------------------- a LoRA
