@@ -19,6 +19,12 @@ from jaxdistill.run.help import Parser, unknown
 from jaxdistill.run.loop import NonFiniteError, Stopped
 from jaxdistill.run.workdir import say
 
+MOVED = {
+    "config.adversarial.weight": "config.methods.imagine_flash.adversarial_weight",
+    "config.shifts": "config.methods.imagine_flash.shifts",
+    "config.student.learning_rate": "config.methods.imagine_flash.learning_rate",
+}
+"""Keys of 0.1.0, which had one method."""
 PROCESSES = ("distributed", "coordinator", "num_processes", "process_id")
 
 
@@ -74,7 +80,7 @@ class Command:
 
     def parse(self) -> "Command":
         """Read the flags of sys.argv. Raises UserError; leaves after --help."""
-        given = list(sys.argv)
+        given = sys.argv[:] = [renamed(word) for word in sys.argv]
         if any(word in ("--help", "-h", "-help") for word in given[1:]):
             print(self.help())
             sys.exit(0)
@@ -167,6 +173,17 @@ class Command:
     def folder(self) -> Path:
         """The workdir."""
         return Path(self.workdir)
+
+
+def renamed(word: str) -> str:
+    """A flag under the name that its key has today, which is said."""
+    key = word.lstrip("-").partition("=")[0]
+    for old, new in MOVED.items():
+        if word.startswith("-") and (key == old or key.startswith(f"{old}.")):
+            today = new + key.removeprefix(old)
+            print(f"warning: {key} is {today} since 0.2.0", file=sys.stderr)
+            return word.replace(key, today, 1)
+    return word
 
 
 def _file_error(error: BaseException) -> str:

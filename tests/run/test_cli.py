@@ -50,6 +50,31 @@ def assert_refused(found, *words):
 # -------------------------------------------------------------------------------------------- flags
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("--config.adversarial.weight=0", "--config.methods.imagine_flash.adversarial_weight=0"),
+        (
+            "-config.shifts.power.exponent=2",
+            "-config.methods.imagine_flash.shifts.power.exponent=2",
+        ),
+        ("--config.adversarial.width=0", "--config.adversarial.width=0"),
+        ("--config.adversarial.weights=0", "--config.adversarial.weights=0"),
+        ("config.shifts", "config.shifts"),
+    ],
+)
+def test_keys_that_moved_still_do_and_are_said(old, new, capsys):
+    assert cli.renamed(old) == new
+    assert bool(capsys.readouterr().err) == (old != new)
+
+
+def test_a_key_that_moved_sets_what_it_set(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", f"--config={TINY}", "--config.adversarial.weight=0.75"])
+    config = cli.Command("x", workdir=False).parse().given_config()
+    assert config.methods.imagine_flash.adversarial_weight == 0.75
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("flag", PROCESS_FLAGS)
 @pytest.mark.parametrize("name", ONE_PROCESS)
 def test_a_command_of_one_process_refuses_the_flags_of_several(call, name, flag, tmp_path):
