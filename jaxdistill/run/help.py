@@ -76,7 +76,8 @@ class Parser(argparse.ArgumentParser):
         for name, options in flags.items():
             more.add_argument(name, **options)
             self.add_argument(name, **{**options, "help": argparse.SUPPRESS})
-        about = f"explains {' '.join(flags)}"
+        names = ", ".join(name.removeprefix("--") for name in flags)
+        about = f"explains --{names}"
         group.add_argument(flag, action=More, parser=more, help=about)
 
     def error(self, message: str) -> NoReturn:

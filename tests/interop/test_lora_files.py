@@ -406,22 +406,21 @@ def test_a_student_holds_its_teachers_style_and_takes_it_once(tmp_path, capsys):
     folder = folders.folder("sd")
     path = loras.save(kohya("sd"), tmp_path / "style.safetensors")
     teacher = open_checkpoint(folder, Beside(loras=(f"{path}:0.8",)))
-    settings = {"loras": lora_files.record(teacher)}
+    held = {"loras": lora_files.record(teacher)}
     params = diffusers_folder.load_params(teacher.unet)
     target = tmp_path / "student"
     diffusers_folder.save_student(
         teacher,
         target,
         params,
-        scheduler=dict(teacher.scheduler),
-        extra={diffusers_folder.SETTINGS: settings},
+        scheduler={**teacher.scheduler, diffusers_folder.KEY: held},
     )
     student = open_checkpoint(target, Beside(loras=(f"{path}:0.8",)))
     assert "holds" in capsys.readouterr().err
     wanted = weights(teacher)
     for name, value in weights(student).items():
         np.testing.assert_array_equal(value, wanted[name], err_msg=name)
-    assert lora_files.record(student) == settings["loras"]
+    assert lora_files.record(student) == held["loras"]
     with pytest.raises(LoraError, match=r"with the weight 0\.8 already, not 1;"):
         open_checkpoint(target, Beside(loras=(str(path),)))
 
@@ -477,4 +476,4 @@ def test_commands_and_configs_take_loras(tmp_path, capsys):
     (tmp_path / "card.json").write_text(json.dumps({"role": "student"}))
     with pytest.raises(SystemExit):
         sample.main([f"--model={tmp_path}", f"--lora={path}", f"--out={tmp_path / 'x.png'}"])
-    assert "--lora goes with a pipeline folder or a single file" in capsys.readouterr().err
+    assert "goes with a pipeline folder or a single file" in capsys.readouterr().err
