@@ -476,4 +476,4 @@ def test_commands_and_configs_take_loras(tmp_path, capsys):
     (tmp_path / "card.json").write_text(json.dumps({"role": "student"}))
     with pytest.raises(SystemExit):
         sample.main([f"--model={tmp_path}", f"--lora={path}", f"--out={tmp_path / 'x.png'}"])
-    assert "--lora: " in capsys.readouterr().err
+    assert "goes with a pipeline folder or a single file" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from jaxdistill.interop import (
     NOTHING,
     Beside,
     diffusers_folder,
+    diffusers_scheduler,
     is_file,
     lora,
     single_file,
@@ -62,7 +63,7 @@ class Student:
     @property
     def hint(self) -> str:
         """How it is used."""
-        counts = pipeline.listed(self.steps) if self.steps else "few"
+        counts = diffusers_scheduler.one_of(self.steps) if self.steps else "few"
         return f"{counts} steps, CFG 1, trailing timesteps"
 
 
