@@ -38,7 +38,7 @@ def parser() -> Parser:
     teachers = p.add_argument_group("the teacher")
     about = "a folder or .safetensors file (default: the one that the run's config names)"
     teachers.add_argument("--teacher", metavar="PATH", default="", help=about)
-    add_flags(p, teachers)
+    add_flags(p, teachers, known=False)
     add = p.add_argument_group("a LoRA of a student of all weights").add_argument
     about = f"at most the widest layer's; narrower ones are held whole (default: {RANK})"
     add("--rank", type=int, metavar="N", help=about)

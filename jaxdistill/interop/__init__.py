@@ -96,13 +96,16 @@ AS = {
 """The flag --as of a published student, `known_students.known`."""
 
 
-def add_flags(parser: Parser, group: Any) -> None:
-    """The flags of `Beside`, and --as; `group` has their line in --help."""
+def add_flags(parser: Parser, group: Any, *, known: bool = True) -> None:
+    """The flags of `Beside` and, where students are drawn, --as; `group` has their line in
+    --help.
+    """
     flags = {}
     for name, about in FLAGS.items():
         options = {"dest": name, "default": getattr(NOTHING, name), **about}
         flags[f"--{options.pop('flag', name)}"] = options
-    flags["--as"] = AS
+    if known:
+        flags["--as"] = AS
     parser.add_more("--help_files", "checkpoints and LoRAs in files", flags, group=group)
 
 

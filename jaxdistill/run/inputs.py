@@ -81,6 +81,14 @@ def check(workdir: Path, inputs: Mapping[str, Input]) -> Records:
     return found
 
 
+def unchanged(workdir: Path, name: str, given: Input) -> bool:
+    """Whether a workdir's run began with this input, or keeps nothing of that name."""
+    known = _read(workdir / FILE).get(name)
+    if known is None or known["stamp"] == json.loads(json.dumps(given.stamp)):
+        return True
+    return bool(known["sha256"] == given.content())
+
+
 def keep(workdir: Path, records: Records) -> None:
     """Write them beside the run. Not before there is work to lose: a file that a first start has
     refused may be mended.

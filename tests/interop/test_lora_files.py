@@ -440,7 +440,7 @@ def test_checksums_tell_styles_apart(tmp_path):
         config.teacher.update({"folder": str(folder), "loras": given})
         config.data.prompts = str(tmp_path / "prompts.txt")
         task = TextToImageTask(config)
-        return [task.hash_of(part) for part in (task.folder.unet, *task.folder.text_encoders)]
+        return [task.checksums.of(part) for part in (task.folder.unet, *task.folder.text_encoders)]
 
     found = [checksums(*given) for given in ((), (f"{style}",), (f"{style}:0.5",), (f"{other}",))]
     assert len({unet for unet, _ in found}) == 4

@@ -1,6 +1,7 @@
 """`python -m jaxdistill.export`: a student as one file or as a LoRA, and what it refuses."""
 
 import json
+import os
 
 import folders
 import jax
@@ -8,16 +9,18 @@ import numpy as np
 import original
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from shell import assert_same_bits
 
 from jaxdistill import export
 from jaxdistill.interop import Beside, card, diffusers_folder, lora
+from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.original_layout import UNET
 from jaxdistill.interop.single_file import open_checkpoint
 from jaxdistill.model import lora_init, lora_merge
-from jaxdistill.run import checkpoint
-from jaxdistill.tasks.text_to_image import pipeline
+from jaxdistill.run import checkpoint, inputs
+from jaxdistill.tasks.text_to_image import pipeline, take_away
+from jaxdistill.tasks.text_to_image.checksums import Checksums, weights_of
 
 SETTINGS = {"steps": 2, "guidance": 1.0, "timesteps": {"1": [999], "2": [999, 499]}}
 
@@ -176,3 +179,22 @@ def test_a_teacher_that_was_moved_is_told(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         called(f"model={tmp_path / 'run' / 'diffusers'}", f"out={tmp_path / 'x.safetensors'}")
     assert "gone.safetensors, the teacher of" in capsys.readouterr().err
+
+
+def test_a_teacher_that_has_changed_is_told(tmp_path):
+    run = make_run(tmp_path / "run", teacher_params())
+    student = take_away.open_student(run / "diffusers")
+    teacher = take_away.open_teacher(student, "")
+    parts = {"unet": teacher.unet, "vae": teacher.vae}
+    began = {weights_of(name): Checksums().input(part) for name, part in parts.items()}
+    inputs.keep(run, inputs.check(run, began))
+    file = tmp_path / "teacher.safetensors"
+    os.utime(file)  # a copy of the same bytes
+    assert take_away.open_teacher(student, "").file == file
+    tensors = load_file(file)
+    tensors["model.diffusion_model.out.2.bias"] += 1.0
+    save_file(tensors, file)
+    with pytest.raises(FolderError, match=r"weights in .* have changed since .* give --teacher="):
+        take_away.open_teacher(student, "")
+    like = Beside(like=folders.folder("sd"))
+    assert take_away.open_teacher(student, str(file), like) is not None

@@ -18,6 +18,7 @@ from jaxdistill.interop import (
     diffusers_scheduler,
     is_file,
     lora,
+    lora_names,
     single_file,
     single_file_out,
     torch_weights,
@@ -26,9 +27,10 @@ from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.single_file_out import KEEP
 from jaxdistill.interop.torch_weights import TreeWeights, Weights
 from jaxdistill.models.stable_diffusion.unet_condition import STACK
-from jaxdistill.run import checkpoint
+from jaxdistill.run import checkpoint, inputs
 from jaxdistill.run.help import note
 from jaxdistill.tasks.text_to_image import pipeline
+from jaxdistill.tasks.text_to_image.checksums import Checksums, weights_of
 from jaxdistill.tasks.text_to_image.data import prompts_of
 
 PROMPTS = ("a photo of a cat", "a portrait of an old man", "a castle on a hill", "a bowl of fruit")
@@ -104,7 +106,7 @@ def open_student(path: str | Path) -> Student:
 
 def open_teacher(student: Student, given: str, beside: Beside = NOTHING) -> Folder | None:
     """The checkpoint that was given or, without one, that the student's run names; None without
-    either. Raises FolderError where it is not there, or has another UNet.
+    either. Raises FolderError where it is not there, has changed or has another UNet.
     """
     path = given
     if not given:
@@ -122,6 +124,14 @@ def open_teacher(student: Student, given: str, beside: Beside = NOTHING) -> Fold
     found = single_file.open_checkpoint(path, beside)
     if found.unet.module != student.folder.unet.module:
         raise FolderError(f"{path} has another UNet than {student.path}: it is not its teacher")
+    checksums, workdir = Checksums(), student.folder.path.parent
+    for name, part in {"vae": found.vae, **lora_names.components(found)}.items():
+        weights = weights_of(name)
+        if not given and not inputs.unchanged(workdir, weights, checksums.input(part)):
+            raise FolderError(
+                f"{weights} in {path} have changed since {student.path} was trained; put back what"
+                " was there, or give --teacher=PATH"
+            )
     return found
 
 

@@ -31,6 +31,7 @@ from jaxdistill.run.run import Run
 from jaxdistill.run.seeds import seed_of
 from jaxdistill.tasks.health import Health, mend
 from jaxdistill.tasks.text_to_image import pipeline, take_away
+from jaxdistill.tasks.text_to_image.checksums import Checksums, weights_of
 from jaxdistill.tasks.text_to_image.data import captioned_images, prompts_of
 from jaxdistill.tasks.text_to_image.images import READING, Captioned, fit_image
 from jaxdistill.tasks.text_to_image.setup import DTYPES, SINGLE_FILE, TextSetup, open_teacher
@@ -69,7 +70,7 @@ class TextToImageTask(TextSetup):
                 "config.adversarial.reals = 'data' needs config.data.images; set it, or let the"
                 " teacher draw them: config.adversarial.reals=teacher"
             )
-        self._hashes: dict[tuple[Any, ...], str] = {}
+        self.checksums = Checksums()
         self._caches: dict[str, Cache] = {}
 
     @property
@@ -84,20 +85,6 @@ class TextToImageTask(TextSetup):
 
     # -- weights
 
-    def hash_of(self, part: diffusers_folder.Part) -> str:
-        """Of a component's weights, with what is added to them; each file is read once a run."""
-        if not part.updates:
-            return self._hash(part.files())
-        if (key := files_of(part)) not in self._hashes:
-            added = [[self._hash(update.files), update.weight] for update in part.updates]
-            self._hashes[key] = key_of(self._hash(part.files()), added)
-        return self._hashes[key]
-
-    def _hash(self, files: Sequence[Path]) -> str:
-        if (name := tuple(files)) not in self._hashes:
-            self._hashes[name] = inputs.hash_files(files)
-        return self._hashes[name]
-
     @property
     def parts(self) -> dict[str, diffusers_folder.Part]:
         """The teacher's networks by name."""
@@ -109,10 +96,7 @@ class TextToImageTask(TextSetup):
         """All that the run reads, by name: what its workdir remembers. Raises UserError."""
         folder, found = self.folder, dict[str, inputs.Input]()
         for name, part in self.parts.items():
-            files = [*part.files(), *(path for update in part.updates for path in update.files)]
-            stamp = [inputs.files(files).stamp, [update.weight for update in part.updates]]
-            made = inputs.Input(stamp, partial(self.hash_of, part))
-            found[f"the teacher's {name} weights"] = made
+            found[weights_of(name)] = self.checksums.input(part)
             found[f"the teacher's {name} config"] = inputs.value(dict(part.config))
         for path in folder.tokenizers:
             found[f"the teacher's {path.name}"] = inputs.files(files_in(path))
@@ -181,7 +165,7 @@ class TextToImageTask(TextSetup):
         parts, paths = folder.text_encoders, folder.tokenizers
         encoder = [
             ENCODING,
-            [self.hash_of(part) for part in parts],
+            [self.checksums.of(part) for part in parts],
             inputs.hash_files(file for path in paths for file in files_in(path)),
             [dict(part.config) for part in parts],
             self.beside_key,
@@ -202,7 +186,7 @@ class TextToImageTask(TextSetup):
         if self.needs_reals and config.adversarial.reals == "data":
             captions = [image.caption for image in self.images]
             pipe.text.announce(captions)
-            vae = [self.hash_of(folder.vae), dict(folder.vae.config)]
+            vae = [self.checksums.of(folder.vae), dict(folder.vae.config)]
             about = [vae, [image.stamp for image in self.images], self.size, READING]
             read = partial(self.encoded_images, pipe, captions)
             rows = 4 * pipe.parts
@@ -272,7 +256,7 @@ class TextToImageTask(TextSetup):
             noise = pipe.draw(seed, numbers[0], len(numbers), height, width)
             return {**self.encoded(pipe, captions, numbers), "latents": latents, "noise": noise}
 
-        unet = [self.hash_of(self.folder.unet), dict(self.folder.unet.config)]
+        unet = [self.checksums.of(self.folder.unet), dict(self.folder.unet.config)]
         compute = [config.compute.dtype, config.compute.teacher_dtype]
         schedule = [dict(self.folder.scheduler), self.folder.zero_empty_prompt]
         about = [unet, compute, options, sampler, schedule, self.size]
@@ -350,7 +334,7 @@ class TextToImageTask(TextSetup):
         config = self.config
         run.check_inputs(self.made_from())
         for name, part in self.parts.items():  # they are not read again for the caches' keys
-            self._hashes[files_of(part)] = run.inputs[f"the teacher's {name} weights"]
+            self.checksums.know(part, run.inputs[weights_of(name)])
         if distributed.writes():
             self.rehearse(run.workdir)
         if config.log.checkpoints:  # a bucket that cannot be opened is told before weights are read
@@ -496,12 +480,6 @@ class TextToImageTask(TextSetup):
             notes=f"The student {protocol}.",
             columns=COLUMNS,
         )
-
-
-def files_of(part: diffusers_folder.Part) -> tuple[Any, ...]:
-    """What a component is read from: its files, or those with LoRAs and their weights."""
-    added = [(*update.files, update.weight) for update in part.updates]
-    return (*part.files(), *added)
 
 
 class Drawn:
