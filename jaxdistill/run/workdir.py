@@ -23,11 +23,12 @@ ITERATIONS = "student.iterations"
 """The key of a config that a finished run may go on with."""
 
 
-def prepare_workdir(workdir: Path, config: ConfigDict, *, longer: bool = False) -> None:
+def prepare_workdir(workdir: Path, config: ConfigDict, *, longer: bool | None = None) -> None:
     """Make the folder, check that it can be written, and that it belongs to this config, of which
     the exports may change. Raises UserError.
 
-    `longer`: config.student.iterations may grow, too: a run of one stage goes on.
+    `longer`: whether config.student.iterations may grow, too, as of a run of one stage; None where
+    nobody asks.
 
     Several processes may see one folder, or each its own under the same name.
     """
@@ -43,7 +44,7 @@ def prepare_workdir(workdir: Path, config: ConfigDict, *, longer: bool = False) 
         raise UserError(failure)
 
 
-def check_workdir(workdir: Path, config: ConfigDict, *, longer: bool = False) -> str:
+def check_workdir(workdir: Path, config: ConfigDict, *, longer: bool | None = None) -> str:
     """What `prepare_workdir` does, in one process; what is wrong, or nothing."""
     if re.match(r"\w+:/", str(workdir)):
         return (
@@ -73,11 +74,11 @@ def check_workdir(workdir: Path, config: ConfigDict, *, longer: bool = False) ->
     return ""
 
 
-def difference(there: Mapping[str, Any], here: Mapping[str, Any], *, longer: bool) -> str:
+def difference(there: Mapping[str, Any], here: Mapping[str, Any], *, longer: bool | None) -> str:
     """Why the run of one flat config cannot go on with another, "" where it can."""
     changed = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k)]
     changed = [k for k in changed if not k.startswith("export.")]  # made anew at each start
-    if changed == [ITERATIONS] and 0 < there[ITERATIONS] < here[ITERATIONS]:
+    if longer is not None and changed == [ITERATIONS] and 0 < there[ITERATIONS] < here[ITERATIONS]:
         if longer:
             return ""
         return (

@@ -522,7 +522,7 @@ def test_half_frames_and_clients_that_never_read_hold_nobody_up(running):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--model=nowhere"], ["nowhere is not a model", "card.json"]),
+        (["--model=nowhere"], ["nowhere does not exist; give a pipeline folder"]),
         (["--model=STUDENT", "--port=99999"], ["--port", "99999"]),
         (["--model=STUDENT", "--batch_sizes=0"], ["--batch_sizes"]),
         (["--model=STUDENT", "--port=TAKEN"], ["--port", "in use"]),

@@ -22,6 +22,7 @@ from test_distributed import finish, losses, start
 
 from jaxdistill import main, partition
 from jaxdistill.errors import UserError
+from jaxdistill.methods.recipe import Recipe, SamplerSpec
 from jaxdistill.run import checkpoint, loop
 from jaxdistill.run.checkpoint import CheckpointError, Checkpoints
 from jaxdistill.tasks.text_to_image.task import TextToImageTask
@@ -303,7 +304,7 @@ class Bare(TextToImageTask):
     """A task without a teacher's folder."""
 
     def __init__(self, config):
-        self.config, self.layout = config, ALONE
+        self.config, self.layout, self.recipe = config, ALONE, Recipe((), SamplerSpec())
 
     def load(self, dtype, **_):
         raise AssertionError("weights are read")
@@ -333,10 +334,11 @@ CACHED = """
 import collections, sys
 import jax, jax.numpy as jnp, text_config
 from jaxdistill import main, partition
+from jaxdistill.methods.recipe import Recipe, SamplerSpec
 found = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: found.update([event.rpartition("/")[2]]))
 class Task:
-    layout = partition.layout()
+    layout, recipe = partition.layout(), Recipe((), SamplerSpec())
     def __init__(self, config):
         pass
     def execute(self, run):

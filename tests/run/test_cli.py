@@ -9,6 +9,7 @@ from shell import TINY, tiny_config
 
 from jaxdistill import ablate, aot, benchmark, main
 from jaxdistill.errors import UserError
+from jaxdistill.methods.recipe import Recipe, SamplerSpec
 from jaxdistill.run import cli
 from jaxdistill.run.loop import NonFiniteError, Stopped
 
@@ -210,7 +211,7 @@ def test_help_says_an_example_and_all_flags_and_does_nothing_else(call, module, 
 class Failing:
     """A task whose work raises."""
 
-    layout = None
+    layout, recipe = None, Recipe((), SamplerSpec())
 
     def __init__(self, error):
         self.error = error

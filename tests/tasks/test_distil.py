@@ -508,7 +508,9 @@ def test_the_command_gives_one_line(tmp_path):
 def test_a_students_export_that_was_copied_alone_says_what_it_lacks(tmp_path):
     card = {"components": "../diffusers", "sampler": {"steps": 2}}
     checkpoint.export(tmp_path / "student", {"params": {"a": np.ones(2, np.float32)}}, card)
-    with pytest.raises(UserError, match=r"holds a UNet alone; .*copy the run's diffusers/ beside"):
+    with pytest.raises(
+        UserError, match=r"holds a student's network alone, .*copy that folder beside"
+    ):
         pipeline.load(tmp_path / "student")
 
 

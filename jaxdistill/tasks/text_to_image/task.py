@@ -332,13 +332,13 @@ class TextToImageTask(TextSetup):
     def execute(self, run: Run) -> dict[str, Any]:
         """Caches, training, exports, results. Resumes where it was stopped."""
         config = self.config
+        if config.log.checkpoints:  # a bucket that cannot be opened is told before weights are read
+            checkpoint.Checkpoints(f"{config.log.checkpoints}/student").close()
         run.check_inputs(self.made_from())
         for name, part in self.parts.items():  # they are not read again for the caches' keys
             self.checksums.know(part, run.inputs[weights_of(name)])
         if distributed.writes():
             self.rehearse(run.workdir)
-        if config.log.checkpoints:  # a bucket that cannot be opened is told before weights are read
-            checkpoint.Checkpoints(f"{config.log.checkpoints}/student").close()
         began = time.perf_counter()
         teacher = self.load(config.compute.teacher_dtype)
         pipe = self.teacher_pipe(teacher)
