@@ -154,10 +154,16 @@ def pair(args: Namespace) -> list[Drawing]:
     """Student and teacher, of those that are given. The student goes first: it is the faster one,
     and shows soonest where something is wrong.
     """
-    known = known_students.known(getattr(args, "as"), args.steps or ())
+    files = beside(args, args.teacher, args.student)
+    known = known_students.of(getattr(args, "as"), args.steps or (), files)
+    if args.teacher and isinstance(known, Described):
+        raise CompareError(
+            f"--lora is added to the teacher, too, and {known.path} is of a student; compare such a"
+            " LoRA with --bases"
+        )
     made = pipeline.made_for(args.student) if args.student and known is None else {}
-    own = list(pipeline.served(made)) if known is None else [known.steps]
-    files, steps = beside(args, args.teacher, args.student), args.steps or own or [1, 2, 3]
+    own = known_students.counts_of(known) if known else list(pipeline.served(made))
+    steps = args.steps or own or [1, 2, 3]
     found = []
     if args.student:
         options = {"known": known, "solver": args.student_solver, "made": made}
@@ -173,15 +179,14 @@ def table(args: Namespace) -> list[Drawing]:
     """Each base in each style, without and with the LoRA of few steps. Raises FolderError."""
     files = beside(args, *args.bases)
     file, _ = lora_files.parse(files.loras[0])
-    known: Any = known_students.known(getattr(args, "as"), args.steps or ())
-    known = known or known_students.described(file)
+    known = known_students.of(getattr(args, "as"), args.steps or (), files)
     if known is None:
         raise CompareError(
             f"--lora={files.loras[0]} has no {how_to_sample.FILE} beside it that says how it is"
             " drawn; say --as=NAME"
         )
     made = known.content if isinstance(known, Described) else {}
-    own = list(pipeline.served(made)) or [known.steps]
+    own = known_students.counts_of(known)
     styled = distinct([lora_files.parse(style)[0] for style in args.styles])
     found = []
     for base, base_name in zip(args.bases, distinct(args.bases), strict=True):
@@ -262,6 +267,8 @@ def draw_row(
     """The images of a drawing with the pipe's `options`, and beside them what drew them."""
     model, steps = drawing.model, options["steps"]
     folder = out / "images" / re.sub(r"[^\w.-]+", "-", f"{model}-{steps}")
+    while folder.exists():  # of another row, whose name differs in a mark alone
+        folder = folder.with_name(f"{folder.name}-2")
     size = {"batch_size": args.batch_size}
     files = draw(pipe, items, folder, label=folder.name, **size, **options)
     used = getattr(pipe, "guidance", None) if drawing.guidance is None else drawing.guidance

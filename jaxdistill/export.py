@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from jaxdistill.errors import UserError
-from jaxdistill.interop import add_flags, beside
+from jaxdistill.interop import add_flags, beside, given
 from jaxdistill.run import compilation
 from jaxdistill.run.cli import one_line_errors
 from jaxdistill.run.help import Parser, named, note
@@ -51,13 +51,15 @@ def parser() -> Parser:
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for flags that do not go together."""
     lora = args.format != "checkpoint"
-    given = [f"--{name}" for name in ("rank", "num", "prompts") if getattr(args, name) is not None]
-    if given and not lora:
-        raise UserError(f"{given[0]} is of a LoRA; add --format=kohya, or leave it out")
+    asked = [f"--{name}" for name in ("rank", "num", "prompts") if getattr(args, name) is not None]
+    if asked and not lora:
+        raise UserError(f"{asked[0]} is of a LoRA; add --format=kohya, or leave it out")
     if lora and args.others is not None:
         raise UserError("--others: a LoRA has no VAE and no text encoders; leave it out")
     if lora and args.dtype == "keep":
         raise UserError(f"--dtype=keep: a LoRA has no source; choose one of {', '.join(TYPES)}")
+    if not args.teacher and (named := given(args)):
+        raise UserError(f"--{named[0]} goes with --teacher; the run's config names its own")
     if args.num is not None and args.num < 0:
         raise UserError(f"--num must be at least 0, got {args.num}")
 
@@ -84,9 +86,9 @@ def write(args: argparse.Namespace, out: Path) -> None:
         factors = take_away.nearest(student, teacher, rank, prompts=args.prompts or "", num=num)
     else:
         asked = ("teacher", "rank", "num", "prompts")
-        given = [f"--{name}" for name in asked if getattr(args, name) not in (None, "")]
-        if given:
-            raise UserError(f"{given[0]}: {student.lora} was trained as a LoRA; leave it out")
+        needless = [f"--{name}" for name in asked if getattr(args, name) not in (None, "")]
+        if needless:
+            raise UserError(f"{needless[0]}: {student.lora} was trained as a LoRA; leave it out")
         factors = take_away.lora.read(student.lora)
     take_away.write_lora(student, factors, out, dtype=args.dtype, form=args.format)
 

@@ -222,7 +222,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     num, batch_size = prompt_numbers(args, batch_size=4)
     options = computing(args)
     files = beside(args, args.model)
-    student = known_students.known(getattr(args, "as"), () if args.steps is None else (args.steps,))
+    student = known_students.of(getattr(args, "as"), [args.steps] if args.steps else [], files)
     latents = None
     if args.latents is not None:
         try:

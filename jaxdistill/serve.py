@@ -26,7 +26,7 @@ try:
     import uvicorn
 
     from jaxdistill.interop import known_students
-    from jaxdistill.interop.known_students import Known
+    from jaxdistill.interop.known_students import Described, Known
     from jaxdistill.interop.text_export import TextExport
     from jaxdistill.page.engine import ExportPainter, Painter, PipelinePainter
     from jaxdistill.page.server import MAX_FRAME, Server, describe, make_app
@@ -42,7 +42,7 @@ def open_painter(
     *,
     encoder: str = "",
     files: Beside = NOTHING,
-    known: Known | None = None,
+    known: Known | Described | None = None,
     size: tuple[int, int] | None = None,
 ) -> Painter:
     """The compiled programs of an export or a pipeline folder, which draws in its own size if None.
@@ -50,7 +50,7 @@ def open_painter(
     Raises ValueError in one line.
     """
     found = kind(Path(folder))
-    if known and found != "pipeline":
+    if isinstance(known, Known) and found != "pipeline":
         raise ValueError(f"--as={known.name}: {folder} is no pipeline; leave it out")
     if found == "label":
         if not (Path(folder) / "card.json").is_file():
@@ -74,7 +74,7 @@ def parser() -> Parser:
 
     p = Parser(__doc__, "--model=FOLDER")
     add = p.add_argument
-    about = "a student that reads text: an export or a diffusers pipeline folder"
+    about = "an export that reads text, a diffusers folder, or a .safetensors checkpoint"
     add("--model", required=True, metavar="FOLDER", help=about)
     add("--teacher", default="", metavar="FOLDER", help="its teacher, drawn beside it")
     about = "address to listen at; 0.0.0.0 lets other machines in"
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         for path in filter(None, (args.model, args.teacher)):
             if kind(Path(path)) != "pipeline":
                 check_unused(args, path)
-        known = known_students.known(getattr(args, "as"))
+        known = known_students.of(getattr(args, "as"), (), files)
         student = open_painter(args.model, args.batch_sizes, known=known, **options)
         painters = {"student": student}
         if args.teacher:

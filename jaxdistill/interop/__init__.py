@@ -91,7 +91,7 @@ OF_FILES = ("like", "prediction", "ema")
 
 AS = {
     "metavar": "NAME",
-    "help": "draw the student as its kind is: lcm, turbo, lightning:N, hyper:N, dmd2",
+    "help": "draw the student as its kind is: lcm, turbo, lightning:N, hyper:N, dmd2, dmd2:1",
 }
 """The flag --as of a published student, `known_students.known`."""
 
@@ -160,6 +160,8 @@ def explain_path(path: str | Path) -> str:
     except OSError as error:
         return f"{root} cannot be read ({error.strerror}); give this user the right to read it"
     start = f"{root} is not a pipeline folder"
+    if run := [name for name in ("diffusers", "student") if name in names]:
+        return f"{start}: it is a run's workdir; give {root / run[0]}"
     if "config.json" in names:
         try:
             kind = json.loads((root / "config.json").read_text())["_class_name"]
@@ -170,8 +172,6 @@ def explain_path(path: str | Path) -> str:
             f"give {above}" if (above / "model_index.json").is_file() else "give a whole pipeline"
         )
         return f"{start}: it is one network ({kind}); {mend}"
-    if run := [name for name in ("diffusers", "student") if name in names]:
-        return f"{start}: it is a run's workdir; give {root / run[0]}"
     for name in names:
         if (root / name / "model_index.json").is_file():
             return f"{start}, but holds one; give {root / name}"

@@ -112,6 +112,11 @@ class Folder(NamedTuple):
     clip_skip: int = 0
 
     @property
+    def encoders(self) -> dict[str, Part]:
+        """The text encoders by diffusers' names."""
+        return {f"text_encoder{'_2' * i}": part for i, part in enumerate(self.text_encoders)}
+
+    @property
     def name(self) -> str:
         """Of the checkpoint, for titles."""
         return (self.file or self.path).name
@@ -823,8 +828,7 @@ def copy_component(source: Path, target: Path) -> None:
 
 def part_of(source: Folder, name: str) -> Part | None:
     """A component's part, None for one that the folder only copies."""
-    encoders = {f"text_encoder{'_2' * i}": part for i, part in enumerate(source.text_encoders)}
-    return {"vae": source.vae, **encoders}.get(name)
+    return {"vae": source.vae, **source.encoders}.get(name)
 
 
 def copy_part(source: Folder, name: str, target: Path) -> None:

@@ -20,12 +20,13 @@ import numpy as np
 
 from jaxdistill import schedule as schedules
 from jaxdistill.interop import diffusers_scheduler as schedulers
-from jaxdistill.interop.diffusers_folder import read_json
+from jaxdistill.interop.diffusers_folder import FolderError, read_json
 from jaxdistill.run.checkpoint import write_json
 from jaxdistill.run.help import Parser, named
 
 FORMAT = "jaxdistill-how-to-sample/1"
 FILE, WORKFLOW = "how_to_sample.json", "comfyui_workflow.json"
+UIS = ("diffusers", "comfyui", "a1111", "forge")
 OWN = (
     "clip_sample",
     "set_alpha_to_one",
@@ -140,6 +141,20 @@ def how_to_sample(student: Student) -> Json:
     }
 
 
+def read(path: Path) -> Json:
+    """A how_to_sample.json. Raises FolderError for another file of the name."""
+    found = read_json(path)
+    sizes = ("steps", "default_steps", "height", "width", "timesteps", "sigmas")
+    says = ("prediction_type", "zero_terminal_snr", "noise_correction", "clip_skip")
+    missing = [key for key in (*sizes, *says, *UIS) if key not in found]
+    if found.get("format") != FORMAT or missing or "from_config" not in found["diffusers"]:
+        raise FolderError(
+            f"{path} is not what this version writes of a student"
+            f"{f' (it lacks {missing[0]})' if missing else ''}; move it away, or write it anew"
+        )
+    return found
+
+
 def corrected_sigmas(sigmas: Sequence[float]) -> list[float]:
     """Sigmas with which a plain Euler sampler takes the first step of noise correction.
 
@@ -159,6 +174,7 @@ def in_diffusers(student: Student) -> Json:
         common["clip_skip"] = student.clip_skip
     found: Json = {
         "trust_remote_code": False,
+        "trained_with_noise_correction": student.noise_correction,
         "scheduler": student.scheduler["_class_name"],
         "from_config": {k: v for k, v in student.scheduler.items() if k in OWN},
         "calls": student.of_steps(lambda n: {"num_inference_steps": n, **common}),
@@ -192,6 +208,7 @@ def in_comfyui(student: Student) -> Json:
     height, width = student.size
     sigmas = student.of_steps(lambda n: student.sigmas(n, "comfyui"))
     found: Json = {
+        "trained_with_noise_correction": student.noise_correction,
         "sampler": "lcm" if student.renoises else "euler",
         "cfg": 1.0,
         "height": height,
@@ -326,8 +343,6 @@ def files(how: Mapping[str, Any], *, checkpoint: str, lora: str = "") -> dict[st
 
 # ---------------------------------------------------------------------------------------- command
 
-UIS = ("diffusers", "comfyui", "a1111", "forge")
-
 
 def parser() -> Parser:
     """The flags."""
@@ -362,12 +377,7 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(
             f"--model={folder} has no {FILE}; give the diffusers/ or lora/ folder of a finished run"
         )
-    how = read_json(folder / FILE)
-    if how.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / FILE}: format {how.get('format')!r} is not"
-            f" {FORMAT!r}; it was written by another version"
-        )
+    how = read(folder / FILE)
     given = {"--steps": args.steps, "--checkpoint": args.checkpoint, "--lora": args.lora}
     if args.out is None:
         if flags := [flag for flag, value in given.items() if value is not None]:

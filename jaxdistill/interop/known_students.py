@@ -5,13 +5,14 @@ stock diffusers runs them: Luo et al. 2023 (LCM and LCM-LoRA), Sauer et al. 2023
 SDXL-Turbo), Lin et al. 2024 (SDXL-Lightning), Ren et al. 2024 (Hyper-SD), Yin et al. 2024 (DMD2).
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.interop import how_to_sample
-from jaxdistill.interop.diffusers_folder import Folder, FolderError, read_json
+from jaxdistill.interop import Beside, how_to_sample, lora_files
+from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import (
     ANCESTRAL,
     DDIM,
@@ -156,6 +157,28 @@ class Described:
         return of_folder(folder._replace(scheduler=config), **options)
 
 
+def of(text: str | None, counts: Sequence[int], files: Beside) -> Known | Described | None:
+    """What --as or, without it, a LoRA of few steps says of how its student is drawn. Raises
+    FolderError.
+    """
+    if text:
+        return known(text, counts)
+    paths = [lora_files.parse(lora)[0] for lora in files.loras]
+    found = [each for path in paths if (each := described(path))]
+    if len(found) > 1:
+        raise FolderError(
+            f"{found[0].path} and {found[1].path} are of two students; leave one's LoRA out"
+        )
+    for each in found:
+        print(f"drawn as {each.path} says", file=sys.stderr)
+    return found[0] if found else None
+
+
+def counts_of(student: Known | Described) -> list[int]:
+    """The step counts that it is compared at."""
+    return [student.steps] if isinstance(student, Known) else list(student.content["steps"])
+
+
 def described(file: Path) -> Described | None:
     """What is beside a LoRA's file (or in its folder). Raises FolderError for another file of the
     name.
@@ -163,18 +186,7 @@ def described(file: Path) -> Described | None:
     path = (file if file.is_dir() else file.parent) / how_to_sample.FILE
     if not path.is_file():
         return None
-    content = read_json(path)
-    wanted = ("default_steps", "prediction_type", "zero_terminal_snr", "noise_correction")
-    missing = [key for key in wanted if key not in content]
-    if (
-        content.get("format") != how_to_sample.FORMAT
-        or missing
-        or ("from_config" not in content.get("diffusers", {}))
-    ):
-        raise FolderError(
-            f"{path} is not what this version writes of a student; move it away and say --as=NAME"
-        )
-    return Described(path, content)
+    return Described(path, how_to_sample.read(path))
 
 
 def known(text: str | None, counts: Sequence[int] = ()) -> Known | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.errors import UserError
@@ -140,6 +141,11 @@ class Lora:
         tensors = self.tensors.read_several([*keys.values()])
         for (role, key), tensor in zip(keys.items(), tensors, strict=True):
             found[role] = tensor.astype(np.float32)
+            if role != "alpha" and not jnp.issubdtype(tensor.dtype, jnp.floating):
+                raise LoraError(
+                    f"{self.files[0]}: {key} is {tensor.dtype}: quantised LoRAs are not read; take"
+                    " one in float16, bfloat16 or float32"
+                )
             if not np.isfinite(found[role]).all():
                 raise LoraError(
                     f"{self.files[0]}: {key} has values that are not finite; the file is damaged,"
@@ -163,7 +169,9 @@ def styled(folder: Folder, loras: Sequence[str]) -> Folder:
     """
     if not loras:
         return folder
-    held = {entry["hash"]: entry["weight"] for entry in record(folder)}
+    entries = record(folder)
+    held = {entry["hash"]: entry["weight"] for entry in entries}
+    names = {entry["file"] for entry in entries}
     stems, given = lora_names.known_stems(folder), set()
     for text in loras:
         path, weight = parse(text)
@@ -172,15 +180,21 @@ def styled(folder: Folder, loras: Sequence[str]) -> Folder:
         if name in given:
             raise LoraError(f"{files[0]} is given twice; give it once, with one weight")
         given.add(name)
+        where = folder.file or folder.path
+        if name not in held and files[0].name in names:
+            raise LoraError(
+                f"{where} holds another version of {files[0].name} already; give the checkpoint"
+                f" without it, or rename {files[0]} if it is another style"
+            )
         if name not in held:
             folder = _with(folder, files, weight, stems)
         elif held[name] != weight:
             raise LoraError(
-                f"{folder.path} holds {files[0]} with the weight {held[name]:g} already, not"
+                f"{where} holds {files[0]} with the weight {held[name]:g} already, not"
                 f" {weight:g}; leave it out, or give the checkpoint without it"
             )
         else:
-            print(f"{folder.path} holds {files[0]} already: not added again", file=sys.stderr)
+            print(f"{where} holds {files[0]} already: not added again", file=sys.stderr)
     return folder
 
 
@@ -188,17 +202,17 @@ def parse(text: str) -> tuple[Path, float]:
     """FILE:0.8 -> its path and weight; 1 without one. Raises LoraError."""
     path, _, weight = text.rpartition(":")
     if path and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", weight):
-        return Path(path), float(weight)
+        return Path(path).expanduser(), float(weight)
     if path.endswith(".safetensors"):
         raise LoraError(f"{text}: {weight!r} is no weight; give FILE or FILE:0.8")
     if not text:
         raise LoraError("a LoRA's file has no name; give FILE or FILE:0.8")
-    return Path(text), 1.0
+    return Path(text).expanduser(), 1.0
 
 
 def record(folder: Folder) -> list[dict[str, Any]]:
     """The LoRAs in a folder's weights: those of its own teacher, and what is added now."""
-    found = [] if folder.file else folder.scheduler.get(KEY, {}).get("loras", [])
+    found = folder.scheduler.get(KEY, {}).get("loras", [])
     updates = [u for part in lora_names.components(folder).values() for u in part.updates]
     added = dict.fromkeys((tuple(update.files), update.weight) for update in updates)
     return found + [

@@ -55,8 +55,7 @@ def kohya_names(part: Part, prefix: str, *, original: bool = False) -> dict[str,
 
 def components(folder: Folder) -> dict[str, Part]:
     """The components that LoRAs change, by diffusers' names."""
-    encoders = {f"text_encoder{'_2' * i}": part for i, part in enumerate(folder.text_encoders)}
-    return {"unet": folder.unet, **encoders}
+    return {"unet": folder.unet, **folder.encoders}
 
 
 def known_stems(folder: Folder) -> dict[str, list[tuple[str, str]]]:

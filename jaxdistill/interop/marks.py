@@ -96,6 +96,12 @@ def told(path: Path, shapes: Shapes, metadata: Mapping[str, str], flag: str) -> 
             f" ({' against '.join(text for _, text in marks)}); say which is right with"
             " --prediction=eps or v, in a config config.teacher.prediction"
         )
+    if zero and marks[0][0] == "epsilon":
+        raise FolderError(
+            f"{path} disagrees with itself: its key ztsnr wants v, but {marks[0][1]} says noise;"
+            " say which is right with --prediction=eps or v_ztsnr, in a config"
+            " config.teacher.prediction"
+        )
     return Told(marks[0][0], zero, " and ".join(text for _, text in marks) + " says so")
 
 

@@ -6,9 +6,10 @@ from a pipeline folder of its kind.
 """
 
 import functools
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jaxdistill.interop import (
     marks,
     torch_weights,
 )
-from jaxdistill.interop.diffusers_folder import Folder, FolderError, Part
+from jaxdistill.interop.diffusers_folder import KEY, Folder, FolderError, Part
 from jaxdistill.interop.loose_parts import part_at, text_beside, vae_beside
 from jaxdistill.interop.original_layout import UNET, averaged, origin
 from jaxdistill.interop.recognise import (
@@ -105,12 +106,29 @@ def open_file(path: str | Path, beside: Beside, **options: Any) -> Folder:
         name = kind.name + ("-base" if (kind.name, told.prediction) == ("sd21", "epsilon") else "")
         base = diffusers_folder.open_folder(architectures.pipeline_folder(name), **options)
         _check_sizes(path, part_at(base.unet, path, shapes, place), kind.title)
-    found = base._replace(file=path)
+    plain = {key: value for key, value in base.scheduler.items() if key != KEY}
+    found = base._replace(file=path, scheduler=plain)
     if told is not None:
-        scheduler = told.scheduler(base.scheduler, published=not beside.like)
+        scheduler = told.scheduler(plain, published=not beside.like)
         found = found._replace(scheduler=scheduler)
+    own = student_scheduler(path, metadata)
+    if own and not beside.prediction:
+        found = found._replace(scheduler=own)
     found = found._replace(unet=_unet(found.unet, path, shapes, place, ema=beside.ema))
     return _completed(found, path, shapes, place, beside)
+
+
+def student_scheduler(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The scheduler's config that a student's file has in its metadata, with what it was made for
+    under KEY; {} of other files. Raises FolderError.
+    """
+    try:
+        found = json.loads(metadata.get(KEY, "{}"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise FolderError(f"{path}: {KEY} in its metadata is damaged; write the file anew")
+    return found
 
 
 def _like(path: Path, facts: UNetFacts, beside: Beside, **options: Any) -> Folder:

@@ -87,7 +87,7 @@ def entries(
       dtype: of the UNet, a key of DTYPES, or KEEP: as in the teacher.
       others: likewise of the VAE and the text encoders; KEEP copies them.
       teacher: where these come from, of the student's folder if None. All tensors of a file but its
-        UNet and averages are taken over, with its marks and buffers.
+        UNet and averages are taken over, with its buffers and the marks that hold.
 
     Raises:
       WeightsError: a tensor is missing, or has a dtype that is not written.
@@ -100,17 +100,18 @@ def entries(
     made |= _part(source.vae, VAE, others)
     for part, prefix in zip(source.text_encoders, text_prefixes(source), strict=True):
         made |= _part(part, prefix, others)
+    said = marks_of(folder)
     if source.file is not None:
         stored, _ = header(source.file)
         kept = {
             name: found
             for name, found in stored.items()
-            if name.startswith(EXTRAS) or name.endswith(EXTRA_ENDS) or name in marks.KEYS
+            if name.startswith(EXTRAS) or name.endswith(EXTRA_ENDS) or name in said
         }
         averages = {name for name in kept if name.startswith("model_ema.")}
         made |= {n: _copied(source.file, s) for n, s in kept.items() if n not in averages}
     empty = Entry("F32", (0,), 0, lambda: np.zeros(0, np.float32))
-    return made | {mark: empty for mark in marks_of(folder) if mark not in made}
+    return made | {mark: empty for mark in said if mark not in made}
 
 
 def marks_of(folder: Folder) -> list[str]:
@@ -141,6 +142,9 @@ def _part(part: Part, prefix: str, dtype: str) -> dict[str, Entry]:
     names = diffusers_folder.names_of(part)
     if missing := sorted(names.keys() - weights.shapes.keys()):
         raise WeightsError(f"{part.where} has no {missing[0]}; copy it again")
+    if part.origin is not None:
+        for name in names:  # its place has another name where the file is not quite of the layout
+            made.pop(part.origin(name).name, None)
     return made | placed(weights, names, origin(part.module, prefix), _kinds(part, dtype))
 
 
@@ -226,7 +230,7 @@ def placed(
 
 # --------------------------------------------------------------------------------------- metadata
 
-_KEPT = ("author", "encoder_layer", "license", "tags", "trigger_phrase", "vae_dtype")
+_KEPT = ("author", "license", "tags", "trigger_phrase", "vae_dtype")
 """What of a teacher's modelspec is true of its student, too."""
 
 
@@ -251,12 +255,15 @@ def modelspec(
         architecture = "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512"
     else:
         architecture = "stable-diffusion-v1"
+    named = older.get("modelspec.architecture", "")
+    if named and named not in marks.ARCHITECTURES:  # those say what a model predicts
+        architecture = named
     kept = {f"modelspec.{name}": older.get(f"modelspec.{name}", "") for name in _KEPT}
     return {
         "format": "pt",
         **{name: value for name, value in kept.items() if value},
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": older.get("modelspec.architecture", architecture),
+        "modelspec.architecture": architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.resolution": f"{size[1]}x{size[0]}",

@@ -11,9 +11,9 @@ import pytest
 from test_diffusers_scheduler import NOISE, network, theirs
 
 from jaxdistill import interop, sampling
-from jaxdistill.interop import diffusers_folder
+from jaxdistill.interop import Beside, diffusers_folder, how_to_sample
 from jaxdistill.interop.diffusers_folder import FolderError
-from jaxdistill.interop.known_students import KINDS, Known, known
+from jaxdistill.interop.known_students import KINDS, Known, known, of
 from jaxdistill.prediction import as_denoiser
 from jaxdistill.tasks.text_to_image import pipeline
 
@@ -154,3 +154,24 @@ def test_a_count_that_it_does_not_have_is_refused_by_its_run():
 
 def test_the_flags_help_names_every_kind():
     assert all(name in interop.AS["help"] for name in KINDS)
+
+
+def test_a_lora_of_few_steps_is_drawn_as_the_file_beside_it_says(tmp_path):
+    scheduler = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
+    told = how_to_sample.how_to_sample(how_to_sample.Student(scheduler, (1, 3), (16, 24)))
+    for name in ("few", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / how_to_sample.FILE).write_text(json.dumps(told))
+    few, other = (str(tmp_path / name / "a.safetensors") for name in ("few", "other"))
+    style = str(tmp_path / "style.safetensors")
+    found = of(None, (), Beside(loras=(style, f"{few}:0.9")))
+    assert found.content == json.loads(json.dumps(told))
+    assert of(None, (), Beside(loras=(style,))) is None
+    assert of("lcm", (), Beside(loras=(few,))) == Known("lcm", 4)
+    with pytest.raises(FolderError, match="are of two students"):
+        of(None, (), Beside(loras=(few, other)))
+    for name in ("timesteps", "diffusers"):
+        cut = {key: value for key, value in told.items() if key != name}
+        (tmp_path / "few" / how_to_sample.FILE).write_text(json.dumps(cut))
+        with pytest.raises(FolderError, match=rf"it lacks {name}"):
+            of(None, (), Beside(loras=(few,)))

@@ -326,6 +326,8 @@ def damaged(kind, tmp_path):
         state[f"{Q}.hada_w1_a"] = torch.zeros(2, 2)
     if kind == "dora":
         state[f"{Q}.dora_scale"] = torch.zeros(2, 2)
+    if kind == "quantised":
+        state[down] = torch.ones_like(state[down], dtype=torch.int8)
     if kind == "nan":
         state[down] = torch.full_like(state[down], torch.nan)
     if kind == "checkpoint":
@@ -362,6 +364,7 @@ MESSAGES = {
     "twice": "for one layer",
     "loha": "is a LoHa",
     "dora": "is a DoRA",
+    "quantised": f"{Q}.lora_down.weight is int8: quantised LoRAs are not read",
     "nan": f"{Q}.lora_down.weight has values that are not finite",
     "checkpoint": "is a whole checkpoint or component",
     "other tensors": "has none of a LoRA's keys (it has clip_l, ...)",
@@ -391,9 +394,11 @@ def test_a_lora_that_cannot_be_used_is_refused_in_one_line(kind, tmp_path):
         (r"C:\a.safetensors", r"C:\a.safetensors", 1.0),
         (r"C:\a.safetensors:.5", r"C:\a.safetensors", 0.5),
         ("folder", "folder", 1.0),
+        ("~/a.safetensors:0.8", "/home/me/a.safetensors", 0.8),
     ],
 )
-def test_a_weight_follows_the_last_colon(text, path, weight):
+def test_a_weight_follows_the_last_colon(text, path, weight, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     found, number = lora_files.parse(text)
     assert (str(found), number) == (path, weight)
 

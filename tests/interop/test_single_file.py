@@ -229,6 +229,15 @@ def test_the_files_marks_say_what_it_predicts(tmp_path, capsys, marks, metadata,
     assert "predicts v" in capsys.readouterr().err
 
 
+def test_noise_and_zero_terminal_snr_disagree(tmp_path):
+    spec = {"modelspec.prediction_type": "epsilon"}
+    folder = folders.folder("sd")
+    path = original.write(folder, tmp_path / "x.safetensors", marks=("ztsnr",), metadata=spec)
+    with pytest.raises(FolderError, match=r"its key ztsnr wants v.*--prediction=eps or v_ztsnr"):
+        open_checkpoint(path, Beside(like=folder))
+    assert open_checkpoint(path, Beside(like=folder, prediction="v_ztsnr"))
+
+
 def test_a_marked_file_is_drawn_as_the_folder_whose_config_says_the_same(tmp_path):
     folder = folders.folder("sd2")  # v prediction, zero terminal SNR
     path = original.write(folder, tmp_path / "x.safetensors", marks=("v_pred", "ztsnr"))

@@ -207,3 +207,51 @@ def test_the_metadata_follow_modelspec_and_the_teachers_own(tmp_path):
     assert made["modelspec.resolution"] == "64x48" and made["modelspec.prediction_type"] == "v"
     assert made["modelspec.license"] == "MIT" and "other" not in made
     assert all(f"modelspec.{k}" in made for k in ("sai_model_spec", "implementation", "title"))
+
+
+def test_an_encoder_under_other_names_is_written_once(tmp_path):
+    """As the newest transformers writes them, and OpenCLIP's projection as a linear layer."""
+    for variant, old, new in (
+        ("sd", f"{TEXT}text_model.", TEXT),
+        ("sdxl", "embedders.1.model.text_projection", "embedders.1.model.text_projection.weight"),
+    ):
+        folder, path = folders.folder(variant), tmp_path / f"{variant}.safetensors"
+        tensors = load_file(original.write(folder, path))
+        for name in [name for name in tensors if old in name]:
+            value = tensors.pop(name)
+            value = value.T if new.endswith(".weight") else value
+            tensors[name.replace(old, new)] = np.ascontiguousarray(value)
+        save_file(tensors, path)
+        teacher = open_checkpoint(path, Beside(like=folder))
+        out = tmp_path / f"{variant}-out.safetensors"
+        made = write(out, teacher, teacher.unet.weights(), others="float16")
+        assert len(made) == len(tensors)
+        again = open_checkpoint(out, Beside(like=folder))
+        for found, wanted in zip(again.text_encoders, teacher.text_encoders, strict=True):
+            ours, theirs = map(diffusers_folder.load_params, (found, wanted))
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("variant", "prediction", "marks", "metadata"),
+    [
+        ("sd", "eps", ("v_pred", "ztsnr"), {"modelspec.prediction_type": "v"}),
+        ("sd2", "v", (), {"modelspec.architecture": "stable-diffusion-v2-512"}),
+    ],
+)
+def test_a_students_file_says_what_the_student_predicts(
+    tmp_path, variant, prediction, marks, metadata
+):
+    """Where a flag has won over the teacher's marks."""
+    folder, out = folders.folder(variant), tmp_path / "out.safetensors"
+    path = original.write(folder, tmp_path / "x.safetensors", marks=marks, metadata=metadata)
+    teacher = open_checkpoint(path, Beside(like=folder, prediction=prediction))
+    made = single_file_out.entries(teacher, teacher.unet.weights(), dtype=KEEP)
+    spec = single_file_out.modelspec(teacher, teacher, title="x", size=(64, 64), hint="")
+    single_file_out.write(out, made, spec)
+    again = open_checkpoint(out, Beside(like=folder))
+    keys = ("prediction_type", "rescale_betas_zero_snr")
+    found, wanted = (
+        [bool(f.scheduler.get(k)) and f.scheduler[k] for k in keys] for f in (again, teacher)
+    )
+    assert found == wanted

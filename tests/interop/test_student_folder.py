@@ -99,12 +99,14 @@ def test_a_size_of_the_checkpoint_leaves_its_config(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_diffusers_saves_again_draws_as_before(tmp_path):
+def test_what_diffusers_saves_again_draws_as_before(tmp_path, monkeypatch):
     """In half precision, too, and nothing of the package is in the way."""
     target, again = written(tmp_path / "student"), tmp_path / "again"
     folders.load_torch(target).to(folders.torch.float16).save_pretrained(again)
     assert not (again / pipeline.SETTINGS).exists()
     assert pipeline.made_for(again) == MADE_FOR
+    monkeypatch.setenv("HOME", str(again.parent))
+    assert pipeline.made_for(f"~/{again.name}") == MADE_FOR
     start = np.random.default_rng(0).standard_normal((2, 4, 6, 10), np.float32)
     pipe = pipeline.load(again)
     found = pipe(folders.PROMPTS, latents=start)

@@ -218,6 +218,19 @@ def test_a_known_student_has_its_kinds_sampler_and_steps(place, capsys):
     assert "each of its files is for one number of steps" in line and not calls
 
 
+@pytest.mark.parametrize("teacher", [["--teacher=teacher"], []])
+def test_a_lora_of_few_steps_beside_a_pair_would_be_in_the_teacher_too(
+    teacher, told, place, capsys
+):
+    flags = ["--student=student", "--lora=few/x.safetensors", "--prompts=prompts.txt", "--out=out"]
+    if teacher:
+        assert "compare such a LoRA with --bases" in refused(capsys, *teacher, *flags)
+        assert place[1] == []
+        return
+    run(*flags)
+    assert [call[:2] for call in place[1] if call[0] != "load"] == [("student", 1), ("student", 3)]
+
+
 TABLE = [
     "--bases=teacher,student",
     "--styles=none,fox.safetensors:0.8",
@@ -296,6 +309,15 @@ def test_a_table_draws_each_base_in_each_style_without_and_with_the_lora(place, 
 def test_a_table_that_cannot_be_drawn_is_refused(flags, words, place, capsys):
     assert words in refused(capsys, *flags, "--prompts=prompts.txt", "--out=out")
     assert place[1] == []
+
+
+def test_rows_with_like_names_have_folders_of_their_own(place, told):
+    folder, _ = place
+    for name in ("a b", "a-b"):
+        (folder / name).mkdir()
+    run("--bases=a b,a-b", *TABLE[2:])
+    names = sorted(path.name for path in (folder / "out" / "images").iterdir())
+    assert [name for name in names if name.endswith(("20", "20-2"))] == ["a-b-20", "a-b-20-2"]
 
 
 def test_large_sets_are_drawn_in_pieces_with_running_numbers(place):

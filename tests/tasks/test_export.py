@@ -150,6 +150,8 @@ def test_a_student_that_was_trained_as_a_lora_gives_that(tmp_path, capsys):
         (["format=kohya", "prompts=/no.txt"], "/no.txt"),
         (["format=kohya", "teacher={xl}"], "has another UNet than"),
         (["teacher=/no"], "/no does not exist"),
+        (["vae=/no"], "--vae goes with --teacher"),
+        (["format=kohya", "lora=/no"], "--lora goes with --teacher"),
         (["model={sd}", "format=kohya"], "names no teacher; give --teacher=PATH"),
         (["model={teacher}"], "is a file already"),
         (["model={dir}"], "is not a pipeline folder"),
@@ -194,7 +196,7 @@ def test_a_teacher_that_has_changed_is_told(tmp_path):
     tensors = load_file(file)
     tensors["model.diffusion_model.out.2.bias"] += 1.0
     save_file(tensors, file)
-    with pytest.raises(FolderError, match=r"weights in .* have changed since .* give --teacher="):
+    with pytest.raises(FolderError, match=r"weights \(.*\) have changed since .* give --teacher="):
         take_away.open_teacher(student, "")
     like = Beside(like=folders.folder("sd"))
     assert take_away.open_teacher(student, str(file), like) is not None

@@ -12,7 +12,7 @@ import pytest
 import text_config
 
 from jaxdistill import main
-from jaxdistill.interop import diffusers_folder, how_to_sample, lora
+from jaxdistill.interop import Beside, diffusers_folder, how_to_sample, lora
 from jaxdistill.tasks.text_to_image import pipeline
 
 START = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
@@ -57,6 +57,18 @@ def test_stock_diffusers_draws_what_a_run_leaves_as_ours(made, form):
             str(run / "student.safetensors"), scheduler=theirs.scheduler, **options
         )
         theirs = file
+        # What it was made for and holds is in the file: the style is not added again.
+        beside = Beside(like=base, loras=(f"{style}:0.8",))
+        ours = pipeline.load(run / "student.safetensors", beside=beside)
+        assert (ours.steps, ours.guidance) == (3, 1.0)
+        (run.parent / "other").mkdir()
+        with pytest.raises(ValueError, match="holds another version of style"):
+            other = loras.save(
+                loras.kohya(loras.adapted(base, 1)), run.parent / "other" / style.name
+            )
+            pipeline.load(
+                run / "student.safetensors", beside=Beside(like=base, loras=(str(other),))
+            )
     elif form != "folder":
         name = lora.FILE if form == "diffusers' LoRA" else lora.KOHYA_FILE
         styled = folders.load_torch(base)
@@ -79,6 +91,9 @@ def test_no_code_travels_and_every_file_is_there(made):
     for path in ("diffusers", "lora"):
         assert (run / path / how_to_sample.FILE).is_file()
         assert (run / path / how_to_sample.WORKFLOW).is_file()
+    nodes = json.loads((run / "lora" / how_to_sample.WORKFLOW).read_text()).values()
+    named = [node["inputs"]["lora_name"] for node in nodes if "lora_name" in node["inputs"]]
+    assert named[-1] == lora.KOHYA_FILE and (run / "lora" / named[-1]).is_file()
     held = pipeline.made_for(run / "diffusers")["loras"]
     assert [(Path(found["file"]).name, found["weight"]) for found in held] == [(style.name, 0.8)]
     teacher = diffusers_folder.open_folder(made[0])

@@ -18,12 +18,14 @@ from jaxdistill.interop import (
     card,
     diffusers_folder,
     diffusers_scheduler,
+    is_file,
     single_file,
 )
 from jaxdistill.interop.clip_tokenizer import Tokenizer, say_cut
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
 from jaxdistill.interop.known_students import Described, Known
+from jaxdistill.interop.recognise import read_header
 from jaxdistill.run import checkpoint
 
 SETTINGS = "jaxdistill.json"
@@ -592,12 +594,15 @@ def components_of(root: Path, exported: Mapping[str, Any]) -> Path:
 
 
 def made_for(path: str | Path) -> dict[str, Any]:
-    """What a student's folder or export says that it was made for, as of SETTINGS; {} of other
-    folders and of files.
+    """What a student's folder, export or file says that it was made for, as of SETTINGS; {} of
+    others.
 
     Raises FolderError.
     """
-    root, found = Path(path), {}
+    root, found = Path(path).expanduser(), {}
+    if is_file(root):
+        made: dict[str, Any] = single_file.student_scheduler(root, read_header(root)[1])
+        return dict(made.get(KEY, {}))
     if (root / "card.json").is_file():
         exported = diffusers_folder.read_json(root / "card.json")
         if "components" in exported:
@@ -644,7 +649,7 @@ def load(
     Raises:
       FolderError, WeightsError, CheckpointError: what cannot be read, in one line.
     """
-    root, params, settings = Path(path), None, made_for(path)
+    root, params, settings = Path(path).expanduser(), None, made_for(path)
     if (root / "card.json").is_file():
         params, exported = checkpoint.load_export(root)
         scan, root = bool(exported.get("stacked")), components_of(root, exported)

@@ -2,8 +2,9 @@
 file that makes a student of its teacher.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def open_student(path: str | Path) -> Student:
 
     Raises FolderError, WeightsError or CheckpointError.
     """
-    path = root = Path(path)
+    path = root = Path(path).expanduser()
     if is_file(path):
         raise FolderError(f"{path} is a file already; give a run's student/ or diffusers/ folder")
     settings = pipeline.made_for(path)
@@ -105,22 +106,23 @@ def open_student(path: str | Path) -> Student:
 
 
 def open_teacher(student: Student, given: str, beside: Beside = NOTHING) -> Folder | None:
-    """The checkpoint that was given or, without one, that the student's run names; None without
-    either. Raises FolderError where it is not there, has changed or has another UNet.
+    """The checkpoint that was given or, without one, that the student's run names, with what the
+    run named beside it where `beside` does not say otherwise; None without either.
+
+    Raises FolderError where it is not there, has changed or has another UNet.
     """
-    path = given
-    if not given:
-        named = student.config.get("teacher", {})
-        path = named.get("folder", "")
-        if not path:
-            return None
-        if not Path(path).exists():
-            raise FolderError(
-                f"{path}, the teacher of {student.path}, is not there; give --teacher=PATH"
-            )
-        said: dict[str, Any] = {name: named[name] for name in FLAGS if name in named}
-        lists = {name: tuple(value) for name, value in said.items() if isinstance(value, list)}
-        beside = Beside(**(said | lists))
+    named = student.config.get("teacher", {})
+    path = given or named.get("folder", "")
+    if not path:
+        return None
+    if not given and not Path(path).expanduser().exists():
+        raise FolderError(
+            f"{path}, the teacher of {student.path}, is not there; give --teacher=PATH"
+        )
+    told: dict[str, Any] = {name: named[name] for name in FLAGS if name in named}
+    told = {k: tuple(value) if isinstance(value, list) else value for k, value in told.items()}
+    chosen = {k: value for k, value in asdict(beside).items() if value != getattr(NOTHING, k)}
+    beside = Beside(**(told | chosen))
     found = single_file.open_checkpoint(path, beside)
     if found.unet.module != student.folder.unet.module:
         raise FolderError(f"{path} has another UNet than {student.path}: it is not its teacher")
@@ -129,8 +131,8 @@ def open_teacher(student: Student, given: str, beside: Beside = NOTHING) -> Fold
         weights = weights_of(name)
         if not given and not inputs.unchanged(workdir, weights, checksums.input(part)):
             raise FolderError(
-                f"{weights} in {path} have changed since {student.path} was trained; put back what"
-                " was there, or give --teacher=PATH"
+                f"{weights} ({path}{' and its LoRAs' * bool(part.updates)}) have changed since"
+                f" {student.path} was trained; put back what was there, or give --teacher=PATH"
             )
     return found
 
@@ -144,7 +146,10 @@ def write_file(
     """The whole checkpoint; arguments as of `single_file_out.entries`."""
     options = {"dtype": dtype, "others": others}
     tensors = single_file_out.entries(student.folder, student.unet, teacher=teacher, **options)
-    single_file_out.write(out, tensors, spec_of(student, teacher))
+    made_for = {
+        pipeline.KEY: json.dumps({**student.folder.scheduler, pipeline.KEY: student.settings})
+    }
+    single_file_out.write(out, tensors, spec_of(student, teacher) | made_for)
 
 
 def size_of_file(student: Student, teacher: Folder, dtype: str) -> int:

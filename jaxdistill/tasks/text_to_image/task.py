@@ -88,9 +88,7 @@ class TextToImageTask(TextSetup):
     @property
     def parts(self) -> dict[str, diffusers_folder.Part]:
         """The teacher's networks by name."""
-        folder = self.folder
-        encoders = {f"text_encoder{'_2' * i}": part for i, part in enumerate(folder.text_encoders)}
-        return {"unet": folder.unet, "vae": folder.vae, **encoders}
+        return {"unet": self.folder.unet, "vae": self.folder.vae, **self.folder.encoders}
 
     def made_from(self) -> dict[str, inputs.Input]:
         """All that the run reads, by name: what its workdir remembers. Raises UserError."""
@@ -400,9 +398,9 @@ class TextToImageTask(TextSetup):
         if self.config.student.lora_rank:
             lora.save(workdir / f"lora{end}", params, stacked=self.stacked)
             # What its teacher had in its weights already is in the base's.
-            own = {} if self.folder.file else self.folder.scheduler.get(pipeline.KEY, {})
+            own = self.folder.scheduler.get(pipeline.KEY, {})
             styles = {"loras": held[len(own.get("loras", ())) :]}
-            names = {"checkpoint": self.folder.name, "lora": lora.FILE}
+            names = {"checkpoint": self.folder.name, "lora": lora.KOHYA_FILE}
             files = how_to_sample.files(how | styles, **names)
             for name, value in files.items():
                 checkpoint.write_json(workdir / f"lora{end}" / name, value)
