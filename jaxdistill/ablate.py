@@ -13,8 +13,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from jaxdistill import benchmark
+from jaxdistill.errors import choose
 from jaxdistill.methods import METHODS
-from jaxdistill.names import choose
 from jaxdistill.run.cli import Command
 
 

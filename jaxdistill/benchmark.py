@@ -18,8 +18,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxdistill.errors import UserError
-from jaxdistill.names import choose
+from jaxdistill.errors import UserError, choose
 from jaxdistill.run import checkpoint, compilation, report, workers
 from jaxdistill.run.cli import Command, one_line_errors
 from jaxdistill.run.loop import NonFiniteError, StopSignal

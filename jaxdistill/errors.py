@@ -1,6 +1,8 @@
 """What a user can mend."""
 
 import errno
+from collections.abc import Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -9,6 +11,14 @@ class UserError(ValueError):
 
 class NotFinite(UserError):
     """Values that are no finite numbers, with the component that gives them, in one line."""
+
+
+def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
+    """table[name]; raises ValueError naming the key, the value and what is allowed."""
+    if name not in table:
+        allowed = ", ".join(map(repr, table))
+        raise ValueError(f"{key} = {name!r} is not known; choose one of {allowed}")
+    return table[name]
 
 
 EXTRAS = {

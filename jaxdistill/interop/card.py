@@ -16,11 +16,10 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxdistill import prediction, sampling, schedule
-from jaxdistill.errors import NotFinite
+from jaxdistill.errors import NotFinite, choose
 from jaxdistill.models.small.mlp import ResidualMLP
 from jaxdistill.models.small.text_unet import TextUNet
 from jaxdistill.models.small.unet import SmallUNet
-from jaxdistill.names import choose
 
 FORMAT = "jaxdistill-export/1"
 

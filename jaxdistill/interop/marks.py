@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxdistill.errors import choose
 from jaxdistill.interop import PREDICTIONS
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.recognise import Place, Shapes
 from jaxdistill.interop.torch_weights import WeightFiles
-from jaxdistill.names import choose
 
 KEYS = ("v_pred", "ztsnr")
 """Keys of no weights: the network predicts v; its schedule ends at zero SNR."""

@@ -7,6 +7,7 @@ which networks in which stages, and how the student is sampled.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jaxdistill.errors import choose
 from jaxdistill.methods import (
     add,
     direct,
@@ -20,7 +21,6 @@ from jaxdistill.methods import (
     tdm,
 )
 from jaxdistill.methods.recipe import Kit, Recipe, check_recipe, settings_from
-from jaxdistill.names import choose
 
 
 class Method(NamedTuple):

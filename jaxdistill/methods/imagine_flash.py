@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill.adversarial import Adversary
+from jaxdistill.errors import choose
 from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
 from jaxdistill.methods.trajectories import (
     Visited,
@@ -27,7 +28,6 @@ from jaxdistill.methods.trajectories import (
     unique_grids,
 )
 from jaxdistill.model import Model
-from jaxdistill.names import choose
 from jaxdistill.prediction import Batch, LossFn, diffuse
 from jaxdistill.sampling import (
     Constrain,

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
+from jaxdistill.errors import choose
 from jaxdistill.methods import imagine_flash, tdm
 from jaxdistill.methods.endpoint import endpoint
 from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
-from jaxdistill.names import choose
 from jaxdistill.prediction import LossFn
 
 

@@ -9,8 +9,8 @@ import optax
 
 from jaxdistill import adversarial
 from jaxdistill.adversarial import Adversary, FeatureFn, HeadsFn
+from jaxdistill.errors import choose
 from jaxdistill.model import Model
-from jaxdistill.names import choose
 from jaxdistill.prediction import LossFn
 from jaxdistill.sampling import Constrain, SamplerSpec, TimeGrid, unconstrained
 

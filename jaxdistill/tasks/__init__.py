@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxdistill.names import choose
+from jaxdistill.errors import choose
 
 TASKS = {
     "labelled_images": ("jaxdistill.tasks.labelled_images.task", "LabelledImages"),

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxdistill.errors import choose
 from jaxdistill.interop import card
 from jaxdistill.methods.recipe import AdversarialSettings, StudentSettings
-from jaxdistill.names import choose
 from jaxdistill.run.workdir import flatten
 
 COUNTS = (

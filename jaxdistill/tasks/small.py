@@ -16,13 +16,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill import methods, partition
+from jaxdistill.errors import choose
 from jaxdistill.interop import card
 from jaxdistill.methods.denoising import denoising
 from jaxdistill.methods.recipe import Kit, SamplerSpec, Stage, adamw
 from jaxdistill.methods.trajectories import unique_grids
 from jaxdistill.model import Model, full_weights, low_rank
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
-from jaxdistill.names import choose
 from jaxdistill.prediction import check_pair
 from jaxdistill.run import checkpoint, distributed, inputs, report
 from jaxdistill.run.distillation import Distillation, Student

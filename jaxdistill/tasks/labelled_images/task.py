@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxdistill.errors import choose
 from jaxdistill.interop import card
-from jaxdistill.names import choose
 from jaxdistill.run import checkpoint, inputs
 from jaxdistill.run.distillation import check_keep_best
 from jaxdistill.run.run import Run

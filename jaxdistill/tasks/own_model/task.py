@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill import methods, partition, sampling
-from jaxdistill.errors import UserError
+from jaxdistill.errors import UserError, choose
 from jaxdistill.interop import card
 from jaxdistill.methods.recipe import (
     Kit,
@@ -22,7 +22,6 @@ from jaxdistill.methods.recipe import (
 )
 from jaxdistill.model import Model, full_weights, low_rank
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
-from jaxdistill.names import choose
 from jaxdistill.prediction import check_pair
 from jaxdistill.run import checkpoint
 from jaxdistill.run.distillation import HEADS, Distillation

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdistill.errors import UserError
+from jaxdistill.errors import UserError, choose
 from jaxdistill.interop import sentence_encoder
-from jaxdistill.names import choose
 from jaxdistill.run import checkpoint, compilation, inputs
 from jaxdistill.run.distillation import check_keep_best
 from jaxdistill.run.loop import tqdm

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxdistill import methods, partition
 from jaxdistill.costs.flops import flops_of
-from jaxdistill.errors import UserError
+from jaxdistill.errors import UserError, choose
 from jaxdistill.interop import (
     FLAGS,
     Beside,
@@ -29,7 +29,6 @@ from jaxdistill.model import Model, full_weights, low_rank
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.models.stable_diffusion.unet_condition import REMAT_POLICIES, STACK
-from jaxdistill.names import choose
 from jaxdistill.prediction import as_denoiser, v_prediction
 from jaxdistill.run.distillation import Distillation, check_keep_best
 from jaxdistill.run.seeds import key_of

@@ -1,6 +1,6 @@
 import pytest
 
-from jaxdistill.names import choose
+from jaxdistill.errors import choose
 
 TABLE = {"ddim": 1, "euler": None}
 
