@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from filelock import FileLock
 from jaxtyping import Array
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
@@ -217,13 +218,14 @@ def cached_embeddings(
     parts = [encoder.hash, encoder.about, length, distinct]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
     tokens, mask = Path(folder) / f"tokens-{key}.npy", Path(folder) / f"mask-{key}.npy"
-    if not (tokens.exists() and mask.exists()):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        values, masks = encoder(distinct, length=length, watch=watch)
-        for path, array in ((tokens, values), (mask, masks)):
-            temporary = path.with_suffix(".tmp.npy")
-            np.save(temporary, array)
-            temporary.replace(path)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(folder, f"{key}.lock")):  # runs that begin together encode once
+        if not (tokens.exists() and mask.exists()):
+            values, masks = encoder(distinct, length=length, watch=watch)
+            for path, array in ((tokens, values), (mask, masks)):
+                temporary = path.with_suffix(".tmp.npy")
+                np.save(temporary, array)
+                temporary.replace(path)
     return Embeddings(
         {c: i for i, c in enumerate(distinct)}, np.load(tokens, mmap_mode="r"), np.load(mask)
     )

@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class Run:
         All processes make it together, `rows` records each at a time. `make`: their numbers, of
         which the last may stand several times so that one program serves all -> fields [rows, ...].
         """
-        from jaxdistill.run import record_cache  # its libraries take a second to import
+        from jaxdistill.run import record_cache, workers  # take a second to import
 
         folder = self.caches / f"{name}-{key}"
         block = rows * distributed.count()
@@ -123,7 +123,10 @@ class Run:
             return {field: values[: last - first] for field, values in make(numbers).items()}
 
         def work() -> Iterator[None]:
-            writes = distributed.writes()
+            # Another run may be at the same cache: it is made once.
+            mine = ExitStack()
+            if writes := distributed.writes():
+                mine.enter_context(workers.Claims(self.caches, self.place.stop).claim(folder.name))
             writer = record_cache.Writer(folder, count, block=block) if writes else None
             # A machine that is new here has none of it.
             start = distributed.least(writer.done if writer else count)
@@ -141,6 +144,7 @@ class Run:
             finally:
                 if writer:
                     writer.close()
+                mine.close()
 
         prepare(what, work(), self.place.stop)
         distributed.barrier("a cache is written")

@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from idx import write_fashion
+from paths import ROOT
 
 from jaxdistill.tasks.labelled_images import data
 from jaxdistill.tasks.scenes import scenes
@@ -152,6 +155,18 @@ def test_dataset_holds_captions_labels_and_images_that_agree(opened):
                 and item["image"].max() > 100
             )
             assert bool({scene.first, scene.second} & HELD_OUT) == (split == "unseen")
+
+
+def test_runs_that_begin_together_make_the_scenes_once(opened, tmp_path):
+    source, _, first = opened
+    job = f"""
+from jaxdistill.tasks.scenes.scenes import open_scenes
+open_scenes({str(source)!r}, {str(tmp_path)!r}, scale=0.004)
+"""
+    jobs = [subprocess.Popen([sys.executable, "-c", job], cwd=ROOT) for _ in range(2)]
+    assert [process.wait() for process in jobs] == [0, 0]
+    made = scenes.open_scenes(source, tmp_path, scale=0.004)
+    assert np.array_equal(made["train"][0]["image"], first["train"][0]["image"])
 
 
 def test_dataset_is_the_same_from_its_seed_and_read_again_from_disk(opened, tmp_path, monkeypatch):

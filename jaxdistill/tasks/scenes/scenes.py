@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from filelock import FileLock
 from PIL import Image
 
 from jaxdistill.tasks.labelled_images.data import FASHION_FILES, DataError, fashion_mnist, find_idx
@@ -267,8 +268,10 @@ def open_scenes(source: str | Path, folder: str | Path, *, scale: float = 1.0) -
     part = "whole" if scale == 1.0 else f"part_{scale:g}"
     name = f"{part}_{hash_of_files(source)}"
     config = SceneConfig(name=name, source=str(source), scale=scale)
-    builder = FashionScenes(data_dir=str(folder), config=config, file_format="array_record")
-    builder.download_and_prepare()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(folder, f"{name}.lock")):  # runs that begin together make them once
+        builder = FashionScenes(data_dir=str(folder), config=config, file_format="array_record")
+        builder.download_and_prepare()
     return {split: builder.as_data_source(split) for split in SPLITS}
 
 
