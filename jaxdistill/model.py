@@ -56,6 +56,27 @@ class Model(NamedTuple):
         )
 
 
+# ------------------------------------------------------------------------------------ stacked blocks
+
+_STACK = re.compile(r"(.+)\.(\d+):(\d+)")
+
+
+def stack(name: str, span: range) -> str:
+    """The path segment "name.0:10" of blocks name.0 to name.9 whose parameters are one array each,
+    its first axis the block.
+    """
+    return f"{name}.{span.start}:{span.stop}"
+
+
+def unstacked(path: Sequence[str]) -> list[tuple[str, ...]] | None:
+    """The paths of the blocks at a path below a `stack`; None of others."""
+    for i, segment in enumerate(path):
+        if match := _STACK.fullmatch(segment):
+            blocks = range(int(match[2]), int(match[3]))
+            return [(*path[:i], f"{match[1]}.{n}", *path[i + 1 :]) for n in blocks]
+    return None
+
+
 # -------------------------------------------------------------------------------- trainable weights
 
 

@@ -235,13 +235,20 @@ class LayerNorm(nn.Module):
 
 # ---------------------------------------------------------------------------------------- attention
 
-AttentionFn = Callable[[Array, Array, Array], Array]
-"""(q [b, l, h, d], k [b, m, h, d], v [b, m, h, d]) -> [b, l, h, d]: softmax(q kᵀ/√d) v."""
+AttentionFn = Callable[..., Array]
+"""(q [b, l, h, d], k [b, m, h, d], v [b, m, h, d], mask) -> [b, l, h, d]: softmax(q kᵀ/√d) v.
+
+mask: bool [b, m], False at keys that nobody sees; None, the default, shows all.
+"""
 
 
-def plain_attention(q: Array, k: Array, v: Array) -> Array:
+def plain_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """XLA's own: all scores at once."""
-    return jax.nn.dot_product_attention(q, k, v)
+    return jax.nn.dot_product_attention(q, k, v, mask=_seen(mask))
+
+
+def _seen(mask: Array | None) -> Array | None:
+    return None if mask is None else mask[:, None, None, :]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

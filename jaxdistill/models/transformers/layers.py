@@ -1,0 +1,159 @@
+"""What the diffusion transformers share: norms, positions, and blocks in a row or as a loop.
+
+A network is called as network(x, t, cond, features=False):
+
+  x: latents [b, h, w, c], never packed.
+  t: the time in the network's own units, float [b].
+  cond: {"context" [r b, m, d], ...}, r rows for each of x (guidance has two).
+  features: return hidden states of the image [r b, h', w', width] at `taps(depth)` instead.
+
+It returns [r b, h, w, c] in x's dtype.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array
+
+from jaxdistill.model import stack
+from jaxdistill.models.stable_diffusion.latent_layers import LORA
+from jaxdistill.models.stable_diffusion.unet_condition import REMAT_POLICIES
+
+TAPS = 4
+"""Hidden states that a discriminator sees, evenly spaced over the depth."""
+
+
+def taps(depth: int) -> list[int]:
+    """The blocks, counted from 0, after which a discriminator sees the states."""
+    return sorted({-(-depth * (i + 1) // TAPS) - 1 for i in range(TAPS)})
+
+
+class RMSNorm(nn.Module):
+    """y = x / √(mean x² + eps) · scale over the last axis, in float32, whatever comes in."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """X [..., c] -> its shape and dtype."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        mean = jnp.square(y).mean(axis=-1, keepdims=True)
+        return (y * jax.lax.rsqrt(mean + self.eps) * scale).astype(x.dtype)
+
+
+def plain_norm(x: Array, eps: float = 1e-6) -> Array:
+    """Layer normalisation without scale and bias, in float32: x's shape and dtype."""
+    y = x.astype(jnp.float32)
+    centred = y - y.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def run_blocks(
+    kind: Any,
+    name: str,
+    span: range,
+    carry: Any,
+    shared: Sequence[Any],
+    *,
+    scan: bool,
+    remat: str,
+    seen: Any = None,
+) -> tuple[Any, list[Any]]:
+    """The blocks `name`.i for i in `span`, one after the other: kind(name=...)(carry, *shared) ->
+    carry. Call it inside a compact method.
+
+    Args:
+      kind: makes a block of a name; all have the same parameters.
+      name: of the list in the checkpoint.
+      span: their numbers.
+      carry: what goes through them, an array or a tuple of arrays.
+      shared: what all get, as a time embedding.
+      scan: as a loop over parameters that are stacked at `stack(name, span)`.
+      remat: a key of REMAT_POLICIES.
+      seen: carry -> what a discriminator sees; None where nobody does.
+
+    Returns:
+      The last carry, and what was seen after each of `span`, [] without `seen`.
+    """
+    policy = REMAT_POLICIES[remat]
+
+    def apply(block: Any, carry: Any, *shared: Any) -> Any:
+        return block(carry, *shared)
+
+    if not scan or len(span) < 2:
+        if policy is not None:
+            apply = nn.remat(apply, policy=policy)
+        states = []
+        for i in span:
+            carry = apply(kind(name=f"{name}.{i}"), carry, *shared)
+            states += [seen(carry)] if seen else []
+        return carry, states
+    if policy is not None:
+        apply = nn.remat(apply, policy=policy, prevent_cse=False)
+
+    def body(block: Any, carry: Any, *shared: Any) -> tuple[Any, Any]:
+        carry = apply(block, carry, *shared)
+        return carry, seen(carry) if seen else None
+
+    scanned = nn.scan(
+        body,
+        variable_axes={"params": 0, LORA: 0},
+        split_rngs={"params": True},
+        length=len(span),
+        in_axes=nn.broadcast,
+    )
+    carry, stacked = scanned(kind(name=stack(name, span)), carry, *shared)
+    return carry, [stacked[i] for i in range(len(span))] if seen else []
+
+
+def grid_of(tokens: Array, height: int, width: int) -> Array:
+    """[b, h w, d] -> [b, h, w, d], row by row."""
+    return tokens.reshape(tokens.shape[0], height, width, -1)
+
+
+# ---------------------------------------------------------------------------------------- positions
+
+
+def sine_positions(rows: np.ndarray, columns: np.ndarray, dim: int) -> np.ndarray:
+    """The 2D table of MAE (He et al. 2021) at these coordinates: float32 [rows, columns, dim].
+
+    The first half is [sin, cos] of the column, the second of the row, at frequencies 10000^(-k /
+    (dim / 4)).
+    """
+    frequencies = 10_000.0 ** (-np.arange(dim // 4) / (dim / 4))
+
+    def one(values: np.ndarray) -> np.ndarray:
+        angle = np.asarray(values, np.float64)[:, None] * frequencies
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)
+
+    shape = (len(rows), len(columns), dim // 2)
+    halves = (one(columns)[None], one(rows)[:, None])
+    return np.concatenate([np.broadcast_to(half, shape) for half in halves], -1).astype(np.float32)
+
+
+def rotary_angles(positions: Array, dims: Sequence[int], base: float) -> Array:
+    """Angles float32 [..., l, sum(dims) / 2] of positions [..., l, axes]: of axis a dims[a] / 2 of
+    them, position · base^(-2k / dims[a]) (Su et al. 2021).
+    """
+    parts = []
+    for a, dim in enumerate(dims):
+        frequencies = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+        parts.append(positions[..., a, None].astype(jnp.float32) * frequencies.astype(np.float32))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def rotate(x: Array, angles: Array) -> Array:
+    """Interleaved pairs of x [b, l, h, d] turned by angles [l, d / 2] or [b, l, d / 2], in float32:
+    x's shape and dtype.
+    """
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    a, b = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
