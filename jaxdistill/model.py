@@ -56,7 +56,7 @@ class Model(NamedTuple):
         )
 
 
-# ------------------------------------------------------------------------------------ stacked blocks
+# ----------------------------------------------------------------------------------- stacked blocks
 
 _STACK = re.compile(r"(.+)\.(\d+):(\d+)")
 
@@ -108,7 +108,6 @@ def low_rank(
     targets: Sequence[str],
     rank: int,
     *,
-    stacked: str = "",
     beside: bool = False,
 ) -> Weights:
     """LoRA (Hu et al. 2021): updates W + down up of the kernels that `targets` name.
@@ -119,13 +118,12 @@ def low_rank(
       key: of the first `down`; every network starts with the same one.
       targets: as of `lora_layers`.
       rank: of each update, at least 1.
-      stacked: the path segment below which kernels have a leading axis of blocks.
       beside: the network reads the updates from a collection "lora" beside the base's, and never
         forms W + down up; without it the sum is formed at each call.
     """
 
     def fresh(base: Any) -> Any:
-        return lora_init(key, base, targets, rank, stacked=stacked)
+        return lora_init(key, base, targets, rank)
 
     def variables(trained: Any, base: Any) -> Any:
         base = jax.lax.stop_gradient(base)
@@ -168,9 +166,7 @@ def lora_layers(params: Any, targets: Sequence[str]) -> dict[tuple[str, ...], tu
     return dict(sorted(found.items()))
 
 
-def lora_init(
-    key: Array, params: Any, targets: Sequence[str], rank: int, *, stacked: str = ""
-) -> Any:
+def lora_init(key: Array, params: Any, targets: Sequence[str], rank: int) -> Any:
     """Fresh updates {path: {"down", "up"}} of the targets: down normal with variance 1/fan-in, up
     zero, so that nothing changes yet.
 
@@ -183,7 +179,7 @@ def lora_init(
         raise ValueError(f"the LoRA rank must be at least 1, got {rank}")
     tree: dict[tuple[str, ...], Array] = {}
     for i, (path, shape) in enumerate(lora_layers(params, targets).items()):
-        lead = shape[:1] if stacked and stacked in path else ()
+        lead = shape[:1] if unstacked(path) else ()
         inner = shape[len(lead) :]
         down = (*lead, *inner[:-1], rank)
         up = (*lead, *((1, 1) if len(inner) == 4 else ()), rank, inner[-1])

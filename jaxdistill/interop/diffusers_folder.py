@@ -22,7 +22,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.interop import explain_path, torch_weights
 from jaxdistill.interop.torch_weights import Origin, Update, WeightFiles
 from jaxdistill.models.stable_diffusion.autoencoder_kl import AutoencoderKL
-from jaxdistill.models.stable_diffusion.unet_condition import STACK, UNetCondition
+from jaxdistill.models.stable_diffusion.unet_condition import UNetCondition
 from jaxdistill.models.text.clip import ACTIVATIONS, CLIPText
 from jaxdistill.run import checkpoint
 
@@ -715,7 +715,6 @@ def load_params(part: Part, *, dtype: Any = np.float32, shardings: Any = None) -
         part.weights(),
         abstract_params(part),
         where=part.where,
-        stacked=stacked_of(part.module),
         dtype=dtype,
         ignore=_ignored(part),
         shardings=shardings,
@@ -724,12 +723,7 @@ def load_params(part: Part, *, dtype: Any = np.float32, shardings: Any = None) -
 
 def names_of(part: Part) -> dict[str, tuple[int, ...]]:
     """Torch's names and shapes of a part's parameters."""
-    return torch_weights.names_of(abstract_params(part), stacked_of(part.module))
-
-
-def stacked_of(module: nn.Module) -> str:
-    """Below which path segment its parameters are stacked, or none."""
-    return STACK if getattr(module, "scan", False) else ""
+    return torch_weights.names_of(abstract_params(part))
 
 
 def _renamer(module: nn.Module) -> Any:
@@ -929,11 +923,10 @@ def save_student(
         for name in copied(source):
             copy_part(source, name, temporary / name)
         (temporary / "unet").mkdir()
-        stacked = STACK if getattr(source.unet.module, "scan", False) else ""
         torch_weights.save(
             temporary / "unet",
             source.unet.stem,
-            torch_weights.torch_tensors(params, stacked=stacked, dtype=dtype),
+            torch_weights.torch_tensors(params, dtype=dtype),
         )
         config = source.unet.config if size is None else sized_config(source, size)
         checkpoint.write_json(temporary / "unet" / "config.json", config)

@@ -17,7 +17,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.interop import diffusers_folder, lora_names, single_file_out, torch_weights
 from jaxdistill.interop.diffusers_folder import Folder
 from jaxdistill.interop.single_file_out import Entry
-from jaxdistill.interop.torch_weights import Origin, Weights, WeightsError, stacked_names, to_torch
+from jaxdistill.interop.torch_weights import Origin, Weights, WeightsError, layer_names, to_torch
 
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
@@ -28,11 +28,11 @@ Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """{layer by torch's name: (down [r, i] or [r, i, h, w], up [o, r] or [o, r, 1, 1])}."""
 
 
-def factors_of(updates: Any, *, stacked: str = "") -> Factors:
+def factors_of(updates: Any) -> Factors:
     """Of a tree of updates that was trained."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for path, leaf in flatten_dict(updates).items():
-        for layer, value in stacked_names(path[:-1], np.asarray(leaf), stacked):
+        for layer, value in layer_names(path[:-1], np.asarray(leaf)):
             found.setdefault(layer, {})[path[-1]] = to_torch(("kernel",), value)
     return {layer: (both["down"], both["up"]) for layer, both in found.items()}
 
@@ -40,10 +40,10 @@ def factors_of(updates: Any, *, stacked: str = "") -> Factors:
 # -------------------------------------------------------------------------------------------- files
 
 
-def save(folder: Path, updates: Any, *, stacked: str = "") -> None:
+def save(folder: Path, updates: Any) -> None:
     """Write `folder/pytorch_lora_weights.safetensors`, for diffusers' `load_lora_weights`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = entries(factors_of(updates, stacked=stacked), dtype="float32")
+    tensors = entries(factors_of(updates), dtype="float32")
     single_file_out.write(folder / FILE, tensors, {"format": "pt"})
 
 

@@ -8,7 +8,7 @@ each table is made of the names that a module has.
 import re
 from collections.abc import Iterator, Sequence
 
-from jaxdistill.interop.diffusers_folder import Folder, Part, abstract_params, stacked_of
+from jaxdistill.interop.diffusers_folder import Folder, Part, abstract_params
 from jaxdistill.interop.original_layout import unet_name
 from jaxdistill.interop.torch_weights import names_of
 from jaxdistill.models.stable_diffusion.unet_condition import UNetCondition
@@ -25,7 +25,7 @@ _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "
 def layers(part: Part) -> dict[str, dict[str, tuple[int, ...]]]:
     """{layer by torch's name: {"weight": its shape, "bias": ...}}."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in names_of(abstract_params(part), stacked_of(part.module)).items():
+    for name, shape in names_of(abstract_params(part)).items():
         layer, _, leaf = name.rpartition(".")
         found.setdefault(layer, {})[leaf] = shape
     return found

@@ -159,9 +159,7 @@ def _check_sizes(path: Path, part: Part, title: str) -> None:
     """Raise FolderError for a UNet that the published config does not describe. A few tensors that
     are missing are told of when the weights are read.
     """
-    wanted = torch_weights.names_of(
-        diffusers_folder.abstract_params(part), diffusers_folder.stacked_of(part.module)
-    )
+    wanted = torch_weights.names_of(diffusers_folder.abstract_params(part))
     found = part.weights().shapes
     other = [n for n, shape in wanted.items() if n in found and found[n] != shape]
     missing, left = wanted.keys() - found.keys(), found.keys() - wanted.keys()

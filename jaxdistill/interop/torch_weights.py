@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from jaxdistill import partition
 from jaxdistill.errors import UserError
+from jaxdistill.model import stack, unstacked
 from jaxdistill.run import checkpoint
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -345,7 +346,6 @@ def load(
     abstract: Any,
     *,
     where: str,
-    stacked: str = "",
     dtype: Any = np.float32,
     ignore: Callable[[str], bool] = lambda name: False,
     shardings: Any = None,
@@ -359,8 +359,6 @@ def load(
       files: the tensors.
       abstract: the module's parameters as ShapeDtypeStructs: {"params": ...}.
       where: what the weights are, for messages.
-      stacked: a path segment below which parameters carry a leading axis of `<segment>.0`,
-        `<segment>.1`, ...
       dtype: of the parameters.
       ignore: names of tensors that are known not to be parameters.
       shardings: a tree like `abstract` of shardings; the default device if None.
@@ -370,7 +368,7 @@ def load(
         a tensor whose values are no numbers of `dtype`.
     """
     wanted = flatten_dict(abstract["params"])
-    plan = {path: _sources(path, leaf.shape, stacked) for path, leaf in wanted.items()}
+    plan = {path: _sources(path, leaf.shape) for path, leaf in wanted.items()}
     sources = {name: shape for pairs in plan.values() for name, shape in pairs}
     missing = sorted(sources.keys() - files.shapes.keys())
     left_over = sorted(name for name in files.shapes.keys() - sources.keys() if not ignore(name))
@@ -400,47 +398,40 @@ def load(
     loaded = {}
     for path, pairs in plan.items():
         tensors = (from_torch(path, numbers(files, name, dtype)) for name, _ in pairs)
-        value = np.stack([*tensors]) if _is_stacked(path, stacked) else next(tensors)
+        value = np.stack([*tensors]) if unstacked(path) else next(tensors)
         whole, place = np.ascontiguousarray(value, dtype), places[path]
         loaded[path] = jax.device_put(whole) if place is None else partition.put(whole, place)
     return {"params": unflatten_dict(loaded)}
 
 
-def names_of(abstract: Any, stacked: str = "") -> dict[str, tuple[int, ...]]:
+def names_of(abstract: Any) -> dict[str, tuple[int, ...]]:
     """Torch's names and shapes of a module's parameters."""
     leaves = flatten_dict(abstract["params"]).items()
-    return {name: s for path, leaf in leaves for name, s in _sources(path, leaf.shape, stacked)}
+    return {name: s for path, leaf in leaves for name, s in _sources(path, leaf.shape)}
 
 
-def _is_stacked(path: Sequence[str], stacked: str) -> bool:
-    return bool(stacked) and stacked in path
-
-
-def _sources(
-    path: Sequence[str], shape: Sequence[int], stacked: str
-) -> list[tuple[str, tuple[int, ...]]]:
+def _sources(path: Sequence[str], shape: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
     """Torch names and shapes of one parameter."""
-    if not _is_stacked(path, stacked):
+    if (blocks := unstacked(path)) is None:
         return [(torch_name(path), torch_shape(path, shape))]
-    return [
-        (
-            torch_name([f"{s}.{i}" if s == stacked else s for s in path]),
-            torch_shape(path, shape[1:]),
-        )
-        for i in range(shape[0])
-    ]
+    return [(torch_name(block), torch_shape(block, shape[1:])) for block in blocks]
 
 
-def stacked_names(
-    path: Sequence[str], value: np.ndarray, stacked: str
-) -> list[tuple[str, np.ndarray]]:
+def layer_names(path: Sequence[str], value: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """[(torch name, value)] of a layer's value; one for each block where the layer is stacked."""
-    if not _is_stacked(path, stacked):
+    if (blocks := unstacked(path)) is None:
         return [(".".join(path), value)]
-    return [
-        (".".join(f"{s}.{i}" if s == stacked else s for s in path), part)
-        for i, part in enumerate(value)
-    ]
+    return [(".".join(block), part) for block, part in zip(blocks, value, strict=True)]
+
+
+def restacked(params: Any) -> Any:
+    """Parameters of an export of 0.1, whose stacks do not say their blocks, as those of today."""
+    old, flat = "transformer_blocks", flatten_dict(params)
+    named = {
+        tuple(stack(old, range(len(leaf))) if s == old else s for s in path): leaf
+        for path, leaf in flat.items()
+    }
+    return unflatten_dict(named)
 
 
 def _some(names: Sequence[str], count: int = 8) -> str:
@@ -452,12 +443,12 @@ def _some(names: Sequence[str], count: int = 8) -> str:
 class TreeWeights:
     """The parameters of a module by torch's names, turned when they are read."""
 
-    def __init__(self, params: Any, *, stacked: str = "") -> None:
+    def __init__(self, params: Any) -> None:
         self._leaves: dict[str, tuple[Sequence[str], Any, int | None]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path, leaf in flatten_dict(params["params"]).items():
-            many = _is_stacked(path, stacked)
-            for i, (name, shape) in enumerate(_sources(path, leaf.shape, stacked)):
+            many = unstacked(path) is not None
+            for i, (name, shape) in enumerate(_sources(path, leaf.shape)):
                 self._leaves[name] = (path, leaf, i if many else None)
                 self.shapes[name] = shape
 
@@ -487,15 +478,15 @@ class Arrays:
         return f"the tensor {name}"
 
 
-def torch_tensors(params: Any, *, stacked: str = "", dtype: Any = None) -> dict[str, np.ndarray]:
+def torch_tensors(params: Any, *, dtype: Any = None) -> dict[str, np.ndarray]:
     """{"params": ...} -> torch's names and layouts, as contiguous host arrays (of `dtype`, if
     given). Raises WeightsError where one of them is not finite there.
     """
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten_dict(params["params"]).items():
         value = np.asarray(leaf)
-        parts = list(value) if _is_stacked(path, stacked) else [value]
-        for (name, _), part in zip(_sources(path, value.shape, stacked), parts, strict=True):
+        parts = list(value) if unstacked(path) else [value]
+        for (name, _), part in zip(_sources(path, value.shape), parts, strict=True):
             with np.errstate(over="ignore"):
                 tensors[name] = np.ascontiguousarray(to_torch(path, part), dtype or part.dtype)
             if not np.isfinite(tensors[name]).all():

@@ -19,7 +19,6 @@ class Task(Protocol):
       layout: the mesh and where arrays live on it.
       weights: how a trainable copy of its network is stored.
       abstract: shapes of the network's parameters, float32.
-      stacked: the path segment below which kernels have a leading axis of blocks.
     """
 
     config: ConfigDict

@@ -102,7 +102,7 @@ def test_scanned_blocks_remat_and_looped_attention_change_nothing(variant, layer
     expected = apply(plain, diffusers_folder.load_params(plain), x, t, cond)
     part = diffusers_folder.open_folder(path, scan=True, remat="full", attention="looped").unet
     params = diffusers_folder.load_params(part)
-    kernel = params["params"][layer]["transformer_blocks"]["attn1"]["to_q"]["kernel"]
+    kernel = params["params"][layer]["transformer_blocks.0:2"]["attn1"]["to_q"]["kernel"]
     assert kernel.shape == (2, 16, 16)
     assert error(apply(part, params, x, t, cond), expected) < 1e-5
 

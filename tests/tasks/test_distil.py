@@ -315,9 +315,7 @@ def test_merging_is_the_layers_own_update():
     """
     part = diffusers_folder.open_folder(folders.folder("sdxl"), scan=True).unet
     params = diffusers_folder.load_params(part)
-    updates = lora_init(
-        jax.random.key(0), params, ["to_k", "conv2", "proj_out"], 2, stacked="transformer_blocks"
-    )
+    updates = lora_init(jax.random.key(0), params, ["to_k", "conv2", "proj_out"], 2)
     updates = jax.tree.map(lambda a: a + 0.1, updates)
     x, t, cond = diffusers_folder.example_inputs(part)
     x = jax.random.normal(jax.random.key(1), x.shape)
@@ -543,7 +541,7 @@ def test_an_export_of_scanned_blocks_is_read_as_such(tmp_path):
     card = {
         "role": "text-to-image student",
         "components": str(source.path),
-        "stacked": "transformer_blocks",
+        "stacked": True,
         "sampler": {"steps": 2},
     }
     checkpoint.export(tmp_path / "student", params, card)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
+from jaxdistill.model import stack
 from jaxdistill.models.stable_diffusion.latent_layers import (
     LORA,
     Attention,
@@ -24,9 +25,7 @@ from jaxdistill.models.stable_diffusion.latent_layers import (
 )
 
 STACK = "transformer_blocks"
-"""The path segment whose parameters may be stacked: one array of a whole scanned level, its first
-axis the block.
-"""
+"""The path segment of a level's blocks, whose parameters are stacked where they are scanned."""
 
 REMAT_POLICIES = {
     "none": None,
@@ -143,7 +142,7 @@ class Transformer(nn.Module):
                 length=self.depth,
                 in_axes=nn.broadcast,
             )
-            y = scanned(*sizes, name=STACK)(like(y, context), context)[0]
+            y = scanned(*sizes, name=stack(STACK, range(self.depth)))(like(y, context), context)[0]
         else:
             block: Any = (
                 TransformerBlock if policy is None else nn.remat(TransformerBlock, policy=policy)

@@ -35,8 +35,6 @@ from jaxdistill.tasks.settings import adversarial_settings, check_config, studen
 class OwnModel:
     """See `run.task.Task`. Raises UserError."""
 
-    stacked = ""
-
     def __init__(
         self, problem: Problem, method: str, settings: Mapping[str, Any], options: Options
     ) -> None:

@@ -20,6 +20,7 @@ from jaxdistill.interop import (
     diffusers_scheduler,
     is_file,
     single_file,
+    torch_weights,
 )
 from jaxdistill.interop.clip_tokenizer import Tokenizer, say_cut
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
@@ -652,6 +653,7 @@ def load(
     root, params, settings = Path(path).expanduser(), None, made_for(path)
     if (root / "card.json").is_file():
         params, exported = checkpoint.load_export(root)
+        params = torch_weights.restacked(params)
         scan, root = bool(exported.get("stacked")), components_of(root, exported)
     folder = single_file.open_checkpoint(root, beside, attention=attention, dtype=dtype, scan=scan)
     if params is not None and folder.unet.updates:

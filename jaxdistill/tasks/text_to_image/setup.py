@@ -28,7 +28,7 @@ from jaxdistill.methods.recipe import Kit, SamplerSpec, Stage
 from jaxdistill.model import Model, full_weights, low_rank
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
-from jaxdistill.models.stable_diffusion.unet_condition import REMAT_POLICIES, STACK
+from jaxdistill.models.stable_diffusion.unet_condition import REMAT_POLICIES
 from jaxdistill.prediction import as_denoiser, v_prediction
 from jaxdistill.run.distillation import Distillation, check_keep_best
 from jaxdistill.run.seeds import key_of
@@ -108,7 +108,6 @@ class TextSetup:
         student = config.student
         choose(DTYPES, config.export.dtype, "config.export.dtype")
         choose(SINGLE_FILE, config.export.single_file, "config.export.single_file")
-        self.stacked = STACK if config.compute.scan else ""
         self.unet = folder.unet.module
         plain = self._scheduler(SamplerSpec(), correct=False)
         self.schedule, self.parameterization = plain.schedule, plain.parameterization
@@ -130,8 +129,7 @@ class TextSetup:
         self.weights = full_weights()
         if student.lora_rank:
             key, targets = key_of(config.seed, "lora"), tuple(student.lora_targets)
-            options: dict[str, Any] = {"stacked": self.stacked, "beside": True}
-            self.weights = low_rank(key, targets, student.lora_rank, **options)
+            self.weights = low_rank(key, targets, student.lora_rank, beside=True)
             jax.eval_shape(self.weights.fresh, self.abstract)  # tells of bad targets
         self._heads = FeatureHeads(config.adversarial.width)
         build = methods.build(config.method.name, config.methods.to_dict())

@@ -27,7 +27,6 @@ from jaxdistill.interop import (
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.single_file_out import KEEP
 from jaxdistill.interop.torch_weights import TreeWeights, Weights
-from jaxdistill.models.stable_diffusion.unet_condition import STACK
 from jaxdistill.run import checkpoint, inputs
 from jaxdistill.run.help import note
 from jaxdistill.tasks.text_to_image import pipeline
@@ -70,11 +69,9 @@ class Student:
         return f"{counts} steps, CFG 1, trailing timesteps"
 
 
-def trained(
-    path: Path, folder: Folder, params: Any, settings: Mapping[str, Any], stacked: str
-) -> Student:
+def trained(path: Path, folder: Folder, params: Any, settings: Mapping[str, Any]) -> Student:
     """A run's student from its parameters, arrays or their shapes."""
-    return Student(path, folder, TreeWeights(params, stacked=stacked), settings)
+    return Student(path, folder, TreeWeights(params), settings)
 
 
 def open_student(path: str | Path) -> Student:
@@ -95,7 +92,7 @@ def open_student(path: str | Path) -> Student:
                 " text-to-image student"
             )
         root = pipeline.components_of(path, card)
-        unet = TreeWeights(params, stacked=STACK if card.get("stacked") else "")
+        unet = TreeWeights(torch_weights.restacked(params))
     folder = diffusers_folder.open_folder(root)
     unet = unet or folder.unet.weights()
     config_file = root.parent / "config.json"
@@ -217,7 +214,6 @@ def distance(
                 weights,
                 diffusers_folder.abstract_params(part),
                 where=teacher.unet.where,
-                stacked=diffusers_folder.stacked_of(part.module),
                 ignore=lambda name: True,
             )
         return pipe(prompts, guidance=1.0, **options)

@@ -368,7 +368,7 @@ class TextToImageTask(TextSetup):
         stages = [stage for stage in self.recipe.stages if stage.serves]
         size = unet + diffusers_folder.rehearse(self.folder, workdir / "diffusers")
         if self.single_file:
-            student = take_away.trained(workdir, self.folder, self.abstract, {}, self.stacked)
+            student = take_away.trained(workdir, self.folder, self.abstract, {})
             size += take_away.size_of_file(student, self.folder, self.config.export.dtype)
         checkpoint.check_space(workdir, len(stages) * size, "its exports")
 
@@ -396,7 +396,7 @@ class TextToImageTask(TextSetup):
         how = how_to_sample.how_to_sample(self.told(scheduler, steps))
         params = student.trained
         if self.config.student.lora_rank:
-            lora.save(workdir / f"lora{end}", params, stacked=self.stacked)
+            lora.save(workdir / f"lora{end}", params)
             # What its teacher had in its weights already is in the base's.
             own = self.folder.scheduler.get(pipeline.KEY, {})
             styles = {"loras": held[len(own.get("loras", ())) :]}
@@ -423,7 +423,7 @@ class TextToImageTask(TextSetup):
             "role": "text-to-image student",
             "method": self.config.method.name,
             "components": f"../diffusers{end}",
-            "stacked": self.stacked,
+            "stacked": self.config.compute.scan,
             "unet": dict(self.folder.unet.config),
             "scheduler": scheduler,
             "sampler": settings,
@@ -431,14 +431,14 @@ class TextToImageTask(TextSetup):
         checkpoint.export(workdir / f"student{end}", params, about)
         folder = self.folder._replace(scheduler=scheduler)
         path = workdir / f"student{end}"
-        whole = take_away.trained(path, folder, params, settings, self.stacked)
+        whole = take_away.trained(path, folder, params, settings)
         self.take_away(whole, student.trained)
 
     def take_away(self, student: take_away.Student, trained: Any) -> None:
         """student.safetensors where it is wanted, and with LoRA a file under Kohya's names."""
         path = student.path
         if self.config.student.lora_rank:
-            factors = lora.factors_of(trained, stacked=self.stacked)
+            factors = lora.factors_of(trained)
             file = path.with_name(path.name.replace("student", "lora")) / lora.KOHYA_FILE
             take_away.write_lora(student, factors, file, dtype="float32", form="kohya")
         if self.single_file:
