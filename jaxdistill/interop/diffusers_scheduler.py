@@ -444,8 +444,11 @@ class Runs:
             return max(self.counts)
         return self.original if self.spacing == LCM else len(self.betas)
 
-    def __call__(self, steps: int) -> Run:
-        """The run of so many steps, of `counts` or in 1..most. Raises ValueError."""
+    def __call__(self, steps: int, tokens: int = 0) -> Run:
+        """The run of so many steps, of `counts` or in 1..most, whatever the image's tokens. Raises
+        ValueError.
+        """
+        del tokens
         if self.counts and steps not in self.counts:
             raise ValueError(f"steps must be {one_of(self.counts)}, got {steps}")
         if not 1 <= steps <= self.most:
@@ -629,7 +632,7 @@ def solver_of(
 
 def of_folder(folder: Folder, **options: Any) -> Scheduler:
     """The folder's scheduler; `options` as of `read`. Raises FolderError."""
-    return read(folder.scheduler, config_path(folder), xl=folder.xl, **options)
+    return folder.family.scheduler(folder, **options)
 
 
 def config_path(folder: Folder) -> Path:

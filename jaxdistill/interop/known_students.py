@@ -100,7 +100,7 @@ class Known:
 
     def settings(self, folder: Folder) -> dict[str, Any]:
         """Default steps and guidance, as of a student's folder."""
-        scale = self.kind.guidance_input if folder.unet.module.guidance_width else 1.0
+        scale = self.kind.guidance_input if folder.network.module.takes_guidance else 1.0
         return {"steps": self.steps, "guidance": scale}
 
     def config(self, base: Mapping[str, Any]) -> dict[str, Any]:
