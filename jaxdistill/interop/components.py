@@ -1,5 +1,5 @@
-"""Configs of components that several families of pipelines have, as modules: the autoencoder, CLIP's
-text encoder.
+"""Configs of components that several families have, as modules: the autoencoder, CLIP's text
+encoder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,6 +55,7 @@ def each(value: Any, count: int, name: str, where: Path) -> tuple[Any, ...]:
 def blocks(
     config: Mapping[str, Any], name: str, known: Mapping[str, bool], count: int, where: Path
 ) -> tuple[bool, ...]:
+    """What is known of each of `count` blocks by its class. Raises FolderError."""
     found = tuple(config[name])
     if len(found) != count:
         raise FolderError(f"{where}: {name} names {len(found)} blocks, block_out_channels {count}")

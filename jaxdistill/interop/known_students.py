@@ -19,6 +19,7 @@ from jaxdistill.interop.diffusers_scheduler import (
     DEFAULTS,
     EULER,
     LCM,
+    Runs,
     Scheduler,
     of_folder,
     one_of,
@@ -118,6 +119,7 @@ class Known:
         config = self.config(folder.scheduler)
         found = of_folder(folder._replace(scheduler=config), **options)
         own = {} if options.get("grid") else self.kind.timesteps
+        assert isinstance(found.run, Runs)  # all known students are of betas
         return found._replace(run=replace(found.run, counts=self.counts, listed=own))
 
 

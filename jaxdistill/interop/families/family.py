@@ -145,6 +145,10 @@ class Family:
         where = diffusers_scheduler.config_path(folder)
         return diffusers_scheduler.read(folder.scheduler, where, xl=True, **options)
 
+    def student_scheduler(self, folder: Folder, **options: Any) -> Scheduler:
+        """A student's, of its folder: as of `scheduler`."""
+        return self.scheduler(folder, **options)
+
     def student_config(self, folder: Folder, solver: str, size: tuple[int, int]) -> dict[str, Any]:
         """A student's scheduler_config.json. Raises FolderError, and ValueError for a solver that
         no student has.
@@ -200,6 +204,10 @@ class FlowFamily(Family):
             sigmas=self.sigmas,
             **options,
         )
+
+    def student_scheduler(self, folder: Folder, **options: Any) -> Scheduler:
+        """See `Family`: its sigmas are 1 to 1/n, whatever the pipeline's are."""
+        return self.scheduler(folder, **options, grid="trailing")
 
     def student_config(self, folder: Folder, solver: str, size: tuple[int, int]) -> dict[str, Any]:
         """See `Family`: the shift of the teacher at the student's size, as a fixed one."""

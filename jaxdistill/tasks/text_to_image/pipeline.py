@@ -614,6 +614,7 @@ def load(
         noise_correction = settings.get("noise_correction")
     # Read first: what is not supported should not cost the reading of the weights.
     read = diffusers_scheduler.of_folder if known is None else known.scheduler
+    grid = grid or ("trailing" if "sigmas" in settings else None)
     scheduler = read(folder, grid=grid, solver=solver, noise_correction=noise_correction)
     folder.family.open_tokenizers(folder)
     if params is None:

@@ -232,7 +232,7 @@ class TextSetup:
 
     def _scheduler(self, spec: SamplerSpec, *, correct: bool) -> Scheduler:
         folder = self.folder._replace(scheduler=self.scheduler_config(spec))
-        return diffusers_scheduler.of_folder(folder, noise_correction=correct)
+        return folder.family.student_scheduler(folder, noise_correction=correct)
 
     def scheduler_config(self, spec: SamplerSpec) -> dict[str, Any]:
         """The student's scheduler_config.json."""

@@ -131,8 +131,8 @@ class TextToImageTask(TextSetup):
         return text
 
     def load(self, dtype: str, *, on_mesh: bool = True) -> Any:
-        """The folder's network in a dtype of DTYPES, each tensor straight to its place on the mesh, or
-        else on this process's first device.
+        """The folder's network in a dtype of DTYPES, each tensor straight to its place on the mesh,
+        or else on this process's first device.
         """
         places = self.layout.of(self.abstract) if on_mesh else None
         network = self.folder.network
