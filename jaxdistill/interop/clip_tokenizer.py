@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,6 +23,16 @@ class Tokens(NamedTuple):
     ids: np.ndarray
     mask: np.ndarray
     cut: list[str]
+
+
+class TextTokenizer(Protocol):
+    """A folder's tokenizer, whose texts have `length` tokens."""
+
+    folder: Path
+    length: int
+
+    def __call__(self, prompts: Sequence[str]) -> Tokens:
+        """Raises UserError for a prompt that is no text."""
 
 
 class Tokenizer:

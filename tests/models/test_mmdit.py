@@ -80,14 +80,15 @@ def ours(model, **options):
         c.sample_size,
         tuple(c.dual_attention_layers),
         c.qk_norm is not None,
+        c.joint_attention_dim,
+        c.pooled_projection_dim,
         **options,
     )
 
 
 def params_of(model, module):
     """Its tensors in the module's tree, each once."""
-    x, t, cond = batch(model)
-    abstract = jax.eval_shape(module.init, jax.random.key(0), x, t, cond)
+    abstract = jax.eval_shape(module.init, jax.random.key(0), *module.example())
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}
     return torch_weights.load(torch_weights.Arrays(tensors), abstract, where="the stock network")
 
