@@ -31,7 +31,7 @@ class TextTokenizer(Protocol):
     folder: Path
     length: int
 
-    def __call__(self, prompts: Sequence[str]) -> Tokens:
+    def __call__(self, prompts: Sequence[str], /) -> Tokens:
         """Raises UserError for a prompt that is no text."""
 
 
