@@ -82,13 +82,13 @@ def _opened(folder: Path) -> Any:
     except Exception as error:  # whatever the library raises for a damaged file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise FolderError(
-            f"the tokenizer in {folder} cannot be read ({damaged(folder)}{reason}); copy the"
+            f"the tokenizer in {folder} cannot be read ({_damaged(folder)}{reason}); copy the"
             " folder again"
         ) from None
     return found
 
 
-def damaged(folder: Path) -> str:
+def _damaged(folder: Path) -> str:
     """The file that the library's exception does not name."""
     for path in sorted(folder.glob("*.json")):
         try:
