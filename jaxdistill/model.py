@@ -23,12 +23,14 @@ class Model(NamedTuple):
       schedule: the forward process that it was trained on.
       parameterization: what the output means, as `v_prediction`.
       shares: it takes several rows of conditioning for one of x (see `guided_denoiser`).
+      cfg_scale: guidance scale -> the w of u + w (c - u) that is meant by it.
     """
 
     apply: ApplyFn
     schedule: NoiseSchedule
     parameterization: Parameterization
     shares: bool = False
+    cfg_scale: Callable[[Any], Any] = lambda scale: scale
 
     def denoiser(self, params: Any, cond: Any) -> Denoiser:
         """`as_denoiser` of these parameters for one batch."""
@@ -51,7 +53,7 @@ class Model(NamedTuple):
             schedule=self.schedule,
             parameterization=self.parameterization,
             null_cond=null_cond,
-            scale=scale,
+            scale=self.cfg_scale(scale),
             shared=self.shares,
         )
 

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 from diffusers.schedulers import (  # noqa: E402
     scheduling_euler_ancestral_discrete,
+    scheduling_flow_match_euler_discrete,
     scheduling_lcm,
 )
 from transformers import (  # noqa: E402
@@ -314,7 +315,12 @@ def rescheduled(variant: str, target: Path, name: str, **settings) -> Path:
 def give_noise(monkeypatch, drawn) -> None:
     """Diffusers' steps take these arrays, one a step, instead of fresh noise of their own."""
     rest = iter([torch.tensor(np.array(noise)) for noise in drawn])
-    for module in (scheduling_euler_ancestral_discrete, scheduling_lcm):
+    modules = (
+        scheduling_euler_ancestral_discrete,
+        scheduling_flow_match_euler_discrete,
+        scheduling_lcm,
+    )
+    for module in modules:
         monkeypatch.setattr(module, "randn_tensor", lambda *shape, **more: next(rest))
 
 

@@ -15,7 +15,7 @@ from folders import load_torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from jaxdistill.interop import diffusers_folder, lora_names
+from jaxdistill.interop import families, lora_names
 
 # Transformers 5.24 asks for a PEFT that is not released; the one before it works.
 transformers.integrations.peft.check_peft_version = lambda **_: None
@@ -127,7 +127,7 @@ def kohya(pipe) -> dict[str, torch.Tensor]:
 
 def original(folder: Path, state: dict, chosen=lambda stem: True) -> dict[str, torch.Tensor]:
     """Kohya's tensors with the original layout's block names for the chosen stems."""
-    unet = diffusers_folder.open_folder(folder).unet
+    unet = families.open_folder(folder).network
     ours, theirs = (
         lora_names.kohya_names(unet, lora_names.UNET, original=original)
         for original in (False, True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxdistill.interop import diffusers_folder
+from jaxdistill.interop import diffusers_folder, families
 from jaxdistill.interop.original_layout import OPEN_TEXT, TEXT, UNET, VAE, XL_TEXT, origin
 
 
@@ -14,9 +14,9 @@ def write(
     folder: Path, path: Path, *, parts=("unet", "vae", "text"), marks=(), metadata=None
 ) -> Path:
     """The folder's weights as one file; `marks` are keys of no weights."""
-    found = diffusers_folder.open_folder(folder)
+    found = families.open_folder(folder)
     encoders = list(zip(found.text_encoders, text_prefixes(found), strict=True))
-    chosen = {"unet": [(found.unet, UNET)], "vae": [(found.vae, VAE)], "text": encoders}
+    chosen = {"unet": [(found.network, UNET)], "vae": [(found.vae, VAE)], "text": encoders}
     tensors: dict[str, np.ndarray] = {name: np.zeros(()) for name in marks}
     for name in parts:
         for part, prefix in chosen[name]:

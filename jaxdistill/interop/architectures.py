@@ -15,7 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.interop.diffusers_folder import Folder, Part, unet_module, vae_module
+from jaxdistill.interop import families
+from jaxdistill.interop.diffusers_folder import Folder, Part
 from jaxdistill.run.compilation import user_cache
 
 _DATA = resources.files("jaxdistill.interop") / "published"
@@ -46,14 +47,16 @@ def folder(pipeline: Mapping[str, Any], **options: Any) -> Folder:
     """
     nowhere = Path("architecture")
     common = {key: options[key] for key in ("attention", "dtype") if key in options}
-    unet, vae = dict(pipeline["unet"]), dict(pipeline["vae"])
+    family = families.PIPELINES[pipeline["model_index"]["_class_name"]]
+    network, vae = dict(pipeline[family.network]), dict(pipeline["vae"])
     return Folder(
         path=nowhere,
         components={},
-        xl=unet.get("addition_embed_type") == "text_time",
-        unet=Part(unet_module(unet, nowhere, **options), unet, nowhere, ""),
-        vae=Part(vae_module(vae, nowhere, **common), vae, nowhere, ""),
+        family=family,
+        network=Part(family.network_module(network, nowhere, **options), network, nowhere, ""),
+        vae=Part(family.vae_module(vae, nowhere, **common), vae, nowhere, ""),
         text_encoders=(),
+        encoder_names=(),
         tokenizers=(),
         scheduler=dict(pipeline["scheduler"]),
         zero_empty_prompt=False,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +121,23 @@ class Run(NamedTuple):
     left: int = 0
 
 
+class AnyRuns(Protocol):
+    """A scheduler's runs."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The only numbers of steps, where not all are meant."""
+
+    @property
+    def most(self) -> int:
+        """The largest number of steps."""
+
+    def __call__(self, steps: int, tokens: int = 0) -> Run:
+        """The run of so many steps for images of so many tokens, by which a shift of flow matching
+        may go. Raises ValueError.
+        """
+
+
 class Scheduler(NamedTuple):
     """What a scheduler config says, as functions of the core.
 
@@ -133,7 +150,7 @@ class Scheduler(NamedTuple):
     parameterization: Parameterization
     solver: Callable[[Array], Step]
     start: Callable[[Array, Array], Any]
-    run: "Runs"
+    run: "AnyRuns"
     clip: float
     noise_correction: bool
     timestep_scaling: float
@@ -272,8 +289,8 @@ def check_process(config: Mapping[str, Any], where: Path) -> None:
     else:
         process = "a process without betas"
     raise FolderError(
-        f"{where}: {name} says that the network is of {process}; only networks that were trained"
-        " on a schedule of betas are supported, whatever the solver"
+        f"{where}: {name} says that the network is of {process}; of this family only networks that"
+        " were trained on a schedule of betas are supported, whatever the solver"
     )
 
 
@@ -444,8 +461,10 @@ class Runs:
             return max(self.counts)
         return self.original if self.spacing == LCM else len(self.betas)
 
-    def __call__(self, steps: int) -> Run:
-        """The run of so many steps, of `counts` or in 1..most. Raises ValueError."""
+    def __call__(self, steps: int, tokens: int = 0) -> Run:
+        """The run of so many steps, of `counts` or in 1..most; images of all sizes have the same.
+        Raises ValueError.
+        """
         if self.counts and steps not in self.counts:
             raise ValueError(f"steps must be {one_of(self.counts)}, got {steps}")
         if not 1 <= steps <= self.most:
@@ -629,7 +648,7 @@ def solver_of(
 
 def of_folder(folder: Folder, **options: Any) -> Scheduler:
     """The folder's scheduler; `options` as of `read`. Raises FolderError."""
-    return read(folder.scheduler, config_path(folder), xl=folder.xl, **options)
+    return folder.family.scheduler(folder, **options)
 
 
 def config_path(folder: Folder) -> Path:

@@ -19,6 +19,7 @@ from jaxdistill.interop.diffusers_scheduler import (
     DEFAULTS,
     EULER,
     LCM,
+    Runs,
     Scheduler,
     of_folder,
     one_of,
@@ -100,7 +101,7 @@ class Known:
 
     def settings(self, folder: Folder) -> dict[str, Any]:
         """Default steps and guidance, as of a student's folder."""
-        scale = self.kind.guidance_input if folder.unet.module.guidance_width else 1.0
+        scale = self.kind.guidance_input if folder.network.module.takes_guidance else 1.0
         return {"steps": self.steps, "guidance": scale}
 
     def config(self, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +119,7 @@ class Known:
         config = self.config(folder.scheduler)
         found = of_folder(folder._replace(scheduler=config), **options)
         own = {} if options.get("grid") else self.kind.timesteps
+        assert isinstance(found.run, Runs)  # all known students are of betas
         return found._replace(run=replace(found.run, counts=self.counts, listed=own))
 
 

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
+from jaxdistill.interop.components import text_module
 from jaxdistill.interop.diffusers_folder import (
     Folder,
     FolderError,
     Part,
     read_json,
-    text_module,
-    vae_module,
 )
 from jaxdistill.interop.original_layout import DIFFUSERS, origin
 from jaxdistill.interop.recognise import Place, Shapes, read_header, text_places, vae_place
@@ -49,7 +48,7 @@ def vae_beside(base: Folder, where: str) -> Part | None:
     if path.is_dir():
         config = read_json(path / "config.json")
         options = {"attention": module.attention, "dtype": module.dtype}
-        made = vae_module(config, path / "config.json", **options)
+        made = base.family.vae_module(config, path / "config.json", **options)
         found = Part(made, config, path, base.vae.stem)
         found.files()
         channels = made.latent_channels

@@ -81,7 +81,7 @@ def entries(factors: Factors, *, dtype: str, kohya: Folder | None = None) -> dic
 
 def kohya_stems(folder: Folder) -> dict[str, str]:
     """Of the UNet's layers, as Kohya's trainer has them: XL with the original layout's blocks."""
-    return lora_names.kohya_names(folder.unet, lora_names.UNET, original=folder.xl)
+    return lora_names.kohya_names(folder.network, lora_names.UNET, original=folder.xl)
 
 
 def metadata(folder: Folder, factors: Factors, spec: Mapping[str, str]) -> dict[str, str]:
@@ -139,7 +139,7 @@ class Truncation:
 
 def layer_widths(folder: Folder) -> dict[str, int]:
     """Of a UNet's linear layers and convolutions, the rank at which an update is any difference."""
-    shapes = diffusers_folder.names_of(folder.unet)
+    shapes = diffusers_folder.names_of(folder.network)
     return {
         name.removesuffix(".weight"): min(shape[0], int(np.prod(shape[1:])))
         for name, shape in shapes.items()
@@ -167,7 +167,7 @@ def truncated(student: Weights, teacher: Weights, folder: Folder, rank: int) -> 
     """
     widths = layer_widths(folder)
     factors, squares, rest = {}, {}, 0.0
-    for name in diffusers_folder.names_of(folder.unet):
+    for name in diffusers_folder.names_of(folder.network):
         difference = student.read(name).astype(np.float64) - teacher.read(name).astype(np.float64)
         whole = float(np.sum(np.square(difference)))
         layer, _, leaf = name.rpartition(".")

@@ -359,7 +359,7 @@ def _with(
         part = parts[component]
         parts[component] = part._replace(updates=(*part.updates, update))
     unet = parts.pop("unet")
-    return folder._replace(unet=unet, text_encoders=tuple(parts.values()))
+    return folder._replace(network=unet, text_encoders=tuple(parts.values()))
 
 
 def _places(

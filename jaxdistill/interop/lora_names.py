@@ -55,7 +55,7 @@ def kohya_names(part: Part, prefix: str, *, original: bool = False) -> dict[str,
 
 def components(folder: Folder) -> dict[str, Part]:
     """The components that LoRAs change, by diffusers' names."""
-    return {"unet": folder.unet, **folder.encoders}
+    return {folder.family.network: folder.network, **folder.encoders}
 
 
 def known_stems(folder: Folder) -> dict[str, list[tuple[str, str]]]:

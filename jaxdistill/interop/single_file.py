@@ -18,6 +18,7 @@ from jaxdistill.interop import (
     Beside,
     architectures,
     diffusers_folder,
+    families,
     is_file,
     lora_files,
     marks,
@@ -66,7 +67,7 @@ def open_checkpoint(path: str | Path, beside: Beside = NOTHING, **options: Any) 
     if is_file(path):
         found = open_file(path, beside, **options)
     else:
-        found = diffusers_folder.open_folder(path, **options)
+        found = families.open_folder(path, **options)
         encoders = text_beside(found, beside.text_encoder)
         found = found._replace(
             vae=vae_beside(found, beside.vae) or found.vae,
@@ -81,7 +82,7 @@ def open_file(path: str | Path, beside: Beside, **options: Any) -> Folder:
     Args:
       path: the file, safetensors.
       beside: what is named beside it; of `like` the weights of what the file lacks are taken, too.
-      **options: as of `diffusers_folder.open_folder`.
+      **options: as of `families.open_folder`.
 
     Raises:
       FolderError: no such file, a pickle, another family or task, another kind than `like`, tensors
@@ -104,8 +105,8 @@ def open_file(path: str | Path, beside: Beside, **options: Any) -> Folder:
         told = told or marks.assumed(path, shapes, place, kind.name)
         _say(f"{path} is {kind.title} ({kind.reason}) and {told.short}")
         name = kind.name + ("-base" if (kind.name, told.prediction) == ("sd21", "epsilon") else "")
-        base = diffusers_folder.open_folder(architectures.pipeline_folder(name), **options)
-        _check_sizes(path, part_at(base.unet, path, shapes, place), kind.title)
+        base = families.open_folder(architectures.pipeline_folder(name), **options)
+        _check_sizes(path, part_at(base.network, path, shapes, place), kind.title)
     plain = {key: value for key, value in base.scheduler.items() if key != KEY}
     found = base._replace(file=path, scheduler=plain)
     if told is not None:
@@ -114,7 +115,7 @@ def open_file(path: str | Path, beside: Beside, **options: Any) -> Folder:
     own = student_scheduler(path, metadata)
     if own and not beside.prediction:
         found = found._replace(scheduler=own)
-    found = found._replace(unet=_unet(found.unet, path, shapes, place, ema=beside.ema))
+    found = found._replace(network=_unet(found.network, path, shapes, place, ema=beside.ema))
     return _completed(found, path, shapes, place, beside)
 
 
@@ -133,7 +134,7 @@ def student_scheduler(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]
 
 def _like(path: Path, facts: UNetFacts, beside: Beside, **options: Any) -> Folder:
     """The folder that is named for configs, once it is of the file's kind."""
-    base = diffusers_folder.open_folder(Path(beside.like).expanduser(), **options)
+    base = families.open_folder(Path(beside.like).expanduser(), **options)
     if facts.label != base.xl:
         kinds = {True: "SDXL", False: "Stable Diffusion 1.x or 2.x"}
         raise FolderError(

@@ -93,10 +93,10 @@ def entries(
       WeightsError: a tensor is missing, or has a dtype that is not written.
     """
     source = teacher or folder
-    names = diffusers_folder.names_of(folder.unet)
+    names = diffusers_folder.names_of(folder.network)
     if missing := sorted(names.keys() - unet.shapes.keys()):
-        raise WeightsError(f"{folder.unet.where} has no {missing[0]}; copy it again")
-    made = placed(unet, names, origin(folder.unet.module, UNET), _kinds(source.unet, dtype))
+        raise WeightsError(f"{folder.network.where} has no {missing[0]}; copy it again")
+    made = placed(unet, names, origin(folder.network.module, UNET), _kinds(source.network, dtype))
     made |= _part(source.vae, VAE, others)
     for part, prefix in zip(source.text_encoders, text_prefixes(source), strict=True):
         made |= _part(part, prefix, others)

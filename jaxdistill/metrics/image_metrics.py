@@ -34,7 +34,7 @@ import PIL
 from PIL import Image
 
 from jaxdistill.errors import UserError
-from jaxdistill.interop import diffusers_folder, torch_weights
+from jaxdistill.interop import components, diffusers_folder, torch_weights
 from jaxdistill.interop.clip_tokenizer import Tokenizer
 from jaxdistill.interop.torch_weights import WeightFiles
 from jaxdistill.metrics.distances import gaussian_distance as frechet_distance
@@ -361,7 +361,7 @@ def _clip_modules(folder: Path) -> tuple[Any, Any]:
     width = config.get("projection_dim", 512)
     try:
         vision = vision_module(_tower(config, "vision"), where, projection=width)
-        text = diffusers_folder.text_module(
+        text = components.text_module(
             {**_tower(config, "text"), "projection_dim": width}, where, projection=True
         )
     except (KeyError, TypeError, AttributeError) as error:

@@ -20,7 +20,7 @@ from jaxdistill import sampling
 from jaxdistill.errors import NotFinite
 from jaxdistill.interop import card
 from jaxdistill.interop.text_export import TextExport
-from jaxdistill.tasks.text_to_image.pipeline import Inputs, TextToImage, time_ids
+from jaxdistill.tasks.text_to_image.pipeline import Inputs, TextToImage
 
 
 class Busy(Exception):
@@ -248,16 +248,16 @@ class PipelinePainter:
 
     def _encode(self, caption: str) -> Any:
         pipe = self.pipes[self.correct]
-        return pipe.text([caption]) | (
-            {"time_ids": time_ids(*self.size)[None]} if pipe.folder.xl else {}
-        )
+        sized = pipe.folder.family.at_size(pipe.folder, *self.size)
+        return pipe.text([caption]) | {name: values[None] for name, values in sized.items()}
 
     def start(self, seeds: np.ndarray, conds: Sequence[Any], steps: int, correct: bool) -> Rollout:
         """A run of these rows, filled up to the next size."""
         pipe = self.pipes[correct]
         _, numbers, cond = filled(self.sizes, seeds, conds)
         noise = jnp.asarray(np.concatenate([pipe.draw(int(n), 0, 1, *self.size) for n in numbers]))
-        run, guided = pipe.scheduler.run(steps), pipe.guides(self.guidance)
+        tokens = pipe.folder.family.image_tokens(pipe.folder, *self.size)
+        run, guided = pipe.scheduler.run(steps, tokens), pipe.guides(self.guidance)
         inputs = Inputs(noise, cond, self.null, np.float32(self.guidance))
 
         def step(state: Any, t: Any, t_next: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as torch_load_file
 
-from jaxdistill.interop import architectures, diffusers_folder, torch_weights
+from jaxdistill.interop import architectures, diffusers_folder, families, torch_weights
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.torch_weights import WeightsError
 
@@ -78,14 +78,14 @@ def torch_unet(variant, x, t, cond, added):
 
 @pytest.mark.parametrize("variant", ["deep", "sd", "sdxl", "ssd", "small", "lcm"])
 def test_unet_is_torchs(variant):
-    part = diffusers_folder.open_folder(folders.folder(variant)).unet
+    part = families.open_folder(folders.folder(variant)).network
     params = diffusers_folder.load_params(part)
     x, t, cond, added = inputs(variant, (8, 12))
     assert error(apply(part, params, x, t, cond), torch_unet(variant, x, t, cond, added)) < 1e-4
 
 
 def test_unet_takes_sides_that_do_not_halve():
-    part = diffusers_folder.open_folder(folders.folder("sd2")).unet
+    part = families.open_folder(folders.folder("sd2")).network
     x, t, cond, added = inputs("sd2", (9, 7))
     found = apply(part, diffusers_folder.load_params(part), x, t, cond)
     assert error(found, torch_unet("sd2", x, t, cond, added)) < 1e-4
@@ -98,9 +98,9 @@ def test_unet_takes_sides_that_do_not_halve():
 def test_scanned_blocks_remat_and_looped_attention_change_nothing(variant, layer):
     path = folders.folder(variant)
     x, t, cond, _ = inputs(variant, (16, 16))
-    plain = diffusers_folder.open_folder(path, attention="plain").unet
+    plain = families.open_folder(path, attention="plain").network
     expected = apply(plain, diffusers_folder.load_params(plain), x, t, cond)
-    part = diffusers_folder.open_folder(path, scan=True, remat="full", attention="looped").unet
+    part = families.open_folder(path, scan=True, remat="full", attention="looped").network
     params = diffusers_folder.load_params(part)
     kernel = params["params"][layer]["transformer_blocks.0:2"]["attn1"]["to_q"]["kernel"]
     assert kernel.shape == (2, 16, 16)
@@ -109,7 +109,7 @@ def test_scanned_blocks_remat_and_looped_attention_change_nothing(variant, layer
 
 @pytest.mark.parametrize(("variant", "states"), [("sd", 3), ("ssd", 3), ("small", 2)])
 def test_features_are_those_of_the_levels_and_of_a_middle_if_there_is_one(variant, states):
-    part = diffusers_folder.open_folder(folders.folder(variant)).unet
+    part = families.open_folder(folders.folder(variant)).network
     x, t, cond, _ = inputs(variant)
     params = diffusers_folder.abstract_params(part)
     found = jax.eval_shape(partial(part.module.apply, features=True), params, x, t, cond)
@@ -136,7 +136,7 @@ def test_published_networks_of_another_shape_have_their_size(name):
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters():
-    part = diffusers_folder.open_folder(folders.folder("sd"), dtype=jnp.bfloat16).unet
+    part = families.open_folder(folders.folder("sd"), dtype=jnp.bfloat16).network
     params = diffusers_folder.load_params(part)
     x, t, cond, added = inputs("sd")
     out = apply(part, params, x, t, cond)
@@ -147,7 +147,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_autoencoder_and_text_encoders_are_torchs(variant):
     found, pipe, r = (
-        diffusers_folder.open_folder(folders.folder(variant)),
+        families.open_folder(folders.folder(variant)),
         folders.torch_pipe(variant),
         np.random.default_rng(1),
     )
@@ -192,8 +192,8 @@ def test_autoencoder_and_text_encoders_are_torchs(variant):
 
 @pytest.mark.parametrize(("variant", "scan"), [("sd", False), ("sdxl", True)])
 def test_weights_come_back_as_they_were(variant, scan, copy, tmp_path):
-    found = diffusers_folder.open_folder(copy(variant), scan=scan)
-    params = diffusers_folder.load_params(found.unet)
+    found = families.open_folder(copy(variant), scan=scan)
+    params = diffusers_folder.load_params(found.network)
     diffusers_folder.save_student(
         found, tmp_path / "out", params, scheduler=found.scheduler, extra={"more.json": {"a": 1}}
     )
@@ -213,7 +213,7 @@ def test_weights_come_back_as_they_were(variant, scan, copy, tmp_path):
         ):
             assert (target / path.relative_to(source)).read_bytes() == path.read_bytes()
     assert json.loads((target / "more.json").read_text()) == {"a": 1}
-    assert diffusers_folder.open_folder(target).components == found.components
+    assert families.open_folder(target).components == found.components
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
@@ -224,10 +224,10 @@ def test_weights_of_two_bytes_come_back_as_they_were(kind, tmp_path):
     """
     source, stem = tmp_path / "source", "diffusion_pytorch_model.safetensors"
     folders.load_torch(folders.folder("sd"), torch_dtype=kind).save_pretrained(source)
-    found, dtype = diffusers_folder.open_folder(source), jnp.dtype(str(kind).removeprefix("torch."))
+    found, dtype = families.open_folder(source), jnp.dtype(str(kind).removeprefix("torch."))
     before = torch_load_file(source / "unet" / stem)
     for name, read, written in (("own", dtype, None), ("through32", np.float32, dtype)):
-        params = diffusers_folder.load_params(found.unet, dtype=read)
+        params = diffusers_folder.load_params(found.network, dtype=read)
         diffusers_folder.save_student(
             found, tmp_path / name, params, scheduler=found.scheduler, dtype=written
         )
@@ -244,7 +244,7 @@ def test_weights_of_two_bytes_come_back_as_they_were(kind, tmp_path):
 def test_shards_halves_and_old_names_read_the_same(copy):
     root = copy("sd")
     expected = {
-        name: diffusers_folder.load_params(getattr(diffusers_folder.open_folder(root), name))
+        name: diffusers_folder.load_params(getattr(families.open_folder(root), name))
         for name in ("unet", "vae")
     }
     tensors = load_file(root / "unet" / "diffusion_pytorch_model.safetensors")
@@ -267,7 +267,7 @@ def test_shards_halves_and_old_names_read_the_same(copy):
     prefixed["text_model.embeddings.position_ids"] = np.arange(77)[None]
     (root / "text_encoder" / "model.safetensors").unlink()
     save_file(prefixed, root / "text_encoder" / "model.fp16.safetensors")
-    found = diffusers_folder.open_folder(root)
+    found = families.open_folder(root)
     for name, params in expected.items():
         again = diffusers_folder.load_params(getattr(found, name))
         assert not [
@@ -284,7 +284,7 @@ def test_a_variant_in_shards_is_read_and_its_student_needs_no_variant(copy, tmp_
     loading the student.
     """
     root, pipe = copy("sd"), folders.torch_pipe("sd")
-    expected = folders_flat(diffusers_folder.load_params(diffusers_folder.open_folder(root).unet))
+    expected = folders_flat(diffusers_folder.load_params(families.open_folder(root).network))
     for name in ("unet", "vae", "text_encoder"):
         shutil.rmtree(root / name)
         getattr(pipe, name).save_pretrained(root / name, variant="fp16", max_shard_size="40KB")
@@ -299,8 +299,8 @@ def test_a_variant_in_shards_is_read_and_its_student_needs_no_variant(copy, tmp_
         safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
         checker=["more", "Checker"],
     )
-    found = diffusers_folder.open_folder(root)
-    params = diffusers_folder.load_params(found.unet)
+    found = families.open_folder(root)
+    params = diffusers_folder.load_params(found.network)
     assert not [k for k, v in folders_flat(params).items() if not np.array_equal(v, expected[k])]
     diffusers_folder.save_student(found, tmp_path / "out", params, scheduler=found.scheduler)
     assert (tmp_path / "out" / "checker" / "pytorch_model.bin").read_bytes() == b"pickle"
@@ -316,7 +316,7 @@ def test_a_variant_in_shards_is_read_and_its_student_needs_no_variant(copy, tmp_
 
 def test_what_says_nothing_of_the_network_is_taken(copy):
     root = copy("sd")
-    plain = diffusers_folder.open_folder(root).unet.module
+    plain = families.open_folder(root).network.module
     average = {
         "decay": 0.9999,
         "inv_gamma": 1.0,
@@ -331,7 +331,7 @@ def test_what_says_nothing_of_the_network_is_taken(copy):
         use_ema_warmup=False,
         only_cross_attention=[False, False],
     )
-    assert diffusers_folder.open_folder(root).unet.module == plain
+    assert families.open_folder(root).network.module == plain
 
 
 def test_a_tensor_in_two_shards_is_named(copy):
@@ -344,7 +344,7 @@ def test_a_tensor_in_two_shards_is_named(copy):
     name = next(iter(stale))
     save_file({**load_file(shards[1]), name: stale[name]}, shards[1])
     with pytest.raises(WeightsError, match=f"both hold {name}"):
-        diffusers_folder.load_params(diffusers_folder.open_folder(root).unet)
+        diffusers_folder.load_params(families.open_folder(root).network)
 
 
 def folders_flat(params):
@@ -361,7 +361,7 @@ def test_every_tensor_is_used_exactly_once(copy):
     del tensors["conv_in.bias"]
     tensors["conv_out.weight"] = tensors["conv_out.weight"][:, :2].copy()
     save_file(tensors, path)
-    part = diffusers_folder.open_folder(root).unet
+    part = families.open_folder(root).network
     with pytest.raises(WeightsError) as failure:
         diffusers_folder.load_params(part)
     for words in (
@@ -490,14 +490,14 @@ def test_a_folder_that_cannot_be_used_is_named(case, copy):
     spoil, words = REFUSALS[case]
     spoil(root)
     with pytest.raises(FolderError) as failure:
-        diffusers_folder.open_folder(root)
+        families.open_folder(root)
     assert words in str(failure.value) and "\n" not in str(failure.value)
 
 
 def test_weights_that_cannot_be_read_are_named(copy):
     root = copy("sd")
     path = root / "unet" / "diffusion_pytorch_model.safetensors"
-    part, raw = diffusers_folder.open_folder(root).unet, path.read_bytes()
+    part, raw = families.open_folder(root).network, path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2])
     with pytest.raises(
         WeightsError, match=r"diffusion_pytorch_model\.safetensors cannot be read .* truncated"
@@ -519,7 +519,7 @@ def test_weights_that_are_no_checkpoint_of_their_own_are_told_for_what_they_are(
     root = copy("sd")
     path, part = (
         root / "unet" / "diffusion_pytorch_model.safetensors",
-        diffusers_folder.open_folder(root).unet,
+        families.open_folder(root).network,
     )
     tensors, name = load_file(path), "conv_in"
     adapted = {n.replace(f"{name}.", f"{name}.base_layer."): t for n, t in tensors.items()}
@@ -536,7 +536,7 @@ def test_weights_that_are_no_checkpoint_of_their_own_are_told_for_what_they_are(
 
 
 def test_a_student_is_never_written_over_something_else(copy, tmp_path):
-    found = diffusers_folder.open_folder(copy("sd"))
+    found = families.open_folder(copy("sd"))
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")
     with pytest.raises(FolderError, match="precious exists and is not a pipeline folder"):

@@ -11,7 +11,7 @@ import pytest
 from test_diffusers_scheduler import NOISE, network, theirs
 
 from jaxdistill import interop, sampling
-from jaxdistill.interop import Beside, diffusers_folder, how_to_sample
+from jaxdistill.interop import Beside, families, how_to_sample
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.known_students import KINDS, Known, known, of
 from jaxdistill.prediction import as_denoiser
@@ -57,7 +57,7 @@ def scheduler_config(variant):
 def test_a_known_students_run_is_that_of_its_card(name, variant, monkeypatch):
     """From the scheduler of the base that it was made of: PNDM, DDIM with v, Euler."""
     student, config = known(name), scheduler_config(variant)
-    folder = diffusers_folder.open_folder(folders.folder(variant))._replace(scheduler=config)
+    folder = families.open_folder(folders.folder(variant))._replace(scheduler=config)
     found = student.scheduler(folder)
 
     def apply(params, x, t, cond):
@@ -116,7 +116,7 @@ def test_images_of_known_students_are_diffusers(name, variant, steps, guidance, 
 
 
 def test_what_is_asked_for_stands_and_the_rest_is_the_kinds():
-    folder = diffusers_folder.open_folder(folders.folder("sd"))
+    folder = families.open_folder(folders.folder("sd"))
     assert known("dmd2").settings(folder) == {"steps": 4, "guidance": 1.0}
     assert known("lightning", [2]) == Known("lightning", 2) == known("lightning:2", [2])
     assert known("lcm", [2, 8]).counts == tuple(range(1, 9)) and known("lcm:2").steps == 2
@@ -146,7 +146,7 @@ def test_what_no_known_student_is_is_refused(text, counts, words):
 
 
 def test_a_count_that_it_does_not_have_is_refused_by_its_run():
-    folder = diffusers_folder.open_folder(folders.folder("sd"))
+    folder = families.open_folder(folders.folder("sd"))
     for name, steps, words in (("dmd2", 1, "must be 4, got 1"), ("turbo", 9, "2, 3 or 4, got 9")):
         with pytest.raises(ValueError, match=words):
             known(name).scheduler(folder).run(steps)

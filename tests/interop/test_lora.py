@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import UserError
-from jaxdistill.interop import architectures, diffusers_folder, lora, single_file_out
+from jaxdistill.interop import architectures, diffusers_folder, families, lora, single_file_out
 from jaxdistill.interop.torch_weights import TreeWeights
 
 VARIANTS = ("sd", "sd2", "sdxl")
@@ -16,8 +16,8 @@ VARIANTS = ("sd", "sd2", "sdxl")
 
 def pair(variant, scale=0.05):
     """A folder, the weights of its UNet, and others near to them."""
-    folder = diffusers_folder.open_folder(folders.folder(variant))
-    params = diffusers_folder.load_params(folder.unet)
+    folder = families.open_folder(folders.folder(variant))
+    params = diffusers_folder.load_params(folder.network)
     leaves, tree = jax.tree.flatten(params)
     random = np.random.default_rng(1)
     moved = [a + scale * random.standard_normal(a.shape).astype(np.float32) for a in leaves]
@@ -203,13 +203,13 @@ def test_uis_find_the_layer_of_every_key_at_full_size(name):
 
 def test_the_metadata_name_the_family_as_uis_look_for_it():
     spec = {"modelspec.architecture": "stable-diffusion-v2-768-v", "modelspec.prediction_type": "v"}
-    folder = diffusers_folder.open_folder(folders.folder("sd2"))
+    folder = families.open_folder(folders.folder("sd2"))
     factors = {"conv_in": (np.zeros((3, 4)), np.zeros((8, 3)))}
     found = lora.metadata(folder, factors, spec)
     assert found["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
     assert (found["ss_v2"], found["ss_base_model_version"]) == ("True", "sd_v2_v")
     assert found["ss_network_dim"] == found["ss_network_alpha"] == "3"
-    folder = diffusers_folder.open_folder(folders.folder("sdxl"))
+    folder = families.open_folder(folders.folder("sdxl"))
     spec = {
         "modelspec.architecture": "stable-diffusion-xl-v1-base",
         "modelspec.prediction_type": "",

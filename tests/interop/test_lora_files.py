@@ -164,8 +164,8 @@ def test_stacked_blocks_take_their_own_updates(tmp_path):
     plain, scanned = (
         open_checkpoint(folder, Beside(loras=(str(path),)), scan=scan) for scan in (False, True)
     )
-    found = diffusers_folder.load_params(scanned.unet)
-    wanted = torch_tensors(diffusers_folder.load_params(plain.unet))
+    found = diffusers_folder.load_params(scanned.network)
+    wanted = torch_tensors(diffusers_folder.load_params(plain.network))
     for name, value in torch_tensors(found).items():
         np.testing.assert_array_equal(value, wanted[name], err_msg=name)
 
@@ -248,13 +248,13 @@ def test_at_full_size_each_layer_has_one_stem(name):
     folder = plan._replace(text_encoders=encoders)
     kernels = [
         layer
-        for layer, leaves in lora_names.layers(folder.unet).items()
+        for layer, leaves in lora_names.layers(folder.network).items()
         if len(leaves["weight"]) > 1
     ]
     assert len(kernels) == MODULES[name]
     prefixes = (lora_names.TEXT,) if name == "sd15" else lora_names.XL_TEXT
     for original in (False, True):
-        stems = dict(lora_names.kohya_names(folder.unet, lora_names.UNET, original=original))
+        stems = dict(lora_names.kohya_names(folder.network, lora_names.UNET, original=original))
         for part, prefix in zip(encoders, prefixes, strict=True):
             found = lora_names.kohya_names(part, prefix, original=original)
             stems |= {f"{prefix}{layer}": stem for layer, stem in found.items()}
@@ -379,7 +379,7 @@ def test_a_lora_that_cannot_be_used_is_refused_in_one_line(kind, tmp_path):
     path = damaged(kind, tmp_path)
     with pytest.raises(ValueError, match=re.escape(MESSAGES[kind])) as error:
         found = open_checkpoint(folders.folder("sd"), Beside(loras=(str(path),)))
-        diffusers_folder.load_params(found.unet)
+        diffusers_folder.load_params(found.network)
     assert "\n" not in str(error.value) and "style" in str(error.value) + "style" * (
         kind == "peft without config"
     )
@@ -412,7 +412,7 @@ def test_a_student_holds_its_teachers_style_and_takes_it_once(tmp_path, capsys):
     path = loras.save(kohya("sd"), tmp_path / "style.safetensors")
     teacher = open_checkpoint(folder, Beside(loras=(f"{path}:0.8",)))
     held = {"loras": lora_files.record(teacher)}
-    params = diffusers_folder.load_params(teacher.unet)
+    params = diffusers_folder.load_params(teacher.network)
     target = tmp_path / "student"
     diffusers_folder.save_student(
         teacher,

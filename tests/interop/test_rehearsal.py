@@ -9,7 +9,7 @@ import folders
 import pytest
 
 from jaxdistill.errors import UserError
-from jaxdistill.interop import diffusers_folder
+from jaxdistill.interop import diffusers_folder, families
 from jaxdistill.run import checkpoint
 
 
@@ -29,8 +29,8 @@ def source(tmp_path):
 
 
 def save(source, target):
-    found = diffusers_folder.open_folder(source)
-    params = diffusers_folder.load_params(found.unet)
+    found = families.open_folder(source)
+    params = diffusers_folder.load_params(found.network)
     scheduler = {"_class_name": "DDIMScheduler"}
     diffusers_folder.save_student(found, target, params, scheduler=scheduler)
 
@@ -99,12 +99,12 @@ def test_what_would_end_the_export_ends_the_rehearsal(source, tmp_path, name):
     spoil, words = REFUSED[name]
     spoil(source, tmp_path / "out")
     with pytest.raises(UserError, match=words) as failure:
-        diffusers_folder.rehearse(diffusers_folder.open_folder(source), tmp_path / "out")
+        diffusers_folder.rehearse(families.open_folder(source), tmp_path / "out")
     assert "\n" not in str(failure.value)
 
 
 def test_the_rehearsal_counts_what_is_copied_and_the_disk_is_asked(source, tmp_path, monkeypatch):
-    size = diffusers_folder.rehearse(diffusers_folder.open_folder(source), tmp_path / "out")
+    size = diffusers_folder.rehearse(families.open_folder(source), tmp_path / "out")
     save(source, tmp_path / "out")
     copied = [p for p in (tmp_path / "out").rglob("*") if p.parts[-2] not in ("unet", "scheduler")]
     assert size == sum(p.stat().st_size for p in copied if p.is_file() and p.parent.name != "out")

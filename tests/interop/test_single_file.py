@@ -22,6 +22,7 @@ from jaxdistill.interop import (
     architectures,
     diffusers_folder,
     diffusers_scheduler,
+    families,
     original_layout,
     torch_weights,
 )
@@ -43,7 +44,7 @@ def pair(request, tmp_path_factory):
 
 
 def parts(found):
-    return (found.unet, found.vae, *found.text_encoders)
+    return (found.network, found.vae, *found.text_encoders)
 
 
 def assert_same_weights(found, wanted):
@@ -63,9 +64,9 @@ def test_stock_converters_make_the_folders_weights_of_the_file(pair):
     folder, path = pair
     found = open_checkpoint(folder)
     tensors = {k: torch.tensor(v) for k, v in load_file(path).items()}
-    unet = {**found.unet.config, "class_embed_type": None, "num_class_embeds": None}
+    unet = {**found.network.config, "class_embed_type": None, "num_class_embeds": None}
     made = [
-        (found.unet, stock.convert_ldm_unet_checkpoint(dict(tensors), config=unet)),
+        (found.network, stock.convert_ldm_unet_checkpoint(dict(tensors), config=unet)),
         (found.vae, stock.convert_ldm_vae_checkpoint(dict(tensors), config=found.vae.config)),
     ]
     open_clip = {OPEN_TEXT, XL_TEXT[1]}
@@ -123,7 +124,7 @@ UPSAMPLINGS = {
 
 def full_size(name):
     """{name in the original layout: shape} of a published model, and its folder of configs."""
-    found = diffusers_folder.open_folder(architectures.pipeline_folder(name))
+    found = families.open_folder(architectures.pipeline_folder(name))
     prefixes = (UNET, VAE, *FULL[name][1])
     shapes: dict[str, tuple[int, ...]] = {}
     for part, prefix in zip(parts(found), prefixes, strict=True):
@@ -199,7 +200,7 @@ def test_a_published_folder_is_one_that_stock_diffusers_reads(tmp_path, monkeypa
             config = getattr(diffusers, kind).load_config(root / part)
             with torch.device("meta"):
                 made = getattr(diffusers, kind).from_config(config).state_dict()
-            ours = getattr(diffusers_folder.open_folder(root), part)
+            ours = getattr(families.open_folder(root), part)
             wanted = torch_weights.names_of(diffusers_folder.abstract_params(ours))
             assert {n: tuple(t.shape) for n, t in made.items()} == wanted
         scheduler = getattr(diffusers, pipeline["scheduler"]["_class_name"])
@@ -268,7 +269,7 @@ def test_averaged_weights_are_taken_where_there_are_some(tmp_path, capsys):
     difference = jax.tree.map(
         lambda a, b: np.abs(a - b - 1).max(),
         diffusers_folder.load_params(averages.unet),
-        diffusers_folder.load_params(plain.unet),
+        diffusers_folder.load_params(plain.network),
     )
     assert max(jax.tree.leaves(difference)) < 1e-6
 
@@ -301,7 +302,7 @@ def test_what_the_file_lacks_is_the_folders(tmp_path, capsys, lacking):
         original.write(folder, tmp_path / "x.safetensors", parts=kept), Beside(like=folder)
     )
     part = found.vae if lacking == "vae" else found.text_encoders[0]
-    assert part.file is None and found.unet.file is not None
+    assert part.file is None and found.network.file is not None
     assert f"taken from {part.folder}" in capsys.readouterr().err
 
 
@@ -312,7 +313,7 @@ def test_a_student_of_a_file_is_a_folder_of_its_weights(tmp_path):
     for weights in bare.rglob("*.safetensors"):
         weights.unlink()
     teacher = open_checkpoint(path, Beside(like=bare))
-    params = diffusers_folder.load_params(teacher.unet)
+    params = diffusers_folder.load_params(teacher.network)
     diffusers_folder.save_student(
         teacher, tmp_path / "student", params, scheduler=dict(teacher.scheduler)
     )
@@ -542,8 +543,8 @@ def test_a_unet_alone_is_read_under_other_names(tmp_path, variant, names):
         tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     save_file(moved(tensors, UNET if names == "bare" else ""), tmp_path / "x.safetensors")
     found = open_checkpoint(tmp_path / "x.safetensors", Beside(like=folder))
-    assert found.unet.file is not None and found.vae.file is None
-    assert_same_weights(found.unet, open_checkpoint(folder).unet)
+    assert found.network.file is not None and found.vae.file is None
+    assert_same_weights(found.network, open_checkpoint(folder).unet)
 
 
 # ------------------------------------------------------------------- what it predicts, by a flag

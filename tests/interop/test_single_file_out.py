@@ -61,7 +61,7 @@ def same_bits(a, b):
 def test_a_file_that_nothing_was_done_to_comes_out_bit_for_bit(pair, tmp_path):
     folder, path = pair
     teacher = open_checkpoint(path, Beside(like=folder))
-    made = write(tmp_path / "out.safetensors", teacher, teacher.unet.weights())
+    made = write(tmp_path / "out.safetensors", teacher, teacher.network.weights())
     wanted = {k: v for k, v in load_file(path).items() if not k.startswith("model_ema.")}
     assert made.keys() == wanted.keys()
     assert [name for name in made if not same_bits(made[name], wanted[name])] == []
@@ -71,7 +71,7 @@ def test_only_the_unet_of_a_students_file_differs_from_its_teachers(pair, tmp_pa
     """The rest is the teacher's, not what the student's folder made of it."""
     folder, path = pair
     teacher = open_checkpoint(path, Beside(like=folder))
-    params = diffusers_folder.load_params(teacher.unet)
+    params = diffusers_folder.load_params(teacher.network)
     moved = jax.tree.map(lambda a: a + 0.5, params)
     student = teacher._replace(file=None)
     unet = torch_weights.TreeWeights(moved)
@@ -87,7 +87,7 @@ def test_only_the_unet_of_a_students_file_differs_from_its_teachers(pair, tmp_pa
 def test_what_is_cast_of_a_file_keeps_the_tensors_that_no_module_has(pair, tmp_path):
     folder, path = pair
     teacher = open_checkpoint(path, Beside(like=folder))
-    unet = teacher.unet.weights()
+    unet = teacher.network.weights()
     made = write(tmp_path / "out.safetensors", teacher, unet, others="float16")
     given = load_file(path)
     assert made.keys() == {name for name in given if not name.startswith("model_ema.")}
@@ -102,7 +102,7 @@ def test_our_reader_finds_the_folder_in_its_file(pair, tmp_path, dtype):
     folder, _ = pair
     source = open_checkpoint(folder)
     path = tmp_path / "out.safetensors"
-    made = write(path, source, source.unet.weights(), dtype=dtype)
+    made = write(path, source, source.network.weights(), dtype=dtype)
     dtypes = {str(value.dtype) for name, value in made.items() if name.startswith(UNET)}
     assert dtypes == {dtype}
     assert {"v_pred", "ztsnr"} & made.keys() == set(MARKS[folder.name])
@@ -116,7 +116,7 @@ def test_our_reader_finds_the_folder_in_its_file(pair, tmp_path, dtype):
         assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *weights)))
     close = jax.tree.map(
         lambda a, b: bool(np.abs(a - b).max() <= 2**-8 * np.abs(a).max()),
-        *map(diffusers_folder.load_params, (source.unet, found.unet)),
+        *map(diffusers_folder.load_params, (source.network, found.network)),
     )
     assert all(jax.tree.leaves(close))
 
@@ -138,10 +138,10 @@ def stock(path, folder, **options):
 def test_stock_diffusers_draws_the_file_as_the_folder(wide, tmp_path):
     folder, path = wide, tmp_path / "out.safetensors"
     source = open_checkpoint(folder)
-    write(path, source, source.unet.weights())
+    write(path, source, source.network.weights())
     wanted = stock(None, folder)
     np.testing.assert_allclose(stock(path, folder), wanted, atol=1e-5)
-    write(path, source, source.unet.weights(), dtype="float16", others="float16")
+    write(path, source, source.network.weights(), dtype="float16", others="float16")
     np.testing.assert_allclose(stock(path, folder), wanted, atol=2 / 255)
 
 
@@ -172,7 +172,7 @@ def wide(request, tmp_path_factory):
 )
 def test_a_value_that_a_dtype_cannot_hold_is_told_with_its_tensor(tmp_path, value, message):
     source = open_checkpoint(folders.folder("sd"))
-    weights = torch_weights.TreeWeights(diffusers_folder.load_params(source.unet))
+    weights = torch_weights.TreeWeights(diffusers_folder.load_params(source.network))
     read = weights.read
     bad = "conv_in.weight"
     weights.read = lambda name: np.full_like(read(name), value) if name == bad else read(name)
@@ -224,7 +224,7 @@ def test_an_encoder_under_other_names_is_written_once(tmp_path):
         save_file(tensors, path)
         teacher = open_checkpoint(path, Beside(like=folder))
         out = tmp_path / f"{variant}-out.safetensors"
-        made = write(out, teacher, teacher.unet.weights(), others="float16")
+        made = write(out, teacher, teacher.network.weights(), others="float16")
         assert len(made) == len(tensors)
         again = open_checkpoint(out, Beside(like=folder))
         for found, wanted in zip(again.text_encoders, teacher.text_encoders, strict=True):
@@ -246,7 +246,7 @@ def test_a_students_file_says_what_the_student_predicts(
     folder, out = folders.folder(variant), tmp_path / "out.safetensors"
     path = original.write(folder, tmp_path / "x.safetensors", marks=marks, metadata=metadata)
     teacher = open_checkpoint(path, Beside(like=folder, prediction=prediction))
-    made = single_file_out.entries(teacher, teacher.unet.weights(), dtype=KEEP)
+    made = single_file_out.entries(teacher, teacher.network.weights(), dtype=KEEP)
     spec = single_file_out.modelspec(teacher, teacher, title="x", size=(64, 64), hint="")
     single_file_out.write(out, made, spec)
     again = open_checkpoint(out, Beside(like=folder))

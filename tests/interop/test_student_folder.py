@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import sample, sampling
-from jaxdistill.interop import diffusers_folder, diffusers_scheduler, how_to_sample
+from jaxdistill.interop import diffusers_folder, diffusers_scheduler, families, how_to_sample
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.run import checkpoint
 from jaxdistill.tasks.text_to_image import pipeline
@@ -23,11 +23,11 @@ def test_stock_diffusers_draws_a_students_images(variant, solver, tmp_path, monk
     """1.x with eps, 2.x with v from zero terminal SNR, XL with eps: N steps without guidance, with
     nothing said of the timesteps.
     """
-    source = diffusers_folder.open_folder(folders.folder(variant))
+    source = families.open_folder(folders.folder(variant))
     config = diffusers_scheduler.student_config(source.scheduler, solver=solver)
     target = tmp_path / "student"
     diffusers_folder.save_student(
-        source, target, diffusers_folder.load_params(source.unet), scheduler=config
+        source, target, diffusers_folder.load_params(source.network), scheduler=config
     )
     pipe, theirs = pipeline.load(target), folders.load_torch(target)
     assert type(theirs.scheduler).__name__ == config["_class_name"]
@@ -58,13 +58,13 @@ MADE_FOR["timesteps"] = {"1": [999], "2": [999, 499]}
 
 def written(target, variant="sd", size=(48, 80), **settings):
     """A student's folder as a run writes it, whose network is its teacher's."""
-    source = diffusers_folder.open_folder(folders.folder(variant))
+    source = families.open_folder(folders.folder(variant))
     config = diffusers_scheduler.student_config(source.scheduler)
     made_for = {**MADE_FOR, "height": size[0], "width": size[1]}
     diffusers_folder.save_student(
         source,
         target,
-        diffusers_folder.load_params(source.unet),
+        diffusers_folder.load_params(source.network),
         scheduler={**config, pipeline.KEY: made_for},
         size=size,
         extra={pipeline.SETTINGS: {**made_for, **settings}},
@@ -87,8 +87,8 @@ def test_the_size_is_diffusers_default_too(variant, size, default, tmp_path):
     theirs = folders.load_torch(target)
     drawn = theirs("a cat", num_inference_steps=1, guidance_scale=1.0, output_type="np").images
     assert drawn.shape[1:3] == default
-    folder = diffusers_folder.open_folder(target)
-    assert diffusers_folder.native_size(folder) == default
+    folder = families.open_folder(target)
+    assert folder.family.native_size(folder) == default
     assert pipeline.made_for(target)["height"] == size[0]
 
 

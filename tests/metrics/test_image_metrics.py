@@ -146,7 +146,7 @@ def inception_weights():
 
 
 def clip_weights():
-    from jaxdistill.interop.diffusers_folder import text_module
+    from jaxdistill.interop.components import text_module
 
     vision = image_metrics.vision_module(CLIP_CONFIG["vision_config"], Path("."), projection=24)
     text = text_module(

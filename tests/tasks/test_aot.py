@@ -319,7 +319,7 @@ def test_several_slices_divide_the_data_and_nothing_else():
 
 def test_published_architectures_have_their_published_size():
     for name, millions in (("sd15", 859.5), ("sd21", 865.9), ("sdxl", 2567.5)):
-        part = architectures.folder(architectures.PIPELINES[name]).unet
+        part = architectures.folder(architectures.PIPELINES[name]).network
         count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(aot_params(part)))
         assert count / 1e6 == pytest.approx(millions, abs=0.1), name
 

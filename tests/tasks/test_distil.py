@@ -19,7 +19,14 @@ from shell import assert_one_error_line, assert_same_bits, run_command
 from configs import base
 from jaxdistill import main, partition
 from jaxdistill.errors import UserError
-from jaxdistill.interop import Beside, diffusers_folder, diffusers_scheduler, lora, single_file
+from jaxdistill.interop import (
+    Beside,
+    diffusers_folder,
+    diffusers_scheduler,
+    families,
+    lora,
+    single_file,
+)
 from jaxdistill.model import lora_init, lora_merge
 from jaxdistill.run import checkpoint, loop, record_cache
 from jaxdistill.run.run import Run
@@ -94,7 +101,7 @@ def test_a_stopped_run_ends_in_the_bits_of_one_that_was_not(finished, tmp_path):
     assert [r for r in whole if "loss" in r] == [r for r in parts if "loss" in r]
     ours, theirs = (checkpoint.load_export(f / "student")[0] for f in (tmp_path / "whole", folder))
     assert_same_bits(ours, theirs)
-    teacher = diffusers_folder.load_params(diffusers_folder.open_folder(folders.folder("sd")).unet)
+    teacher = diffusers_folder.load_params(families.open_folder(folders.folder("sd")).network)
     moved = jax.tree.map(
         lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), ours, teacher
     )
@@ -253,11 +260,11 @@ def test_a_folder_that_is_no_student_cannot_teach_one_step(tmp_path):
 
 def test_a_student_of_another_first_step_cannot_teach_one_step(tmp_path):
     """Noise correction is no part of its scheduler, but of its sampler."""
-    source = diffusers_folder.open_folder(folders.folder("sd"))
+    source = families.open_folder(folders.folder("sd"))
     diffusers_folder.save_student(
         source,
         tmp_path / "student",
-        diffusers_folder.load_params(source.unet),
+        diffusers_folder.load_params(source.network),
         scheduler=diffusers_scheduler.student_config(source.scheduler),
         extra={pipeline.SETTINGS: {"noise_correction": True, "height": 64, "width": 64}},
     )
@@ -301,7 +308,7 @@ def test_low_rank_updates_load_in_diffusers_and_fuse(tmp_path):
     # And the run's single file is the student's folder.
     files = Beside(like=tmp_path / "run" / "diffusers")
     found = single_file.open_checkpoint(tmp_path / "run" / "student.safetensors", files)
-    weights = (found.unet, diffusers_folder.open_folder(files.like).unet)
+    weights = (found.network, families.open_folder(files.like).network)
     assert_same_bits(*map(diffusers_folder.load_params, weights))
     tensors = load_file(tmp_path / "run" / "lora" / lora.FILE)
     assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {3} and any(
@@ -313,7 +320,7 @@ def test_merging_is_the_layers_own_update():
     """W + down up, for a linear layer, a convolution and a stack, is what the layers compute beside
     their kernels.
     """
-    part = diffusers_folder.open_folder(folders.folder("sdxl"), scan=True).unet
+    part = families.open_folder(folders.folder("sdxl"), scan=True).network
     params = diffusers_folder.load_params(part)
     updates = lora_init(jax.random.key(0), params, ["to_k", "conv2", "proj_out"], 2)
     updates = jax.tree.map(lambda a: a + 0.1, updates)
@@ -536,8 +543,8 @@ def test_the_exports_are_rehearsed_before_any_weight_is_read(tmp_path, monkeypat
 
 def test_an_export_of_scanned_blocks_is_read_as_such(tmp_path):
     """configs/sdxl.py trains with stacked blocks; its Orbax export draws what the folder draws."""
-    source = diffusers_folder.open_folder(folders.folder("sdxl"), scan=True)
-    params = diffusers_folder.load_params(source.unet)
+    source = families.open_folder(folders.folder("sdxl"), scan=True)
+    params = diffusers_folder.load_params(source.network)
     card = {
         "role": "text-to-image student",
         "components": str(source.path),

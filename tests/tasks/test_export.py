@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from shell import assert_same_bits
 
 from jaxdistill import export
-from jaxdistill.interop import Beside, card, diffusers_folder, lora
+from jaxdistill.interop import Beside, card, diffusers_folder, families, lora
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.original_layout import UNET
 from jaxdistill.interop.single_file import open_checkpoint
@@ -48,7 +48,7 @@ def make_run(workdir, params, *, updates=None):
 
 
 def teacher_params():
-    return diffusers_folder.load_params(diffusers_folder.open_folder(folders.folder("sd")).unet)
+    return diffusers_folder.load_params(families.open_folder(folders.folder("sd")).network)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def test_a_run_knows_what_its_student_was_made_from(run, tmp_path):
     rest = [name for name in given if not name.startswith(UNET)]
     assert all(made[name].tobytes() == given[name].tobytes() for name in rest)
     found = open_checkpoint(files[0], Beside(like=folders.folder("sd")))
-    wanted = diffusers_folder.open_folder(run / "diffusers")
-    assert_same_bits(*map(diffusers_folder.load_params, (found.unet, wanted.unet)))
+    wanted = families.open_folder(run / "diffusers")
+    assert_same_bits(*map(diffusers_folder.load_params, (found.network, wanted.network)))
     told = metadata(files[0])
     assert told["modelspec.title"] == "teacher in 2 steps"
     assert told["modelspec.usage_hint"].startswith("1 or 2 steps, CFG 1")
@@ -104,7 +104,7 @@ def test_a_lora_of_full_rank_makes_the_teacher_the_student(run, tmp_path, capsys
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     state = pipe.unet.state_dict()
-    student = diffusers_folder.open_folder(run / "diffusers").unet.weights()
+    student = families.open_folder(run / "diffusers").network.weights()
     for name in student.shapes:
         np.testing.assert_allclose(state[name], student.read(name), atol=1e-5, err_msg=name)
     called(f"model={run / 'student'}", f"out={tmp_path / 'small.safetensors'}", "rank=1", *options)
@@ -187,7 +187,7 @@ def test_a_teacher_that_has_changed_is_told(tmp_path):
     run = make_run(tmp_path / "run", teacher_params())
     student = take_away.open_student(run / "diffusers")
     teacher = take_away.open_teacher(student, "")
-    parts = {"unet": teacher.unet, "vae": teacher.vae}
+    parts = {"unet": teacher.network, "vae": teacher.vae}
     began = {weights_of(name): Checksums().input(part) for name, part in parts.items()}
     inputs.keep(run, inputs.check(run, began))
     file = tmp_path / "teacher.safetensors"

@@ -11,7 +11,7 @@ import pytest
 from shell import assert_one_error_line, run_command
 
 from jaxdistill import sample, sampling
-from jaxdistill.interop import diffusers_folder
+from jaxdistill.interop import families
 from jaxdistill.page.engine import PipelinePainter
 from jaxdistill.tasks.text_to_image import pipeline
 
@@ -247,17 +247,17 @@ def test_an_eps_teacher_with_zero_terminal_snr_is_refused_before_its_weights_are
 
 
 def test_old_folders_of_a_small_sample_size_draw_as_diffusers_does():
-    found = diffusers_folder.open_folder(folders.folder("sd"))
+    found = families.open_folder(folders.folder("sd"))
     for version, side in (("0.8.1", 64), ("0.9.0", 8), ("0.42.1", 8)):
-        config = {**found.unet.config, "_diffusers_version": version, "sample_size": 8}
+        config = {**found.network.config, "_diffusers_version": version, "sample_size": 8}
         size = pipeline.image_size(
-            found._replace(unet=found.unet._replace(config=config)), None, None
+            found._replace(network=found.network._replace(config=config)), None, None
         )
         assert size == (side * found.vae.module.factor,) * 2, version
 
 
 def test_a_tokenizer_of_another_model_is_named():
-    found = diffusers_folder.open_folder(folders.folder("sd"))
+    found = families.open_folder(folders.folder("sd"))
     (part,) = found.text_encoders
     text = pipeline.TextEncoders(found)
     text.folder = found._replace(
@@ -268,7 +268,7 @@ def test_a_tokenizer_of_another_model_is_named():
 
 
 def test_sizes_default_to_the_checkpoints():
-    assert pipeline.image_size(diffusers_folder.open_folder(folders.folder("sd")), None, 80) == (
+    assert pipeline.image_size(families.open_folder(folders.folder("sd")), None, 80) == (
         64,
         80,
     )

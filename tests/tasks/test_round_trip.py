@@ -12,7 +12,7 @@ import pytest
 import text_config
 
 from jaxdistill import main
-from jaxdistill.interop import Beside, diffusers_folder, how_to_sample, lora
+from jaxdistill.interop import Beside, families, how_to_sample, lora
 from jaxdistill.tasks.text_to_image import pipeline
 
 START = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
@@ -96,8 +96,8 @@ def test_no_code_travels_and_every_file_is_there(made):
     assert named[-1] == lora.KOHYA_FILE and (run / "lora" / named[-1]).is_file()
     held = pipeline.made_for(run / "diffusers")["loras"]
     assert [(Path(found["file"]).name, found["weight"]) for found in held] == [(style.name, 0.8)]
-    teacher = diffusers_folder.open_folder(made[0])
-    styled = diffusers_folder.open_folder(run / "diffusers")
+    teacher = families.open_folder(made[0])
+    styled = families.open_folder(run / "diffusers")
     encoders = [f.text_encoders[0].weights() for f in (teacher, styled)]
     name = "text_model.encoder.layers.0.self_attn.q_proj.weight"
     assert np.abs(encoders[0].read(name) - encoders[1].read(name)).max() > 1e-3

@@ -205,6 +205,11 @@ class UNetCondition(nn.Module):
     scan: bool = False
     dtype: Dtype = jnp.float32
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale is an input."""
+        return self.guidance_width > 0
+
     @nn.compact
     def __call__(
         self, x: Array, t: Array, cond: Any, features: bool = False

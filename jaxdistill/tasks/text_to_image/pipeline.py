@@ -22,7 +22,7 @@ from jaxdistill.interop import (
     single_file,
     torch_weights,
 )
-from jaxdistill.interop.clip_tokenizer import Tokenizer, say_cut
+from jaxdistill.interop.clip_tokenizer import Tokens, say_cut
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
 from jaxdistill.interop.known_students import Described, Known
@@ -31,7 +31,7 @@ from jaxdistill.run import checkpoint
 
 SETTINGS = "jaxdistill.json"
 """What a student's folder says beyond diffusers' own files: {"steps", "guidance", "height",
-"width", "clip_skip", "timesteps" of each number of steps, "noise_correction"}.
+"width", "clip_skip", "timesteps" or "sigmas" of each number of steps, "noise_correction"}.
 """
 KEY = diffusers_folder.KEY
 """Of a student's scheduler_config.json: these but the last. Diffusers' `save_pretrained` keeps such
@@ -40,10 +40,6 @@ a key, and drops SETTINGS.
 
 LINES = 8
 """About prompts that are cut, at most, of a loaded pipeline."""
-
-DEFAULT_STEPS = 50
-DEFAULT_GUIDANCE = {False: 7.5, True: 5.0}
-"""Of diffusers' pipelines, without and with XL."""
 
 
 def check_finite(values: Array | np.ndarray, component: str, dtype: Any) -> None:
@@ -61,74 +57,33 @@ def check_finite(values: Array | np.ndarray, component: str, dtype: Any) -> None
     raise NotFinite(f"{component} gives values that are not finite (NaN or infinite); {mend}")
 
 
-def tokenizers_of(folder: Folder) -> list[Tokenizer]:
-    """Its tokenizers; all give texts of one length. Reads no weights.
-
-    Raises FolderError for tokenizers that cannot be used, ValueError for a clip_skip that leaves no
-    layer.
-    """
-    most = min(part.module.layers for part in folder.text_encoders) - 1
-    if not 0 <= folder.clip_skip <= most:
-        raise ValueError(f"clip_skip must be in 0..{most}, got {folder.clip_skip}")
-    pairs = zip(folder.tokenizers, folder.text_encoders, strict=True)
-    found = [Tokenizer(path, part.module.positions) for path, part in pairs]
-    first = found[0]
-    for other in found[1:]:
-        if other.length != first.length:
-            raise FolderError(
-                f"{other.folder} gives texts of {other.length} tokens, but {first.folder} of"
-                f" {first.length}; their states are put side by side, so set one model_max_length"
-                " in both tokenizer_config.json"
-            )
-    return found
-
-
 class TextEncoders:
     """The frozen text side of a folder: prompts -> the network's conditioning.
 
-    Raises as `tokenizers_of`.
+    Raises as `Family.open_tokenizers`.
     """
 
     def __init__(self, folder: Folder, *, dtype: Any = np.float32) -> None:
         self.folder = folder
-        self.tokenizers = tokenizers_of(folder)
-        self.length = self.tokenizers[0].length
-        modules = [part.module for part in folder.text_encoders]
+        self.tokenizers = folder.family.open_tokenizers(folder)
         self.params = [
             diffusers_folder.load_params(part, dtype=dtype) for part in folder.text_encoders
         ]
         self.dtype = folder.text_encoders[0].module.dtype
         self._said: set[str] = set()
         self._lines = 0
-        xl = folder.xl
-        # The pipelines without XL ask the config whether padding is looked at.
-        masked = not xl and bool(folder.text_encoders[0].config.get("use_attention_mask"))
-
-        def encode(
-            params: Sequence[Any], ids: Sequence[Array], masks: Sequence[Array], skip: int
-        ) -> dict[str, Array]:
-            rows = zip(modules, params, ids, masks, strict=True)
-            states = [m.apply(p, i, s if masked else None, skip=skip) for m, p, i, s in rows]
-            if not xl:
-                return {"context": states[0].last.astype(jnp.float32)}
-            context = jnp.concatenate([s.penultimate for s in states], axis=-1)
-            return {
-                "context": context.astype(jnp.float32),
-                "pooled": states[-1].pooled.astype(jnp.float32),
-            }
-
-        self._encode = jax.jit(encode, static_argnums=3)
+        self._encode = jax.jit(folder.family.encode(folder), static_argnums=3)
 
     def __call__(
         self, prompts: Sequence[str], *, batch_size: int = 16, skip: int | None = None
     ) -> dict[str, np.ndarray]:
-        """{"context" float32 [n, l, d]} and for XL "pooled" [n, p]; says on stderr what of a long
-        prompt is cut. `skip` layers at the end are left out, the folder's clip_skip if None.
+        """The network's conditioning, float32 [n, ...] each; says on stderr what of a long prompt
+        is cut. `skip` layers at the end are left out, the folder's clip_skip if None.
 
         Raises UserError for a prompt that is no text.
         """
         found = [tokenizer(prompts) for tokenizer in self.tokenizers]
-        self._say(prompts, found[0].cut)
+        self._say(prompts, *self._longest(found))
         for part, tokens, path in zip(
             self.folder.text_encoders, found, self.folder.tokenizers, strict=True
         ):
@@ -143,8 +98,8 @@ class TextEncoders:
         parts = []
         for i in range(0, len(prompts), batch_size):
             rows = range(i, min(i + batch_size, len(prompts)))
-            ids = [np.resize(t.ids[rows], (size, self.length)) for t in found]
-            masks = [np.resize(t.mask[rows], (size, self.length)) for t in found]
+            ids = [np.resize(t.ids[rows], (size, t.ids.shape[1])) for t in found]
+            masks = [np.resize(t.mask[rows], (size, t.mask.shape[1])) for t in found]
             made = self._encode(self.params, ids, masks, skip)
             encoded = {k: np.asarray(v)[: len(rows)] for k, v in made.items()}
             for values in encoded.values():
@@ -152,7 +107,12 @@ class TextEncoders:
             parts.append(encoded)
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
-    def _say(self, prompts: Sequence[str], cut: Sequence[str]) -> None:
+    def _longest(self, found: Sequence[Tokens]) -> tuple[Sequence[str], int]:
+        """What does not fit into the tokenizer that takes most, and its length."""
+        tokens = max(found, key=lambda tokens: tokens.ids.shape[1])
+        return tokens.cut, tokens.ids.shape[1]
+
+    def _say(self, prompts: Sequence[str], cut: Sequence[str], length: int) -> None:
         """Each prompt that is cut is said once, in at most LINES lines: a server sees many."""
         new = {p: c for p, c in zip(prompts, cut, strict=True) if c and p not in self._said}
         if not new or self._lines == LINES:
@@ -160,17 +120,18 @@ class TextEncoders:
         self._said.update(new)
         self._lines += 1
         last = "; more such prompts are not said" if self._lines == LINES else ""
-        say_cut(new, self.length, last)
+        say_cut(new, length, last)
 
     def announce(self, prompts: Sequence[str]) -> None:
         """One line for all of these prompts that are cut, before they are encoded in parts.
 
         Raises UserError for a prompt that is no text.
         """
+        longest = max(self.tokenizers, key=lambda tokenizer: tokenizer.length)
         cut: list[str] = []
         for i in range(0, len(prompts), 4096):
-            cut += self.tokenizers[0](prompts[i : i + 4096]).cut
-        self._say(prompts, cut)
+            cut += longest(prompts[i : i + 4096]).cut
+        self._say(prompts, cut, longest.length)
 
     def negative(self, prompt: str | None) -> dict[str, np.ndarray]:
         """The conditioning of one negative prompt, [1, ...]; None is the pipeline's own: zeros for
@@ -194,11 +155,6 @@ def with_null(
         name: jnp.broadcast_to(null[name], value.shape) if name in null else value
         for name, value in cond.items()
     }
-
-
-def time_ids(height: int, width: int) -> np.ndarray:
-    """XL's micro-conditioning: original size, crop corner, target size; float32 [6]."""
-    return np.asarray([height, width, 0, 0, height, width], np.float32)
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -248,16 +204,14 @@ def decode_tiled(
 def image_size(folder: Folder, height: int | None, width: int | None) -> tuple[int, int]:
     """Pixels; None is the checkpoint's own.
 
-    Raises ValueError where a side is no multiple of 8 or does not divide into latents.
+    Raises ValueError where a side does not divide into latents, and these into patches.
     """
-    factor = folder.vae.module.factor
-    native = diffusers_folder.native_size(folder)
+    native, multiple = folder.family.native_size(folder), folder.family.multiple(folder)
     found = [
         side if given is None else given
         for given, side in zip((height, width), native, strict=True)
     ]
     for name, side in zip(("height", "width"), found, strict=True):
-        multiple = max(8, factor)
         if side < multiple or side % multiple:
             raise ValueError(f"{name} must be a positive multiple of {multiple}, got {side}")
     return found[0], found[1]
@@ -279,7 +233,7 @@ class Stepper(NamedTuple):
     one program serves every number of steps.
     """
 
-    unet: Any
+    folder: Folder
     scheduler: Scheduler
     layout: partition.Layout | None
 
@@ -287,45 +241,36 @@ class Stepper(NamedTuple):
         self, params: Any, state: Any, inputs: Inputs, t: Array, t_next: Array, *, guided: bool
     ) -> Any:
         """The solver's state at t_next."""
+        network, cond = self.folder.network.module, inputs.cond
         if self.layout is not None:
-            params = self.layout.gathered(params, self.unet.dtype)
-        cond = inputs.cond
-        if self.unet.guidance_width:
+            params = self.layout.gathered(params, network.dtype)
+        if network.takes_guidance:
             cond = {**cond, "guidance": jnp.full(inputs.noise.shape[:1], inputs.guidance)}
         denoiser = sampling.guided_denoiser(
-            self.unet.apply,
+            network.apply,
             params,
             cond,
             schedule=self.scheduler.schedule,
             parameterization=self.scheduler.parameterization,
             null_cond=partial(with_null, inputs.null),
-            scale=inputs.guidance if guided else 1.0,
+            scale=self.folder.family.cfg_scale(inputs.guidance) if guided else 1.0,
             shared=True,
         )
         with partition.on_mesh(self.layout):
             return self.scheduler.advance(denoiser, state, inputs.noise, t, t_next)
 
 
-def guides(scale: float) -> bool:
-    """Whether a pipeline guides at this scale: as in diffusers, 1 or less is none.
-
-    Here alone. Everywhere else (exports, and the teachers of all methods) u + scale (c - u) holds
-    at every scale: 0 is unconditional, 0.5 halfway (`sampling.guided_denoiser`).
-    """
-    return scale > 1.0
-
-
 class TextToImage:
     """A loaded pipeline. Programs are compiled once a shape and kept.
 
-    With a `layout`, on whose mesh `unet_params` are, it draws on all of its devices, each
+    With a `layout`, on whose mesh `network_params` are, it draws on all of its devices, each
     `batch_size` images at once.
     """
 
     def __init__(
         self,
         folder: Folder,
-        unet_params: Any,
+        network_params: Any,
         scheduler: Scheduler,
         *,
         settings: Mapping[str, Any] | None = None,
@@ -334,14 +279,10 @@ class TextToImage:
         share: "TextToImage | None" = None,
         layout: partition.Layout | None = None,
     ) -> None:
-        self.folder, self.params, self.scheduler, self.layout = (
-            folder,
-            unet_params,
-            scheduler,
-            layout,
-        )
+        self.folder, self.scheduler, self.layout = folder, scheduler, layout
+        self.params = network_params
         self.settings, self.tile = dict(settings or {}), tile
-        self.unet, self.vae = folder.unet.module, folder.vae.module
+        self.network, self.vae = folder.network.module, folder.vae.module
         self.text: TextEncoders = share.text if share else TextEncoders(folder, dtype=param_dtype)
         self.vae_params: Any = (
             share.vae_params
@@ -359,14 +300,19 @@ class TextToImage:
     # -- settings
 
     @property
+    def role(self) -> str:
+        """The network that is distilled, for messages."""
+        return {"unet": "the UNet"}.get(self.folder.family.network, "the transformer")
+
+    @property
     def steps(self) -> int:
         """The default number of steps."""
-        return int(self.settings.get("steps", DEFAULT_STEPS))
+        return int(self.settings.get("steps", self.folder.family.steps))
 
     @property
     def guidance(self) -> float:
         """The default guidance scale."""
-        return float(self.settings.get("guidance", DEFAULT_GUIDANCE[self.folder.xl]))
+        return float(self.settings.get("guidance", self.folder.family.guidance))
 
     def check(
         self,
@@ -390,10 +336,8 @@ class TextToImage:
         return image_size(self.folder, height, width)
 
     def guides(self, scale: float) -> bool:
-        """Whether each step has a second call without the prompt at this scale. A network to which
-        the scale is an input (LCM's) never has.
-        """
-        return guides(scale) and not self.unet.guidance_width
+        """Whether each step has a second call without the prompt at this scale."""
+        return self.folder.family.guides(self.folder, scale)
 
     # -- devices
 
@@ -413,7 +357,7 @@ class TextToImage:
     # -- programs
 
     def _step(self, *arguments: Any, guided: bool) -> Any:
-        return Stepper(self.unet, self.scheduler, self.layout).step(*arguments, guided=guided)
+        return Stepper(self.folder, self.scheduler, self.layout).step(*arguments, guided=guided)
 
     def _vae(self, method: str, params: Any, x: Array) -> Any:
         with partition.on_mesh(self.layout):
@@ -431,7 +375,7 @@ class TextToImage:
         was asked for. Raises NotFinite.
         """
         tile = self.tile
-        check_finite(latents, "the UNet", self.unet.dtype)
+        check_finite(latents, self.role, self.network.dtype)
         if tile and max(latents.shape[1:3]) > tile:
             images = decode_tiled(
                 lambda z: self._decode(self.vae_params, z),
@@ -449,7 +393,7 @@ class TextToImage:
         """Standard normal latents [count, h, w, c]; the one of image i is a function of (seed,
         start + i).
         """
-        shape = (height // self.vae.factor, width // self.vae.factor, self.unet.in_channels)
+        shape = (height // self.vae.factor, width // self.vae.factor, self.network.in_channels)
         return np.asarray(card.draw_noise(seed, start, count, shape))
 
     def __call__(
@@ -474,14 +418,14 @@ class TextToImage:
           prompts: n texts.
           negative_prompt: what guidance leads away from; None is the pipeline's own.
           steps: of the sampler; None is the folder's.
-          guidance: scale of classifier-free guidance; 1 or less is none (`guides`).
+          guidance: scale, as the stock pipeline means it (`Family.guides`).
           height: pixels; None is the student's or the checkpoint's own.
           width: likewise.
           seed: image i is a function of (seed, start + i) and its prompt.
           start: number of the first image.
           batch_size: images at once, on each device.
-          latents: starts float32 [n, c, h, w] as diffusers has them, standard normal, instead of
-            the seed's.
+          latents: starts float32 [n, c, h, w], or as the stock pipeline has them, standard normal,
+            instead of the seed's.
           decode: False leaves the decoder out.
 
         Raises:
@@ -495,16 +439,17 @@ class TextToImage:
         )
         steps = self.steps if steps is None else steps
         guidance = self.guidance if guidance is None else guidance
-        run = self.scheduler.run(steps)
+        run = self.scheduler.run(steps, self.folder.family.image_tokens(self.folder, height, width))
         if latents is None:
             noise = self.draw(seed, start, len(prompts), height, width)
         else:
             size = (height // self.vae.factor, width // self.vae.factor)
-            noise = check_latents(latents, (len(prompts), self.unet.in_channels, *size))
+            shape = (len(prompts), self.network.in_channels, *size)
+            noise = check_latents(self.folder.family.unpacked(latents, shape), shape)
         cond = self.text(prompts)
         null = self.text.negative(negative_prompt) if self.guides(guidance) else {}
-        if self.folder.xl:
-            cond["time_ids"] = np.tile(time_ids(height, width), (len(prompts), 1))
+        for name, values in self.folder.family.at_size(self.folder, height, width).items():
+            cond[name] = np.tile(values, (len(prompts), 1))
         found, block = [], min(batch_size, len(prompts)) * self.parts
         for i in range(0, len(prompts), block):
             # The last block is filled up, so that one program serves all.
@@ -514,7 +459,7 @@ class TextToImage:
             if decode:
                 found.append(self.decode(x))
             else:
-                check_finite(x, "the UNet", self.unet.dtype)
+                check_finite(x, self.role, self.network.dtype)
                 found.append(np.asarray(x))
         return np.concatenate(found)[: len(prompts)]
 
@@ -549,7 +494,7 @@ def every_device() -> partition.Layout | None:
 
 def served(settings: Mapping[str, Any]) -> tuple[int, ...]:
     """The step counts of a student's settings."""
-    return tuple(sorted(int(n) for n in settings.get("timesteps", {})))
+    return tuple(sorted(int(n) for n in settings.get("timesteps", settings.get("sigmas", {}))))
 
 
 def unlike(
@@ -568,8 +513,10 @@ def unlike(
         return ""
     if steps not in counts:
         found.append(f"{diffusers_scheduler.one_of(counts)} steps, not {steps}")
-    if guidance is not None and guides(guidance):
-        found.append(f"guidance 1, not {guidance:g} (it is distilled in)")
+    own = float(settings.get("guidance", 1.0))
+    # At 1 or less, where a student has 1, there is no guidance.
+    if guidance is not None and (guidance > 1.0 if own == 1.0 else guidance != own):
+        found.append(f"guidance {own:g}, not {guidance:g} (it is distilled in)")
     made = (settings.get("height"), settings.get("width"))
     drawn = tuple(m if side is None else side for side, m in zip(size, made, strict=True))
     if all(made) and drawn != made:
@@ -656,7 +603,7 @@ def load(
         params = torch_weights.restacked(params)
         scan, root = bool(exported.get("stacked")), components_of(root, exported)
     folder = single_file.open_checkpoint(root, beside, attention=attention, dtype=dtype, scan=scan)
-    if params is not None and folder.unet.updates:
+    if params is not None and folder.network.updates:
         raise FolderError(f"{path} is an export, to which no LoRA is added; give {root}")
     if known is not None:
         kept = ("height", "width", "clip_skip")
@@ -667,10 +614,11 @@ def load(
         noise_correction = settings.get("noise_correction")
     # Read first: what is not supported should not cost the reading of the weights.
     read = diffusers_scheduler.of_folder if known is None else known.scheduler
+    grid = grid or ("trailing" if "sigmas" in settings else None)
     scheduler = read(folder, grid=grid, solver=solver, noise_correction=noise_correction)
-    tokenizers_of(folder)
+    folder.family.open_tokenizers(folder)
     if params is None:
-        params = diffusers_folder.load_params(folder.unet, dtype=param_dtype)
+        params = diffusers_folder.load_params(folder.network, dtype=param_dtype)
     params = params if layout is None else layout.place(params)
     return TextToImage(
         folder,

@@ -168,7 +168,7 @@ def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     scheduler = diffusers_scheduler.of_folder(setup.folder, solver=config.teacher.solver or None)
     rows, guided = (
         config.log.batch_size * partition.parts(layout.mesh),
-        pipeline.guides(config.teacher.guidance),
+        setup.folder.family.guides(setup.folder, config.teacher.guidance),
     )
     place, whole = partition.batch_sharding(layout.mesh), partition.replicated(layout.mesh)
     teacher = layout.describe(setup.frozen(setup.abstract))
@@ -179,7 +179,8 @@ def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
     null, scalar = partition.described(
         (setup.null_shapes(), jax.ShapeDtypeStruct((), np.float32)), whole
     )
-    begin = partial(scheduler.begin, run=scheduler.run(config.teacher.steps))
+    tokens = setup.folder.family.image_tokens(setup.folder, *setup.size)
+    begin = partial(scheduler.begin, run=scheduler.run(config.teacher.steps, tokens))
     # The first step's arguments as the run has them: the solver's state follows the start.
     state = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(
@@ -187,7 +188,7 @@ def teacher_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
         ),
         jax.eval_shape(begin, noise),
     )
-    stepper = pipeline.Stepper(setup.unet, scheduler, layout)
+    stepper = pipeline.Stepper(setup.folder, scheduler, layout)
     function = jax.jit(partial(stepper.step, guided=guided))
     flops = rows * setup.call_flops(copies=2 if guided else 1)
     return Program(

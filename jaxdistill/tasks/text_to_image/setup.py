@@ -82,10 +82,11 @@ def open_teacher(config: ConfigDict) -> Folder:
 
 
 def check_guided(folder: Folder) -> None:
-    """Raise UserError for a network to which the guidance scale is an input (LCM's): methods guide
-    their teacher by two calls, and their students have no such input.
+    """Raise UserError for an UNet to which the guidance scale is an input (LCM's): it is a student,
+    to which its teacher's guidance has been distilled.
     """
-    if width := folder.unet.module.guidance_width:
+    if folder.family.original and folder.network.module.takes_guidance:
+        width = folder.network.module.guidance_width
         raise UserError(
             f"config.teacher.folder = {folder.file or folder.path} is a student whose guidance is"
             f" an input of its UNet (time_cond_proj_dim = {width}), and none to learn from; give"
@@ -108,7 +109,7 @@ class TextSetup:
         student = config.student
         choose(DTYPES, config.export.dtype, "config.export.dtype")
         choose(SINGLE_FILE, config.export.single_file, "config.export.single_file")
-        self.unet = folder.unet.module
+        self.network, family = folder.network.module, folder.family
         plain = self._scheduler(SamplerSpec(), correct=False)
         self.schedule, self.parameterization = plain.schedule, plain.parameterization
         made_for = pipeline.made_for(config.teacher.folder) if config.teacher.folder else {}
@@ -118,13 +119,13 @@ class TextSetup:
         factor = folder.vae.module.factor
         self.tokens = TOKENS
         if folder.tokenizers:
-            self.tokens = pipeline.tokenizers_of(folder)[0].length
-        self.latent_shape = (*(side // factor for side in self.size), self.unet.in_channels)
+            self.tokens = family.tokens(folder)
+        self.latent_shape = (*(side // factor for side in self.size), self.network.in_channels)
         self.layout = partition.layout(config.mesh.to_dict(), devices=devices)
         micro = student.batch_size // student.accumulate
         divided = " / config.student.accumulate" if student.accumulate > 1 else ""
         partition.check_batch(micro, self.layout.mesh, f"config.student.batch_size{divided}")
-        self.abstract = diffusers_folder.abstract_params(folder.unet)
+        self.abstract = diffusers_folder.abstract_params(folder.network)
         self.layout.of(self.abstract)
         self.weights = full_weights()
         if student.lora_rank:
@@ -151,9 +152,10 @@ class TextSetup:
 
     def kit(self, null: Any) -> Kit:
         """The network, guided by this null conditioning, and what the methods share."""
-        config, apply = self.config, self.unet.apply
+        config, apply, family = self.config, self.network.apply, self.folder.family
+        cfg_scale = (lambda scale: 1.0) if self.network.takes_guidance else family.cfg_scale
         return Kit(
-            network=Model(apply, self.schedule, self.parameterization, shares=True),
+            network=Model(apply, self.schedule, self.parameterization, True, cfg_scale),
             null_cond=partial(pipeline.with_null, null),
             grid=self.grid,
             features=partial(apply, features=True),
@@ -171,7 +173,8 @@ class TextSetup:
                 f"grid = {spec.grid!r}: a pipeline folder's student is sampled by a stock"
                 " scheduler, which has the trailing grid alone"
             )
-        return diffusers_scheduler.student_grid(spec.solver, steps, self.schedule.T)
+        config = self.scheduler_config(spec)
+        return self.folder.family.student_grid(config, spec.solver, steps, self.schedule)
 
     def frozen(self, tree: Any) -> Any:
         """Shapes of weights in the dtype of what is not trained."""
@@ -180,7 +183,8 @@ class TextSetup:
 
     def null_shapes(self) -> dict[str, Any]:
         """Shapes of the null conditioning."""
-        return {name: a for name, a in self.cond_shapes(1).items() if name != "time_ids"}
+        own = (*self.folder.family.at_size(self.folder, *self.size), "guidance")
+        return {name: a for name, a in self.cond_shapes(1).items() if name not in own}
 
     def inside(self, tree: Any) -> Any:
         """Whole over "fsdp", kernels in the dtype of the computation."""
@@ -188,9 +192,11 @@ class TextSetup:
 
     def cond_shapes(self, rows: int) -> dict[str, Any]:
         """Shapes of a batch's conditioning."""
-        _, _, cond = diffusers_folder.example_inputs(self.folder.unet)
+        _, _, cond = diffusers_folder.example_inputs(self.folder.network)
         shapes = {name: (rows, *a.shape[1:]) for name, a in cond.items()}
-        shapes["context"] = (rows, self.tokens, cond["context"].shape[-1])
+        for name in ("context", "mask"):  # which have a place for each token
+            if name in shapes:
+                shapes[name] = (rows, self.tokens, *cond[name].shape[2:])
         return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
 
     def batch_shapes(self, stage: Stage) -> dict[str, Any]:
@@ -206,11 +212,11 @@ class TextSetup:
 
     def heads(self, stage: Stage) -> Any:
         """First parameters of the stage's discriminator."""
-        x, t, cond = diffusers_folder.example_inputs(self.folder.unet)
+        x, t, cond = diffusers_folder.example_inputs(self.folder.network)
         key = key_of(self.config.seed, f"discriminator {stage.name}")
 
         def states_of(*inputs: Any) -> Any:
-            return stage.seen(self.unet.apply(*inputs, features=True))
+            return stage.seen(self.network.apply(*inputs, features=True))
 
         return fresh_heads(self._heads, key, states_of, self.abstract, x, t, cond, cond=cond)
 
@@ -226,14 +232,11 @@ class TextSetup:
 
     def _scheduler(self, spec: SamplerSpec, *, correct: bool) -> Scheduler:
         folder = self.folder._replace(scheduler=self.scheduler_config(spec))
-        return diffusers_scheduler.of_folder(folder, noise_correction=correct)
+        return folder.family.student_scheduler(folder, noise_correction=correct)
 
     def scheduler_config(self, spec: SamplerSpec) -> dict[str, Any]:
         """The student's scheduler_config.json."""
-        where = diffusers_scheduler.config_path(self.folder)
-        return diffusers_scheduler.student_config(
-            self.folder.scheduler, solver=spec.solver, where=where
-        )
+        return self.folder.family.student_config(self.folder, spec.solver, self.size)
 
     def check_student(self, path: str) -> None:
         """Raise ValueError where the folder is not drawn from as a student is; a published
@@ -259,14 +262,24 @@ class TextSetup:
                 f" config.methods.{self.config.method.name}.noise_correction={own}"
             )
 
-    def sample(self, unet: Any, vae: Any, noise: jax.Array, cond: Any, *, steps: int) -> jax.Array:
+    @property
+    def student_guidance(self) -> float:
+        """The scale at which a student is called: as an input that of its teacher, or else none."""
+        if self.network.takes_guidance:
+            return float(self.config.teacher.guidance)
+        return self.folder.family.unguided
+
+    def sample(
+        self, params: Any, vae: Any, noise: jax.Array, cond: Any, *, steps: int
+    ) -> jax.Array:
         """Images [b, h, w, 3] from standard normal latents in `steps` calls without guidance: what
         the trained student is for.
         """
-        run, scheduler = self.scheduler.run(steps), self.scheduler
+        scheduler = self.scheduler
+        run = scheduler.run(steps, self.folder.family.image_tokens(self.folder, *self.size))
         denoiser = as_denoiser(
-            self.unet.apply,
-            unet,
+            self.network.apply,
+            params,
             cond,
             schedule=self.schedule,
             parameterization=self.parameterization,
@@ -287,8 +300,8 @@ class TextSetup:
         config = self.config.copy_and_resolve_references()
         config.compute.update({"scan": False, "remat": "none", "attention": "plain"})
         config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
-        module = self.unet.clone(scan=False, remat="none", attention="plain")
-        folder = self.folder._replace(unet=self.folder.unet._replace(module=module))
+        module = self.network.clone(scan=False, remat="none", attention="plain")
+        folder = self.folder._replace(network=self.folder.network._replace(module=module))
         return TextSetup(config, folder, devices=jax.devices()[:1])
 
     def step_flops(self, stage: int = 0) -> float:
@@ -300,7 +313,7 @@ class TextSetup:
         plain = self.as_written
         x = jax.ShapeDtypeStruct((1, *self.latent_shape), np.float32)
         t = jax.ShapeDtypeStruct((1,), np.float32)
-        return flops_of(plain.unet.apply, plain.abstract, x, t, self.cond_shapes(copies))
+        return flops_of(plain.network.apply, plain.abstract, x, t, self.cond_shapes(copies))
 
     def decode_flops(self) -> float:
         """FLOPs of decoding one image."""

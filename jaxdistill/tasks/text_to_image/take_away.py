@@ -17,6 +17,7 @@ from jaxdistill.interop import (
     Beside,
     diffusers_folder,
     diffusers_scheduler,
+    families,
     is_file,
     lora,
     lora_names,
@@ -93,8 +94,8 @@ def open_student(path: str | Path) -> Student:
             )
         root = pipeline.components_of(path, card)
         unet = TreeWeights(torch_weights.restacked(params))
-    folder = diffusers_folder.open_folder(root)
-    unet = unet or folder.unet.weights()
+    folder = families.open_folder(root)
+    unet = unet or folder.network.weights()
     config_file = root.parent / "config.json"
     config = diffusers_folder.read_json(config_file) if config_file.is_file() else {}
     file = root.parent / root.name.replace("diffusers", "lora", 1) / lora.FILE
@@ -121,7 +122,7 @@ def open_teacher(student: Student, given: str, beside: Beside = NOTHING) -> Fold
     chosen = {k: value for k, value in asdict(beside).items() if value != getattr(NOTHING, k)}
     beside = Beside(**(told | chosen))
     found = single_file.open_checkpoint(path, beside)
-    if found.unet.module != student.folder.unet.module:
+    if found.network.module != student.folder.network.module:
         raise FolderError(f"{path} has another UNet than {student.path}: it is not its teacher")
     checksums, workdir = Checksums(), student.folder.path.parent
     for name, part in {"vae": found.vae, **lora_names.components(found)}.items():
@@ -204,8 +205,8 @@ def distance(
     `options`: of the pipeline's call. The three networks are in memory one after the other.
     """
     pipe = pipeline.load(student.path)
-    part = pipe.folder.unet
-    base = teacher.unet.weights()
+    part = pipe.folder.network
+    base = teacher.network.weights()
 
     def drawn(weights: Weights | None) -> np.ndarray:
         if weights is not None:
@@ -213,7 +214,7 @@ def distance(
             pipe.params = torch_weights.load(
                 weights,
                 diffusers_folder.abstract_params(part),
-                where=teacher.unet.where,
+                where=teacher.network.where,
                 ignore=lambda name: True,
             )
         return pipe(prompts, guidance=1.0, **options)
@@ -247,7 +248,7 @@ def nearest(
     if narrow:
         print(f"held whole: {len(narrow)} layers narrower than {rank}, such as {narrow[0]}")
     note(f"{student.path}: decomposing (about a second for each of an XL's 800 layers)")
-    found = lora.truncated(student.unet, teacher.unet.weights(), student.folder, rank)
+    found = lora.truncated(student.unet, teacher.network.weights(), student.folder, rank)
     worst = ", ".join(f"{layer} {share:.1%}" for layer, share in found.worst(3))
     print(f"kept: {found.share:.1%} of the squared difference of all weights")
     print(f"biases and norms, which a LoRA cannot hold: {found.rest / found.total:.1%} of it")

@@ -88,7 +88,11 @@ class TextToImageTask(TextSetup):
     @property
     def parts(self) -> dict[str, diffusers_folder.Part]:
         """The teacher's networks by name."""
-        return {"unet": self.folder.unet, "vae": self.folder.vae, **self.folder.encoders}
+        return {
+            self.folder.family.network: self.folder.network,
+            "vae": self.folder.vae,
+            **self.folder.encoders,
+        }
 
     def made_from(self) -> dict[str, inputs.Input]:
         """All that the run reads, by name: what its workdir remembers. Raises UserError."""
@@ -98,7 +102,7 @@ class TextToImageTask(TextSetup):
             found[f"the teacher's {name} config"] = inputs.value(dict(part.config))
         for path in folder.tokenizers:
             found[f"the teacher's {path.name}"] = inputs.files(files_in(path))
-        about = [folder.xl, folder.zero_empty_prompt, dict(folder.scheduler)]
+        about = [folder.family.name, folder.zero_empty_prompt, dict(folder.scheduler)]
         found["the teacher's scheduler"] = inputs.value(about)
         for path in self.beside_files():
             found[f"{path}, beside the teacher"] = inputs.files([path])
@@ -127,12 +131,12 @@ class TextToImageTask(TextSetup):
         return text
 
     def load(self, dtype: str, *, on_mesh: bool = True) -> Any:
-        """The folder's UNet in a dtype of DTYPES, each tensor straight to its place on the mesh, or
-        else on this process's first device.
+        """The folder's network in a dtype of DTYPES, each tensor straight to its place on the mesh,
+        or else on this process's first device.
         """
         places = self.layout.of(self.abstract) if on_mesh else None
-        unet = self.folder.unet
-        return diffusers_folder.load_params(unet, dtype=DTYPES[dtype], shardings=places)
+        network = self.folder.network
+        return diffusers_folder.load_params(network, dtype=DTYPES[dtype], shardings=places)
 
     def student(self, teacher: Any) -> Any:
         """The folder's weights in float32, whatever the teacher's dtype, or updates of zero."""
@@ -206,7 +210,7 @@ class TextToImageTask(TextSetup):
                 drawn,
                 "pairs",
                 "pairs",
-                self.distillation.pair_count(pipeline.guides(config.teacher.guidance)),
+                self.distillation.pair_count(pipe.guides(config.teacher.guidance)),
                 sampler,
             )
 
@@ -254,18 +258,23 @@ class TextToImageTask(TextSetup):
             noise = pipe.draw(seed, numbers[0], len(numbers), height, width)
             return {**self.encoded(pipe, captions, numbers), "latents": latents, "noise": noise}
 
-        unet = [self.checksums.of(self.folder.unet), dict(self.folder.unet.config)]
+        network = [self.checksums.of(self.folder.network), dict(self.folder.network.config)]
         compute = [config.compute.dtype, config.compute.teacher_dtype]
         schedule = [dict(self.folder.scheduler), self.folder.zero_empty_prompt]
-        about = [unet, compute, options, sampler, schedule, self.size]
+        about = [network, compute, options, sampler, schedule, self.size]
         cache(name, about, captions, draw, what, rows=config.log.batch_size * pipe.parts)
 
     def cond(self, record: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A batch's conditioning: float32, with XL's time ids."""
+        """A batch's conditioning, float32, with what follows from the size of the images and, where
+        the guidance scale is an input, the teacher's.
+        """
         names = [name for name in record if name not in ("latents", "noise")]
         found = {name: record[name].astype(np.float32) for name in names}
-        if self.folder.xl:
-            found["time_ids"] = np.tile(pipeline.time_ids(*self.size), (len(found["context"]), 1))
+        rows = len(found["context"])
+        for name, values in self.folder.family.at_size(self.folder, *self.size).items():
+            found[name] = np.tile(values, (rows, 1))
+        if self.network.takes_guidance:
+            found["guidance"] = np.full((rows,), self.config.teacher.guidance, np.float32)
         return found
 
     def batches(self, stage: Stage, name: str) -> Batches:
@@ -311,7 +320,10 @@ class TextToImageTask(TextSetup):
         teacher = {"steps": config.teacher.steps, "guidance": config.teacher.guidance}
         source = pipe
         if self.recipe.learns_from:
-            source, teacher = student_pipe, {"steps": self.recipe.learns_from, "guidance": 1.0}
+            source, teacher = (
+                student_pipe,
+                {"steps": self.recipe.learns_from, "guidance": self.student_guidance},
+            )
         reference = source(prompts, **teacher, **options)
         path = run.workdir / "samples" / "teacher.png"
         report.save_grid(path, reference, columns=len(prompts), scale=1)
@@ -381,14 +393,17 @@ class TextToImageTask(TextSetup):
         steps = sorted(student.stage.serves)
         end = "" if student is first else f"_{report.slug(max(steps))}"
         scheduler = self.scheduler_config(self.recipe.sampler)
-        timesteps = {n: diffusers_scheduler.student_timesteps(scheduler, n) for n in steps}
+        calls = [self.folder.family.student_times(scheduler, n) for n in steps]
         made_for: dict[str, Any] = {
             "steps": max(steps),
-            "guidance": 1.0,
+            "guidance": self.student_guidance,
             "height": self.size[0],
             "width": self.size[1],
             "clip_skip": self.folder.clip_skip,
-            "timesteps": timesteps,
+            **{
+                name: {n: call[name] for n, call in zip(steps, calls, strict=True)}
+                for name in calls[0]
+            },
         }
         if held := lora_files.record(self.folder):
             made_for["loras"] = held
@@ -424,7 +439,7 @@ class TextToImageTask(TextSetup):
             "method": self.config.method.name,
             "components": f"../diffusers{end}",
             "stacked": self.config.compute.scan,
-            "unet": dict(self.folder.unet.config),
+            self.folder.family.network: dict(self.folder.network.config),
             "scheduler": scheduler,
             "sampler": settings,
         }
@@ -437,7 +452,7 @@ class TextToImageTask(TextSetup):
     def take_away(self, student: take_away.Student, trained: Any) -> None:
         """student.safetensors where it is wanted, and with LoRA a file under Kohya's names."""
         path = student.path
-        if self.config.student.lora_rank:
+        if self.config.student.lora_rank and self.folder.family.original:
             factors = lora.factors_of(trained)
             file = path.with_name(path.name.replace("student", "lora")) / lora.KOHYA_FILE
             take_away.write_lora(student, factors, file, dtype="float32", form="kohya")
@@ -517,7 +532,10 @@ class Drawn:
         self.pipe.params = self.task.weights.variables(trained, base) if low else trained
         try:
             return {
-                n: self.pipe(self.prompts, steps=n, guidance=1.0, **self.options) for n in steps
+                n: self.pipe(
+                    self.prompts, steps=n, guidance=self.task.student_guidance, **self.options
+                )
+                for n in steps
             }
         except NotFinite as error:  # the teacher has drawn with the same text, VAE and types
             name = self.task.config.method.name
