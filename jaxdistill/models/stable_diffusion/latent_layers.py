@@ -258,6 +258,11 @@ def _seen(mask: Array | None) -> Array | None:
     return None if mask is None else mask[:, None, None, :]
 
 
+def _scaled(q: Array) -> Array:
+    """q/√d: in bf16 the factor itself would be rounded, for all scores alike."""
+    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+
+
 def _padded(a: Array, length: int, axis: int) -> Array:
     """Zeros behind, up to `length`."""
     pads = [(0, 0)] * a.ndim
@@ -278,7 +283,7 @@ def _attend_in_rows(q: Array, k: Array, v: Array, mask: Array | None, size: int)
 
 
 def _scores(q: Array, k: Array, mask: Array | None) -> Array:
-    scores = jnp.dot(q * q.shape[-1] ** -0.5, k.T, preferred_element_type=jnp.float32)
+    scores = jnp.dot(_scaled(q), k.T, preferred_element_type=jnp.float32)
     return scores if mask is None else jnp.where(mask, scores, HIDDEN)
 
 
@@ -363,45 +368,45 @@ def auto_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> A
     return jax.lax.platform_dependent(q, k, v, mask, cpu=looped_attention, default=plain_attention)
 
 
-def _tiles(length: int) -> tuple[int, int]:
-    """(the length with padding, its block): of the blocks that fit on the chip the one that pads
-    least, and the largest of those.
+def _tiles(length: int) -> tuple[int, int, int]:
+    """(the length with padding, its block, the block of partial gradients): of the blocks whose
+    scores fit on the chip the one that pads least, and the largest of those.
     """
     blocks = range(4 * LANES, LANES, -LANES) if length > 2 * LANES else (LANES,)
     block = min(blocks, key=lambda block: -(-length // block) * block)
-    return -(-length // block) * block, block
+    number = -(-length // block)
+    wide = max(n for n in range(1, 12 * LANES // block + 1) if number % n == 0)
+    return number * block, block, wide * block
 
 
 def _tiled_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     """The TPU kernel on one device: any lengths, with zeros behind them that nobody sees."""
-    from jax.experimental.pallas.ops.tpu import flash_attention as tpu
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    (b, length), keys = q.shape[:2], k.shape[1]
-    (rows, block), (columns, block_k) = _tiles(length), _tiles(keys)
+    (b, length, h, _), keys = q.shape, k.shape[1]
+    (rows, block, _), (columns, block_k, wide) = _tiles(length), _tiles(keys)
     segments = None
     if mask is not None or columns > keys:
         seen = jnp.ones((b, keys), bool) if mask is None else mask
         ids = _padded(seen, columns, axis=1).astype(jnp.int32)
-        segments = tpu.SegmentIds(jnp.ones((b, rows), jnp.int32), ids)
+        segments = splash.SegmentIds(jnp.ones((b, rows), jnp.int32), ids)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block_k,
+        block_q_dkv=block,
+        block_kv_dkv=wide,
+        block_kv_dkv_compute=block_k,
+        use_fused_bwd_kernel=True,
+    )
+    attend = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.FullMask((rows, columns))] * h), block_sizes=sizes
+    )
     heads = [
         _padded(jnp.swapaxes(a, 1, 2), n, axis=2)
-        for a, n in ((q, rows), (k, columns), (v, columns))
+        for a, n in ((_scaled(q), rows), (k, columns), (v, columns))
     ]
-    sizes = tpu.BlockSizes(
-        block_q=block,
-        block_k_major=block_k,
-        block_k=block_k,
-        block_b=1,
-        block_q_major_dkv=block,
-        block_k_major_dkv=block_k,
-        block_k_dkv=block_k,
-        block_q_dkv=block,
-        block_k_major_dq=block_k,
-        block_k_dq=block_k,
-        block_q_dq=block,
-    )
-    scale = q.shape[-1] ** -0.5
-    out = tpu.flash_attention(*heads, segment_ids=segments, sm_scale=scale, block_sizes=sizes)
+    out = jax.vmap(attend)(*heads, segments)
     return jnp.swapaxes(out[:, :, :length], 1, 2)
 
 
