@@ -53,15 +53,17 @@ def stock(heads: int, axes: Any, double: int, single: int, takes_guidance: bool 
 
 
 def inputs(rows: int = 2, copies: int = 1, size: tuple[int, int] = (6, 10)) -> tuple[Any, ...]:
-    """x, t and cond of `rows` examples, `copies` rows of cond for each."""
+    """x, t and cond of `rows` examples, `copies` rows of cond for each. Bfloat16 gives other times and
+    scales where the pipeline's roundings are not all followed.
+    """
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     cond = {
         "context": normal(rows * copies, WORDS, TEXT),
         "pooled": normal(rows * copies, POOLED),
-        "guidance": jnp.linspace(3.5, 1.0, rows),
+        "guidance": jnp.linspace(3.4, 1.7, rows),
     }
-    return normal(rows, *size, LATENTS), jnp.linspace(0.9, 0.3, rows), cond
+    return normal(rows, *size, LATENTS), jnp.linspace(0.51, 0.89, rows), cond
 
 
 def of_torch(net: Any, module: Any, args: tuple[Any, ...]) -> Any:
