@@ -53,8 +53,8 @@ def stock(heads: int, axes: Any, double: int, single: int, takes_guidance: bool 
 
 
 def inputs(rows: int = 2, copies: int = 1, size: tuple[int, int] = (6, 10)) -> tuple[Any, ...]:
-    """x, t and cond of `rows` examples, `copies` rows of cond for each. Bfloat16 gives other times and
-    scales where the pipeline's roundings are not all followed.
+    """x, t and cond of `rows` examples, `copies` rows of cond for each. These times and scales come
+    out otherwise in bfloat16 if one of the pipeline's roundings is left out.
     """
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
