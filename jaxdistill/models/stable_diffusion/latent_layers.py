@@ -543,7 +543,10 @@ def sinusoidal(t: Array, dim: int, *, flip: bool, shift: float) -> Array:
     cosines first with `flip`.
     """
     half = dim // 2
-    frequencies = np.exp(-np.log(10_000.0) * np.arange(half) / (half - shift)).astype(np.float32)
+    # The exponent in float32, as torch has it: at t = 3500 (a guidance scale) its rounding counts.
+    exponent = np.arange(half, dtype=np.float32) * np.float32(-np.log(10_000.0))
+    exponent = (exponent / np.float32(half - shift)).astype(np.float64)
+    frequencies = np.exp(exponent).astype(np.float32)
     angle = t.astype(jnp.float32)[:, None] * frequencies
     parts: Sequence[Array] = (
         (jnp.cos(angle), jnp.sin(angle)) if flip else (jnp.sin(angle), jnp.cos(angle))
