@@ -22,6 +22,7 @@ from jaxtyping import Array
 from jaxdistill.model import stack
 from jaxdistill.models.stable_diffusion.latent_layers import LORA
 from jaxdistill.models.stable_diffusion.unet_condition import REMAT_POLICIES
+from jaxdistill.partition import gather_of_blocks
 
 TAPS = 4
 """Hidden states that a discriminator sees, evenly spaced over the depth."""
@@ -94,6 +95,11 @@ def run_blocks(
             carry = apply(kind(name=f"{name}.{i}"), carry, *shared)
             states += [seen(carry)] if seen else []
         return carry, states
+    block = kind(name=stack(name, span))
+    gather = gather_of_blocks(stack(name, span), len(span), block.dtype)
+    if gather is not None and not block.is_initializing():
+        # Inside what is computed again: the loop would keep every block whole for its gradient.
+        apply = nn.map_variables(apply, ["params", LORA], gather)
     if policy is not None:
         apply = nn.remat(apply, policy=policy, prevent_cse=False)
 
@@ -108,7 +114,7 @@ def run_blocks(
         length=len(span),
         in_axes=nn.broadcast,
     )
-    carry, stacked = scanned(kind(name=stack(name, span)), carry, *shared)
+    carry, stacked = scanned(block, carry, *shared)
     return carry, [stacked[i] for i in range(len(span))] if seen else []
 
 
