@@ -4,7 +4,8 @@ over "fsdp" and "tensor".
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array
 
 from jaxdistill.errors import UserError
+from jaxdistill.model import unstacked
 
 AXES = ("data", "fsdp", "tensor")
 """The batch is divided over the first two, parameters over the last two."""
@@ -30,9 +32,14 @@ RULES: tuple[Rule, ...] = (
     (r"^null/", ()),  # the null conditioning beside a teacher: one row
     # The second of two layers takes what the first has divided, so that one sum over "tensor"
     # serves both.
-    (r"(to_out\.0|net\.2|fc2|out_proj|proj_out|linear_2|conv2)/kernel$", ("tensor", "fsdp")),
+    (
+        r"(^|[/.])(to_out\.0|to_add_out|net\.2|fc2|out_proj|proj_out|linear_2|conv2"
+        r"|w2|wo|o|o_proj|down_proj)/kernel$",
+        ("tensor", "fsdp"),
+    ),
     (r"(kernel|embedding|down|up)$", ("fsdp", "tensor")),
-    (r"(scale|bias)$", ()),
+    (r"pos_embed$", ("fsdp", None)),
+    (r"(scale|bias|scale_shift_table|pad_token)$", ()),
 )
 """For the networks of this package, their optimizer states and averages."""
 
@@ -199,6 +206,25 @@ def shardings(
     )
 
 
+def _cast(leaf: Any, dtype: Any) -> Any:
+    """Before it travels: half the bytes. The layers would cast to it anyway."""
+    return leaf if dtype is None or leaf.dtype != np.float32 else leaf.astype(dtype)
+
+
+def _exchanged(leaf: Any, dtype: Any, divided: NamedSharding, whole: NamedSharding) -> Any:
+    """A divided array made whole; its gradient is summed into the parts."""
+
+    @jax.custom_vjp
+    def gather(leaf: Any) -> Any:
+        return jax.lax.with_sharding_constraint(_cast(leaf, dtype), whole)
+
+    def sum_into_parts(_: None, gradient: Any) -> tuple[Any]:
+        return (jax.lax.with_sharding_constraint(gradient, divided).astype(leaf.dtype),)
+
+    gather.defvjp(lambda leaf: (gather(leaf), None), sum_into_parts)
+    return gather(leaf)
+
+
 class Layout:
     """A mesh with the rules of the parameters on it."""
 
@@ -214,7 +240,7 @@ class Layout:
 
     def gathered(self, tree: Any, dtype: Any = None) -> Any:
         """Parameters inside a jitted function as the networks use them: whole over "fsdp", kernels
-        in `dtype`.
+        in `dtype`. Those of stacked blocks stay divided: see `gathered_block`.
 
         Without it the compiler may divide a layer's sum over "fsdp" instead, and compute the
         batch's rows on every device: values agree, and the cost does not fall. Their gradient comes
@@ -223,15 +249,35 @@ class Layout:
         if self.mesh.shape["fsdp"] == 1:
             return tree
 
-        def one(leaf: Any, sharding: NamedSharding) -> Any:
-            if "fsdp" not in sharding.spec:
+        def one(path: Any, leaf: Any, sharding: NamedSharding) -> Any:
+            if "fsdp" not in sharding.spec or unstacked(path_name(path).split("/")):
                 return leaf
-            # Cast first: half the bytes travel. The layers would cast to it anyway.
-            cast = leaf if dtype is None or leaf.dtype != np.float32 else leaf.astype(dtype)
-            whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in sharding.spec))
-            return jax.lax.with_sharding_constraint(cast, NamedSharding(self.mesh, whole))
+            cast = _cast(leaf, dtype)
+            return jax.lax.with_sharding_constraint(cast, self._whole(sharding.spec))
 
-        return jax.tree.map(one, tree, self.of(tree))
+        return jax.tree_util.tree_map_with_path(one, tree, self.of(tree))
+
+    def gathered_block(self, tree: Any, name: str, length: int, dtype: Any = None) -> Any:
+        """The same for one block's parameters, inside the loop over the `length` that are stacked
+        at `name`: never more than one block is whole.
+        """
+
+        def one(path: Any, leaf: Any) -> Any:
+            shape = (length, *leaf.shape)
+            stacked = sharding_of(
+                f"{name}/{path_name(path)}", shape, self.mesh, self.rules, smallest=self.smallest
+            )
+            if "fsdp" not in stacked.spec:
+                return leaf
+            spec = tuple(stacked.spec)[1:]
+            divided = NamedSharding(self.mesh, PartitionSpec(*spec))
+            return _exchanged(leaf, dtype, divided, self._whole(spec))
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    def _whole(self, spec: Iterable[Any]) -> NamedSharding:
+        kept = (None if axis == "fsdp" else axis for axis in spec)
+        return NamedSharding(self.mesh, PartitionSpec(*kept))
 
     def describe(self, tree: Any) -> Any:
         """The tree as ShapeDtypeStructs with their shardings, which is what a compiler needs."""
@@ -288,13 +334,33 @@ def put(value: Any, sharding: NamedSharding) -> Any:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def on_mesh(layout: Layout | None) -> contextlib.AbstractContextManager[Any]:
-    """Within a program: the flash kernel asks for the mesh, where there are several devices."""
-    return (
-        contextlib.nullcontext()
-        if layout is None
-        else jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh)
-    )
+_LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def on_mesh(layout: Layout | None) -> Iterator[None]:
+    """Within a program: the flash kernel asks for the mesh, where there are several devices, and a
+    loop over stacked blocks for the layout.
+    """
+    if layout is None:
+        yield
+        return
+    before = _LAYOUT.set(layout)
+    try:
+        with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
+            yield
+    finally:
+        _LAYOUT.reset(before)
+
+
+def gather_of_blocks(name: str, length: int, dtype: Any) -> Callable[[Any], Any] | None:
+    """`Layout.gathered_block` of the layout that a program is on; None where nothing is divided
+    over "fsdp".
+    """
+    layout = _LAYOUT.get()
+    if layout is None or layout.mesh.shape["fsdp"] == 1:
+        return None
+    return partial(layout.gathered_block, name=name, length=length, dtype=dtype)
 
 
 def own_layout(layout: Layout, process: int | None = None) -> Layout:

@@ -18,6 +18,7 @@ from test_flops_of_jaxpr import WITHOUT_LOOPS, transposed
 from test_hlo import LOOPS, both, layer
 
 from jaxdistill.costs.hlo import count
+from jaxdistill.models.stable_diffusion.latent_layers import flash_attention
 
 V4 = {
     "topology_name": "v4:2x2x1",
@@ -51,8 +52,15 @@ def write(name, function, mesh, *arguments):
     }
 
 
+def attention(q, k, v):
+    """The value and the gradient, and no mask: the second is of the padding."""
+    squared = jax.value_and_grad(lambda *qkv: jnp.sum(flash_attention(*qkv) ** 2), (0, 1, 2))
+    return squared(q, k, v)
+
+
 def one_chip():
     chip = Mesh(np.array(devices(**V4)[:1]), ("x",))
+    write("attention", attention, chip, *(((2, n, 3, 64), BF16, P()) for n in (1100, 300, 300)))
     for name, (function, shapes) in WITHOUT_LOOPS.items():
         backward, arrays = transposed(function, *shapes)
         write(f"{name} backward", backward, chip, *((a.shape, BF16, P()) for a in arrays))

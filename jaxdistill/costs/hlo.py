@@ -16,6 +16,11 @@ from jaxdistill.costs.flops import valid_pairs
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
+ATTENTION = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+"""Kernels that declare no FLOPs -> how often they multiply as much as queries [b, h, l, d] by keys
+[b, h, m, d]: the scores and the result; the scores again and the four products of a gradient.
+"""
+
 NETWORK = "between slices"
 """What goes by the host over the data-center network, among the kinds of collectives."""
 
@@ -37,7 +42,7 @@ class Counts(NamedTuple):
     Attributes:
       flops: of dots and convolutions, as `flops.flops_of` counts them: a dot that the TPU's
         compiler writes as a convolution counts as the dot. Pallas kernels count what they declare,
-        which may be nothing.
+        which may be nothing, and those of attention their products.
       bytes: read from and written to the device's main memory by what is not inside a fusion; not
         what a TPU keeps on the chip. Of slices and updates in place only the part that moves.
       collectives: each of `COLLECTIVES` that occurs -> bytes of its results; of its operands for
@@ -208,8 +213,18 @@ def _flops(of: _Instruction, inside: _Computation) -> float:
     if of.op == "convolution":
         return _convolution(of, *(_arrays(s)[0].dims for s in (of.shape, *inside.shapes(of))))
     if of.op == "custom-call":
+        for kernel, products in ATTENTION.items():
+            if of.name.startswith(kernel):
+                return products * _scores(of, inside)
         return float(_text(of, r'"cost_estimate":\{[^{}]*"flops":"(\d+)"') or 0)
     return 0.0
+
+
+def _scores(of: _Instruction, inside: _Computation) -> float:
+    """The FLOPs of an attention kernel's queries by its keys: its first two operands of floats."""
+    arrays = [_arrays(shape)[0] for shape in inside.shapes(of)]
+    queries, keys = (a.dims for a in [a for a in arrays if "f" in a.dtype][:2])
+    return 2.0 * math.prod(queries) * keys[-2]
 
 
 def _convolution(

@@ -129,6 +129,9 @@ def abstract_mesh(data=2, fsdp=4, tensor=2):
     return jax.sharding.AbstractMesh((data, fsdp, tensor), partition.AXES)
 
 
+ROWS_LAST, SUMS = ("fsdp", "tensor"), ("tensor", "fsdp")
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "spec"),
     [
@@ -145,6 +148,21 @@ def abstract_mesh(data=2, fsdp=4, tensor=2):
             (3, 3, 3, 3200),
             (None, None, None, "tensor"),
         ),  # three channels do not divide by four
+        ("params/transformer_blocks.0:13/attn/to_q/kernel", (13, 512, 320), (None, *ROWS_LAST)),
+        ("params/transformer_blocks.0:13/attn/to_add_out/kernel", (13, 512, 320), (None, *SUMS)),
+        ("params/transformer_blocks.0:13/ff_context/net.2/kernel", (13, 512, 320), (None, *SUMS)),
+        ("params/transformer_blocks.0:13/norm1/linear/kernel", (13, 320, 1920), (None, *ROWS_LAST)),
+        ("params/single_transformer_blocks.0:38/proj_out/kernel", (38, 640, 128), (None, *SUMS)),
+        ("params/layers.0:30/feed_forward.w2/kernel", (30, 640, 256), (None, *SUMS)),
+        ("params/layers.0:30/adaLN_modulation.0/kernel", (30, 256, 1024), (None, *ROWS_LAST)),
+        ("params/block.0:24/layer.1.DenseReluDense.wo/kernel", (24, 640, 256), (None, *SUMS)),
+        ("params/block.0:24/layer.0/SelfAttention/o/kernel", (24, 256, 256), (None, *SUMS)),
+        ("params/layers.0:36/self_attn.o_proj/kernel", (36, 256, 256), (None, *SUMS)),
+        ("params/layers.0:36/mlp.down_proj/kernel", (36, 640, 256), (None, *SUMS)),
+        ("lora/transformer_blocks.0:13/attn/to_q/down", (13, 512, 16), (None, *ROWS_LAST)),
+        ("params/transformer_blocks.0:28/scale_shift_table", (28, 6, 1152), ()),
+        ("params/transformer_blocks.0:38/norm/linear/bias", (38, 9216), ()),
+        ("params/pos_embed.pos_embed", (1, 36864, 64), (None, "fsdp", None)),
         ("params/norm/scale", (80000,), ()),
         ("null/context", (1, 77, 2048), ()),
         ("params/to_q/kernel", (8, 8), ()),  # small
@@ -213,3 +231,80 @@ def test_arrays_reach_the_mesh_and_come_back_in_their_bits():
     np.testing.assert_array_equal(back["w"], tree["w"])
     assert jnp.array_equal(jax.random.key_data(back["key"]), jax.random.key_data(tree["key"]))
     np.testing.assert_array_equal(partition.process_rows(layout.mesh, 6), np.arange(6))
+
+
+BLOCKS = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+from flax import linen as nn
+from jaxdistill import partition
+from jaxdistill.costs.hlo import count
+from jaxdistill.models.stable_diffusion.latent_layers import Linear
+from jaxdistill.models.transformers.layers import run_blocks
+
+class Block(nn.Module):
+    dtype: object = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        wide = Linear(512, dtype=self.dtype, name="net.0.proj")(x)
+        return x + Linear(128, dtype=self.dtype, name="net.2")(jnp.tanh(wide))
+
+class Net(nn.Module):
+    scan: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        return run_blocks(Block, "blocks", range(6), x, (), scan=self.scan, remat="full")[0]
+
+random = np.random.default_rng(0)
+x = jnp.asarray(random.standard_normal((64, 128)), jnp.float32)
+shapes = jax.eval_shape(Net().init, jax.random.key(0), x)
+params = jax.tree.map(lambda a: 0.1 * random.standard_normal(a.shape, np.float32), shapes)
+out = {}
+for name, sizes in {"one": {}, "fsdp": {"fsdp": 8}, "both": {"fsdp": 4, "tensor": 2}}.items():
+    mesh = partition.make_mesh(data=1, **sizes, devices=jax.devices()[: 8 if sizes else 1])
+    layout = partition.Layout(mesh)
+
+    def loss(params, x):
+        params = layout.gathered(params)
+        with partition.on_mesh(layout):
+            return jnp.mean(Net().apply(params, x) ** 2)
+
+    places, rows = layout.of(params), partition.batch_sharding(mesh)
+    options = {"in_shardings": (places, rows), "out_shardings": (None, places)}
+    made = jax.jit(jax.value_and_grad(loss), **options)
+    made = made.lower(params, x).compile()
+    value, gradient = made(layout.place(params), jax.device_put(x, rows))
+    counts = count(made.as_text())
+    sums = [float(jnp.abs(a).sum()) for a in jax.tree.leaves(gradient)]
+    largest = max([g.bytes for g in counts.gathers], default=0)
+    temporaries = made.memory_analysis().temp_size_in_bytes
+    out[name] = [float(value), sums, counts.flops, largest, temporaries]
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.slow
+def test_stacked_blocks_are_gathered_one_at_a_time():
+    """Their values, gradients and cost are those of one device, and no more than one block is
+    whole: a network of 12B does not fit a chip.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", BLOCKS],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=quick("--xla_force_host_platform_device_count=8"),
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    value, sums, cost, _, _ = found["one"]
+    block = 4 * 2 * 128 * 512
+    for name in ("fsdp", "both"):
+        assert found[name][0] == pytest.approx(value, rel=1e-5)
+        assert found[name][1] == pytest.approx(sums, rel=1e-4)
+        assert found[name][2] * 8 == pytest.approx(cost, rel=0.05)
+        assert 0 < found[name][3] <= block / 2
+        assert found[name][4] < 4 * block

@@ -549,6 +549,8 @@ def test_one_tpu_chip():
         looped, unrolled = found[f"{name} looped"], found[f"{name} unrolled"]
         assert looped["unknown_loops"] == 0
         assert looped["flops"] == pytest.approx(unrolled["flops"], rel=0.01), name
+    # Two products forward and five for the gradient, of lengths with padding.
+    assert found["attention"]["flops"] == 7 * 2 * (2 * 3 * 1152 * 384 * 64)
     scan = found["scan looped"]
     assert scan["whiles"] and scan["xla"] < 0.3 * scan["flops"]
 

@@ -22,6 +22,7 @@ from jaxtyping import Array
 from jaxdistill.model import stack
 from jaxdistill.models.stable_diffusion.latent_layers import LORA
 from jaxdistill.models.stable_diffusion.unet_condition import REMAT_POLICIES
+from jaxdistill.partition import gather_of_blocks
 
 TAPS = 4
 """Hidden states that a discriminator sees, evenly spaced over the depth."""
@@ -94,6 +95,11 @@ def run_blocks(
             carry = apply(kind(name=f"{name}.{i}"), carry, *shared)
             states += [seen(carry)] if seen else []
         return carry, states
+    block = kind(name=stack(name, span))
+    gather = gather_of_blocks(stack(name, span), len(span), block.dtype)
+    if gather is not None and not block.is_initializing():
+        # Inside what is computed again: the loop would keep every block whole for its gradient.
+        apply = nn.map_variables(apply, ["params", LORA], gather)
     if policy is not None:
         apply = nn.remat(apply, policy=policy, prevent_cse=False)
 
@@ -108,7 +114,7 @@ def run_blocks(
         length=len(span),
         in_axes=nn.broadcast,
     )
-    carry, stacked = scanned(kind(name=stack(name, span)), carry, *shared)
+    carry, stacked = scanned(block, carry, *shared)
     return carry, [stacked[i] for i in range(len(span))] if seen else []
 
 
@@ -120,21 +126,21 @@ def grid_of(tokens: Array, height: int, width: int) -> Array:
 # ---------------------------------------------------------------------------------------- positions
 
 
-def sine_positions(rows: np.ndarray, columns: np.ndarray, dim: int) -> np.ndarray:
+def sine_positions(rows: np.ndarray, columns: np.ndarray, dim: int) -> Array:
     """The 2D table of MAE (He et al. 2021) at these coordinates: float32 [rows, columns, dim].
 
     The first half is [sin, cos] of the column, the second of the row, at frequencies 10000^(-k /
-    (dim / 4)).
+    (dim / 4)). A program holds the two axes only, not the table.
     """
     frequencies = 10_000.0 ** (-np.arange(dim // 4) / (dim / 4))
 
     def one(values: np.ndarray) -> np.ndarray:
         angle = np.asarray(values, np.float64)[:, None] * frequencies
-        return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
 
     shape = (len(rows), len(columns), dim // 2)
     halves = (one(columns)[None], one(rows)[:, None])
-    return np.concatenate([np.broadcast_to(half, shape) for half in halves], -1).astype(np.float32)
+    return jnp.concatenate([jnp.broadcast_to(half, shape) for half in halves], axis=-1)
 
 
 def rotary_angles(positions: Array, dims: Sequence[int], base: float) -> Array:
