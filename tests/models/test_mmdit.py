@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdistill.interop import torch_weights
-from jaxdistill.model import unstacked
 from jaxdistill.models.transformers.layers import taps
 from jaxdistill.models.transformers.mmdit import MMDiT
 
@@ -82,25 +80,17 @@ def ours(model, **options):
         c.sample_size,
         tuple(c.dual_attention_layers),
         c.qk_norm is not None,
+        c.joint_attention_dim,
+        c.pooled_projection_dim,
         **options,
     )
 
 
 def params_of(model, module):
     """Its tensors in the module's tree, each once."""
-    x, t, cond = batch(model)
-    abstract = jax.eval_shape(module.init, jax.random.key(0), x, t, cond)
+    abstract = jax.eval_shape(module.init, jax.random.key(0), *module.example())
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}
     return torch_weights.load(torch_weights.Arrays(tensors), abstract, where="the stock network")
-
-
-def restacked(params, abstract):
-    """Plain parameters as a tree whose blocks are stacked wants them."""
-    plain, tree = flatten_dict(params["params"]), {}
-    for path in flatten_dict(abstract["params"]):
-        several = unstacked(path)
-        tree[path] = jnp.stack([plain[p] for p in several]) if several else plain[path]
-    return {"params": unflatten_dict(tree)}
 
 
 def batch(model, size=(5, 7), rows=2, copies=1):
@@ -152,10 +142,8 @@ def test_other_sizes_are_the_centre_of_the_table(size):
 def test_a_loop_over_blocks_is_the_blocks_in_a_row(name):
     model = stock(**CONFIGS[name])
     row, loop = ours(model), ours(model, scan=True, remat="full")
-    params, given = params_of(model, row), batch(model)
-    abstract = jax.eval_shape(loop.init, jax.random.key(0), *given)
-    assert any(":" in segment for segment in abstract["params"]) == (name == "medium35")
-    stacked = restacked(params, abstract)
+    params, stacked, given = params_of(model, row), params_of(model, loop), batch(model)
+    assert any(":" in segment for segment in stacked["params"]) == (name == "medium35")
     np.testing.assert_allclose(apply(loop, stacked, given), apply(row, params, given), atol=1e-5)
     seen, expected = (
         apply(module, tree, given, features=True)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from jaxdistill.interop import torch_weights
 from jaxdistill.models.text.t5 import T5Encoder, distance_buckets
@@ -113,15 +112,9 @@ def test_states_are_transformers_with_and_without_a_mask(name):
 def test_a_loop_over_the_blocks_is_the_blocks_in_a_row():
     model = stock(**SIZES["v1.1"])
     row, loop = ours(model), ours(model, scan=True)
-    params, (ids, mask) = params_of(model, row), batch(model)
-    inner = dict(params["params"])
-    blocks = [inner.pop(f"encoder.block.{i}") for i in range(3)]
-    inner["encoder.block.0:3"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-    abstract = jax.eval_shape(loop.init, jax.random.key(0), ids)
-    assert flatten_dict(abstract["params"]).keys() == flatten_dict(inner).keys()
-    np.testing.assert_allclose(
-        loop.apply({"params": inner}, ids, mask), row.apply(params, ids, mask), atol=1e-5
-    )
+    params, stacked, given = params_of(model, row), params_of(model, loop), batch(model)
+    assert "encoder.block.0:3" in stacked["params"]
+    np.testing.assert_allclose(loop.apply(stacked, *given), row.apply(params, *given), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -129,7 +122,7 @@ def test_half_precision_is_near_and_does_not_overflow(dtype):
     model = stock(**SIZES["v1.1"])
     for name, value in model.named_parameters():
         if name.endswith("wo.weight"):
-            value.data *= 3000  # the sum over the MLP's width is beyond float16, as XXL's is
+            value.data *= 1e5  # the sum over the MLP's width is beyond float16, as XXL's is
     module, (ids, mask) = ours(model, dtype=dtype), batch(model)
     wide = reference(model, ids, mask)
     assert error(module.apply(params_of(model, module), ids, mask), wide) < 0.05

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxdistill.interop import components, diffusers_scheduler, flow_scheduler
-from jaxdistill.interop.clip_tokenizer import Tokenizer
+from jaxdistill.interop.clip_tokenizer import TextTokenizer
 from jaxdistill.interop.diffusers_folder import Folder
 from jaxdistill.interop.diffusers_scheduler import Scheduler
 from jaxdistill.sampling import TimeGrid
@@ -76,7 +76,7 @@ class Family:
 
     # -- from texts to the conditioning
 
-    def open_tokenizers(self, folder: Folder) -> list[Tokenizer]:
+    def open_tokenizers(self, folder: Folder) -> Sequence[TextTokenizer]:
         """One for each text encoder of the folder. Raises FolderError."""
         raise NotImplementedError
 
@@ -113,6 +113,11 @@ class Family:
     def multiple(self, folder: Folder) -> int:
         """By what the sides of an image, in pixels, must divide."""
         return max(8, folder.vae.module.factor)
+
+    def largest(self, folder: Folder) -> int:
+        """The longest side of an image in pixels; 0 where there is no bound."""
+        del folder
+        return 0
 
     def image_tokens(self, folder: Folder, height: int, width: int) -> int:
         """The positions of an image that the network attends to, on which a shift may depend."""

@@ -136,6 +136,7 @@ class MMDiT(nn.Module):
       dual: blocks in which the image attends to itself too (SD 3.5 medium).
       positions: side of the table of positions, in patches; images are its centre.
       sample_size: latents' side that the table is scaled for.
+      context, pooled: widths of the text's states and of its vector.
       attention: a key of ATTENTION.
       remat: a key of REMAT_POLICIES.
       scan: blocks of one kind as a loop over stacked parameters.
@@ -151,6 +152,8 @@ class MMDiT(nn.Module):
     sample_size: int = 128
     dual: tuple[int, ...] = ()
     qk_norm: bool = False
+    context: int = 4096
+    pooled: int = 2048
     attention: str = "auto"
     remat: str = "none"
     scan: bool = False
@@ -160,6 +163,11 @@ class MMDiT(nn.Module):
     def takes_guidance(self) -> bool:
         """No guidance is distilled into it."""
         return False
+
+    def example(self) -> tuple[Any, ...]:
+        """The smallest inputs."""
+        cond = {"context": jnp.zeros((1, 1, self.context)), "pooled": jnp.zeros((1, self.pooled))}
+        return jnp.zeros((1, self.patch, self.patch, self.in_channels)), jnp.zeros((1,)), cond
 
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Any, *, features: bool = False) -> Any:

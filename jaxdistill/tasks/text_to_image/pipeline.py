@@ -204,8 +204,10 @@ def decode_tiled(
 def image_size(folder: Folder, height: int | None, width: int | None) -> tuple[int, int]:
     """Pixels; None is the checkpoint's own.
 
-    Raises ValueError where a side does not divide into latents, and these into patches.
+    Raises ValueError where a side does not divide into latents, and these into patches, or the
+    network has no positions for it.
     """
+    largest = folder.family.largest(folder)
     native, multiple = folder.family.native_size(folder), folder.family.multiple(folder)
     found = [
         side if given is None else given
@@ -214,6 +216,10 @@ def image_size(folder: Folder, height: int | None, width: int | None) -> tuple[i
     for name, side in zip(("height", "width"), found, strict=True):
         if side < multiple or side % multiple:
             raise ValueError(f"{name} must be a positive multiple of {multiple}, got {side}")
+        if 0 < largest < side:
+            raise ValueError(
+                f"{name} must be at most {largest}, where the network's positions end, got {side}"
+            )
     return found[0], found[1]
 
 
@@ -326,14 +332,16 @@ class TextToImage:
         """Height and width of the images that a call with these settings draws; nothing is
         computed. Raises ValueError as the call.
         """
-        self.scheduler.run(self.steps if steps is None else steps)
         guidance = self.guidance if guidance is None else guidance
         card.check_guidance(guidance)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         made = self.settings.get("height"), self.settings.get("width")
         height, width = (m if g is None else g for g, m in zip((height, width), made, strict=True))
-        return image_size(self.folder, height, width)
+        size = image_size(self.folder, height, width)
+        tokens = self.folder.family.image_tokens(self.folder, *size)
+        self.scheduler.run(self.steps if steps is None else steps, tokens)
+        return size
 
     def guides(self, scale: float) -> bool:
         """Whether each step has a second call without the prompt at this scale."""
