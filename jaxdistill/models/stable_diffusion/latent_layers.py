@@ -479,8 +479,11 @@ class Attention(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None = None) -> Array:
-        """X [b, l, c] and context [b, m, d] (x itself by default) -> [b, l, c]."""
+    def __call__(self, x: Array, context: Array | None = None, mask: Array | None = None) -> Array:
+        """X [b, l, c] and context [b, m, d] (x itself by default) -> [b, l, c].
+
+        `mask` bool [b, m] is False where nobody looks.
+        """
         b, length, c = x.shape
         source = x if context is None else context
         linear = functools.partial(Linear, c, self.qkv_bias, self.dtype)
@@ -489,7 +492,8 @@ class Attention(nn.Module):
             linear(name=name)(source).reshape(b, source.shape[1], self.heads, -1)
             for name in ("to_k", "to_v")
         )
-        out = ATTENTION[self.kernel](q, k, v).reshape(b, length, c)
+        attend = ATTENTION[self.kernel]
+        out = (attend(q, k, v) if mask is None else attend(q, k, v, mask)).reshape(b, length, c)
         return Linear(c, True, self.dtype, name="to_out.0")(out)
 
 
@@ -543,7 +547,10 @@ def sinusoidal(t: Array, dim: int, *, flip: bool, shift: float) -> Array:
     cosines first with `flip`.
     """
     half = dim // 2
-    frequencies = np.exp(-np.log(10_000.0) * np.arange(half) / (half - shift)).astype(np.float32)
+    # The exponent in float32, as torch has it: at t = 3500 (a guidance scale) its rounding counts.
+    exponent = np.arange(half, dtype=np.float32) * np.float32(-np.log(10_000.0))
+    exponent = (exponent / np.float32(half - shift)).astype(np.float64)
+    frequencies = np.exp(exponent).astype(np.float32)
     angle = t.astype(jnp.float32)[:, None] * frequencies
     parts: Sequence[Array] = (
         (jnp.cos(angle), jnp.sin(angle)) if flip else (jnp.sin(angle), jnp.cos(angle))
