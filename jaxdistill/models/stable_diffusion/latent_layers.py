@@ -402,8 +402,11 @@ class Attention(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None = None) -> Array:
-        """X [b, l, c] and context [b, m, d] (x itself by default) -> [b, l, c]."""
+    def __call__(self, x: Array, context: Array | None = None, mask: Array | None = None) -> Array:
+        """X [b, l, c] and context [b, m, d] (x itself by default) -> [b, l, c].
+
+        `mask` bool [b, m] is False where nobody looks.
+        """
         b, length, c = x.shape
         source = x if context is None else context
         linear = functools.partial(Linear, c, self.qkv_bias, self.dtype)
@@ -412,7 +415,8 @@ class Attention(nn.Module):
             linear(name=name)(source).reshape(b, source.shape[1], self.heads, -1)
             for name in ("to_k", "to_v")
         )
-        out = ATTENTION[self.kernel](q, k, v).reshape(b, length, c)
+        attend = ATTENTION[self.kernel]
+        out = (attend(q, k, v) if mask is None else attend(q, k, v, mask)).reshape(b, length, c)
         return Linear(c, True, self.dtype, name="to_out.0")(out)
 
 
