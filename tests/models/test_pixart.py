@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxdistill.interop.torch_weights import from_torch, torch_name
+from jaxdistill.interop.torch_weights import from_torch, torch_name, torch_shape
 from jaxdistill.model import unstacked
 from jaxdistill.models.transformers.layers import taps
 from jaxdistill.models.transformers.pixart import PixArt, PixArtBlock
@@ -238,3 +238,18 @@ def test_one_block_at_its_real_width(dtype, bound):
     )
     assert got.dtype == dtype
     assert error(got, wanted.numpy()) < bound
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_published_size_has_diffusers_tensors(scan):
+    with torch.device("meta"):
+        module = diffusers.PixArtTransformer2DModel(sample_size=128, caption_channels=4096)
+    network = PixArt(sizes=True, attention="plain", scan=scan)
+    args = inputs(network, 2, 2)
+    shapes = flatten_dict(jax.eval_shape(network.init, jax.random.key(0), *args)["params"])
+    found = {}
+    for path, leaf in shapes.items():
+        several = unstacked(path)
+        shape = leaf.shape[1:] if several else leaf.shape
+        found |= {torch_name(p): torch_shape(p, shape) for p in several or [path]}
+    assert found == {name: tuple(value.shape) for name, value in module.state_dict().items()}
