@@ -120,21 +120,21 @@ def grid_of(tokens: Array, height: int, width: int) -> Array:
 # ---------------------------------------------------------------------------------------- positions
 
 
-def sine_positions(rows: np.ndarray, columns: np.ndarray, dim: int) -> np.ndarray:
+def sine_positions(rows: np.ndarray, columns: np.ndarray, dim: int) -> Array:
     """The 2D table of MAE (He et al. 2021) at these coordinates: float32 [rows, columns, dim].
 
     The first half is [sin, cos] of the column, the second of the row, at frequencies 10000^(-k /
-    (dim / 4)).
+    (dim / 4)). A program holds the two axes only, not the table.
     """
     frequencies = 10_000.0 ** (-np.arange(dim // 4) / (dim / 4))
 
     def one(values: np.ndarray) -> np.ndarray:
         angle = np.asarray(values, np.float64)[:, None] * frequencies
-        return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
 
     shape = (len(rows), len(columns), dim // 2)
     halves = (one(columns)[None], one(rows)[:, None])
-    return np.concatenate([np.broadcast_to(half, shape) for half in halves], -1).astype(np.float32)
+    return jnp.concatenate([jnp.broadcast_to(half, shape) for half in halves], axis=-1)
 
 
 def rotary_angles(positions: Array, dims: Sequence[int], base: float) -> Array:

@@ -249,7 +249,7 @@ class PixArt(nn.Module):
         h = Linear(self.patch**2 * self.out_channels, dtype=self.dtype, name="proj_out")(h)
         return self._image(h, rows, columns).astype(x.dtype)
 
-    def _positions(self, rows: int, columns: int) -> np.ndarray:
+    def _positions(self, rows: int, columns: int) -> Array:
         """Coordinate i of n along an axis is i base / n / interpolation: [rows, columns, width]."""
 
         def axis(n: int) -> np.ndarray:
