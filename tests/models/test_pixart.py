@@ -119,6 +119,11 @@ def expected(module, x, t, cond):
     return out.numpy().transpose(0, 2, 3, 1)[..., : x.shape[-1]]
 
 
+def run(network, params, *args, **options):
+    """The network's output, of one program."""
+    return jax.jit(functools.partial(network.apply, **options))(params, *args)
+
+
 def error(got, wanted):
     """The largest difference, relative to the largest number."""
     wanted = np.asarray(wanted, np.float32)
@@ -142,7 +147,7 @@ def test_the_network_is_diffusers_own(config):
     network, module, params = case(config)
     for height, width in ((6, 10), (network.base * network.patch,) * 2, (4, 2)):
         args = inputs(network, height, width)
-        got = jax.jit(network.apply)(params, *args)
+        got = run(network, params, *args)
         assert got.shape == args[0].shape and got.dtype == jnp.float32
         assert error(got, expected(module, *args)) < 1e-4
 
@@ -151,9 +156,9 @@ def test_the_network_is_diffusers_own(config):
 def test_a_loop_over_blocks_is_the_blocks(config):
     network, module, params = case(config, scan=True)
     args = inputs(network)
-    assert error(network.apply(params, *args), expected(module, *args)) < 1e-4
-    loop, (row, _, plain) = network.apply(params, *args, features=True), case(config)
-    for one, other in zip(loop, row.apply(plain, *args, features=True), strict=True):
+    assert error(run(network, params, *args), expected(module, *args)) < 1e-4
+    loop, (row, _, plain) = run(network, params, *args, features=True), case(config)
+    for one, other in zip(loop, run(row, plain, *args, features=True), strict=True):
         assert error(one, other) < 1e-5
 
 
@@ -161,7 +166,7 @@ def test_a_loop_over_blocks_is_the_blocks(config):
 def test_several_texts_for_one_image_are_several_images(scan):
     network, module, params = case(ALPHA, scan)
     x, t, cond = inputs(network, per_row=2)
-    got = network.apply(params, x, t, cond)
+    got = run(network, params, x, t, cond)
     assert error(got, expected(module, x.repeat(2, 0), t.repeat(2), cond)) < 1e-4
 
 
@@ -178,7 +183,7 @@ def test_a_discriminator_sees_the_image_after_the_blocks_it_asks_for(config):
     for hook in hooks:
         hook.remove()
     grid = (6 // network.patch, 10 // network.patch)
-    states = network.apply(params, *args, features=True)
+    states = run(network, params, *args, features=True)
     for state, other in zip(states, wanted, strict=True):
         assert state.shape == (2, *grid, network.heads * network.head_dim)
         assert error(state.reshape(other.shape), other) < 1e-4
@@ -190,7 +195,7 @@ def test_states_that_are_computed_again_give_the_same_gradient(remat):
     args = inputs(network)
 
     def gradient(network):
-        return jax.grad(lambda p: (network.apply(p, *args) ** 2).mean())(params)
+        return jax.jit(jax.grad(lambda p: (network.apply(p, *args) ** 2).mean()))(params)
 
     found = jax.tree.leaves(gradient(network.clone(remat=remat)))
     for one, other in zip(found, jax.tree.leaves(gradient(network)), strict=True):
@@ -201,7 +206,7 @@ def test_states_that_are_computed_again_give_the_same_gradient(remat):
 def test_bf16_is_near(config):
     network, module, params = case(config)
     args = inputs(network)
-    got = network.clone(dtype=jnp.bfloat16).apply(params, *args)
+    got = run(network.clone(dtype=jnp.bfloat16), params, *args)
     assert got.dtype == jnp.float32
     assert error(got, expected(module, *args)) < 0.05
 
