@@ -1,5 +1,5 @@
-"""Configs of components that several families have, as modules: the autoencoder, CLIP's text
-encoder.
+"""Configs of components that several families have, as modules: the autoencoder, CLIP's and T5's
+text encoders.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.models.stable_diffusion.autoencoder_kl import AutoencoderKL
+from jaxdistill.models.text import t5
 from jaxdistill.models.text.clip import ACTIVATIONS, CLIPText
 
 
@@ -156,6 +157,36 @@ def text_module(
         projection=config.get("projection_dim", 512) if projection else 0,
         end_token=config.get("eos_token_id", 49407),
         dtype=dtype,
+    )
+
+
+def t5_module(config: Mapping[str, Any], where: Path, **options: Any) -> t5.T5Encoder:
+    """The encoder of a T5Config. `options`: dtype. Raises FolderError."""
+    kind = config.get("model_type", "t5")
+    if kind != "t5":
+        raise FolderError(f"{where}: model_type = {kind!r} is not supported, only 't5'")
+    mlp = str(config.get("feed_forward_proj", "relu"))
+    gate, _, name = mlp.rpartition("-")
+    activation = "gelu_new" if mlp == "gated-gelu" else name  # as transformers reads it
+    if activation not in t5.ACTIVATIONS or gate not in ("", "gated"):
+        allowed = ", ".join(f"{name!r}" for name in t5.ACTIVATIONS)
+        raise FolderError(
+            f"{where}: feed_forward_proj = {mlp!r} is not supported, only {allowed}, each also"
+            " behind 'gated-', and 'gated-gelu'"
+        )
+    return t5.T5Encoder(
+        vocab_size=config.get("vocab_size", 32128),
+        hidden_size=config.get("d_model", 512),
+        intermediate=config.get("d_ff", 2048),
+        layers=config.get("num_layers", 6),
+        heads=config.get("num_heads", 8),
+        head_dim=config.get("d_kv", 64),
+        activation=activation,
+        gated=gate == "gated",
+        buckets=config.get("relative_attention_num_buckets", 32),
+        distance=config.get("relative_attention_max_distance", 128),
+        eps=float(config.get("layer_norm_epsilon", 1e-6)),
+        **options,
     )
 
 

@@ -276,8 +276,10 @@ def _ignored(part: Part) -> Callable[[str], bool]:
     """Tensors of a checkpoint that are no parameters."""
     module, prefix = part.module, part.prefix
     if not isinstance(module, CLIPText):
-        # Of an autoencoder's own training: its loss, and averages.
-        return lambda name: name.startswith((f"{prefix}loss.", f"{prefix}model_ema."))
+        # Of an autoencoder's own training: its loss, and averages. Of PixArt's: what it saw in
+        # place of a caption. Of T5: once more "shared".
+        others = ("loss.", "model_ema.", "caption_projection.y_embedding", "encoder.embed_tokens.")
+        return lambda name: name.startswith(tuple(prefix + other for other in others))
 
     def ignored(name: str) -> bool:
         rest = name.removeprefix(prefix)

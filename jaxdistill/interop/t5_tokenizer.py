@@ -22,7 +22,7 @@ class T5Tokenizer:
         from transformers import T5Tokenizer as Library
 
         self.folder, self.length = folder, length
-        _check_readable(folder)
+        check_files(folder)
         self._tokenizer = opened(folder, Library)
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
@@ -30,7 +30,7 @@ class T5Tokenizer:
         return tokens_of(self._tokenizer, [check_text(text) for text in texts], self.length)
 
 
-def _check_readable(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     files = [name for name in FILES if (folder / name).is_file()]
     if not files:
         raise FolderError(
