@@ -97,7 +97,10 @@ def inputs(network, height=6, width=10, rows=2, per_row=1, seed=3):
     x = rng.standard_normal((rows, height, width, network.in_channels), np.float32)
     mask = np.ones((count, TOKENS), np.float32)
     mask[-1, 3:] = 0.0
-    cond = {"context": rng.standard_normal((count, TOKENS, network.context), np.float32), "mask": mask}
+    cond = {
+        "context": rng.standard_normal((count, TOKENS, network.context), np.float32),
+        "mask": mask,
+    }
     cond["context"][-1, 3:] *= 30.0
     if network.sizes:
         cond["resolution"] = np.float32([[512, 768]] * (count - 1) + [[640, 256]])
