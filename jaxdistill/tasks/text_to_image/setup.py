@@ -26,9 +26,9 @@ from jaxdistill.interop.diffusers_folder import Folder
 from jaxdistill.interop.diffusers_scheduler import Scheduler
 from jaxdistill.methods.recipe import Kit, SamplerSpec, Stage
 from jaxdistill.model import Model, full_weights, low_rank
+from jaxdistill.models.blocks import REMAT_POLICIES
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
-from jaxdistill.models.stable_diffusion.unet_condition import REMAT_POLICIES
 from jaxdistill.prediction import as_denoiser, v_prediction
 from jaxdistill.run.distillation import Distillation, check_keep_best
 from jaxdistill.run.seeds import key_of
@@ -110,12 +110,12 @@ class TextSetup:
         choose(DTYPES, config.export.dtype, "config.export.dtype")
         choose(SINGLE_FILE, config.export.single_file, "config.export.single_file")
         self.network, family = folder.network.module, folder.family
-        plain = self._scheduler(SamplerSpec(), correct=False)
-        self.schedule, self.parameterization = plain.schedule, plain.parameterization
         made_for = pipeline.made_for(config.teacher.folder) if config.teacher.folder else {}
         height = config.data.height or made_for.get("height")
         width = config.data.width or made_for.get("width")
         self.size = pipeline.image_size(folder, height, width)
+        plain = self._scheduler(SamplerSpec(), correct=False)
+        self.schedule, self.parameterization = plain.schedule, plain.parameterization
         factor = folder.vae.module.factor
         self.tokens = TOKENS
         if folder.tokenizers:
