@@ -111,7 +111,10 @@ def relative(ours: Any, theirs: Any) -> float:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_as_diffusers(name: str, scan: bool) -> None:
     """The output is diffusers', with one and with two rows of conditioning for each latent."""
-    net, module = stock(**CONFIGS[name]), flux.FluxTransformer(LATENTS, **CONFIGS[name], scan=scan)
+    net, module = (
+        stock(**CONFIGS[name]),
+        flux.FluxTransformer(LATENTS, TEXT, POOLED, **CONFIGS[name], scan=scan),
+    )
     for copies in (1, 2):
         args = inputs(copies=copies)
         params = of_torch(net, module, args)
@@ -123,7 +126,7 @@ def test_guidance_counts() -> None:
     """The scale moves the output of dev, and is not read by schnell."""
     x, t, cond = inputs()
     for name, moves in (("dev", True), ("schnell", False)):
-        module = flux.FluxTransformer(LATENTS, **CONFIGS[name])
+        module = flux.FluxTransformer(LATENTS, TEXT, POOLED, **CONFIGS[name])
         params = of_torch(stock(**CONFIGS[name]), module, (x, t, cond))
         apply = jax.jit(module.apply)
         other = apply(params, x, t, cond | {"guidance": 1.1 * cond["guidance"]})
@@ -135,7 +138,7 @@ def test_features(scan: bool) -> None:
     """The states after the blocks that `taps` names, as diffusers' blocks give them."""
     config = CONFIGS["dev"]
     net, args = stock(**config), inputs(copies=2)
-    module = flux.FluxTransformer(LATENTS, **config, scan=scan)
+    module = flux.FluxTransformer(LATENTS, TEXT, POOLED, **config, scan=scan)
     seen: list[Any] = []
     for block in [*net.transformer_blocks, *net.single_transformer_blocks]:
         block.register_forward_hook(lambda _, __, out: seen.append(out[1].numpy()))
@@ -162,7 +165,10 @@ def test_bfloat16() -> None:
     time and the scale are rounded alike.
     """
     config, args = CONFIGS["dev"], inputs()
-    net, module = stock(**config), flux.FluxTransformer(LATENTS, **config, dtype=jnp.bfloat16)
+    net, module = (
+        stock(**config),
+        flux.FluxTransformer(LATENTS, TEXT, POOLED, **config, dtype=jnp.bfloat16),
+    )
     ours = jax.jit(module.apply)(of_torch(net, module, args), *args)
     assert ours.dtype == jnp.float32
     assert relative(ours, torch_output(net.bfloat16(), *args, dtype=torch.bfloat16)) < 0.03

@@ -2,6 +2,7 @@
 checkpoint's config.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from jaxdistill.model import stack
+from jaxdistill.models.blocks import REMAT_POLICIES, run_blocks
 from jaxdistill.models.stable_diffusion.latent_layers import (
-    LORA,
     Attention,
     Conv,
     Dtype,
@@ -26,12 +26,6 @@ from jaxdistill.models.stable_diffusion.latent_layers import (
 
 STACK = "transformer_blocks"
 """The path segment of a level's blocks, whose parameters are stacked where they are scanned."""
-
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 def like(a: Array, other: Array) -> Array:
@@ -95,15 +89,6 @@ class TransformerBlock(nn.Module):
         return x + FeedForward(self.dtype, name="ff")(LayerNorm(name="norm3")(x))
 
 
-class ScannedBlock(TransformerBlock):
-    """A transformer block as the body of a scan."""
-
-    @nn.compact
-    def __call__(self, x: Array, context: Array) -> tuple[Array, None]:
-        """X [b, l, c], context [b, m, d] -> (x's shape, nothing to stack)."""
-        return super().__call__(x, context), None
-
-
 class Transformer(nn.Module):
     """`depth` transformer blocks over the positions of a feature map, around a skip (diffusers'
     Transformer2DModel).
@@ -127,28 +112,11 @@ class Transformer(nn.Module):
             y = Linear(c, dtype=self.dtype, name="proj_in")(y.reshape(b, h * w, c))
         else:
             y = Conv(c, 1, dtype=self.dtype, name="proj_in")(y).reshape(b, h * w, c)
-        policy = REMAT_POLICIES[self.remat]
-        sizes = (self.heads, self.attention, self.dtype)
-        if self.scan and self.depth > 1:
-            body: Any = (
-                ScannedBlock
-                if policy is None
-                else nn.remat(ScannedBlock, policy=policy, prevent_cse=False)
-            )
-            scanned = nn.scan(
-                body,
-                variable_axes={"params": 0, LORA: 0},
-                split_rngs={"params": True},
-                length=self.depth,
-                in_axes=nn.broadcast,
-            )
-            y = scanned(*sizes, name=stack(STACK, range(self.depth)))(like(y, context), context)[0]
-        else:
-            block: Any = (
-                TransformerBlock if policy is None else nn.remat(TransformerBlock, policy=policy)
-            )
-            for i in range(self.depth):
-                y = block(*sizes, name=f"{STACK}.{i}")(y, context)
+        block = functools.partial(TransformerBlock, self.heads, self.attention, self.dtype)
+        if self.scan and self.depth > 1:  # a loop's carry keeps its shape
+            y = like(y, context)
+        span = range(self.depth)
+        y, _ = run_blocks(block, STACK, span, y, (context,), scan=self.scan, remat=self.remat)
         if self.linear_projection:
             y = Linear(c, dtype=self.dtype, name="proj_out")(y).reshape(-1, h, w, c)
         else:

@@ -60,6 +60,12 @@ def rounded(x: Array, dtype: Dtype) -> Array:
     return jax.lax.reduce_precision(x.astype(jnp.float32), kind.nexp, kind.nmant)
 
 
+def bounded(x: Array) -> Array:
+    """Float16 without infinities, as diffusers' blocks do; other types as they are."""
+    most = jnp.finfo(jnp.float16).max
+    return jnp.clip(x, -most, most) if x.dtype == jnp.float16 else x
+
+
 def token_positions(words: int, rows: int, columns: int) -> Array:
     """(0, row, column) of each image token, after (0, 0, 0) for each of `words`: float32 [words +
     rows columns, 3].
@@ -171,7 +177,7 @@ class DoubleBlock(nn.Module):
             return x + gate_mlp * FeedForward(self.dtype, name=name)(modulated(x, shift, scale))
 
         image = after(image, attended[0], of_image, "ff")
-        return after(text, attended[1], of_text, "ff_context"), image
+        return bounded(after(text, attended[1], of_text, "ff_context")), image
 
 
 class SingleBlock(nn.Module):
@@ -190,14 +196,16 @@ class SingleBlock(nn.Module):
         mlp = gelu(Linear(4 * c, dtype=self.dtype, name="proj_mlp")(h))
         attended = FluxAttention(self.heads, self.attention, self.dtype, name="attn")(h, angles)
         joined = jnp.concatenate([attended, mlp], axis=-1)
-        return x + gate * Linear(c, dtype=self.dtype, name="proj_out")(joined)
+        return bounded(x + gate * Linear(c, dtype=self.dtype, name="proj_out")(joined))
 
 
 class FluxTransformer(nn.Module):
     """Diffusers' FluxTransformer2DModel on unpacked NHWC latents.
 
     Attributes:
-      channels: of the latents, a quarter of the config's `in_channels`.
+      in_channels: of the latents, a quarter of the config's.
+      context_width: of the text's states.
+      pooled_width: of the pooled text.
       heads: attention heads.
       axes: rotary dimensions by axis (always 0, row, column), whose sum is the width of a head.
       double: blocks with a stream each for text and image.
@@ -209,7 +217,9 @@ class FluxTransformer(nn.Module):
       dtype: of the computation; parameters and norms stay float32.
     """
 
-    channels: int = 16
+    in_channels: int = 16
+    context_width: int = 4096
+    pooled_width: int = 768
     heads: int = 24
     axes: Sequence[int] = (16, 56, 56)
     double: int = 19
@@ -219,6 +229,16 @@ class FluxTransformer(nn.Module):
     remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32
+
+    def example(self) -> tuple[Any, ...]:
+        """The smallest inputs of a call."""
+        cond = {
+            "context": jnp.zeros((1, 2, self.context_width)),
+            "pooled": jnp.zeros((1, self.pooled_width)),
+        }
+        if self.takes_guidance:
+            cond["guidance"] = jnp.zeros((1,))
+        return jnp.zeros((1, PATCH, PATCH, self.in_channels)), jnp.zeros((1,)), cond
 
     def moment(self, t: Array, cond: Any) -> Array:
         """The time, the scale and the pooled text in one vector: [r b, c].
@@ -252,7 +272,7 @@ class FluxTransformer(nn.Module):
         """One call of the network.
 
         Args:
-          x: latents [b, h, w, channels]; h and w are even.
+          x: latents [b, h, w, in_channels]; h and w are even.
           t: σ of each example, float [b], in [0, 1].
           cond: {"context" [r b, m, d], "pooled" [r b, p]}, r rows for each of x; with
             `takes_guidance` also the scale "guidance" [b] or [r b], as a user gives it.
@@ -260,7 +280,7 @@ class FluxTransformer(nn.Module):
             instead, for a discriminator.
 
         Returns:
-          u = eps - x0, [r b, h, w, channels] in x's dtype, or the list of states [r b, h/2, w/2,
+          u = eps - x0, [r b, h, w, in_channels] in x's dtype, or the list of states [r b, h/2, w/2,
           heads · sum(axes)].
         """
         _, h, w, _ = x.shape
@@ -294,7 +314,7 @@ class FluxTransformer(nn.Module):
             states = [*seen, *later]
             return [grid_of(states[i], rows, columns) for i in taps(len(states))]
         scale, shift = Modulation(width, 2, self.dtype, name="norm_out")(moment)
-        out = linear(PATCH * PATCH * self.channels, name="proj_out")(
+        out = linear(PATCH * PATCH * self.in_channels, name="proj_out")(
             modulated(tokens[:, words:], shift, scale)
         )
         return unpacked(out, h, w).astype(x.dtype)
