@@ -33,8 +33,10 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path, positions: int) -> None:
+        from transformers import CLIPTokenizer
+
         self.folder = folder
-        self._tokenizer = _opened(folder)
+        self._tokenizer = opened(folder, CLIPTokenizer)
         own = self._tokenizer.model_max_length
         if not isinstance(own, int) or own < 3:
             raise FolderError(
@@ -54,14 +56,7 @@ class Tokenizer:
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Raises UserError for a prompt that is no text."""
         texts = [self._converted(check_text(prompt)) for prompt in prompts]
-        whole = self._tokenizer(texts, truncation=False, verbose=False).input_ids
-        n = self.length
-        # The end token keeps its place: what is cut lies before it.
-        cut = [self._tokenizer.decode(ids[n - 1 : -1]) if len(ids) > n else "" for ids in whole]
-        made = self._tokenizer(texts, padding="max_length", max_length=n, truncation=True)
-        shape = (len(texts), n)
-        ids = np.asarray(made.input_ids, np.int32).reshape(shape)
-        return Tokens(ids, np.asarray(made.attention_mask, bool).reshape(shape), cut)
+        return tokens_of(self._tokenizer, texts, self.length)
 
     def _converted(self, prompt: str) -> str:
         """A textual inversion's token stands for all its vectors, as in diffusers' pipelines."""
@@ -72,12 +67,22 @@ class Tokenizer:
         return prompt
 
 
-def _opened(folder: Path) -> Any:
-    """The library's tokenizer, tried once. Raises FolderError."""
-    from transformers import CLIPTokenizer
+def tokens_of(tokenizer: Any, texts: Sequence[str], length: int) -> Tokens:
+    """What the library's tokenizer makes of texts, cut and padded to `length`."""
+    whole = tokenizer(texts, truncation=False, verbose=False).input_ids
+    # The end token keeps its place: what is cut lies before it.
+    lost = [ids[length - 1 : -1] if len(ids) > length else [] for ids in whole]
+    cut = [tokenizer.decode(ids) if ids else "" for ids in lost]
+    made = tokenizer(texts, padding="max_length", max_length=length, truncation=True)
+    shape = (len(texts), length)
+    ids = np.asarray(made.input_ids, np.int32).reshape(shape)
+    return Tokens(ids, np.asarray(made.attention_mask, bool).reshape(shape), cut)
 
+
+def opened(folder: Path, kind: Any) -> Any:
+    """The library's tokenizer of a class `kind`, tried once. Raises FolderError."""
     try:
-        found = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        found = kind.from_pretrained(str(folder), local_files_only=True)
         found(["a"], padding="max_length", max_length=3, truncation=True)
     except Exception as error:  # whatever the library raises for a damaged file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
