@@ -6,35 +6,71 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import jaxprs_in_params
 
 from jaxdistill.models.stable_diffusion.latent_layers import (
+    ATTENTION,
     Conv,
     auto_attention,
+    chunked_attention,
     convolution,
     doubled_convolution,
+    flash_attention,
     looped_attention,
     nearest,
     plain_attention,
 )
 from jaxdistill.models.stable_diffusion.unet_condition import UNetCondition
 
+KERNELS = {
+    "looped": lambda q, k, v, mask: looped_attention(q, k, v, mask, scores=64 * k.shape[1]),
+    "auto": auto_attention,
+    "chunked": lambda q, k, v, mask: chunked_attention(q, k, v, mask, queries=100),
+    "flash": flash_attention,
+}
 
-@pytest.mark.parametrize(("length", "context"), [(256, 256), (300, 300), (256, 7), (263, 263)])
-def test_looped_attention_is_the_plain_one(length, context):
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, w = (jax.random.normal(key, (2, length, 3, 8)) for key in keys[:2])
-    k, v = (2.0 * jax.random.normal(key, (2, context, 3, 8)) for key in keys[2:])
 
-    def looped(q, k, v):
-        return looped_attention(q, k, v, scores=64 * context)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("length", "context"), [(256, 256), (263, 263), (140, 300), (256, 7)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_attention_is_the_plain_one(kernel, length, context, masked):
+    """In value and gradient, of lengths that divide by nothing as well."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, w = (jax.random.normal(key, (2, length, 2, 8)) for key in keys[:2])
+    k, v = (2.0 * jax.random.normal(key, (2, context, 2, 8)) for key in keys[2:4])
+    mask = None
+    if masked:  # the second row sees nothing of a whole tile, and only its last keys
+        mask = jax.random.bernoulli(keys[4], 0.5, (2, context)).at[1, : context - 5].set(False)
+        mask = mask.at[:, -1].set(True)
 
-    values = [
-        jax.jit(jax.value_and_grad(lambda *qkv, f=f: jnp.sum(w * f(*qkv)), (0, 1, 2)))(q, k, v)
-        for f in (looped, plain_attention)
-    ]
-    np.testing.assert_allclose(values[0][0], values[1][0], rtol=1e-4, atol=1e-3)
-    for a, b in zip(values[0][1], values[1][1], strict=True):
+    def values(attend):
+        def weighted(*qkv):
+            return jnp.sum(w * attend(*qkv, mask))
+
+        return jax.jit(jax.value_and_grad(weighted, (0, 1, 2)))(q, k, v)
+
+    with pltpu.force_tpu_interpret_mode():
+        value, gradient = values(KERNELS[kernel])
+    expected, expected_gradient = values(plain_attention)
+    np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-3)
+    for a, b in zip(gradient, expected_gradient, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", ["looped", "chunked", "flash"])
+def test_no_attention_holds_all_scores_of_a_length_that_divides_by_nothing(kernel):
+    """4,429: the tokens of SD 3 at 1024²."""
+    q = jax.ShapeDtypeStruct((1, 4429, 1, 64), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda q: ATTENTION[kernel](q, q, q).sum().astype(float)))(q)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (v.aval.size for v in equation.outvars)
+            for inner in jaxprs_in_params(equation.params):
+                yield from sizes(inner)
+
+    assert max(sizes(jaxpr.jaxpr)) < 4429**2 / 2
 
 
 def test_the_kernel_is_chosen_where_the_program_is_compiled_for():

@@ -238,8 +238,15 @@ class LayerNorm(nn.Module):
 AttentionFn = Callable[..., Array]
 """(q [b, l, h, d], k [b, m, h, d], v [b, m, h, d], mask) -> [b, l, h, d]: softmax(q kᵀ/√d) v.
 
-mask: bool [b, m], False at keys that nobody sees; None, the default, shows all.
+mask: bool [b, m], False at keys that nobody sees; None, the default, shows all. Each row must show
+at least one.
 """
+
+HIDDEN = -0.7 * float(np.finfo(np.float32).max)
+"""The score of a hidden key: twice that is still finite."""
+
+LANES = 128
+"""Of a TPU's vectors: what its kernels tile lengths by."""
 
 
 def plain_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
@@ -251,24 +258,38 @@ def _seen(mask: Array | None) -> Array | None:
     return None if mask is None else mask[:, None, None, :]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend_in_rows(q: Array, k: Array, v: Array, size: int) -> Array:
-    """One head, `size` queries at a time: q [l, d], k and v [m, d] -> [l, d]."""
-    return _rows_forward(q, k, v, size)[0]
+def _padded(a: Array, length: int, axis: int) -> Array:
+    """Zeros behind, up to `length`."""
+    pads = [(0, 0)] * a.ndim
+    pads[axis] = (0, length - a.shape[axis])
+    return jnp.pad(a, pads)
 
 
-def _scores(q: Array, k: Array) -> Array:
-    return jnp.dot(q * q.shape[-1] ** -0.5, k.T, preferred_element_type=jnp.float32)
+def _parts(length: int, most: int) -> tuple[int, int]:
+    """(number, size) of the fewest equal parts, at most `most` long, that hold a length."""
+    number = -(-length // most)
+    return number, -(-length // number)
 
 
-def _rows_forward(q: Array, k: Array, v: Array, size: int) -> tuple[Array, Any]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_in_rows(q: Array, k: Array, v: Array, mask: Array | None, size: int) -> Array:
+    """One head, `size` queries at a time: q [l, d], k and v [m, d], mask [m] -> [l, d]."""
+    return _rows_forward(q, k, v, mask, size)[0]
+
+
+def _scores(q: Array, k: Array, mask: Array | None) -> Array:
+    scores = jnp.dot(q * q.shape[-1] ** -0.5, k.T, preferred_element_type=jnp.float32)
+    return scores if mask is None else jnp.where(mask, scores, HIDDEN)
+
+
+def _rows_forward(q: Array, k: Array, v: Array, mask: Array | None, size: int) -> tuple[Array, Any]:
     """The result, and what the gradient needs: all arguments, the result and the logarithm of each
     query's sum [l].
     """
     length, d = q.shape
 
     def rows(part: Array) -> tuple[Array, Array]:
-        scores = _scores(part, k)
+        scores = _scores(part, k, mask)
         highest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = weights.sum(axis=-1, keepdims=True)
@@ -278,14 +299,14 @@ def _rows_forward(q: Array, k: Array, v: Array, size: int) -> tuple[Array, Any]:
 
     out, log_sum = jax.lax.map(rows, q.reshape(length // size, size, d))
     out = out.reshape(length, d)
-    return out, (q, k, v, out, log_sum.reshape(length))
+    return out, (q, k, v, mask, out, log_sum.reshape(length))
 
 
-def _rows_backward(size: int, kept: Any, cotangent: Array) -> tuple[Array, Array, Array]:
+def _rows_backward(size: int, kept: Any, cotangent: Array) -> tuple[Array, Array, Array, None]:
     """The gradients (Dao et al. 2022, app. B.4): the weights again from log_sum, without looking
     for the highest score or the sum.
     """
-    q, k, v, out, log_sum = kept
+    q, k, v, mask, out, log_sum = kept
     length, d = q.shape
     own = jnp.sum((cotangent * out).astype(jnp.float32), axis=-1)
 
@@ -293,7 +314,7 @@ def _rows_backward(size: int, kept: Any, cotangent: Array) -> tuple[Array, Array
         carry: tuple[Array, Array], part: tuple[Array, ...]
     ) -> tuple[tuple[Array, Array], Array]:
         q, g, log_sum, own = part
-        weights = jnp.exp(_scores(q, k) - log_sum[:, None])
+        weights = jnp.exp(_scores(q, k, mask) - log_sum[:, None])
         into = weights * (jnp.dot(g, v.T, preferred_element_type=jnp.float32) - own[:, None])
         weights, into = weights.astype(v.dtype), into.astype(q.dtype)
         # k's and v's gradients transposed, [d, m]: a product that transposes its large factor takes
@@ -310,13 +331,16 @@ def _rows_backward(size: int, kept: Any, cotangent: Array) -> tuple[Array, Array
     )
     (to_k, to_v), to_q = jax.lax.scan(rows, (zeros, zeros), blocks)
     scale = d**-0.5
-    return scale * to_q.reshape(length, d), (scale * to_k.T).astype(k.dtype), to_v.T.astype(v.dtype)
+    to_q = scale * to_q.reshape(length, d)
+    return to_q, (scale * to_k.T).astype(k.dtype), to_v.T.astype(v.dtype), None
 
 
 _attend_in_rows.defvjp(_rows_forward, _rows_backward)
 
 
-def looped_attention(q: Array, k: Array, v: Array, *, scores: int = 2**23) -> Array:
+def looped_attention(
+    q: Array, k: Array, v: Array, mask: Array | None = None, *, scores: int = 2**23
+) -> Array:
     """One head and a chunk of queries after the other, at most `scores` numbers at a time; they are
     computed again for the gradient.
 
@@ -324,56 +348,104 @@ def looped_attention(q: Array, k: Array, v: Array, *, scores: int = 2**23) -> Ar
     their square. It has no forward-mode derivative.
     """
     b, length, h, d = q.shape
-    size = next(
-        n for n in range(max(1, min(scores // k.shape[1], length)), 0, -1) if length % n == 0
-    )
-    if size < min(length, 128):  # a length without a fitting divisor
-        size = length
-    folded = tuple(jnp.moveaxis(a, 2, 1).reshape(b * h, a.shape[1], d) for a in (q, k, v))
-    out = jax.lax.map(lambda qkv: _attend_in_rows(*qkv, size), folded)
-    return jnp.moveaxis(out.reshape(b, h, length, d), 1, 2)
+    number, size = _parts(length, max(1, scores // k.shape[1]))
+    q = _padded(q, number * size, axis=1)
+    heads = [jnp.moveaxis(a, 2, 1).reshape(b * h, a.shape[1], d) for a in (q, k, v)]
+    hidden = None if mask is None else jnp.repeat(mask, h, axis=0)
+    out = jax.lax.map(lambda head: _attend_in_rows(*head, size), (*heads, hidden))
+    return jnp.moveaxis(out.reshape(b, h, -1, d)[:, :, :length], 1, 2)
 
 
-def auto_attention(q: Array, k: Array, v: Array) -> Array:
+def auto_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """`looped_attention` for many positions on a CPU, XLA's own elsewhere."""
     if q.shape[1] * k.shape[1] < 2**16:
-        return plain_attention(q, k, v)
-    return jax.lax.platform_dependent(q, k, v, cpu=looped_attention, default=plain_attention)
+        return plain_attention(q, k, v, mask)
+    return jax.lax.platform_dependent(q, k, v, mask, cpu=looped_attention, default=plain_attention)
 
 
-def flash_attention(q: Array, k: Array, v: Array) -> Array:
-    """The TPU flash kernel, where its tiling fits (lengths multiples of 128, and heads wider than
-    128 too); XLA's own elsewhere.
+def _tiles(length: int) -> tuple[int, int]:
+    """(the length with padding, its block): of the blocks that fit on the chip the one that pads
+    least, and the largest of those.
+    """
+    blocks = range(4 * LANES, LANES, -LANES) if length > 2 * LANES else (LANES,)
+    block = min(blocks, key=lambda block: -(-length // block) * block)
+    return -(-length // block) * block, block
+
+
+def _tiled_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """The TPU kernel on one device: any lengths, with zeros behind them that nobody sees."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as tpu
+
+    (b, length), keys = q.shape[:2], k.shape[1]
+    (rows, block), (columns, block_k) = _tiles(length), _tiles(keys)
+    segments = None
+    if mask is not None or columns > keys:
+        seen = jnp.ones((b, keys), bool) if mask is None else mask
+        ids = _padded(seen, columns, axis=1).astype(jnp.int32)
+        segments = tpu.SegmentIds(jnp.ones((b, rows), jnp.int32), ids)
+    heads = [
+        _padded(jnp.swapaxes(a, 1, 2), n, axis=2)
+        for a, n in ((q, rows), (k, columns), (v, columns))
+    ]
+    sizes = tpu.BlockSizes(
+        block_q=block,
+        block_k_major=block_k,
+        block_k=block_k,
+        block_b=1,
+        block_q_major_dkv=block,
+        block_k_major_dkv=block_k,
+        block_k_dkv=block_k,
+        block_q_dkv=block,
+        block_k_major_dq=block_k,
+        block_k_dq=block_k,
+        block_q_dq=block,
+    )
+    scale = q.shape[-1] ** -0.5
+    out = tpu.flash_attention(*heads, segment_ids=segments, sm_scale=scale, block_sizes=sizes)
+    return jnp.swapaxes(out[:, :, :length], 1, 2)
+
+
+def flash_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """The TPU flash kernel; XLA's own for fewer than 128 queries or keys, and `chunked_attention`
+    for heads that it does not take: wider than 128 and no multiple of it.
 
     On several devices it must run within a mesh (`jax.sharding.use_abstract_mesh`).
     """
-    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention as kernel
-
-    if q.shape[1] % 128 or k.shape[1] % 128 or (q.shape[3] > 128 and q.shape[3] % 128):
-        return plain_attention(q, k, v)
-    attend: Any = functools.partial(kernel, sm_scale=q.shape[-1] ** -0.5)
+    if min(q.shape[1], k.shape[1]) < LANES:
+        return plain_attention(q, k, v, mask)
+    if q.shape[3] > LANES and q.shape[3] % LANES:
+        return chunked_attention(q, k, v, mask)
+    attend: Any = _tiled_attention
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         # XLA cannot divide a kernel of its own: rows by the batch's axes, heads by "tensor".
         rows = tuple(name for name in mesh.axis_names if name != "tensor")
-        spec = jax.sharding.PartitionSpec(rows, "tensor" if "tensor" in mesh.axis_names else None)
-        attend = jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
-    heads_first = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-    return jnp.swapaxes(attend(*heads_first), 1, 2)
+        heads = "tensor" if "tensor" in mesh.axis_names else None
+        spec = jax.sharding.PartitionSpec(rows, None, heads)
+        of_mask = None if mask is None else jax.sharding.PartitionSpec(rows)
+        attend = jax.shard_map(
+            attend, in_specs=(spec, spec, spec, of_mask), out_specs=spec, check_vma=False
+        )
+    return attend(q, k, v, mask)
 
 
-def chunked_attention(q: Array, k: Array, v: Array, *, queries: int = 512) -> Array:
-    """All heads, `queries` positions at a time; the scores are computed again for the gradient.
+def chunked_attention(
+    q: Array, k: Array, v: Array, mask: Array | None = None, *, queries: int = 512
+) -> Array:
+    """All heads, at most `queries` positions at a time; the scores are computed again for the
+    gradient.
 
     For a TPU where the flash kernel does not fit: memory grows with the length, not with its
     square.
     """
     b, length, h, d = q.shape
-    if length <= queries or length % queries:
-        return plain_attention(q, k, v)
-    parts = jnp.moveaxis(q.reshape(b, length // queries, queries, h, d), 1, 0)
-    rows = jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v))
-    return jnp.moveaxis(jax.lax.map(rows, parts), 0, 1).reshape(b, length, h, d)
+    if length <= queries:
+        return plain_attention(q, k, v, mask)
+    number, size = _parts(length, queries)
+    size = -(-size // 8) * 8  # a TPU's tiles have eight rows
+    parts = jnp.moveaxis(_padded(q, number * size, axis=1).reshape(b, number, size, h, d), 1, 0)
+    rows = jax.checkpoint(lambda part: plain_attention(part, k, v, mask))
+    return jnp.moveaxis(jax.lax.map(rows, parts), 0, 1).reshape(b, -1, h, d)[:, :length]
 
 
 ATTENTION: dict[str, AttentionFn] = {
