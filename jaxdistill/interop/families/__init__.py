@@ -10,9 +10,10 @@ from jaxdistill.interop import explain_path
 from jaxdistill.interop.diffusers_folder import Folder, FolderError, Part, read_json
 from jaxdistill.interop.families.family import Family
 from jaxdistill.interop.families.stable_diffusion import StableDiffusion, StableDiffusionXL
+from jaxdistill.interop.families.zimage import ZImage
 
 SD, SDXL = StableDiffusion(), StableDiffusionXL()
-FAMILIES = (SD, SDXL)
+FAMILIES = (SD, SDXL, ZImage())
 PIPELINES: Mapping[str, Family] = {name: f for f in FAMILIES for name in f.pipelines}
 """Known classes of model_index.json."""
 OTHER_TASKS = {
