@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.interop.clip_tokenizer import Tokens, check_text, damaged
+from jaxdistill.interop.clip_tokenizer import Tokens, check_text, opened
 from jaxdistill.interop.diffusers_folder import FolderError
 
 LENGTH = 512
@@ -50,6 +50,29 @@ class QwenTokenizer:
         return _message(self._tokenizer, prompt)
 
 
+def _opened(folder: Path) -> Any:
+    """The library's tokenizer, its template tried once. Raises FolderError."""
+    from transformers import Qwen2Tokenizer
+
+    found = opened(folder, Qwen2Tokenizer)
+    if found.chat_template is None:
+        raise FolderError(
+            f"the tokenizer in {folder} has no chat template, neither chat_template.jinja nor that"
+            " key of tokenizer_config.json; copy the folder again"
+        )
+    try:
+        _message(found, "a")
+    except ImportError:  # of jinja2, which is no file's fault
+        raise
+    except Exception as error:  # whatever a template does
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FolderError(
+            f"the chat template of the tokenizer in {folder} does not work ({reason}); copy the"
+            " folder again"
+        ) from None
+    return found
+
+
 def _message(tokenizer: Any, prompt: str) -> str:
     """The prompt as a user's message, and the beginning of the answer."""
     return tokenizer.apply_chat_template(
@@ -58,28 +81,3 @@ def _message(tokenizer: Any, prompt: str) -> str:
         add_generation_prompt=True,
         enable_thinking=True,
     )
-
-
-def _opened(folder: Path) -> Any:
-    """The library's tokenizer, tried once. Raises FolderError."""
-    from transformers import Qwen2Tokenizer
-
-    try:
-        found = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
-        template = found.chat_template is not None
-        if template:
-            found([_message(found, "a")], padding="max_length", max_length=3, truncation=True)
-    except ImportError:  # of jinja2, which is no file's fault
-        raise
-    except Exception as error:  # whatever the library raises for a damaged file
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FolderError(
-            f"the tokenizer in {folder} cannot be read ({damaged(folder)}{reason}); copy the"
-            " folder again"
-        ) from None
-    if not template:
-        raise FolderError(
-            f"the tokenizer in {folder} has no chat template, neither chat_template.jinja nor that"
-            " key of tokenizer_config.json; copy the folder again"
-        )
-    return found

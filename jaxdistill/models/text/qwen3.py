@@ -108,6 +108,10 @@ class Qwen3Text(nn.Module):
     scan: bool = False
     dtype: Dtype = jnp.float32
 
+    def example(self) -> tuple[Array, Array]:
+        """The smallest ids and mask."""
+        return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+
     @nn.compact
     def __call__(self, ids: Array, mask: Array) -> Array:
         """The input of the last layer, transformers' hidden_states[-2]: [b, l, hidden_size].

@@ -174,6 +174,11 @@ class ZImageTransformer(nn.Module):
 
     takes_guidance = False
 
+    def example(self) -> tuple[Array, Array, dict[str, Array]]:
+        """The smallest x, t and cond."""
+        cond = {"context": jnp.zeros((1, 1, self.context_width)), "mask": jnp.ones((1, 1))}
+        return jnp.zeros((1, self.patch, self.patch, self.in_channels)), jnp.zeros(1), cond
+
     @nn.compact
     def __call__(
         self, x: Array, t: Array, cond: dict[str, Array], features: bool = False
