@@ -35,7 +35,8 @@ class Family:
       optional: text encoders that a folder may lack, with their tokenizers.
       steps, guidance: defaults of the stock pipeline's call.
       unguided: the guidance scale of a stock pipeline that asks for none.
-      original: whether single files and Kohya's LoRAs of it are read and written.
+      original: whether single files of it are read and written, and Kohya's LoRAs written.
+      adapter: whether a LoRA is written as PEFT's adapter, too: stock pipelines load none.
     """
 
     name = ""
@@ -49,6 +50,7 @@ class Family:
     guidance = 7.5
     unguided = 1.0
     original = False
+    adapter = False
     xl = False
 
     # -- what a folder holds; all raise FolderError

@@ -136,6 +136,7 @@ class PixArtAlpha(Family):
     tokenizers: Mapping[str, tuple[str, ...]] = {"tokenizer": ("T5Tokenizer", "T5TokenizerFast")}
     steps = 20
     guidance = 4.5
+    adapter = True
     length = 120
     tells_sizes = True
 

@@ -411,7 +411,7 @@ class TextToImageTask(TextSetup):
         how = how_to_sample.how_to_sample(self.told(scheduler, steps))
         params = student.trained
         if self.config.student.lora_rank:
-            lora.save(workdir / f"lora{end}", params)
+            lora.save(workdir / f"lora{end}", params, self.folder)
             # What its teacher had in its weights already is in the base's.
             own = self.folder.scheduler.get(pipeline.KEY, {})
             styles = {"loras": held[len(own.get("loras", ())) :]}
