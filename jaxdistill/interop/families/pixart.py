@@ -136,6 +136,8 @@ class PixArtAlpha(Family):
     tokenizers: Mapping[str, tuple[str, ...]] = {"tokenizer": ("T5Tokenizer", "T5TokenizerFast")}
     steps = 20
     guidance = 4.5
+    adapter = True
+    call: Mapping[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
     length = 120
     tells_sizes = True
 
