@@ -37,6 +37,7 @@ class Family:
       unguided: the guidance scale of a stock pipeline that asks for none.
       original: whether single files of it are read and written, and Kohya's LoRAs written.
       adapter: whether a LoRA is written as PEFT's adapter, too: stock pipelines load none.
+      call: what a stock call must say to draw what is drawn here.
     """
 
     name = ""
@@ -51,6 +52,7 @@ class Family:
     unguided = 1.0
     original = False
     adapter = False
+    call: Mapping[str, Any] = {}
     xl = False
 
     # -- what a folder holds; all raise FolderError

@@ -466,7 +466,13 @@ class TextToImageTask(TextSetup):
         # A folder of 2.x holds 23 of OpenCLIP's 24 layers, and XL takes the last but one.
         out = folder.xl or folder.text_encoders[0].module.layers == 23
         return how_to_sample.Student(
-            scheduler, steps, self.size, self.correct_noise, folder.clip_skip, int(out)
+            scheduler,
+            steps,
+            self.size,
+            self.correct_noise,
+            folder.clip_skip,
+            int(out),
+            folder.family.call,
         )
 
     def results(self, run: Run, students: Sequence[Student]) -> dict[str, Any]:
