@@ -34,7 +34,9 @@ def base(task: str, *, guidance: float) -> ConfigDict:
             "adam_b2": 0.999,
             "ema_decay": 0.995,
             "steps": (1, 2, 3),  # step counts that are served
-            "grid": "trailing",  # of a trajectory: nested (the first N of times) | trailing
+            # Of a trajectory: nested (the first N of times) | listed (times has a list for each N)
+            # | trailing.
+            "grid": "trailing",
             "times": (),  # shares of T, decreasing from 1
             "health_every": 200,
             "keep_best": "",  # a health number, as fd_3: export the averages of its best step

@@ -8,11 +8,12 @@ minutes, on little data. On that benchmark's teacher, with `--config.base=runs/b
 tries settings of ours and scores them on validation, `:search` the competitors' learning rates,
 `:updates` how many fake-score updates DMD2 and TDM want, `:ablation` takes Imagine Flash apart, and
 `:leakage` trains it forward and backward at times of more and less signal. `:digits` compares the
-methods on the digits, without FOLDER.
+methods on the digits, without FOLDER; `:flow` tries settings of Imagine Flash there, on a
+flow-matching teacher, scored on validation.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -36,8 +37,8 @@ COMPARED = (
 
 def get_config(size: str = "") -> ConfigDict:
     """The config; `size` is a key of SIZES, or "digits"."""
-    if size not in (*SIZES, "digits"):
-        names = (*SIZES, "digits")
+    names = (*SIZES, "digits", "flow")
+    if size not in names:
         known = ", ".join("configs/benchmark.py" + (f":{name}" if name else "") for name in names)
         raise ValueError(f"configs/benchmark.py:{size} is not known; choose one of {known}")
     if size == "digits":
@@ -45,6 +46,8 @@ def get_config(size: str = "") -> ConfigDict:
         config.student.update({"iterations": 0, "budget": 28_000})  # some 1,090 of Imagine Flash
         base.compared(config, [name for name in METHODS if name != "endpoint"])
         return config
+    if size == "flow":
+        return flow()
     config = scenes.whole()
     # The paper's five updates of fake score and discriminator for one of the student, at the rate
     # that validation chose (`updates`).
@@ -228,6 +231,63 @@ def at_snr(scale: float, steps: int = 3) -> tuple[float, ...]:
     """
     even = [1.0 - i / steps for i in range(1, steps)]
     return (1.0, *(2 / math.pi * math.atan(math.tan(math.pi / 2 * t) / scale) for t in even))
+
+
+def flow() -> ConfigDict:
+    """What of the digits' settings carries over to a flow-matching teacher? At half of the budget.
+
+    γ and the k teacher steps at the cosine schedule's log-SNR or at the same shares of T, other γ,
+    grids and rates.
+    """
+    config = digits.whole()
+    config.schedule.name, config.prediction = "flow", "flow"
+    config.eval.update({"split": "validation", "samples": 10_000})
+    config.student.update({"iterations": 550, "health_every": 550, "grid": "listed"})
+    nested = config.student.times
+    carried = listed((1.0, *(as_flow(t) for t in nested[1:])))
+    config.student.times = carried
+    rate = config.methods.imagine_flash.learning_rate
+    cosine = {"reference": "cosine"}
+    changes: dict[str, Mapping[str, Any]] = {
+        "same_times": {"times": listed(nested)},
+        "same_snr": cosine,
+        "gamma_65": cosine | flat(0.65),
+        "gamma_90": cosine | flat(0.9),
+        "gamma_rising": cosine | {"shifts.table.values": (0.6, 0.7, 0.8)},
+        "trailing": cosine | {"times": grids_of_shift(1.0)},
+        "shift_3": cosine | {"times": grids_of_shift(3.0)},
+        "shift_1_3rd": cosine | {"times": grids_of_shift(1 / 3)},
+        "rate_half": cosine | {"learning_rate": rate / 2},
+        "rate_double": cosine | {"learning_rate": rate * 2},
+    }
+    names = [variant(config, name, "imagine_flash", change) for name, change in changes.items()]
+    base.compared(config, names)
+    config.benchmark.chart.kind = "variants"
+    return config
+
+
+def flat(share: float) -> dict[str, Any]:
+    """A constant γ."""
+    return {"shifts.table.values": (share,) * 3}
+
+
+def as_flow(t: float) -> float:
+    """The time of the flow schedule that has the log-SNR of this one of the cosine schedule."""
+    ratio = math.tan(math.pi / 2 * t)  # σ/α
+    return round(ratio / (1.0 + ratio), 3)
+
+
+def listed(times: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    """Nested times as a list for each number of steps."""
+    return tuple(tuple(times[:n]) for n in range(1, len(times) + 1))
+
+
+def grids_of_shift(shift: float) -> tuple[tuple[float, ...], ...]:
+    """The times of 1, 2 and 3 steps of a flow-matching scheduler with a static shift."""
+    return tuple(
+        tuple(shift * s / (1 + (shift - 1) * s) for s in (1 - i / n for i in range(n)))
+        for n in (1, 2, 3)
+    )
 
 
 def smoke(config: ConfigDict) -> None:

@@ -22,6 +22,7 @@ from jaxdistill.prediction import (
     eps_prediction,
     eps_target,
     expand,
+    flow_prediction,
 )
 from jaxdistill.schedule import NoiseSchedule, Time, log_snr
 
@@ -340,6 +341,17 @@ def consistency_function(T: float, *, sigma_data: float = 0.5, scale: float = 10
         return function
 
     return transform
+
+
+def boundary_function(schedule: NoiseSchedule, parameterization: Parameterization) -> Transform:
+    """A network's x̂0 as a consistency model's f(x, t), which is x at t = 0.
+
+    A flow network's x̂0 = x - σ u is one as it is, whatever the network says, and then a sampler
+    that knows no f draws it. The others' is that of `consistency_function`.
+    """
+    if parameterization is flow_prediction:
+        return chain()
+    return consistency_function(schedule.T)
 
 
 # -------------------------------------------------------------------------------------------- steps

@@ -7,7 +7,7 @@ takes a scalar or a batch of times and may be jitted.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,31 @@ def log_snr(schedule: NoiseSchedule, t: Time) -> Array:
     return jnp.log(schedule.alpha(t)) - jnp.log(schedule.sigma(t))
 
 
+def same_log_snr(source: NoiseSchedule, target: NoiseSchedule) -> TimeFunction:
+    """A time of `source` -> the time of `target` with the same log(α/σ), in [0, T]; jittable.
+
+    0 stays 0, and what has less signal than `target` ever has is at its T. By bisection, exact to
+    float32 also where the log-SNR is infinite. α/σ must fall as t grows, in both.
+    """
+
+    def carried(t: Time) -> Array:
+        alpha, sigma = source.alpha(t), source.sigma(t)
+
+        def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = 0.5 * (low + high)
+            clearer = target.sigma(middle) * alpha < target.alpha(middle) * sigma
+            return jnp.where(clearer, middle, low), jnp.where(clearer, high, middle)
+
+        ends = jnp.zeros_like(sigma), jnp.full_like(sigma, target.T)
+        low, high = jax.lax.fori_loop(0, 32, halve, ends)
+        # α_T is 0 in both, or less than what is asked for.
+        last = target.sigma(target.T) * alpha <= target.alpha(target.T) * sigma
+        return jnp.where(sigma == 0.0, 0.0, jnp.where(last, target.T, 0.5 * (low + high)))
+
+    return carried
+
+
 def cosine() -> NoiseSchedule:
     """α_t = cos(π t / 2), σ_t = sin(π t / 2) for t in [0, 1] (Nichol & Dhariwal 2021 without its
     offset).
@@ -71,12 +96,26 @@ def cosine() -> NoiseSchedule:
     )
 
 
-def flow() -> NoiseSchedule:
-    """α_t = 1 - t, σ_t = t for t in [0, 1] (rectified flow; Liu et al. 2022).
+def flow(shift: float = 1.0) -> NoiseSchedule:
+    """α_t = 1 - σ_t, σ_t = t for t in [0, 1] (rectified flow; Liu et al. 2022).
 
-    Not variance preserving.
+    Not variance preserving. With a shift, σ_t = shift · t / (1 + (shift - 1) t): log(α/σ) is moved
+    by -log(shift) (Esser et al. 2024, section 5.3.2), and the network is told σ_t. It is the same
+    process at other times: what is even in t follows the shift, as grids and the times of a
+    training. Raises ValueError unless shift > 0.
     """
-    return NoiseSchedule(alpha=lambda t: 1.0 - _identity(t), sigma=_identity, T=1.0)
+    if not 0 < shift < np.inf:
+        raise ValueError(f"shift must be above 0 and finite, got {shift}")
+    if shift == 1.0:
+        return NoiseSchedule(alpha=lambda t: 1.0 - _identity(t), sigma=_identity, T=1.0)
+
+    def alpha(t: Time) -> Array:
+        return (1.0 - _identity(t)) / (1.0 + (shift - 1.0) * _identity(t))
+
+    def sigma(t: Time) -> Array:
+        return shift * _identity(t) / (1.0 + (shift - 1.0) * _identity(t))
+
+    return NoiseSchedule(alpha, sigma, T=1.0, network_time=sigma)
 
 
 def shifted(schedule: NoiseSchedule, snr_scale: float) -> NoiseSchedule:

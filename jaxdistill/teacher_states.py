@@ -53,7 +53,8 @@ def states_of(task: Scenes, student: Any, method: str) -> Callable[..., dict[Any
     grid.
     """
     settings, sampler = settings_of(task.config, method), task.student_sampler
-    shift = imagine_flash.reconstruction_of(settings, task.schedule.T).shift
+    reconstruction = imagine_flash.reconstruction_of(settings, task.schedule.T)
+    shift = reconstruction.carried(task.schedule, reconstruction.shift)
     grid = sampler.grid(max(task.config.student.steps))
 
     @jax.jit

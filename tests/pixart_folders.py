@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 from transformers import T5Config, T5EncoderModel, T5Tokenizer  # noqa: E402
 
-WORDS = "a photo of dog cat the red house by sea".split()
+WORDS = ["a", "photo", "of", "dog", "cat", "the", "red", "house", "by", "sea"]
 TEXT = 24
 """Width of the text's states."""
 NETWORKS = {

@@ -203,17 +203,18 @@ class Sampler:
         """The network with the card's transforms and the given ones, for one batch; `correct_noise`
         may be traced.
         """
+        parameterization = PREDICTIONS[self.card["prediction"]][0]
         network = sampling.guided_denoiser(
             self.model.apply,
             params,
             cond,
             schedule=self.schedule,
-            parameterization=PREDICTIONS[self.card["prediction"]][0],
+            parameterization=parameterization,
             null_cond=self.model.null_cond,
             scale=guidance,
         )
         if self.card["sampler"]["solver"] == "consistency":
-            network = sampling.consistency_function(self.schedule.T)(network)
+            network = sampling.boundary_function(self.schedule, parameterization)(network)
         if correct_noise is False:
             return network
         correct = sampling.noise_correction(noise, self.schedule.T)

@@ -24,6 +24,7 @@ from jaxdistill.interop.torch_weights import Origin, Update, WeightFiles
 from jaxdistill.models.stable_diffusion.autoencoder_kl import AutoencoderKL
 from jaxdistill.models.stable_diffusion.unet_condition import UNetCondition
 from jaxdistill.models.text.clip import CLIPText
+from jaxdistill.models.text.qwen3 import Qwen3Text
 from jaxdistill.run import checkpoint
 
 if TYPE_CHECKING:
@@ -269,12 +270,16 @@ def _renamer(module: nn.Module) -> Any:
         old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         pattern = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
         return lambda name: pattern.sub(lambda m: f"{m[1]}.{old[m[2]]}.", name)
+    if isinstance(module, Qwen3Text):  # as part of the language model
+        return lambda name: name.removeprefix("model.")
     return lambda name: name
 
 
 def _ignored(part: Part) -> Callable[[str], bool]:
     """Tensors of a checkpoint that are no parameters."""
     module, prefix = part.module, part.prefix
+    if isinstance(module, Qwen3Text):  # what makes words of its states
+        return lambda name: name == "lm_head.weight"
     if not isinstance(module, CLIPText):
         # Of an autoencoder's own training: its loss, and averages. Of PixArt's: what it saw in
         # place of a caption. Of T5: once more "shared".

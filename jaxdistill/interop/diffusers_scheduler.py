@@ -17,9 +17,8 @@ from scipy.special import betaincinv
 from jaxdistill import prediction, sampling
 from jaxdistill import schedule as schedules
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
-from jaxdistill.methods.lcm import consistency_function
 from jaxdistill.prediction import Parameterization, Prediction, Target
-from jaxdistill.sampling import Denoiser, Step, TimeGrid, Transform
+from jaxdistill.sampling import Denoiser, Step, TimeGrid, Transform, consistency_function
 from jaxdistill.schedule import NoiseSchedule
 
 SPACINGS = ("trailing", "leading", "linspace")

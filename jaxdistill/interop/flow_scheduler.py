@@ -305,6 +305,19 @@ def student_config(
     }
 
 
+def training_schedule(
+    teacher: Mapping[str, Any], *, network_time: TimeFunction, shift: float
+) -> NoiseSchedule:
+    """The schedule in which a student with this shift is trained: of times before the shift.
+
+    So what is even in time follows the shift: the times at which losses are taken, and the grid of
+    the student, which is `student_grid(solver, steps, 1.0)`, the trailing one. Raises ValueError.
+    """
+    scale = {**DEFAULTS, **teacher}["num_train_timesteps"] / 1000.0
+    schedule = schedules.flow(float(shift))
+    return schedule._replace(network_time=lambda t: network_time(scale * schedule.sigma(t)))
+
+
 def student_sigmas(steps: int) -> list[float]:
     """What stock pipelines are given as `sigmas`: linspace(1, 1/N, N), before the shift."""
     return [float(s) for s in np.linspace(1.0, 1.0 / steps, steps)]

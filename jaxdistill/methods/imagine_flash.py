@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxdistill import schedule as schedules
 from jaxdistill.adversarial import Adversary
 from jaxdistill.errors import choose
 from jaxdistill.methods.recipe import Kit, Recipe, SamplerSpec, Stage
@@ -42,7 +43,7 @@ from jaxdistill.sampling import (
     start,
     unconstrained,
 )
-from jaxdistill.schedule import NoiseSchedule
+from jaxdistill.schedule import NoiseSchedule, same_log_snr
 
 Shift = Callable[[Array], Array]
 """γ: student time -> the time at which the teacher starts.
@@ -161,6 +162,9 @@ class Reconstruction(NamedTuple):
     """What the teacher corrects and how: the shifted reconstruction loss, or the plain one.
 
     With `noise_source` None the teacher starts from the student's own state at t (no SRL).
+
+    `reference` is the schedule whose times γ and the k steps are in, carried over to the run's own
+    by equal log-SNR; None is the run's own.
     """
 
     shift: Shift = no_shift
@@ -168,6 +172,15 @@ class Reconstruction(NamedTuple):
     steps: int = 4
     guidance_scale: float = 1.0
     solver: Callable[[NoiseSchedule], Step] = ddim
+    reference: NoiseSchedule | None = None
+
+    def carried(self, schedule: NoiseSchedule, function: Callable[[Array], Array]) -> Shift:
+        """A function of the reference's times as one of the schedule's."""
+        if self.reference is None:
+            return function
+        there = same_log_snr(schedule, self.reference)
+        back = same_log_snr(self.reference, schedule)
+        return lambda t: back(function(there(t)))
 
 
 PLAIN = Reconstruction()
@@ -193,15 +206,20 @@ def check_shift(shift: Shift, grid: TimeGrid, T: float) -> None:
 
 
 def check_flash(
-    reconstruction: Reconstruction, grids: Sequence[TimeGrid], T: float, *, adversary_states: str
+    reconstruction: Reconstruction,
+    grids: Sequence[TimeGrid],
+    schedule: NoiseSchedule,
+    *,
+    adversary_states: str,
 ) -> None:
     """Raise ValueError for k < 1, a shift that cannot be, or an adversary of other states."""
     if adversary_states not in ("all", "one"):
         raise ValueError(f"adversary_states must be 'all' or 'one', got {adversary_states!r}")
     if reconstruction.steps < 1:
         raise ValueError(f"the teacher needs k >= 1 steps, got {reconstruction.steps}")
+    shift = reconstruction.carried(schedule, reconstruction.shift)
     for grid in grids:
-        check_shift(reconstruction.shift, grid, T)
+        check_shift(shift, grid, schedule.T)
 
 
 class Correction(NamedTuple):
@@ -241,18 +259,24 @@ class Correction(NamedTuple):
         if source is None:
             return flat(fixed.x), t
         eps = source(key, fixed, part.x_T)
-        gamma = jnp.maximum(shift(t), self.lowest)
+        carried = self.reconstruction.carried(self.teacher.schedule, shift)
+        gamma = jnp.maximum(carried(t), self.lowest)
         noise = self.constrain(flat(eps))
         return diffuse(self.teacher.schedule, flat(fixed.x0), noise, gamma), gamma
 
     def x0(self, params: Any, x: Array, t: Array, cond: Any) -> Array:
-        """x̂0(f_Φ^k(x), ε̂_Φ, t/k): k teacher steps over t, t(k-1)/k, ..., t/k.
+        """x̂0(f_Φ^k(x), ε̂_Φ, t/k): k teacher steps over t, t(k-1)/k, ..., t/k, times of the
+        reference.
 
         x [m, ...], t [m].
         """
         scale, k = self.reconstruction.guidance_scale, self.reconstruction.steps
         denoiser = self.teacher.guided(params, cond, self.null_cond, scale)
-        grid = t[None] * (jnp.arange(k, 0, -1, dtype=t.dtype) / k)[:, None]
+
+        def at(share: Array) -> Array:
+            return self.reconstruction.carried(self.teacher.schedule, lambda t: t * share)(t)
+
+        grid = jax.vmap(at)(jnp.arange(k, 0, -1, dtype=t.dtype) / k)
         grid = jnp.maximum(grid, self.lowest)
         return rollout(self.step, denoiser, start(x, own_times=True), grid, unroll=self.unroll)[0].x
 
@@ -327,7 +351,7 @@ def imagine_flash(
     T = student.schedule.T
     grids = unique_grids([check_grid(grid, T) for grid in grids])
     several = backward and whole_trajectory and max(map(len, grids)) > 1
-    check_flash(reconstruction, grids, T, adversary_states=adversary_states)
+    check_flash(reconstruction, grids, student.schedule, adversary_states=adversary_states)
     if shortcut < 0 or (shortcut > 0 and not several):
         raise ValueError(
             "the shortcut must be at least 0, and above 0 needs whole backward trajectories of"
@@ -390,6 +414,12 @@ SHIFTS: dict[str, Callable[..., Shift]] = {
     "table": table_shift,
 }
 SOLVERS = {"ddim": ddim, "dpm_solver_pp_2m": dpm_solver_pp_2m}
+REFERENCES: dict[str, Callable[[], NoiseSchedule]] = {
+    "cosine": schedules.cosine,
+    "flow": schedules.flow,
+    "scaled_linear": lambda: schedules.ddpm(schedules.scaled_linear_betas()),
+}
+"""Schedules whose times γ may be in; the last is Stable Diffusion's."""
 
 TABLE = {"times": (0.3, 0.5, 0.75, 1.0), "values": (0.52, 0.65, 0.77, 0.87)}
 """Shares of T; tuned on scenes."""
@@ -409,6 +439,8 @@ class Settings:
       noise: SRL's noise: "trajectory", "initial" or "fresh".
       shift: SRL's γ: "none", "power", "linear" or "table", with its arguments in `shifts`.
       shifts: {name: arguments}.
+      reference: "cosine", "flow" or "scaled_linear": γ and the k steps are in times of that
+        schedule, carried over to the run's own by equal log-SNR; "": in the run's own.
       weight_power: w(t) = (t/T)^power.
       teacher_steps: k.
       teacher_solver: "ddim" or "dpm_solver_pp_2m".
@@ -432,6 +464,7 @@ class Settings:
             "table": dict(TABLE),
         }
     )
+    reference: str = ""
     weight_power: float = 0.0
     teacher_steps: int = 2
     teacher_solver: str = "ddim"
@@ -442,6 +475,10 @@ class Settings:
 
 def reconstruction_of(settings: Settings, T: float) -> Reconstruction:
     """What the teacher corrects. Raises ValueError."""
+    reference = (
+        choose(REFERENCES, settings.reference, "reference")() if settings.reference else None
+    )
+    T = reference.T if reference else T
     shift = choose(SHIFTS, settings.shift, "shift")(T, **settings.shifts.get(settings.shift, {}))
     source = choose(NOISE_SOURCES, settings.noise, "noise")
     return Reconstruction(
@@ -450,6 +487,7 @@ def reconstruction_of(settings: Settings, T: float) -> Reconstruction:
         steps=settings.teacher_steps,
         guidance_scale=settings.guidance,
         solver=choose(SOLVERS, settings.teacher_solver, "teacher_solver"),
+        reference=reference,
     )
 
 

@@ -18,7 +18,7 @@ from jaxdistill.model import Model
 from jaxdistill.prediction import LossFn, diffuse, expand
 from jaxdistill.sampling import (
     Constrain,
-    consistency_function,
+    boundary_function,
     ddim,
     divided_steps,
     start,
@@ -46,6 +46,8 @@ def consistency_distillation(
     network, so that a user chooses it later; here the networks have no such input, and one scale is
     distilled in.
 
+    f is `boundary_function`'s: of a flow network x̂0 itself.
+
     Θ⁻ is params["target"], which the training step moves (`Objective.averages`).
 
     Args:
@@ -69,8 +71,9 @@ def consistency_distillation(
             "consistency distillation needs intervals >= 2 and huber >= 0, got"
             f" {intervals} and {huber:g}"
         )
-    T, schedule = student.schedule.T, student.schedule
-    function, table = consistency_function(T), jnp.asarray(divided_steps(schedule, intervals))
+    schedule = student.schedule
+    function = boundary_function(schedule, student.parameterization)
+    table = jnp.asarray(divided_steps(schedule, intervals))
 
     def f(params: Any, cond: Any, x: Array, t: Array) -> Array:
         denoiser = student.denoiser(params, cond)

@@ -156,7 +156,13 @@ def check_frechet(config: ConfigDict, features: int, *names: str) -> None:
 
 
 def check_grids(config: ConfigDict) -> None:
-    """Raise ValueError for a grid that is not known."""
-    for phase, extra in (("teacher", ()), ("student", ("nested",))):
+    """Raise ValueError for a grid that is not known, or one without its lists of times."""
+    for phase, extra in (("teacher", ()), ("student", ("nested", "listed"))):
         known = dict.fromkeys((*extra, *card.GRIDS))
         choose(known, config[phase].grid, f"config.{phase}.grid")
+    times = config.student.times
+    if config.student.grid == "listed" and not all(isinstance(t, (list, tuple)) for t in times):
+        raise ValueError(
+            f"config.student.times = {times} with the grid 'listed' must hold a list for each"
+            " number of steps, as ((1.0,), (1.0, 0.5))"
+        )

@@ -12,6 +12,7 @@ from jaxdistill.prediction import (
     as_denoiser,
     eps_prediction,
     expand,
+    flow_prediction,
     v_prediction,
     x0_prediction,
 )
@@ -500,6 +501,19 @@ def test_chain_puts_the_first_transform_nearest_the_network():
 
 
 # --------------------------------------------------------------------------------- noise correction
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_noise_correction_is_the_identity_at_the_start_of_a_flow(shift):
+    noise, schedule, t = normal(7), flow(shift), jnp.float32(1.0)
+
+    def apply(params, x, t, cond):
+        return jnp.sin(3.0 * x) + expand(t, x)
+
+    plain = as_denoiser(apply, None, None, schedule=schedule, parameterization=flow_prediction)
+    before, after = plain(noise, t), noise_correction(noise, schedule.T)(plain)(noise, t)
+    np.testing.assert_array_equal(after.x0, before.x0)
+    np.testing.assert_array_equal(after.eps, before.eps)
 
 
 @pytest.mark.parametrize("schedule", [cosine(), SD_ZERO_SNR], ids=["cosine", "sd_zero_snr"])

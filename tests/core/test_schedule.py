@@ -16,6 +16,7 @@ from jaxdistill.schedule import (
     linear_ratio,
     log_snr,
     rescale_zero_terminal_snr,
+    same_log_snr,
     scaled_linear_betas,
     shifted,
     training_time,
@@ -74,6 +75,47 @@ def test_flow_is_a_straight_line_from_data_to_noise():
     t = times(flow())
     np.testing.assert_allclose(flow().alpha(t) + flow().sigma(t), 1.0, atol=1e-7)
     np.testing.assert_array_equal(flow().sigma(t), t)
+
+
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_a_shift_of_flow_moves_its_log_snr_and_tells_the_network_the_new_time(shift):
+    moved, t = flow(shift), times(flow())[1:-1]
+    np.testing.assert_allclose(moved.alpha(t) + moved.sigma(t), 1.0, atol=1e-6)
+    np.testing.assert_allclose(
+        log_snr(moved, t), log_snr(flow(), t) - np.log(shift), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_array_equal(moved.network_time(t), moved.sigma(t))
+    assert float(moved.alpha(1.0)) == float(moved.sigma(0.0)) == 0.0 < float(moved.alpha(0.999))
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="shift must be above 0"):
+            flow(bad)
+
+
+CARRIED = {"cosine": cosine(), "flow": flow(), "flow 3": flow(3.0), **DISCRETE}
+
+
+@pytest.mark.parametrize("source", ["cosine", "flow", "flow 3", "scaled_linear"])
+@pytest.mark.parametrize("target", ["cosine", "flow 3", "scaled_linear", "linear_zero_snr"])
+def test_a_time_carried_over_has_the_same_log_snr(source, target):
+    source, target = CARRIED[source], CARRIED[target]
+    t = times(source)[2:-2]
+    there = jax.jit(same_log_snr(source, target))(t)
+    inside = (there > 0.01 * target.T) & (there < 0.99 * target.T)  # both know that noise level
+    assert inside.sum() > 60
+    np.testing.assert_allclose(
+        log_snr(source, t)[inside], log_snr(target, there)[inside], rtol=1e-4, atol=1e-4
+    )
+    back = same_log_snr(target, source)(there)
+    np.testing.assert_allclose(back[inside], t[inside], rtol=1e-4)
+    assert (np.diff(there) >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["cosine", "flow 3", "linear_zero_snr"])
+def test_what_is_carried_over_starts_and_ends_where_the_schedule_does(name):
+    ends = same_log_snr(flow(), CARRIED[name])(jnp.asarray([0.0, 1.0]))
+    np.testing.assert_array_equal(ends, [0.0, CARRIED[name].T])
+    # Less signal than Stable Diffusion's schedule ever has is at its end.
+    assert same_log_snr(flow(), CARRIED["scaled_linear"])(0.99) == 1000.0
 
 
 def test_cosine_is_a_quarter_turn():

@@ -14,8 +14,8 @@ import torch
 from jaxdistill import sampling
 from jaxdistill.interop import diffusers_scheduler
 from jaxdistill.interop.diffusers_folder import FolderError
-from jaxdistill.methods.lcm import consistency_function
 from jaxdistill.prediction import Prediction, as_denoiser
+from jaxdistill.sampling import consistency_function
 
 WHERE = Path("scheduler_config.json")
 LEADING = {**folders.BETAS, "steps_offset": 1, "timestep_spacing": "leading"}

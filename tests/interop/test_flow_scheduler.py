@@ -166,6 +166,21 @@ def test_stock_diffusers_calls_a_student_at_its_grid(changes, solver):
         np.testing.assert_array_equal(trailing, grid)
 
 
+@pytest.mark.parametrize("changes", [STATIC[2], DYNAMIC[0], COUNTED[0]], ids=str)
+def test_a_student_is_trained_at_times_that_follow_its_shift(changes):
+    teacher = made(changes)[1]
+    shift = flow_scheduler.shift_of(teacher, 1024)
+    schedule = flow_scheduler.training_schedule(
+        teacher, network_time=lambda t: 1000.0 * t, shift=shift
+    )
+    stock = Euler.from_config(flow_scheduler.student_config(teacher, solver="ddim", shift=shift))
+    stock.set_timesteps(sigmas=flow_scheduler.student_sigmas(4))
+    grid = jnp.asarray(sampling.trailing_grid(4, schedule.T))
+    np.testing.assert_array_equal(grid, flow_scheduler.student_grid("ddim", 4, 1.0))
+    np.testing.assert_allclose(schedule.sigma(grid), stock.sigmas[:-1], rtol=1e-6)
+    np.testing.assert_allclose(schedule.network_time(grid), stock.timesteps, rtol=1e-6)
+
+
 def test_a_students_shift_is_its_teachers_at_its_size():
     for changes in DYNAMIC:
         teacher = made(changes)[1]

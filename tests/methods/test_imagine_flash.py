@@ -19,7 +19,14 @@ from jaxdistill.methods.imagine_flash import (
     trajectory_noise,
 )
 from jaxdistill.model import Model
-from jaxdistill.prediction import Prediction, as_denoiser, expand, v_prediction, x0_prediction
+from jaxdistill.prediction import (
+    Prediction,
+    as_denoiser,
+    expand,
+    flow_prediction,
+    v_prediction,
+    x0_prediction,
+)
 
 KEY = jax.random.key(5)
 flash = compiled(small.flash)
@@ -93,6 +100,59 @@ def test_loss_and_gradient_equal_the_equations_written_out(source, k, scale):
     np.testing.assert_allclose(ours[0], by_hand[0], rtol=2e-5)
     for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(by_hand[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()) + 1e-7)
+
+
+def as_flow(model, flow):
+    """The same denoiser in a flow schedule: the same (x0, eps) at the same log-SNR."""
+    time = schedule.same_log_snr(flow, COSINE)
+    flow = flow._replace(network_time=lambda t: jnp.asarray(t, jnp.float32))
+
+    def apply(params, x, t, cond):
+        norm = expand(jnp.sqrt(flow.alpha(t) ** 2 + flow.sigma(t) ** 2), x)
+        v = model.apply(params, x / norm, time(t), cond)
+        alpha, sigma = expand(COSINE.alpha(time(t)), x), expand(COSINE.sigma(time(t)), x)
+        x0, eps = v_prediction(v, x / norm, alpha, sigma)
+        return eps - x0
+
+    return Model(apply, flow, flow_prediction)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_same_prediction_at_the_same_log_snr_has_the_same_target_on_any_schedule(shift):
+    model, teacher = make()
+    _, student = make(seed=4)
+    power = flash_module.power_shift(1.0, strength=0.3, power=2.0)
+    flow = schedule.flow(shift)
+    carry = schedule.same_log_snr(COSINE, flow)
+    grids = [np.asarray(carry(jnp.asarray(grid))) for grid in NESTED]
+
+    def loss(network, grids, **options):
+        reconstruction = Reconstruction(power, steps=3, **options)
+        loss_fn = flash_module.imagine_flash(
+            network, network, grids=grids, null_cond=model.null_cond, reconstruction=reconstruction
+        )
+        return float(jax.jit(loss_fn)({"student": student}, teacher, batch(), KEY)[0])
+
+    expected = loss(small.network(model), NESTED)
+    carried = loss(as_flow(model, flow), grids, reference=COSINE)
+    np.testing.assert_allclose(carried, expected, rtol=1e-4)
+    own = loss(as_flow(model, flow), grids)
+    assert abs(own - expected) > 2e-3 * expected  # the same shares of T are other noise levels
+
+
+def test_a_reference_is_chosen_by_name_and_has_the_runs_own_result_on_itself():
+    found = flash_module.reconstruction_of(flash_module.Settings(reference="cosine"), 1.0)
+    plain = flash_module.reconstruction_of(flash_module.Settings(), 1.0)
+    t = jnp.linspace(0.05, 1.0, 20)
+    same = found.carried(COSINE, found.shift)(t)
+    np.testing.assert_allclose(same, plain.shift(t), rtol=1e-5)
+    # Stable Diffusion's gamma(T) = 0.87 T as a flow time: where alpha/sigma is that of its t = 870.
+    sd = flash_module.reconstruction_of(flash_module.Settings(reference="scaled_linear"), 1.0)
+    (at,) = sd.carried(schedule.flow(), sd.shift)(jnp.ones(1))
+    ddpm = schedule.ddpm(schedule.scaled_linear_betas())
+    np.testing.assert_allclose((1 - at) / at, ddpm.alpha(870.0) / ddpm.sigma(870.0), rtol=1e-4)
+    with pytest.raises(ValueError, match="reference"):
+        flash_module.reconstruction_of(flash_module.Settings(reference="edm"), 1.0)
 
 
 def test_a_second_order_teacher_comes_nearer_to_its_own_limit():

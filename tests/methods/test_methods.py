@@ -26,8 +26,22 @@ from jaxdistill.methods.imagine_flash import Reconstruction, imagine_flash
 from jaxdistill.methods.lightning import lightning
 from jaxdistill.methods.tdm import diffuse_on
 from jaxdistill.model import Model
-from jaxdistill.prediction import Prediction, v_prediction, x0_prediction, x0_target
-from jaxdistill.sampling import consistency_function, renoise, rollout, start, trailing_grid
+from jaxdistill.prediction import (
+    Prediction,
+    flow_prediction,
+    v_prediction,
+    x0_prediction,
+    x0_target,
+)
+from jaxdistill.sampling import (
+    boundary_function,
+    consistency_function,
+    renoise,
+    rollout,
+    start,
+    trailing_grid,
+)
+from jaxdistill.schedule import cosine, flow
 from jaxdistill.train import Objective, init_state, train_step
 
 
@@ -182,6 +196,19 @@ def test_consistency_function_is_the_identity_at_0_and_the_network_elsewhere():
     f = consistency_function(1.0)(lambda x, t: Prediction(0.3 * x, x))
     np.testing.assert_allclose(f(x, jnp.zeros(2)).x0, x)
     np.testing.assert_allclose(f(x, jnp.full(2, 0.5)).x0, 0.3 * x, rtol=1e-5)
+
+
+def test_a_flow_networks_x0_is_a_consistency_function_as_it_is():
+    x, t = jnp.ones((2, 8)), jnp.asarray([0.0, 0.5])
+
+    def denoiser(x, t):
+        return flow_prediction(jnp.sin(x + 1.0), x, 1.0 - t[:, None], t[:, None])
+
+    f = boundary_function(flow(3.0), flow_prediction)(denoiser)
+    np.testing.assert_array_equal(f(x, t).x0, denoiser(x, t).x0)
+    np.testing.assert_array_equal(f(x, t).x0[0], x[0])  # the boundary condition
+    other = boundary_function(cosine(), v_prediction)(denoiser)(x, t).x0
+    np.testing.assert_array_equal(other, consistency_function(1.0)(denoiser)(x, t).x0)
 
 
 def test_consistency_loss_vanishes_for_the_end_of_the_teachers_flow_as_intervals_shrink():

@@ -30,7 +30,8 @@ PLAIN = {
     "qkv_bias": False,
     "affine": True,
     "eps": 1e-3,
-    "caption_channels": 0,
+    "context": 20,
+    "projected": False,
 }
 CONFIGS = pytest.mark.parametrize("config", [ALPHA, SIGMA, PLAIN], ids=["alpha", "sigma", "plain"])
 
@@ -54,6 +55,7 @@ def shaken(module, seed=0):
 
 def stock(network):
     """Diffusers' module of the same sizes."""
+    width = network.heads * network.head_dim
     return shaken(
         diffusers.PixArtTransformer2DModel(
             num_attention_heads=network.heads,
@@ -61,7 +63,7 @@ def stock(network):
             in_channels=network.in_channels,
             out_channels=network.out_channels,
             num_layers=network.depth,
-            cross_attention_dim=network.heads * network.head_dim,
+            cross_attention_dim=width if network.projected else network.context,
             attention_bias=network.qkv_bias,
             sample_size=network.base * network.patch,
             patch_size=network.patch,
@@ -69,7 +71,7 @@ def stock(network):
             norm_eps=network.eps,
             interpolation_scale=network.interpolation,
             use_additional_conditions=network.sizes,
-            caption_channels=network.caption_channels or None,
+            caption_channels=network.context if network.projected else None,
         )
     )
 
@@ -91,12 +93,14 @@ def parameters(module, tensors, *args):
 def inputs(network, height=6, width=10, rows=2, per_row=1, seed=3):
     """x, t and cond; the last text is short, and padded with large numbers."""
     rng = np.random.default_rng(seed)
-    channels = network.caption_channels or network.heads * network.head_dim
     count = rows * per_row
     x = rng.standard_normal((rows, height, width, network.in_channels), np.float32)
     mask = np.ones((count, TOKENS), np.float32)
     mask[-1, 3:] = 0.0
-    cond = {"context": rng.standard_normal((count, TOKENS, channels), np.float32), "mask": mask}
+    cond = {
+        "context": rng.standard_normal((count, TOKENS, network.context), np.float32),
+        "mask": mask,
+    }
     cond["context"][-1, 3:] *= 30.0
     if network.sizes:
         cond["resolution"] = np.float32([[512, 768]] * (count - 1) + [[640, 256]])
@@ -132,7 +136,7 @@ def error(got, wanted):
 
 @functools.cache
 def _case(items, scan):
-    network = PixArt(**{"caption_channels": TEXT, "attention": "plain", **dict(items)}, scan=scan)
+    network = PixArt(**{"context": TEXT, "attention": "plain", **dict(items)}, scan=scan)
     module, args = stock(network), inputs(network)
     return network, module, parameters(network, module.state_dict(), *args)
 

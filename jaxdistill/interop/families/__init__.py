@@ -10,11 +10,13 @@ from jaxdistill.interop import explain_path
 from jaxdistill.interop.diffusers_folder import Folder, FolderError, Part, read_json
 from jaxdistill.interop.families.family import Family
 from jaxdistill.interop.families.flux import Flux
+from jaxdistill.interop.families.pixart import PixArtAlpha, PixArtSigma
 from jaxdistill.interop.families.sd3 import StableDiffusion3
 from jaxdistill.interop.families.stable_diffusion import StableDiffusion, StableDiffusionXL
+from jaxdistill.interop.families.zimage import ZImage
 
 SD, SDXL = StableDiffusion(), StableDiffusionXL()
-FAMILIES = (SD, SDXL, StableDiffusion3(), Flux())
+FAMILIES = (SD, SDXL, StableDiffusion3(), PixArtAlpha(), PixArtSigma(), Flux(), ZImage())
 PIPELINES: Mapping[str, Family] = {name: f for f in FAMILIES for name in f.pipelines}
 """Known classes of model_index.json."""
 OTHER_TASKS = {

@@ -167,8 +167,8 @@ class PixArt(nn.Module):
       interpolation: divides the coordinates.
       sizes: cond has "resolution" [r b, 2], height and width in pixels, and "aspect_ratio"
         [r b, 1], height / width. The network's width must then divide by 3.
-      caption_channels: width of the text's states that are projected; 0: they come at the
-        network's width, without a projection.
+      context: width of the text's states.
+      projected: whether these are brought to the network's width.
       qkv_bias: whether queries, keys and values have a bias.
       eps, affine: of the blocks' norms; `affine` norms have a scale and a bias.
       attention: a key of `latent_layers.ATTENTION`.
@@ -186,7 +186,8 @@ class PixArt(nn.Module):
     base: int = 64
     interpolation: float = 2.0
     sizes: bool = False
-    caption_channels: int = 4096
+    context: int = 4096
+    projected: bool = True
     qkv_bias: bool = True
     eps: float = 1e-6
     affine: bool = False
@@ -221,7 +222,7 @@ class PixArt(nn.Module):
         h = like(h.reshape(-1, rows * columns, width), context)
         single = AdaLNSingle(self.sizes, width, self.dtype, name="adaln_single")
         modulation, time = single(like(t, context), cond)
-        if self.caption_channels:
+        if self.projected:
             context = CaptionProjection(width, self.dtype, name="caption_projection")(context)
         block = functools.partial(
             PixArtBlock,
@@ -248,6 +249,13 @@ class PixArt(nn.Module):
         h = modulated(plain_norm(h), two[:, :1], two[:, 1:])
         h = Linear(self.patch**2 * self.out_channels, dtype=self.dtype, name="proj_out")(h)
         return self._image(h, rows, columns).astype(x.dtype)
+
+    def example(self) -> tuple[Array, Array, dict[str, Array]]:
+        """The smallest inputs of a call."""
+        cond = {"context": jnp.zeros((1, 2, self.context)), "mask": jnp.ones((1, 2))}
+        if self.sizes:
+            cond |= {"resolution": jnp.ones((1, 2)), "aspect_ratio": jnp.ones((1, 1))}
+        return jnp.zeros((1, self.patch, self.patch, self.in_channels)), jnp.zeros((1,)), cond
 
     def _positions(self, rows: int, columns: int) -> Array:
         """Coordinate i of n along an axis is i base / n / interpolation: [rows, columns, width]."""

@@ -245,7 +245,8 @@ class OwnModel:
         schedule = kit.network.schedule
         denoiser = kit.network.guided(params, cond, kit.null_cond, scale)
         if spec.solver == "consistency":
-            denoiser = sampling.consistency_function(schedule.T)(denoiser)
+            f = sampling.boundary_function(schedule, kit.network.parameterization)
+            denoiser = f(denoiser)
         if spec.noise_correction:
             denoiser = sampling.noise_correction(noise, schedule.T)(denoiser)
         solver = card.SOLVERS.get(spec.solver)
