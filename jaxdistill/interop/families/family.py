@@ -35,6 +35,7 @@ class Family:
       optional: text encoders that a folder may lack, with their tokenizers.
       steps, guidance: defaults of the stock pipeline's call.
       unguided: the guidance scale of a stock pipeline that asks for none.
+      negative: whether guidance leads away from a negative prompt.
       original: whether single files and Kohya's LoRAs of it are read and written.
     """
 
@@ -48,6 +49,7 @@ class Family:
     steps = 50
     guidance = 7.5
     unguided = 1.0
+    negative = True
     original = False
     xl = False
 
