@@ -28,11 +28,12 @@ _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "
 
 
 def layers(part: Part) -> dict[str, dict[str, tuple[int, ...]]]:
-    """{layer by torch's name: {"weight": its shape, "bias": ...}}."""
+    """{layer by torch's name: {"weight": its shape, "bias": ...}}; tables and tokens are none."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in names_of(abstract_params(part)).items():
         layer, _, leaf = name.rpartition(".")
-        found.setdefault(layer, {})[leaf] = shape
+        if leaf in ("weight", "bias"):
+            found.setdefault(layer, {})[leaf] = shape
     return found
 
 

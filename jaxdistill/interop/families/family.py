@@ -38,6 +38,7 @@ class Family:
       original: whether single files of it are read and written, and Kohya's LoRAs written.
       adapter: whether a LoRA is written as PEFT's adapter, too: stock pipelines load none.
       call: what a stock call must say to draw what is drawn here.
+      negative: whether guidance leads away from a negative prompt.
     """
 
     name = ""
@@ -50,6 +51,7 @@ class Family:
     steps = 50
     guidance = 7.5
     unguided = 1.0
+    negative = True
     original = False
     adapter = False
     call: Mapping[str, Any] = {}

@@ -127,9 +127,7 @@ def open_teacher(student: Student, given: str, beside: Beside = NOTHING) -> Fold
     found = single_file.open_checkpoint(path, beside)
     if found.network.module != student.folder.network.module:
         role = pipeline.role_of(found)
-        raise FolderError(
-            f"{path} has another {role} than {student.path}: it is not its teacher"
-        )
+        raise FolderError(f"{path} has another {role} than {student.path}: it is not its teacher")
     checksums, workdir = Checksums(), student.folder.path.parent
     for name, part in {"vae": found.vae, **lora_names.components(found)}.items():
         weights = weights_of(name)
