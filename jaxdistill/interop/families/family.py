@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
@@ -39,6 +40,7 @@ class Family:
       adapter: whether a LoRA is written as PEFT's adapter, too: stock pipelines load none.
       call: what a stock call must say to draw what is drawn here.
       negative: whether guidance leads away from a negative prompt.
+      text_dtype: in which conditioning is cached. T5's states leave float16's range.
     """
 
     name = ""
@@ -52,6 +54,7 @@ class Family:
     guidance = 7.5
     unguided = 1.0
     negative = True
+    text_dtype: Any = jnp.bfloat16
     original = False
     adapter = False
     call: Mapping[str, Any] = {}
