@@ -89,7 +89,8 @@ class Change(NamedTuple):
     """What a file has for one tensor.
 
     `keys`: {role: key}, of "down", "up", "mid", "alpha", or one of "diff" and "bias".
-    `shape`: of the tensor. `rank`: of the update. `alpha`: where no key has it.
+    `shape`: of the tensor. `rank`: of the update. `alpha`: where no key has it. `rows`: those of
+    the file's tensor that are this one's, where it holds several layers.
     """
 
     keys: Mapping[str, str]
@@ -97,6 +98,7 @@ class Change(NamedTuple):
     rank: int = 1
     alpha: float = 1.0
     root: bool = False  # scaled by alpha / sqrt(r) (Kalajdzievski 2023)
+    rows: slice = slice(None)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class Lora:
         """
         change = self.changes[name]
         values = self._values(change.keys)
+        for role in values.keys() & {"up", "diff", "bias"}:
+            values[role] = values[role][change.rows]
         scale = self.weight
         if "diff" not in values:
             alpha = np.asarray(values.pop("alpha", change.alpha)).item()
@@ -344,13 +348,16 @@ def _with(
     tensors = WeightFiles(files[:1])
     parts = lora_names.components(folder)
     shapes = {component: lora_names.layers(part) for component, part in parts.items()}
-    places = _places(files[0], tensors, folder, stems, shapes)
+    rows: dict[Place, slice] = {}
+    places = _places(files[0], tensors, folder, stems, shapes, rows)
     configs = _configs(files, tensors.metadata)
     changes: dict[str, dict[str, Change]] = {}
     for (component, layer), keys in places.items():
         config = configs.get(component, configs.get("", {}))
         try:
             found = _changes(layer, keys, tensors.shapes, shapes[component][layer], config)
+            part = rows.get((component, layer), slice(None))
+            found = {name: change._replace(rows=part) for name, change in found.items()}
         except (AttributeError, TypeError, ValueError, re.error) as error:
             raise LoraError(f"{files[-1]}: the alpha of {layer} is damaged ({error})") from None
         changes.setdefault(component, {}).update(found)
@@ -368,12 +375,26 @@ def _places(
     folder: Folder,
     stems: Mapping[str, Sequence[Place]],
     shapes: Mapping[str, Mapping[str, Mapping[str, Shape]]],
+    rows: dict[Place, slice],
 ) -> dict[Place, dict[str, str]]:
-    """{(component, layer): {role: key}} of all keys of a file. Raises LoraError."""
+    """{(component, layer): {role: key}} of all keys of a file; adds to `rows` what is theirs of
+    tensors of several layers. Raises LoraError.
+    """
     grouped, strange = _grouped(path, tensors)
     found: dict[Place, dict[str, str]] = {}
+    network, fused = folder.family.network, lora_names.fused_stems(folder)
     problems = dict.fromkeys(strange, "is unknown")
     for stem, keys in grouped.items():
+        if stem in fused:
+            whole, parts = _together([(name, shapes[network][name]) for name in fused[stem]])
+            if problem := _misfit(keys, tensors.shapes, whole):
+                problems[stem] = problem
+            for layer, part in parts.items():
+                other = next(iter(found.get((network, layer), {}).values()), "")
+                if other:
+                    raise LoraError(f"{path} has {stem} and {other} for one layer")
+                found[network, layer], rows[network, layer] = keys, part
+            continue
         told = {
             (component, layer): _misfit(keys, tensors.shapes, shapes[component][layer])
             for component, layer in stems.get(stem, ())
@@ -390,7 +411,7 @@ def _places(
         else:
             found[fits[0]] = keys
     if problems:
-        matched = sum(map(len, found.values()))
+        matched = len({key for keys in found.values() for key in keys.values()})
         some = ", ".join(f"{name} {why}" for name, why in [*problems.items()][:3])
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         base = _base(tensors)
@@ -400,6 +421,20 @@ def _places(
             " checkpoint"
         )
     return found
+
+
+def _together(
+    several: Sequence[tuple[str, Mapping[str, Shape]]],
+) -> tuple[dict[str, Shape], dict[str, slice]]:
+    """The shapes of a layer that holds several, row below row, and the rows of each."""
+    parts, count = {}, 0
+    for name, leaves in several:
+        parts[name] = slice(count, count + leaves["weight"][0])
+        count = parts[name].stop
+    whole = {"weight": (count, *several[0][1]["weight"][1:])}
+    if all("bias" in leaves for _, leaves in several):
+        whole["bias"] = (count,)
+    return whole, parts
 
 
 def _base(tensors: WeightFiles) -> str:

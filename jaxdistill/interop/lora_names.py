@@ -24,6 +24,34 @@ _KOHYA_TEXT = ((TEXT, XL_TEXT[0]), (XL_TEXT[1],))
 _COMFY_TEXT = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.")
 _T5 = ("lora_te3_", "text_encoders.t5xxl.transformer.")
 """Kohya's and ComfyUI's, wherever T5 stands in a pipeline."""
+_STREAMS = {
+    "img": ("to_q", "to_k", "to_v", "to_out.0", "ff", "norm1"),
+    "txt": ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context"),
+}
+_FLUX: dict[str, tuple[str, ...]] = {
+    "single_blocks.{}.linear1": (
+        *(f"single_transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"),
+        "single_transformer_blocks.{}.proj_mlp",
+    ),
+    "single_blocks.{}.linear2": ("single_transformer_blocks.{}.proj_out",),
+    "single_blocks.{}.modulation.lin": ("single_transformer_blocks.{}.norm.linear",),
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "final_layer.linear": ("proj_out",),
+}
+for _stream, (*_qkv, _out, _mlp, _norm) in _STREAMS.items():
+    _theirs, _block = f"double_blocks.{{}}.{_stream}", "transformer_blocks.{}"
+    _FLUX |= {
+        f"{_theirs}_attn.qkv": tuple(f"{_block}.attn.{x}" for x in _qkv),
+        f"{_theirs}_attn.proj": (f"{_block}.attn.{_out}",),
+        f"{_theirs}_mlp.0": (f"{_block}.{_mlp}.net.0.proj",),
+        f"{_theirs}_mlp.2": (f"{_block}.{_mlp}.net.2",),
+        f"{_theirs}_mod.lin": (f"{_block}.{_norm}.linear",),
+    }
+for _theirs, _block in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items():
+    for _i, _half in enumerate(("in", "out"), start=1):
+        _layer = f"time_text_embed.{_block}_embedder.linear_{_i}"
+        _FLUX[f"{_theirs}_in.{_half}_layer"] = (_layer,)
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
@@ -74,6 +102,24 @@ def known_stems(folder: Folder) -> dict[str, list[tuple[str, str]]]:
         for layer in layers(part):
             for stem in dict.fromkeys(_stems(component, part, layer)):
                 found.setdefault(stem, []).append((component, layer))
+    return found
+
+
+def fused_stems(folder: Folder) -> dict[str, tuple[str, ...]]:
+    """{stem in a file: layers of the network whose rows it has, one after the other}: FLUX's own
+    names, as Kohya's trainer and others write them. Its last modulation is not among them: scale
+    and shift are swapped there.
+    """
+    if folder.family.name != "flux":
+        return {}
+    known, found = layers(folder.network), dict[str, tuple[str, ...]]()
+    for theirs, ours in _FLUX.items():
+        for i in range(len(known) if "{}" in theirs else 1):
+            parts, name = tuple(part.format(i) for part in ours), theirs.format(i)
+            if not known.keys() >= {*parts}:
+                break
+            stems = (UNET + name.replace(".", "_"), *_joined(("diffusion_model.", "", PEFT), name))
+            found |= dict.fromkeys(stems, parts)
     return found
 
 

@@ -226,7 +226,7 @@ def test_the_nearest_lora_of_a_student_of_all_weights_is_loaded(name, tmp_path):
     for tensor in teacher.shapes:
         np.testing.assert_allclose(state[tensor], merged.read(tensor), atol=3e-6, err_msg=tensor)
     if name == "pixart":
-        with pytest.raises(UserError, match="adapter_config.json exists already; give --out "):
+        with pytest.raises(UserError, match=r"adapter_config\.json exists already; give --out "):
             take_away.check_format(student, "diffusers", out)
         with pytest.raises(UserError, match=r"only PEFT does, from a folder; give --out=x/adapter"):
             take_away.check_format(student, "diffusers", type(out)("x.safetensors"))
@@ -265,3 +265,32 @@ def test_what_does_not_fit_is_named(tmp_path):
     path = loras.save(state, tmp_path / "flux.safetensors")
     with pytest.raises(LoraError, match="it looks like one for Flux"):
         open_checkpoint(FOLDERS["pixart"](), Beside(loras=(str(path),)))
+
+
+def test_fluxs_own_names_are_read_with_queries_keys_and_values_in_one(tmp_path):
+    """As Kohya's trainer writes them, and ComfyUI."""
+    folder = families.open_folder(FOLDERS["flux"]())
+    shapes, random = lora_names.layers(folder.network), np.random.default_rng(0)
+    state, wanted = {}, {}
+    for stem, layers in lora_names.fused_stems(folder).items():
+        if not stem.startswith("lora_unet_"):
+            continue
+        sizes = [shapes[layer]["weight"][0] for layer in layers]
+        down = random.standard_normal((2, shapes[layers[0]]["weight"][1]), np.float32)
+        up = random.standard_normal((sum(sizes), 2), np.float32)
+        state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        state[f"{stem}.alpha"] = np.float32(3.0)
+        for layer, rows in zip(layers, np.split(up, np.cumsum(sizes)[:-1]), strict=True):
+            wanted[f"{layer}.weight"] = 1.5 * rows @ down
+    path = loras.save({k: torch.tensor(v) for k, v in state.items()}, tmp_path / "x.safetensors")
+    found = open_checkpoint(folder.path, Beside(loras=(str(path),))).network
+    plain = folder.network.weights()
+    for name in plain.shapes:
+        value = plain.read(name) + wanted.pop(name, 0.0)
+        np.testing.assert_allclose(found.weights().read(name), value, atol=1e-5, err_msg=name)
+    assert not wanted
+    linear = [k for k, leaves in shapes.items() if len(leaves["weight"]) > 1]
+    assert {*linear} - {*found.updates[0].names} >= {"norm_out.linear"}
+    assert len(found.updates[0].names) == len(linear) - 1
+    stems = {"lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_single_blocks_0_linear1"}
+    assert stems <= lora_names.fused_stems(folder).keys()
