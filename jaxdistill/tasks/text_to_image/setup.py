@@ -110,12 +110,12 @@ class TextSetup:
         choose(DTYPES, config.export.dtype, "config.export.dtype")
         choose(SINGLE_FILE, config.export.single_file, "config.export.single_file")
         self.network, family = folder.network.module, folder.family
-        plain = self._scheduler(SamplerSpec(), correct=False)
-        self.schedule, self.parameterization = plain.schedule, plain.parameterization
         made_for = pipeline.made_for(config.teacher.folder) if config.teacher.folder else {}
         height = config.data.height or made_for.get("height")
         width = config.data.width or made_for.get("width")
         self.size = pipeline.image_size(folder, height, width)
+        plain = self._scheduler(SamplerSpec(), correct=False)
+        self.schedule, self.parameterization = plain.schedule, plain.parameterization
         factor = folder.vae.module.factor
         self.tokens = TOKENS
         if folder.tokenizers:
