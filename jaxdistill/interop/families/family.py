@@ -36,6 +36,8 @@ class Family:
       steps, guidance: defaults of the stock pipeline's call.
       unguided: the guidance scale of a stock pipeline that asks for none.
       original: whether single files and Kohya's LoRAs of it are read and written.
+      adapter: whether a LoRA is written as PEFT's adapter, too: stock pipelines load none.
+      call: what a stock call must say to draw what is drawn here.
     """
 
     name = ""
@@ -49,6 +51,8 @@ class Family:
     guidance = 7.5
     unguided = 1.0
     original = False
+    adapter = False
+    call: Mapping[str, Any] = {}
     xl = False
 
     # -- what a folder holds; all raise FolderError

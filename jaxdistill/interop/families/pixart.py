@@ -79,7 +79,7 @@ def network(config: Mapping[str, Any], where: Path, *, alpha: bool, **options: A
         depth=config.get("num_layers", 28),
         patch=patch,
         base=side // patch,
-        interpolation=max(side // 64, 1) if scale is None else scale,
+        interpolation=float(max(side // 64, 1) if scale is None else scale),
         sizes=side == TOLD if sizes is None else bool(sizes),
         context=text or crossed,
         projected=text is not None,
@@ -136,6 +136,8 @@ class PixArtAlpha(Family):
     tokenizers: Mapping[str, tuple[str, ...]] = {"tokenizer": ("T5Tokenizer", "T5TokenizerFast")}
     steps = 20
     guidance = 4.5
+    adapter = True
+    call: Mapping[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
     length = 120
     tells_sizes = True
 
