@@ -21,10 +21,14 @@ PIPELINES: Mapping[str, Family] = {name: f for f in FAMILIES for name in f.pipel
 """Known classes of model_index.json."""
 OTHER_TASKS = {
     "Inpaint": "inpainting",
+    "FluxFill": "inpainting",
+    "Kontext": "editing by instructions",
+    "Redux": "variations of pictures",
     "Upscale": "upscaling",
     "Pix2Pix": "editing by instructions",
     "Depth2Img": "pictures from depth",
     "ControlNet": "pictures from a control image",
+    "FluxControl": "pictures from a control image",
     "T2IAdapter": "pictures from a control image",
     "AnimateDiff": "video",
     "Video": "video",
@@ -48,8 +52,16 @@ def _read_index(root: Path) -> tuple[dict[str, Any], Family, dict[str, str]]:
     def check(component: str, classes: tuple[str, ...]) -> None:
         entry = index.get(component)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        allowed = " or ".join(classes)
+        if found is None and component in {**family.encoders, **family.tokenizers}:
+            spare = f"; only {' and '.join(family.optional)} may be left out" * bool(
+                family.optional
+            )
+            raise FolderError(
+                f"{where} names no {component}, which {name} needs ({allowed}){spare}; save the"
+                " whole pipeline"
+            )
         if found not in classes:
-            allowed = " or ".join(classes)
             raise FolderError(
                 f"{where}: {component} is of class {found!r}; only {allowed} is supported"
             )
@@ -75,7 +87,8 @@ def _other_pipeline(index: Mapping[str, Any]) -> str:
     if refiner:
         return f"{shown} is XL's refiner, which ends another's work; give the base"
     if "Img2Img" in name and not task:
-        same = "StableDiffusionXLPipeline" if "XL" in name else "StableDiffusionPipeline"
+        same = name.replace("Img2Img", "")
+        same = same if same in PIPELINES else "StableDiffusionPipeline"
         return (
             f"{shown} starts from pictures; its networks may be those of text to"
             f" image: then save them as {same}"
