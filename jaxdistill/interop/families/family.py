@@ -35,6 +35,7 @@ class Family:
       optional: text encoders that a folder may lack, with their tokenizers.
       steps, guidance: defaults of the stock pipeline's call.
       unguided: the guidance scale of a stock pipeline that asks for none.
+      words: the length of "context" where there is no tokenizer to ask: of a plan.
       original: whether single files and Kohya's LoRAs of it are read and written.
     """
 
@@ -50,6 +51,7 @@ class Family:
     unguided = 1.0
     original = False
     xl = False
+    words = 77
 
     # -- what a folder holds; all raise FolderError
 
@@ -82,7 +84,7 @@ class Family:
 
     def tokens(self, folder: Folder) -> int:
         """The length of "context", and of "mask" where there is one."""
-        return self.open_tokenizers(folder)[0].length
+        return self.open_tokenizers(folder)[0].length if folder.tokenizers else self.words
 
     def encode(self, folder: Folder) -> Encode:
         """What turns tokens into the conditioning of the network, float32: a program."""
