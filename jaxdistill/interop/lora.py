@@ -18,9 +18,11 @@ from jaxdistill.interop import diffusers_folder, lora_names, single_file_out, to
 from jaxdistill.interop.diffusers_folder import Folder
 from jaxdistill.interop.single_file_out import Entry
 from jaxdistill.interop.torch_weights import Origin, Weights, WeightsError, layer_names, to_torch
+from jaxdistill.run import checkpoint
 
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
+ADAPTER = "adapter_model.safetensors"
 PREFIX = "unet."
 FORMATS = ("kohya", "diffusers")
 
@@ -40,11 +42,26 @@ def factors_of(updates: Any) -> Factors:
 # -------------------------------------------------------------------------------------------- files
 
 
-def save(folder: Path, updates: Any) -> None:
-    """Write `folder/pytorch_lora_weights.safetensors`, for diffusers' `load_lora_weights`."""
+def save(folder: Path, updates: Any, *, network: str = "unet") -> None:
+    """Write `folder/pytorch_lora_weights.safetensors`, for diffusers' `load_lora_weights`.
+    `network`: the component that it is of.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = entries(factors_of(updates), dtype="float32")
+    tensors = entries(factors_of(updates), dtype="float32", prefix=f"{network}.")
     single_file_out.write(folder / FILE, tensors, {"format": "pt"})
+
+
+def save_adapter(folder: Path, updates: Any) -> None:
+    """Write `folder` as PEFT's adapter: `PeftModel.from_pretrained(pipe.transformer, folder)`, for
+    networks of which diffusers' pipelines load no LoRA.
+    """
+    factors = factors_of(updates)
+    rank = len(next(iter(factors.values()))[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = entries(factors, dtype="float32", prefix="base_model.model.")
+    single_file_out.write(folder / ADAPTER, tensors, {"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [*factors]}
+    checkpoint.write_json(folder / "adapter_config.json", config)
 
 
 def read(path: Path) -> Factors:
@@ -63,7 +80,9 @@ def read(path: Path) -> Factors:
     }
 
 
-def entries(factors: Factors, *, dtype: str, kohya: Folder | None = None) -> dict[str, Entry]:
+def entries(
+    factors: Factors, *, dtype: str, kohya: Folder | None = None, prefix: str = PREFIX
+) -> dict[str, Entry]:
     """The tensors of a file: diffusers' names or, for a pipeline, Kohya's with an alpha a layer."""
     found: dict[str, np.ndarray] = {}
     stems = kohya_stems(kohya) if kohya else {}
@@ -73,8 +92,8 @@ def entries(factors: Factors, *, dtype: str, kohya: Folder | None = None) -> dic
             found[f"{stems[layer]}.lora_up.weight"] = up
             found[f"{stems[layer]}.alpha"] = np.asarray(len(down), np.float32)
         else:
-            found[f"{PREFIX}{layer}.lora_A.weight"] = down
-            found[f"{PREFIX}{layer}.lora_B.weight"] = up
+            found[f"{prefix}{layer}.lora_A.weight"] = down
+            found[f"{prefix}{layer}.lora_B.weight"] = up
     weights = torch_weights.Arrays(found)
     return single_file_out.placed(weights, weights.shapes, Origin, lambda name: dtype)
 

@@ -39,6 +39,8 @@ class Family:
       text_dtype: in which conditioning is cached. T5's states leave float16's range.
       words: the length of "context" where there is no tokenizer to ask: of a plan.
       original: whether single files and Kohya's LoRAs of it are read and written.
+      adapter: whether a LoRA is written as PEFT's adapter, too: stock pipelines load none.
+      call: what a stock call must say to draw what is drawn here.
     """
 
     name = ""
@@ -53,6 +55,8 @@ class Family:
     unguided = 1.0
     text_dtype: Any = jnp.bfloat16
     original = False
+    adapter = False
+    call: Mapping[str, Any] = {}
     xl = False
     words = 77
 

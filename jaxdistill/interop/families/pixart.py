@@ -79,7 +79,7 @@ def network(config: Mapping[str, Any], where: Path, *, alpha: bool, **options: A
         depth=config.get("num_layers", 28),
         patch=patch,
         base=side // patch,
-        interpolation=max(side // 64, 1) if scale is None else scale,
+        interpolation=float(max(side // 64, 1) if scale is None else scale),
         sizes=side == TOLD if sizes is None else bool(sizes),
         context=text or crossed,
         projected=text is not None,
@@ -137,6 +137,8 @@ class PixArtAlpha(Family):
     steps = 20
     guidance = 4.5
     words = 120
+    adapter = True
+    call: Mapping[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
     tells_sizes = True
 
     def network_module(self, config: Mapping[str, Any], where: Path, **options: Any) -> PixArt:
