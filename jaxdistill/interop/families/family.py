@@ -38,6 +38,7 @@ class Family:
       unguided: the guidance scale of a stock pipeline that asks for none.
       text_dtype: in which conditioning is cached. T5's states leave float16's range.
       words: the length of "context" where there is no tokenizer to ask: of a plan.
+      negative: whether guidance leads away from a negative prompt.
       original: whether single files and Kohya's LoRAs of it are read and written.
       adapter: whether a LoRA is written as PEFT's adapter, too: stock pipelines load none.
       call: what a stock call must say to draw what is drawn here.
@@ -54,6 +55,7 @@ class Family:
     guidance = 7.5
     unguided = 1.0
     text_dtype: Any = jnp.bfloat16
+    negative = True
     original = False
     adapter = False
     call: Mapping[str, Any] = {}
