@@ -40,10 +40,12 @@ def factors_of(updates: Any) -> Factors:
 # -------------------------------------------------------------------------------------------- files
 
 
-def save(folder: Path, updates: Any) -> None:
-    """Write `folder/pytorch_lora_weights.safetensors`, for diffusers' `load_lora_weights`."""
+def save(folder: Path, updates: Any, *, network: str = "unet") -> None:
+    """Write `folder/pytorch_lora_weights.safetensors`, for diffusers' `load_lora_weights`.
+    `network`: the component that it is of.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = entries(factors_of(updates), dtype="float32")
+    tensors = entries(factors_of(updates), dtype="float32", prefix=f"{network}.")
     single_file_out.write(folder / FILE, tensors, {"format": "pt"})
 
 
@@ -63,7 +65,9 @@ def read(path: Path) -> Factors:
     }
 
 
-def entries(factors: Factors, *, dtype: str, kohya: Folder | None = None) -> dict[str, Entry]:
+def entries(
+    factors: Factors, *, dtype: str, kohya: Folder | None = None, prefix: str = PREFIX
+) -> dict[str, Entry]:
     """The tensors of a file: diffusers' names or, for a pipeline, Kohya's with an alpha a layer."""
     found: dict[str, np.ndarray] = {}
     stems = kohya_stems(kohya) if kohya else {}
@@ -73,8 +77,8 @@ def entries(factors: Factors, *, dtype: str, kohya: Folder | None = None) -> dic
             found[f"{stems[layer]}.lora_up.weight"] = up
             found[f"{stems[layer]}.alpha"] = np.asarray(len(down), np.float32)
         else:
-            found[f"{PREFIX}{layer}.lora_A.weight"] = down
-            found[f"{PREFIX}{layer}.lora_B.weight"] = up
+            found[f"{prefix}{layer}.lora_A.weight"] = down
+            found[f"{prefix}{layer}.lora_B.weight"] = up
     weights = torch_weights.Arrays(found)
     return single_file_out.placed(weights, weights.shapes, Origin, lambda name: dtype)
 
