@@ -21,7 +21,7 @@ PIPELINES: Mapping[str, Family] = {name: f for f in FAMILIES for name in f.pipel
 """Known classes of model_index.json."""
 OTHER_TASKS = {
     "Inpaint": "inpainting",
-    "FluxFill": "inpainting",
+    "Fill": "inpainting",
     "Kontext": "editing by instructions",
     "Redux": "variations of pictures",
     "Upscale": "upscaling",

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
@@ -35,6 +36,9 @@ class Family:
       optional: text encoders that a folder may lack, with their tokenizers.
       steps, guidance: defaults of the stock pipeline's call.
       unguided: the guidance scale of a stock pipeline that asks for none.
+      text_dtype: in which conditioning is cached. T5's states leave float16's range.
+      words: the length of "context" where there is no tokenizer to ask: of a plan.
+      negative: whether guidance leads away from a negative prompt.
       original: whether single files and Kohya's LoRAs of it are read and written.
       adapter: whether a LoRA is written as PEFT's adapter, too: stock pipelines load none.
       call: what a stock call must say to draw what is drawn here.
@@ -50,10 +54,13 @@ class Family:
     steps = 50
     guidance = 7.5
     unguided = 1.0
+    text_dtype: Any = jnp.bfloat16
+    negative = True
     original = False
     adapter = False
     call: Mapping[str, Any] = {}
     xl = False
+    words = 77
 
     # -- what a folder holds; all raise FolderError
 
@@ -86,7 +93,7 @@ class Family:
 
     def tokens(self, folder: Folder) -> int:
         """The length of "context", and of "mask" where there is one."""
-        return self.open_tokenizers(folder)[0].length
+        return self.open_tokenizers(folder)[0].length if folder.tokenizers else self.words
 
     def encode(self, folder: Folder) -> Encode:
         """What turns tokens into the conditioning of the network, float32: a program."""
