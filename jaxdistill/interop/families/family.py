@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
@@ -36,6 +37,7 @@ class Family:
       steps, guidance: defaults of the stock pipeline's call.
       unguided: the guidance scale of a stock pipeline that asks for none.
       negative: whether guidance leads away from a negative prompt.
+      text_dtype: in which conditioning is cached. T5's states leave float16's range.
       original: whether single files and Kohya's LoRAs of it are read and written.
     """
 
@@ -50,6 +52,7 @@ class Family:
     guidance = 7.5
     unguided = 1.0
     negative = True
+    text_dtype: Any = jnp.bfloat16
     original = False
     xl = False
 
