@@ -358,16 +358,10 @@ class TextToImage:
 
     def unread(self, *, guidance: float | None, negative_prompt: str | None) -> str:
         """What of a call this model does not read, in words, or "". None is what was not asked."""
-        takes = self.network.takes_guidance
-        if not takes and self.guides(1000.0):
-            return ""
-        if negative_prompt is not None:
-            return "a negative prompt: " + (
-                "its guidance scale is an input of the network, which is called once a step"
-                if takes
-                else "it has no guidance"
-            )
-        if guidance is not None and not takes:
+        if self.network.takes_guidance:
+            why = "its guidance scale is an input of the network, which is called once a step"
+            return f"a negative prompt: {why}" if negative_prompt is not None else ""
+        if guidance is not None and not self.guides(np.inf):
             return f"guidance = {guidance:g}: its network has no such input"
         return ""
 
