@@ -358,11 +358,12 @@ class TextToImage:
 
     def unread(self, *, guidance: float | None, negative_prompt: str | None) -> str:
         """What of a call this model does not read, in words, or "". None is what was not asked."""
-        if self.network.takes_guidance:
-            why = "its guidance scale is an input of the network, which is called once a step"
-            return f"a negative prompt: {why}" if negative_prompt is not None else ""
-        if guidance is not None and not self.guides(np.inf):
+        if self.guides(np.inf):
+            return ""
+        if guidance is not None and not self.network.takes_guidance:
             return f"guidance = {guidance:g}: its network has no such input"
+        if negative_prompt is not None and self.folder.family.negative:  # else it is refused
+            return "a negative prompt: its guidance scale is an input of the network"
         return ""
 
     def guides(self, scale: float) -> bool:
