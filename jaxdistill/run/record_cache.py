@@ -28,6 +28,11 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _name_of(dtype: np.dtype) -> str:
+    """What np.dtype makes it of again; bfloat16's code stands for any two bytes."""
+    return dtype.name if dtype.kind == "V" else dtype.str
+
+
 class Writer:
     """Fills a folder with records, block by block. It appears whole or not at all.
 
@@ -72,7 +77,7 @@ class Writer:
         """
         size = len(next(iter(values.values())))
         self._fields = self._fields or {
-            name: {"shape": list(v.shape[1:]), "dtype": v.dtype.str}
+            name: {"shape": list(v.shape[1:]), "dtype": _name_of(v.dtype)}
             for name, v in sorted(values.items())
         }
         if self._held + size > self._shard:

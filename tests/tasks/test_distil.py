@@ -342,8 +342,9 @@ def fill(folder, make, *, count=10, until=None, **options):
     return writer
 
 
-def test_a_cache_gives_back_its_records_in_an_order_of_its_own(tmp_path):
-    values = np.arange(60, dtype=np.float16).reshape(10, 2, 3)
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_a_cache_gives_back_its_records_in_an_order_of_its_own(tmp_path, dtype):
+    values = np.arange(60).astype(dtype).reshape(10, 2, 3)
 
     def make(first, last):
         return {"a": values[first:last], "b": np.arange(first, last, dtype=np.int32)}

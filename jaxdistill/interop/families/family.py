@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
@@ -35,6 +36,7 @@ class Family:
       optional: text encoders that a folder may lack, with their tokenizers.
       steps, guidance: defaults of the stock pipeline's call.
       unguided: the guidance scale of a stock pipeline that asks for none.
+      text_dtype: in which conditioning is cached. T5's states leave float16's range.
       original: whether single files and Kohya's LoRAs of it are read and written.
       adapter: whether a LoRA is written as PEFT's adapter, too: stock pipelines load none.
       call: what a stock call must say to draw what is drawn here.
@@ -50,6 +52,7 @@ class Family:
     steps = 50
     guidance = 7.5
     unguided = 1.0
+    text_dtype: Any = jnp.bfloat16
     original = False
     adapter = False
     call: Mapping[str, Any] = {}

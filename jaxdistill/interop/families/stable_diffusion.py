@@ -239,6 +239,7 @@ class StableDiffusion(Family):
     tokenizers: Mapping[str, tuple[str, ...]] = {
         "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast")
     }
+    text_dtype = np.float16
     original = True
 
     def network_module(

@@ -217,10 +217,11 @@ class TextToImageTask(TextSetup):
     def encoded(
         self, pipe: pipeline.TextToImage, captions: Sequence[str], numbers: list[int]
     ) -> dict[str, np.ndarray]:
-        """The conditioning of these captions, float16."""
+        """The conditioning of these captions, in the family's `text_dtype`."""
         found = pipe.text([captions[i] for i in numbers])
         with np.errstate(over="ignore"):
-            half = {name: values.astype(np.float16) for name, values in found.items()}
+            dtype = self.folder.family.text_dtype
+            half = {name: values.astype(dtype) for name, values in found.items()}
         if not all(np.isfinite(values).all() for values in half.values()):
             raise NotFinite(
                 "the text encoder gives values above 65504, which the cache of prompts (float16)"
