@@ -42,7 +42,10 @@ def parser() -> Parser:
     add("--num", type=int, metavar="N", help="images (default: 64, or 1 with --prompt)")
     add("--steps", type=int, metavar="N", help="sampler steps (default: the model's)")
     add("--seed", type=int, default=0, metavar="N", help="image i depends on seed and i only")
-    about = "classifier-free guidance scale, 1 = none (default: the model's)"
+    about = (
+        "guidance scale as the stock pipeline means it: classifier-free, 1 = none; of FLUX.1 dev an"
+        " input of its network, of schnell nothing (default: the model's)"
+    )
     add("--guidance", type=float, metavar="SCALE", help=about)
     add(
         "--noise_correction",
@@ -67,7 +70,10 @@ def parser() -> Parser:
     add("--grid", **named(tuple(card.GRIDS)), help=about)
     about = f"{', '.join(card.SOLVERS)} (default: the folder's scheduler)"
     add("--solver", **named(tuple(card.SOLVERS)), help=about)
-    about = ".npy of starting noise instead of the seed's, float32 [num, c, h, w]"
+    about = (
+        ".npy of starting noise instead of the seed's, float32 [num, c, h, w]; of FLUX also packed,"
+        " [num, h w / 4, 4 c]"
+    )
     add("--latents", metavar="FILE", help=about)
     add_computing(pipelines)
     add_flags(p, pipelines)
