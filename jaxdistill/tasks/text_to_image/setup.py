@@ -106,6 +106,12 @@ class TextSetup:
         student = config.student
         choose(DTYPES, config.export.dtype, "config.export.dtype")
         choose(SINGLE_FILE, config.export.single_file, "config.export.single_file")
+        if config.export.single_file == "always" and not folder.family.original:
+            raise UserError(
+                f"config.export.single_file = 'always': a student of the family"
+                f" {folder.family.name} is not written as one file; set it to auto, and give"
+                " programs its diffusers/ folder"
+            )
         self.network, family = folder.network.module, folder.family
         made_for = pipeline.made_for(config.teacher.folder) if config.teacher.folder else {}
         height = config.data.height or made_for.get("height")
