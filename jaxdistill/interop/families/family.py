@@ -165,11 +165,20 @@ class Family:
         where = diffusers_scheduler.config_path(folder)
         return diffusers_scheduler.student_config(folder.scheduler, solver=solver, where=where)
 
+    def training_schedule(
+        self, config: Mapping[str, Any], schedule: NoiseSchedule
+    ) -> NoiseSchedule:
+        """The schedule in whose times a student of that config is trained; `schedule` is that of
+        its scheduler, the same process.
+        """
+        del config
+        return schedule
+
     def student_grid(
         self, config: Mapping[str, Any], solver: str, steps: int, schedule: NoiseSchedule
     ) -> TimeGrid:
-        """The times [N] at which stock diffusers calls a student of that config. Raises
-        ValueError.
+        """The times [N] of the training's schedule at which stock diffusers calls a student of that
+        config. Raises ValueError.
         """
         del config
         return diffusers_scheduler.student_grid(solver, steps, schedule.T)
@@ -224,12 +233,21 @@ class FlowFamily(Family):
         config = folder.scheduler
         return flow_scheduler.student_config(config, solver=solver, shift=shift, where=where)
 
+    def training_schedule(
+        self, config: Mapping[str, Any], schedule: NoiseSchedule
+    ) -> NoiseSchedule:
+        """See `Family`: times before the shift, so that what is even in time follows it."""
+        del schedule
+        return flow_scheduler.training_schedule(
+            config, network_time=self.network_time, shift=config["shift"]
+        )
+
     def student_grid(
         self, config: Mapping[str, Any], solver: str, steps: int, schedule: NoiseSchedule
     ) -> TimeGrid:
-        """See `Family`."""
-        del schedule
-        return flow_scheduler.student_grid(solver, steps, config["shift"])
+        """See `Family`: before the shift, the trailing times of all."""
+        del config, schedule
+        return flow_scheduler.student_grid(solver, steps, 1.0)
 
     def student_times(self, config: Mapping[str, Any], steps: int) -> dict[str, list[Any]]:
         """See `Family`: {"sigmas": [N]}, to which the scheduler adds its shift."""
