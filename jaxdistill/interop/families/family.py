@@ -37,6 +37,7 @@ class Family:
       steps, guidance: defaults of the stock pipeline's call.
       unguided: the guidance scale of a stock pipeline that asks for none.
       text_dtype: in which conditioning is cached. T5's states leave float16's range.
+      words: the length of "context" where there is no tokenizer to ask: of a plan.
       original: whether single files and Kohya's LoRAs of it are read and written.
     """
 
@@ -53,6 +54,7 @@ class Family:
     text_dtype: Any = jnp.bfloat16
     original = False
     xl = False
+    words = 77
 
     # -- what a folder holds; all raise FolderError
 
@@ -85,7 +87,7 @@ class Family:
 
     def tokens(self, folder: Folder) -> int:
         """The length of "context", and of "mask" where there is one."""
-        return self.open_tokenizers(folder)[0].length
+        return self.open_tokenizers(folder)[0].length if folder.tokenizers else self.words
 
     def encode(self, folder: Folder) -> Encode:
         """What turns tokens into the conditioning of the network, float32: a program."""

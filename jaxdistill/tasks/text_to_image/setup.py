@@ -45,9 +45,6 @@ SINGLE_FILE: dict[str, Callable[[Folder], bool]] = {
 }
 """Whether a student is written as one file, too."""
 
-TOKENS = 77
-"""Of the published architectures' tokenizers."""
-
 
 def open_teacher(config: ConfigDict) -> Folder:
     """The teacher's folder as its configs describe it or, without one, the published architecture
@@ -117,9 +114,7 @@ class TextSetup:
         plain = self._scheduler(SamplerSpec(), correct=False)
         self.schedule, self.parameterization = plain.schedule, plain.parameterization
         factor = folder.vae.module.factor
-        self.tokens = TOKENS
-        if folder.tokenizers:
-            self.tokens = family.tokens(folder)
+        self.tokens = family.tokens(folder)
         self.latent_shape = (*(side // factor for side in self.size), self.network.in_channels)
         self.layout = partition.layout(config.mesh.to_dict(), devices=devices)
         micro = student.batch_size // student.accumulate
