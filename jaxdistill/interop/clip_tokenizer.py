@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class Tokens(NamedTuple):
     cut: list[str]
 
 
+@runtime_checkable
 class TextTokenizer(Protocol):
     """A folder's tokenizer, whose texts have `length` tokens."""
 
