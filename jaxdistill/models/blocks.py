@@ -88,9 +88,9 @@ def run_blocks(
         length=len(span),
         in_axes=(0, *(nn.broadcast for _ in shared)),
     )
-    states = None
+    kept: Any = None
     if at:
         shape = jax.eval_shape(seen, carry)
-        states = jnp.zeros((len(at) + 1, *shape.shape), shape.dtype)
-    (carry, states), _ = scanned(block, (carry, states), places, *shared)
-    return carry, [states[i] for i in range(len(at))]
+        kept = jnp.zeros((len(at) + 1, *shape.shape), shape.dtype)
+    (carry, kept), _ = scanned(block, (carry, kept), places, *shared)
+    return carry, [kept[i] for i in range(len(at))]

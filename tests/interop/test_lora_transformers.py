@@ -1,5 +1,5 @@
-"""LoRAs of transformers: what is written stock diffusers loads (PixArt's PEFT), and what these write
-is read.
+"""LoRAs of transformers: what is written stock diffusers loads (PixArt's PEFT), and what these
+write is read.
 """
 
 import flux_folders
