@@ -62,7 +62,6 @@ def load(folder: Path):
     import jax
 
     from jaxdistill.interop import diffusers_folder
-    from jaxdistill.interop.families import stable_diffusion
 
     part = part_of(folder)
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
