@@ -321,7 +321,7 @@ class TextToImage:
     @property
     def role(self) -> str:
         """The network that is distilled, for messages."""
-        return {"unet": "the UNet"}.get(self.folder.family.network, "the transformer")
+        return f"the {role_of(self.folder)}"
 
     @property
     def steps(self) -> int:
@@ -575,6 +575,11 @@ def components_of(root: Path, exported: Mapping[str, Any]) -> Path:
             " copy that folder beside it, or give it instead"
         )
     return found
+
+
+def role_of(folder: Folder) -> str:
+    """The network that is distilled, for messages."""
+    return {"unet": "UNet"}.get(folder.family.network, folder.family.network)
 
 
 def made_for(path: str | Path) -> dict[str, Any]:
