@@ -1,6 +1,8 @@
-"""LoRAs of transformers: what is written stock diffusers loads (PixArt's PEFT), and what these
+"""LoRAs of transformers: stock diffusers loads what is written (of PixArt PEFT does), and what they
 write is read.
 """
+
+import functools
 
 import flux_folders
 import folders
@@ -11,14 +13,27 @@ import peft
 import pixart_folders
 import pytest
 import sd3_folders
+import text_config
 import torch
 import zimage_folders
 from safetensors.torch import load_file
 
-from jaxdistill.interop import Beside, diffusers_folder, families, lora, lora_names
+from jaxdistill.errors import UserError
+from jaxdistill.interop import (
+    Beside,
+    diffusers_folder,
+    families,
+    lora,
+    lora_names,
+    recognise,
+)
+from jaxdistill.interop.diffusers_folder import FolderError
+from jaxdistill.interop.lora_files import LoraError
 from jaxdistill.interop.single_file import open_checkpoint
 from jaxdistill.interop.torch_weights import TreeWeights
 from jaxdistill.model import lora_init, lora_layers, lora_merge
+from jaxdistill.tasks.text_to_image import pipeline, take_away
+from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
 FOLDERS = {
     "sd3": lambda: sd3_folders.folder("medium35"),
@@ -99,6 +114,7 @@ def test_the_default_targets_are_the_layers_of_the_blocks(name):
     assert not any("embed" in path or "norm" in path for path in found)
 
 
+@functools.cache
 def adapted(name):
     """The stock pipeline with a random LoRA that is not merged."""
     return loras.adapted(FOLDERS[name](), rank_pattern={"to_k": 2}, alpha_pattern={"to_v": 1.5})
@@ -153,3 +169,99 @@ def test_every_form_is_merged_as_peft_does(name, tmp_path):
         updates = [u for _, part in lora_names.components(found).items() for u in part.updates]
         assert sum(len(u.names) for u in updates) == len(loras.alphas(pipe))
     assert changed >= {f"{k}.weight".replace("text_model.", "") for k in loras.alphas(pipe)}
+
+
+def zimage_images(pipe, prompts, latents, **options):
+    size = {"height": 8 * latents.shape[2], "width": 8 * latents.shape[3]}
+    start = torch.tensor(latents)
+    return pipe(list(prompts), latents=start, output_type="np", **size, **options).images
+
+
+def sd3_images(pipe, prompts, latents, *, num_inference_steps, guidance_scale):
+    options = {"steps": num_inference_steps, "guidance": guidance_scale}
+    return sd3_folders.stock_images(pipe, prompts, latents, **options)
+
+
+STOCK = {
+    "sd3": (sd3_images, sd3_folders.FACTOR),
+    "pixart": (pixart_folders.stock_images, 8),
+    "flux": (flux_folders.stock_images, 8),
+    "zimage": (zimage_images, 8),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3", "pixart", "zimage"))],
+)
+def test_images_are_those_of_the_stock_pipeline_with_the_lora(name, tmp_path):
+    folder = families.open_folder(FOLDERS[name](), scan=True)
+    _, updates = updated(folder, TARGETS[name])
+    lora.save(tmp_path, jax.tree.map(lambda a: 0.5 * a, updates), folder)
+    draw, factor = STOCK[name]
+    channels = folder.vae.module.latent_channels
+    start = np.random.default_rng(0).standard_normal((1, channels, 8, 8), np.float32)
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    wanted = draw(with_lora(name, tmp_path), ["a cat"], start, **options)
+    plain = draw(stock(name), ["a cat"], start, **options)
+    ours = pipeline.load(folder.path, beside=Beside(loras=(str(tmp_path / lora.FILE),)))
+    size = {"height": 8 * factor, "width": 8 * factor}
+    found = ours(["a cat"], latents=start, steps=2, guidance=3.0, **size)
+    assert np.abs(found - wanted).max() < 1 / 255 < 0.02 < np.abs(plain - wanted).max()
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart"])
+def test_the_nearest_lora_of_a_student_of_all_weights_is_loaded(name, tmp_path):
+    folder = families.open_folder(FOLDERS[name]())
+    params, updates = updated(folder, (".*",), rank=12)
+    teacher = TreeWeights(params)
+    student = take_away.trained(tmp_path, folder, lora_merge(params, updates), {"steps": 2})
+    found = lora.truncated(student.unet, teacher, folder, 5)
+    assert 0.3 < found.share < 1.0
+    out = tmp_path / (lora.ADAPTER if name == "pixart" else lora.FILE)
+    take_away.check_format(student, "diffusers", out)
+    take_away.write_lora(student, found.factors, out, dtype="float32", form="diffusers")
+    state = with_lora(name, tmp_path).transformer.state_dict()
+    merged = lora.Merged(teacher, found.factors)
+    for tensor in teacher.shapes:
+        np.testing.assert_allclose(state[tensor], merged.read(tensor), atol=3e-6, err_msg=tensor)
+    if name == "pixart":
+        with pytest.raises(UserError, match="adapter_config.json exists already; give --out "):
+            take_away.check_format(student, "diffusers", out)
+        with pytest.raises(UserError, match=r"only PEFT does, from a folder; give --out=x/adapter"):
+            take_away.check_format(student, "diffusers", type(out)("x.safetensors"))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_other_formats_are_refused(name, tmp_path):
+    folder = families.open_folder(FOLDERS[name]())
+    abstract = diffusers_folder.abstract_params(folder.network)
+    student = take_away.trained(tmp_path, folder, abstract, {})
+    for form in ("kohya", "checkpoint"):
+        with pytest.raises(UserError, match=f"--format={form}: of {folder.family.name} no "):
+            take_away.check_format(student, form, tmp_path / "x.safetensors")
+    config = text_config.get_config()
+    config.teacher.folder = str(folder.path)
+    config.export.single_file = "always"
+    with pytest.raises(UserError, match=r"^config\.export\.single_file = 'always': "):
+        TextSetup(config, open_teacher(config))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_file_of_a_transformer_is_told_to_be_given_as_a_folder(name):
+    folder = families.open_folder(FOLDERS[name]())
+    names = diffusers_folder.names_of(folder.network)
+    with pytest.raises(FolderError, match="give the diffusers folder"):
+        recognise.check_other("x", {f"model.diffusion_model.{n}": s for n, s in names.items()})
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    state = loras.states(adapted("flux"))
+    key = "transformer.proj_out.lora_A.weight"
+    wide = {**state, key: torch.zeros(4, 999)}
+    path = loras.save(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(LoraError, match=r"but transformer\.proj_out is \["):
+        open_checkpoint(FOLDERS["flux"](), Beside(loras=(str(path),)))
+    path = loras.save(state, tmp_path / "flux.safetensors")
+    with pytest.raises(LoraError, match="it looks like one for Flux"):
+        open_checkpoint(FOLDERS["pixart"](), Beside(loras=(str(path),)))
