@@ -226,7 +226,7 @@ def test_the_nearest_lora_of_a_student_of_all_weights_is_loaded(name, tmp_path):
     for tensor in teacher.shapes:
         np.testing.assert_allclose(state[tensor], merged.read(tensor), atol=3e-6, err_msg=tensor)
     if name == "pixart":
-        with pytest.raises(UserError, match="adapter_config.json exists already; give --out "):
+        with pytest.raises(UserError, match=r"adapter_config\.json exists already; give --out "):
             take_away.check_format(student, "diffusers", out)
         with pytest.raises(UserError, match=r"only PEFT does, from a folder; give --out=x/adapter"):
             take_away.check_format(student, "diffusers", type(out)("x.safetensors"))
