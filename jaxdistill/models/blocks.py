@@ -1,5 +1,6 @@
 """Blocks of one kind in a row, or as a loop over stacked parameters."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,9 +53,10 @@ def run_blocks(
     policy = REMAT_POLICIES[remat]
     at = [i for i in span if seen and i in at]
 
-    def apply(block: Any, carry: Any, *shared: Any) -> Any:
+    def plain(block: Any, carry: Any, *shared: Any) -> Any:
         return block(carry, *shared)
 
+    apply = plain
     if not scan or len(span) < 2:
         if policy is not None:
             apply = nn.remat(apply, policy=policy)
@@ -67,7 +69,11 @@ def run_blocks(
     gather = gather_of_blocks(stack(name, span), len(span), block.dtype)
     if gather is not None and not block.is_initializing():
         # Inside what is computed again: the loop would keep every block whole for its gradient.
-        apply = nn.map_variables(apply, ["params", LORA], gather)
+        def gathered(block: Any, carry: Any, *shared: Any) -> Any:
+            begin = functools.partial(gather, after=carry)
+            return nn.map_variables(plain, ["params", LORA], begin)(block, carry, *shared)
+
+        apply = gathered
     if policy is not None:
         apply = nn.remat(apply, policy=policy, prevent_cse=False)
 
