@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Student:
       noise_correction: whether it was trained with it, and draws with it by default.
       clip_skip: as of `Folder`.
       layers_out: layers of its text encoder that are left out without clip_skip: 1 of 2.x and XL.
+      call: what more diffusers is told in each call.
     """
 
     scheduler: Mapping[str, Any]
@@ -63,6 +64,7 @@ class Student:
     noise_correction: bool = False
     clip_skip: int = 0
     layers_out: int = 0
+    call: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def predicts(self) -> str:
@@ -223,7 +225,7 @@ def corrected_sigmas(sigmas: Sequence[float]) -> list[float]:
 def in_diffusers(student: Student) -> Json:
     """Calls of the student's folder as it is and, for eps, with noise correction."""
     height, width = student.size
-    common: Json = {"guidance_scale": 1.0, "height": height, "width": width}
+    common: Json = {"guidance_scale": 1.0, "height": height, "width": width, **student.call}
     if student.clip_skip:
         common["clip_skip"] = student.clip_skip
     found: Json = {

@@ -18,9 +18,11 @@ from jaxdistill.interop import diffusers_folder, lora_names, single_file_out, to
 from jaxdistill.interop.diffusers_folder import Folder
 from jaxdistill.interop.single_file_out import Entry
 from jaxdistill.interop.torch_weights import Origin, Weights, WeightsError, layer_names, to_torch
+from jaxdistill.run import checkpoint
 
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
+ADAPTER = "adapter_model.safetensors"
 PREFIX = "unet."
 FORMATS = ("kohya", "diffusers")
 
@@ -47,6 +49,19 @@ def save(folder: Path, updates: Any, *, network: str = "unet") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = entries(factors_of(updates), dtype="float32", prefix=f"{network}.")
     single_file_out.write(folder / FILE, tensors, {"format": "pt"})
+
+
+def save_adapter(folder: Path, updates: Any) -> None:
+    """Write `folder` as PEFT's adapter: `PeftModel.from_pretrained(pipe.transformer, folder)`, for
+    networks of which diffusers' pipelines load no LoRA.
+    """
+    factors = factors_of(updates)
+    rank = len(next(iter(factors.values()))[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = entries(factors, dtype="float32", prefix="base_model.model.")
+    single_file_out.write(folder / ADAPTER, tensors, {"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [*factors]}
+    checkpoint.write_json(folder / "adapter_config.json", config)
 
 
 def read(path: Path) -> Factors:

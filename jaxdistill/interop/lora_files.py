@@ -358,8 +358,8 @@ def _with(
         update: Update = Lora(files, weight, tensors, added)
         part = parts[component]
         parts[component] = part._replace(updates=(*part.updates, update))
-    unet = parts.pop("unet")
-    return folder._replace(network=unet, text_encoders=tuple(parts.values()))
+    network = parts.pop(folder.family.network)
+    return folder._replace(network=network, text_encoders=tuple(parts.values()))
 
 
 def _places(

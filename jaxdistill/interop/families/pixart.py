@@ -79,7 +79,7 @@ def network(config: Mapping[str, Any], where: Path, *, alpha: bool, **options: A
         depth=config.get("num_layers", 28),
         patch=patch,
         base=side // patch,
-        interpolation=max(side // 64, 1) if scale is None else scale,
+        interpolation=float(max(side // 64, 1) if scale is None else scale),
         sizes=side == TOLD if sizes is None else bool(sizes),
         context=text or crossed,
         projected=text is not None,
@@ -136,7 +136,9 @@ class PixArtAlpha(Family):
     tokenizers: Mapping[str, tuple[str, ...]] = {"tokenizer": ("T5Tokenizer", "T5TokenizerFast")}
     steps = 20
     guidance = 4.5
-    length = 120
+    words = 120
+    adapter = True
+    call: Mapping[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
     tells_sizes = True
 
     def network_module(self, config: Mapping[str, Any], where: Path, **options: Any) -> PixArt:
@@ -173,7 +175,7 @@ class PixArtAlpha(Family):
         """See `Family`. Raises ValueError for a clip_skip, which T5 does not have."""
         if folder.clip_skip:
             raise ValueError(f"clip_skip must be 0 of PixArt (T5), got {folder.clip_skip}")
-        return [Captions(path, self.length) for path in folder.tokenizers]
+        return [Captions(path, self.words) for path in folder.tokenizers]
 
     def encode(self, folder: Folder) -> Encode:
         """See `Family`: padding is seen neither in T5 nor by the network."""
@@ -221,5 +223,5 @@ class PixArtSigma(PixArtAlpha):
 
     name = "pixart-sigma"
     pipelines = ("PixArtSigmaPipeline",)
-    length = 300
+    words = 300
     tells_sizes = False

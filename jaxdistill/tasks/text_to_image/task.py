@@ -414,6 +414,8 @@ class TextToImageTask(TextSetup):
         params = student.trained
         if self.config.student.lora_rank:
             lora.save(workdir / f"lora{end}", params, network=self.folder.family.network)
+            if self.folder.family.adapter:
+                lora.save_adapter(workdir / f"lora{end}", params)
             # What its teacher had in its weights already is in the base's.
             own = self.folder.scheduler.get(pipeline.KEY, {})
             styles = {"loras": held[len(own.get("loras", ())) :]}
@@ -472,7 +474,13 @@ class TextToImageTask(TextSetup):
         # A folder of 2.x holds 23 of OpenCLIP's 24 layers, and XL takes the last but one.
         out = folder.xl or folder.text_encoders[0].module.layers == 23
         return how_to_sample.Student(
-            scheduler, steps, self.size, self.correct_noise, folder.clip_skip, int(out)
+            scheduler,
+            steps,
+            self.size,
+            self.correct_noise,
+            folder.clip_skip,
+            int(out),
+            folder.family.call,
         )
 
     def results(self, run: Run, students: Sequence[Student]) -> dict[str, Any]:
