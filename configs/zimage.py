@@ -6,7 +6,7 @@
 As configs/sd15.py, with low-rank updates: student, fake score and target are small trees over one
 copy of the teacher's six billion weights. Guidance is the stock pipeline's: c + guidance (c - u),
 so that 0 is none. Of Z-Image-Turbo, a student of 8 steps without guidance already, give
---config.teacher.guidance=0 --config.teacher.steps=9. Not run at full size yet.
+--config.teacher.guidance=0 --config.teacher.steps=8. Not run at full size yet.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,8 @@ python -m jaxdistill.export --model=runs/sd15/student --format=kohya --out=stude
 
 The file holds UNet, VAE and text encoders in the original layout. What was not trained is the
 teacher's, bit for bit. A LoRA student's LoRA is written as it was trained; of another student the
-nearest one of a rank to what it has learned.
+nearest one of a rank to what it has learned. Of a transformer (SD 3, PixArt, FLUX, Z-Image) only a
+LoRA under diffusers' names is written; PixArt's is for PEFT.
 """
 
 import argparse
@@ -71,6 +72,7 @@ def write(args: argparse.Namespace, out: Path) -> None:
 
     single_file_out.check_target(out)
     student = take_away.open_student(args.model)
+    take_away.check_format(student, args.format, out)
     files = beside(args, args.teacher)
     if args.format == "checkpoint":
         teacher = take_away.open_teacher(student, args.teacher, files)
@@ -89,7 +91,7 @@ def write(args: argparse.Namespace, out: Path) -> None:
         needless = [f"--{name}" for name in asked if getattr(args, name) not in (None, "")]
         if needless:
             raise UserError(f"{needless[0]}: {student.lora} was trained as a LoRA; leave it out")
-        factors = take_away.lora.read(student.lora)
+        factors = take_away.lora.read(student.lora, student.folder.family)
     take_away.write_lora(student, factors, out, dtype=args.dtype, form=args.format)
 
 

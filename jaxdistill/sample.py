@@ -43,8 +43,8 @@ def parser() -> Parser:
     add("--steps", type=int, metavar="N", help="sampler steps (default: the model's)")
     add("--seed", type=int, default=0, metavar="N", help="image i depends on seed and i only")
     about = (
-        "guidance scale as the stock pipeline means it: classifier-free, 1 = none; of FLUX.1 dev an"
-        " input of its network, of schnell nothing (default: the model's)"
+        "scale as the stock pipeline means it: classifier-free, 1 = none (Z-Image: 0); of FLUX.1"
+        " dev an input of its network, of schnell nothing (default: the model's)"
     )
     add("--guidance", type=float, metavar="SCALE", help=about)
     add(
@@ -235,7 +235,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
             latents = np.load(args.latents, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"--latents={args.latents} cannot be read as .npy ({error})") from None
-        if args.num is None and latents.ndim == 4:
+        if args.num is None and latents.ndim in (3, 4):  # FLUX packs a row in two
             num = len(latents)
     note(f"{args.model}: loading and compiling (a minute or more for a large model)")
     pipe = pipeline.load(
@@ -251,6 +251,8 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     prompts = [args.prompt] * num
     chosen = {"steps": pipe.steps if args.steps is None else args.steps, "guidance": args.guidance}
     size = pipe.check(**chosen, height=args.height, width=args.width, batch_size=batch_size)
+    if unread := pipe.unread(guidance=args.guidance, negative_prompt=args.negative_prompt):
+        print(f"warning: {args.model} does not read {unread}", file=sys.stderr)
     if unlike := pipeline.unlike(pipe.settings, **chosen, size=size):
         print(f"warning: {args.model} was {unlike}", file=sys.stderr)
     images = pipe(

@@ -12,7 +12,7 @@ import transformers.integrations.peft
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_kohya
 from folders import load_torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 
 from jaxdistill.interop import families, lora_names
@@ -27,6 +27,7 @@ UNET = (
     *("linear_1", "linear_2"),
 )
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+KINDS = (torch.nn.Linear, torch.nn.Conv2d)
 PATTERNS = {
     "rank_pattern": {"attn2.to_k": 2, "conv1": 3},
     "alpha_pattern": {"attn2.to_k": 1.0, "fc1": 3.0},
@@ -38,18 +39,33 @@ def adapted(folder: Path, seed: int = 0, **patterns):
     pipe = load_torch(folder)
     generator = torch.Generator().manual_seed(seed)
     for name, part in parts(pipe).items():
-        targets = [*(UNET if name == "unet" else TEXT)]
-        part.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, **patterns))
+        config = LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=targets(name, part), **patterns
+        )
+        if hasattr(part, "add_adapter"):
+            part.add_adapter(config)
+        else:  # PixArt's, of which diffusers loads none
+            inject_adapter_in_model(config, part)
+            part.peft_config = {"default": config}
         for key, value in part.named_parameters():
             if "lora_" in key:
                 value.data = 0.2 * torch.randn(value.shape, generator=generator)
     return pipe
 
 
+def targets(name: str, part: torch.nn.Module) -> list[str]:
+    """The layers that are changed: of a transformer all."""
+    if name == "transformer":
+        return [layer for layer, module in part.named_modules() if isinstance(module, KINDS)]
+    return [*(UNET if name == "unet" else TEXT)]
+
+
 def parts(pipe) -> dict:
-    """The components that a LoRA changes."""
-    names = ("unet", "text_encoder", "text_encoder_2")
-    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
+    """The components that a LoRA changes: the network, and CLIPs."""
+    networks = {name: getattr(pipe, name, None) for name in ("unet", "transformer")}
+    encoders = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
+    found = {name: part for name, part in networks.items() if part is not None}
+    return found | {k: v for k, v in encoders.items() if type(v).__name__.startswith("CLIP")}
 
 
 def states(pipe) -> dict[str, torch.Tensor]:

@@ -61,7 +61,7 @@ def shaken(module):
 
 
 def tokenizer() -> Qwen2Tokenizer:
-    """Bytes and one merge; 12 tokens are the template's."""
+    """Bytes and a few merges."""
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     words = [*bytes_to_unicode().values(), "as", "us", "user", "er", *marks]
     made = Qwen2Tokenizer(
@@ -81,7 +81,7 @@ def make(variant: str, folder: Path) -> None:
     torch.manual_seed(list(NETWORKS).index(variant))
     words, sizes = tokenizer(), NETWORKS[variant]
     network = diffusers.ZImageTransformer2DModel(
-        **sizes, n_kv_heads=sizes["n_heads"], axes_lens=[600, 64, 64]
+        **sizes, n_kv_heads=sizes["n_heads"], axes_lens=[600, 128, 128]
     )
     text = Qwen3Config(
         vocab_size=len(words) + 5,  # the published one has more rows than tokens, too

@@ -1,5 +1,6 @@
-"""Low-rank updates of a UNet's layers in files (Hu et al. 2021): those that were trained, or the
-best ones of a difference; under Kohya's names, which UIs read, or diffusers'.
+"""Low-rank updates of a network's layers in files (Hu et al. 2021): those that were trained, or
+the best ones of a difference; under Kohya's names, which UIs read of UNets, or diffusers'. Stock
+diffusers has no loader for PixArt's: PEFT has, for a file with its config beside it.
 
 All have one rank r and alpha = r: W + up down, in every reader.
 """
@@ -16,14 +17,14 @@ from flax.traverse_util import flatten_dict
 from jaxdistill.errors import UserError
 from jaxdistill.interop import diffusers_folder, lora_names, single_file_out, torch_weights
 from jaxdistill.interop.diffusers_folder import Folder
+from jaxdistill.interop.families.family import Family
 from jaxdistill.interop.single_file_out import Entry
 from jaxdistill.interop.torch_weights import Origin, Weights, WeightsError, layer_names, to_torch
 from jaxdistill.run import checkpoint
 
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
-ADAPTER = "adapter_model.safetensors"
-PREFIX = "unet."
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMATS = ("kohya", "diffusers")
 
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -42,37 +43,45 @@ def factors_of(updates: Any) -> Factors:
 # -------------------------------------------------------------------------------------------- files
 
 
-def save(folder: Path, updates: Any, *, network: str = "unet") -> None:
-    """Write `folder/pytorch_lora_weights.safetensors`, for diffusers' `load_lora_weights`.
-    `network`: the component that it is of.
+def save(folder: Path, updates: Any, pipeline: Folder) -> None:
+    """Write a run's LoRA of a pipeline's network into a folder: under diffusers' names for
+    `load_lora_weights` and, where stock pipelines have none, PEFT's adapter for
+    `PeftModel.from_pretrained(pipe.transformer, folder)`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = entries(factors_of(updates), dtype="float32", prefix=f"{network}.")
-    single_file_out.write(folder / FILE, tensors, {"format": "pt"})
-
-
-def save_adapter(folder: Path, updates: Any) -> None:
-    """Write `folder` as PEFT's adapter: `PeftModel.from_pretrained(pipe.transformer, folder)`, for
-    networks of which diffusers' pipelines load no LoRA.
-    """
     factors = factors_of(updates)
+    files = {FILE: "diffusers"} | ({ADAPTER: "peft"} if pipeline.family.adapter else {})
+    for name, form in files.items():
+        tensors = entries(factors, pipeline, dtype="float32", form=form)
+        single_file_out.write(folder / name, tensors, {"format": "pt"})
+    if pipeline.family.adapter:
+        write_config(folder, factors)
+
+
+def write_config(folder: Path, factors: Factors) -> None:
+    """PEFT's config beside an adapter's file."""
     rank = len(next(iter(factors.values()))[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = entries(factors, dtype="float32", prefix="base_model.model.")
-    single_file_out.write(folder / ADAPTER, tensors, {"format": "pt"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [*factors]}
-    checkpoint.write_json(folder / "adapter_config.json", config)
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(factors),
+        "inference_mode": True,
+    }
+    checkpoint.write_json(folder / ADAPTER_CONFIG, config)
 
 
-def read(path: Path) -> Factors:
+def read(path: Path, family: Family) -> Factors:
     """A file of diffusers' names that a run has written. Raises WeightsError for others."""
-    files = torch_weights.WeightFiles([path])
+    files, prefix = torch_weights.WeightFiles([path]), f"{family.network}."
     layers = {name.rpartition(".lora_")[0] for name in files.shapes}
     wanted = {f"{layer}.lora_{half}.weight" for layer in layers for half in "AB"}
-    if wanted != files.shapes.keys() or not all(layer.startswith(PREFIX) for layer in layers):
+    if wanted != files.shapes.keys() or not all(layer.startswith(prefix) for layer in layers):
         raise WeightsError(f"{path} is not a LoRA that a run has written; copy it again")
     return {
-        layer.removeprefix(PREFIX): (
+        layer.removeprefix(prefix): (
             files.read(f"{layer}.lora_A.weight"),
             files.read(f"{layer}.lora_B.weight"),
         )
@@ -80,12 +89,14 @@ def read(path: Path) -> Factors:
     }
 
 
-def entries(
-    factors: Factors, *, dtype: str, kohya: Folder | None = None, prefix: str = PREFIX
-) -> dict[str, Entry]:
-    """The tensors of a file: diffusers' names or, for a pipeline, Kohya's with an alpha a layer."""
+def entries(factors: Factors, folder: Folder, *, dtype: str, form: str) -> dict[str, Entry]:
+    """The tensors of a file for a pipeline, in one of FORMATS or of PEFT ("peft"); Kohya's names
+    have an alpha each.
+    """
     found: dict[str, np.ndarray] = {}
-    stems = kohya_stems(kohya) if kohya else {}
+    kohya = form == "kohya"
+    stems = kohya_stems(folder) if kohya else {}
+    prefix = lora_names.PEFT if form == "peft" else f"{folder.family.network}."
     for layer, (down, up) in factors.items():
         if kohya:
             found[f"{stems[layer]}.lora_down.weight"] = down
@@ -110,6 +121,8 @@ def metadata(folder: Folder, factors: Factors, spec: Mapping[str, str]) -> dict[
     with other metadata for one of 1.x.
     """
     rank = str(len(next(iter(factors.values()))[0]))
+    if not folder.family.original:
+        return {**spec, "modelspec.architecture": f"{spec['modelspec.architecture']}/lora"}
     two = spec["modelspec.architecture"].startswith("stable-diffusion-v2")
     v = spec["modelspec.prediction_type"] == "v"
     return {
@@ -157,12 +170,14 @@ class Truncation:
 
 
 def layer_widths(folder: Folder) -> dict[str, int]:
-    """Of a UNet's linear layers and convolutions, the rank at which an update is any difference."""
+    """Of a network's linear layers and convolutions, the rank at which an update is any
+    difference.
+    """
     shapes = diffusers_folder.names_of(folder.network)
     return {
         name.removesuffix(".weight"): min(shape[0], int(np.prod(shape[1:])))
         for name, shape in shapes.items()
-        if len(shape) > 1
+        if len(shape) > 1 and name.endswith(".weight")
     }
 
 

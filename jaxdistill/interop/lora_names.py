@@ -12,22 +12,28 @@ from jaxdistill.interop.diffusers_folder import Folder, Part, abstract_params
 from jaxdistill.interop.original_layout import unet_name
 from jaxdistill.interop.torch_weights import names_of
 from jaxdistill.models.stable_diffusion.unet_condition import UNetCondition
+from jaxdistill.models.text.clip import CLIPText
+from jaxdistill.models.text.t5 import T5Encoder
 
 UNET = "lora_unet_"
 TEXT = "lora_te_"  # of 1.x and 2.x
 XL_TEXT = ("lora_te1_", "lora_te2_")
+PEFT = "base_model.model."
 
 _KOHYA_TEXT = ((TEXT, XL_TEXT[0]), (XL_TEXT[1],))
 _COMFY_TEXT = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.")
+_T5 = ("lora_te3_", "text_encoders.t5xxl.transformer.")
+"""Kohya's and ComfyUI's, wherever T5 stands in a pipeline."""
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
 def layers(part: Part) -> dict[str, dict[str, tuple[int, ...]]]:
-    """{layer by torch's name: {"weight": its shape, "bias": ...}}."""
+    """{layer by torch's name: {"weight": its shape, "bias": ...}}; tables and tokens are none."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in names_of(abstract_params(part)).items():
         layer, _, leaf = name.rpartition(".")
-        found.setdefault(layer, {})[leaf] = shape
+        if leaf in ("weight", "bias"):
+            found.setdefault(layer, {})[leaf] = shape
     return found
 
 
@@ -78,7 +84,18 @@ def _stems(component: str, part: Part, layer: str) -> Iterator[str]:
         for name in (layer, there):
             yield from _joined((UNET, "lycoris_"), name.replace(".", "_"))
         yield from _joined(("diffusion_model.", "model.diffusion_model."), there)
-        yield from _joined(("unet.", "", "base_model.model."), *_old_attention(layer))
+        yield from _joined(("unet.", "", PEFT), *_old_attention(layer))
+        return
+    if component == "transformer":
+        yield from _joined(("transformer.", "", PEFT, "diffusion_model."), layer)
+        yield from _joined((UNET, "lora_transformer_", "lycoris_"), layer.replace(".", "_"))
+        return
+    if isinstance(part.module, T5Encoder):
+        yield _T5[0] + layer.replace(".", "_")
+        yield from _joined((f"{component}.", "", PEFT, _T5[1]), layer)
+        return
+    if not isinstance(part.module, CLIPText):
+        yield from _joined((f"{component}.", "", PEFT), layer)
         return
     number = 0 if component == "text_encoder" else 1
     for name in (layer, layer.removeprefix("text_model.")):
@@ -86,7 +103,7 @@ def _stems(component: str, part: Part, layer: str) -> Iterator[str]:
         for old, new in _OLD_TEXT.items():
             if name.endswith(f"self_attn.{old}"):
                 yield f"{component}.{name.removesuffix(old)}{new}"
-        prefixes = (f"{component}.", "", "base_model.model.", _COMFY_TEXT[number])
+        prefixes = (f"{component}.", "", PEFT, _COMFY_TEXT[number])
         yield from _joined(prefixes, name)
 
 

@@ -204,6 +204,8 @@ def family(path: object, facts: UNetFacts) -> Family:
 
 # ------------------------------------------------------------------------------------- other files
 
+WHOLE = ": of this kind pipeline folders are read, and no single files; give the diffusers folder"
+
 SIGNS = {
     r"\.(lora[._](down|up|A|B)|lora_linear_layer|hada_w|lokr_w|oft_|dora_)": (
         "a LoRA: give the checkpoint that it belongs to, and this file with --lora"
@@ -211,9 +213,10 @@ SIGNS = {
     r"control_model\.|input_hint_block\.|controlnet_cond_embedding\.": "a ControlNet",
     r"motion_modules\.": "a motion module of AnimateDiff",
     r"^(ip_adapter|image_proj)\.": "an IP-Adapter",
-    r"single_transformer_blocks\.|double_(stream_)?blocks\.": "FLUX or a model like it",
-    r"joint_blocks\.|attn\.add_[kqv]_proj": "Stable Diffusion 3",
-    r"adaln_single\.|y_embedder\.y_proj": "PixArt or a model like it",
+    r"single_transformer_blocks\.|double_(stream_)?blocks\.": f"FLUX or a model like it{WHOLE}",
+    r"joint_blocks\.|attn\.add_[kqv]_proj": f"Stable Diffusion 3{WHOLE}",
+    r"adaln_single\.|y_embedder\.y_proj": f"PixArt or a model like it{WHOLE}",
+    r"(noise|context)_refiner\.": f"Z-Image or a model like it{WHOLE}",
     r"effnet_mapper\.|clip_txt_pooled_mapper\.": "Stable Cascade",
 }
 """Pattern of a tensor's name -> what a file without a UNet is, whatever else it holds."""

@@ -249,7 +249,9 @@ def modelspec(
     """
     older: Mapping[str, str] = header(teacher.file)[1] if teacher.file else {}
     v = "v_pred" in marks_of(folder)
-    if folder.xl:
+    if not folder.family.original:
+        architecture = folder.family.name
+    elif folder.xl:
         architecture = "stable-diffusion-xl-v1-base"
     elif text_prefixes(folder) == (OPEN_TEXT,):
         architecture = "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512"
@@ -259,7 +261,7 @@ def modelspec(
     if named and named not in marks.ARCHITECTURES:  # those say what a model predicts
         architecture = named
     kept = {f"modelspec.{name}": older.get(f"modelspec.{name}", "") for name in _KEPT}
-    return {
+    found = {
         "format": "pt",
         **{name: value for name, value in kept.items() if value},
         "modelspec.sai_model_spec": "1.0.0",
@@ -267,9 +269,11 @@ def modelspec(
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.resolution": f"{size[1]}x{size[0]}",
-        "modelspec.prediction_type": "v" if v else "epsilon",
         "modelspec.usage_hint": hint,
     }
+    if folder.family.original:  # the specification has no word for what a flow's network predicts
+        found["modelspec.prediction_type"] = "v" if v else "epsilon"
+    return found
 
 
 # ------------------------------------------------------------------------------------------ writing

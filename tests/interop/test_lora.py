@@ -87,8 +87,8 @@ def test_stock_diffusers_adds_either_form_to_every_layer(variant, form, tmp_path
     folder, teacher, student = pair(variant)
     found = lora.truncated(student, teacher, folder, 10)
     path = tmp_path / "lora.safetensors"
-    kohya = folder if form == "kohya" else None
-    single_file_out.write(path, lora.entries(found.factors, dtype="float32", kohya=kohya), {})
+    tensors = lora.entries(found.factors, folder, dtype="float32", form=form)
+    single_file_out.write(path, tensors, {})
     pipe = folders.load_torch(folders.folder(variant))
     pipe.load_lora_weights(tmp_path, weight_name=path.name)
     pipe.fuse_lora()

@@ -245,7 +245,8 @@ def test_at_full_size_each_layer_has_one_stem(name):
     encoders = tuple(
         diffusers_folder.Part(module, {}, plan.path, "model") for module in TEXTS[name]
     )
-    folder = plan._replace(text_encoders=encoders)
+    names = tuple(plan.family.encoders)
+    folder = plan._replace(text_encoders=encoders, encoder_names=names)
     kernels = [
         layer
         for layer, leaves in lora_names.layers(folder.network).items()
@@ -445,7 +446,9 @@ def test_checksums_tell_styles_apart(tmp_path):
         config.teacher.update({"folder": str(folder), "loras": given})
         config.data.prompts = str(tmp_path / "prompts.txt")
         task = TextToImageTask(config)
-        return [task.checksums.of(part) for part in (task.folder.unet, *task.folder.text_encoders)]
+        return [
+            task.checksums.of(part) for part in (task.folder.network, *task.folder.text_encoders)
+        ]
 
     found = [checksums(*given) for given in ((), (f"{style}",), (f"{style}:0.5",), (f"{other}",))]
     assert len({unet for unet, _ in found}) == 4
@@ -476,7 +479,7 @@ def test_commands_and_configs_take_loras(tmp_path, capsys):
     assert beside(sample.parser().parse_args(needed)) == Beside()
     config = text_config.get_config()
     config.teacher.update({"folder": str(folder), "loras": (f"{path}:0.5",)})
-    (update,) = open_teacher(config).unet.updates
+    (update,) = open_teacher(config).network.updates
     assert (update.files, update.weight) == ((path,), 0.5)
     (tmp_path / "card.json").write_text(json.dumps({"role": "student"}))
     with pytest.raises(SystemExit):

@@ -35,6 +35,7 @@ TINY = {
         "cross_attention_dim": 32,
     },
     "vae": architectures.PIPELINES["sd15"]["vae"],
+    "model_index": architectures.PIPELINES["sd15"]["model_index"],
     "scheduler": architectures.PIPELINES["sd15"]["scheduler"],
 }
 

@@ -43,7 +43,7 @@ def make_run(workdir, params, *, updates=None):
     config = {"teacher": {"folder": str(teacher), "like": str(folder)}, "data": {"prompts": ""}}
     (workdir / "config.json").write_text(json.dumps(config))
     if updates is not None:
-        lora.save(workdir / "lora", updates)
+        lora.save(workdir / "lora", updates, source)
     return workdir
 
 

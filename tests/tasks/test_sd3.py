@@ -9,10 +9,15 @@ import folders
 import numpy as np
 import pytest
 import sd3_folders
+import text_config
 from safetensors.numpy import load_file
+from shell import assert_same_bits
 
+from configs import sd3
+from jaxdistill import main
 from jaxdistill.interop import diffusers_folder, families, torch_weights
 from jaxdistill.interop.diffusers_folder import FolderError
+from jaxdistill.run import checkpoint
 from jaxdistill.tasks.text_to_image import pipeline
 
 
@@ -157,3 +162,40 @@ def test_a_long_prompt_is_cut_where_t5_ends(capsys):
     text = pipeline.TextEncoders(families.open_folder(sd3_folders.folder("medium")))
     text.announce(["dog " * 300])
     assert "more than 256 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_run_gives_a_folder_and_a_lora_that_stock_diffusers_draws(tmp_path):
+    """From prompts to a student: the config's layers, blocks as a loop, γ carried over; a run that
+    is stopped and given again ends in the bits of one that was not.
+    """
+    config = text_config.get_config()
+    (tmp_path / "prompts.txt").write_text("a cat\na dog at a cat\nphoto\nphoto of a dog\n")
+    config.teacher.folder = str(sd3_folders.folder("medium35"))
+    config.data.prompts = str(tmp_path / "prompts.txt")
+    config.compute.scan = True
+    config.student.update({"iterations": 2, "batch_size": 2, "steps": (1, 2), "health_every": 2})
+    config.student.update({"lora_rank": 3, "lora_targets": sd3.TARGETS})
+    config.methods.imagine_flash.reference = "scaled_linear"
+    config.log.checkpoint_every = 1
+    run = tmp_path / "run"
+    main.run(config, run)
+    expected = checkpoint.load_export(run / "student")[0]
+    shutil.rmtree(run / "student")
+    shutil.rmtree(run / "checkpoints" / "student" / "2")
+    (run / "results.json").unlink()
+    main.run(config, run)
+    assert_same_bits(checkpoint.load_export(run / "student")[0], expected)
+    ours = pipeline.load(run / "diffusers")
+    teacher, student = (
+        sd3_folders.load_stock(path) for path in (sd3_folders.folder("medium35"), run / "diffusers")
+    )
+    teacher.load_lora_weights(run / "lora")
+    teacher.scheduler = student.scheduler
+    start = latents(ours)
+    for steps in (1, 2):
+        told = {"steps": steps, "sigmas": np.linspace(1.0, 1.0 / steps, steps).tolist()}
+        found = ours(folders.PROMPTS, steps=steps, latents=start)
+        for stock in (student, teacher):
+            images = sd3_folders.stock_images(stock, folders.PROMPTS, start, **told)
+            assert np.abs(found - images).max() < 1 / 255

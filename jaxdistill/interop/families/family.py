@@ -38,10 +38,10 @@ class Family:
       unguided: the guidance scale of a stock pipeline that asks for none.
       text_dtype: in which conditioning is cached. T5's states leave float16's range.
       words: the length of "context" where there is no tokenizer to ask: of a plan.
-      negative: whether guidance leads away from a negative prompt.
-      original: whether single files and Kohya's LoRAs of it are read and written.
+      original: whether single files of it are read and written, and Kohya's LoRAs written.
       adapter: whether a LoRA is written as PEFT's adapter, too: stock pipelines load none.
       call: what a stock call must say to draw what is drawn here.
+      negative: whether guidance leads away from a negative prompt.
     """
 
     name = ""

@@ -187,7 +187,7 @@ class MMDiT(nn.Module):
         text = Linear(width, dtype=self.dtype, name="context_embedder")(text)
         y, states = self._blocks(y, text, time, features)
         if features:
-            return [grid_of(states[i], h, w) for i in taps(self.layers)]
+            return [grid_of(seen, h, w) for seen in states]
         scale, shift = jnp.split(
             Linear(2 * width, dtype=self.dtype, name="norm_out.linear")(time), 2, axis=-1
         )
@@ -220,7 +220,7 @@ class MMDiT(nn.Module):
         return y + places[top : top + h, left : left + w].astype(self.dtype)
 
     def _blocks(self, x: Array, text: Array, time: Array, features: bool) -> tuple[Array, Any]:
-        """The image's last states, and those after each block with `features`."""
+        """The image's last states, and those at `taps` with `features`."""
         states: list[Array] = []
         kinds = [(i in self.dual, i == self.layers - 1) for i in range(self.layers)]
         start, carry = 0, (x, text)
@@ -237,6 +237,7 @@ class MMDiT(nn.Module):
                 scan=self.scan,
                 remat=self.remat,
                 seen=(lambda carry: carry[0]) if features else None,
+                at=taps(self.layers),
             )
             states += seen
             start = span.stop

@@ -106,6 +106,12 @@ class TextSetup:
         student = config.student
         choose(DTYPES, config.export.dtype, "config.export.dtype")
         choose(SINGLE_FILE, config.export.single_file, "config.export.single_file")
+        if config.export.single_file == "always" and not folder.family.original:
+            raise UserError(
+                f"config.export.single_file = 'always': a student of the family"
+                f" {folder.family.name} is not written as one file; set it to auto, and give"
+                " programs its diffusers/ folder"
+            )
         self.network, family = folder.network.module, folder.family
         made_for = pipeline.made_for(config.teacher.folder) if config.teacher.folder else {}
         height = config.data.height or made_for.get("height")
@@ -295,9 +301,12 @@ class TextSetup:
     def as_written(self) -> "TextSetup":
         """The same, with nothing computed twice and attention as matrix products: what counts."""
         config = self.config.copy_and_resolve_references()
-        config.compute.update({"scan": False, "remat": "none", "attention": "plain"})
+        # An UNet's loop repeats rows that its first block shares. Other loops are counted as such:
+        # that takes seconds where 57 blocks take minutes.
+        scan = self.folder.family.network != "unet"
+        config.compute.update({"scan": scan, "remat": "none", "attention": "plain"})
         config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
-        module = self.network.clone(scan=False, remat="none", attention="plain")
+        module = self.network.clone(scan=scan, remat="none", attention="plain")
         folder = self.folder._replace(network=self.folder.network._replace(module=module))
         return TextSetup(config, folder, devices=jax.devices()[:1])
 

@@ -67,7 +67,10 @@ class Student:
     def hint(self) -> str:
         """How it is used."""
         counts = diffusers_scheduler.one_of(self.steps) if self.steps else "few"
-        return f"{counts} steps, CFG 1, trailing timesteps"
+        family = self.folder.family
+        guidance = self.settings.get("guidance", family.unguided)
+        times = "sigmas from 1 to 1/steps" if "sigmas" in self.settings else "trailing timesteps"
+        return f"{counts} steps, {'CFG' if family.original else 'guidance'} {guidance:g}, {times}"
 
 
 def trained(path: Path, folder: Folder, params: Any, settings: Mapping[str, Any]) -> Student:
@@ -123,7 +126,8 @@ def open_teacher(student: Student, given: str, beside: Beside = NOTHING) -> Fold
     beside = Beside(**(told | chosen))
     found = single_file.open_checkpoint(path, beside)
     if found.network.module != student.folder.network.module:
-        raise FolderError(f"{path} has another UNet than {student.path}: it is not its teacher")
+        role = pipeline.role_of(found)
+        raise FolderError(f"{path} has another {role} than {student.path}: it is not its teacher")
     checksums, workdir = Checksums(), student.folder.path.parent
     for name, part in {"vae": found.vae, **lora_names.components(found)}.items():
         weights = weights_of(name)
@@ -178,13 +182,39 @@ def spec_of(student: Student, teacher: Folder | None) -> dict[str, str]:
 def write_lora(
     student: Student, factors: lora.Factors, out: Path, *, dtype: str, form: str
 ) -> None:
-    """A LoRA's file in one of `lora.FORMATS`."""
-    kohya = student.folder if form == "kohya" else None
+    """A LoRA's file in one of `lora.FORMATS`, and what its loader wants beside it."""
     spec = spec_of(student, None)
     if form == "diffusers":
         spec["modelspec.implementation"] = "diffusers"
     about = lora.metadata(student.folder, factors, spec)
-    single_file_out.write(out, lora.entries(factors, dtype=dtype, kohya=kohya), about)
+    adapter = form == "diffusers" and student.folder.family.adapter
+    form = "peft" if adapter else form
+    tensors = lora.entries(factors, student.folder, dtype=dtype, form=form)
+    single_file_out.write(out, tensors, about)
+    if adapter:
+        lora.write_config(out.parent, factors)
+
+
+def check_format(student: Student, form: str, out: Path) -> None:
+    """Raise UserError for a format ("checkpoint" or one of `lora.FORMATS`) that the student's
+    family does not have, and for an `out` that its loader would not find.
+    """
+    family = student.folder.family
+    if form != "diffusers" and not family.original:
+        what = "LoRAs of Kohya's names" if form == "kohya" else "single files"
+        raise UserError(
+            f"--format={form}: of {family.name} no {what} are written; add --format=diffusers for"
+            " a LoRA, and give programs the run's diffusers/ folder for the whole student"
+        )
+    if form != "diffusers" or not family.adapter:
+        return
+    if out.name != lora.ADAPTER:
+        raise UserError(
+            f"--out={out}: stock diffusers loads no LoRA of {family.name}, only PEFT does, from a"
+            f" folder; give --out={out.with_suffix('') / lora.ADAPTER}"
+        )
+    if (config := out.with_name(lora.ADAPTER_CONFIG)).exists():
+        raise UserError(f"{config} exists already; give --out another folder")
 
 
 @dataclass(frozen=True)
@@ -208,6 +238,8 @@ def distance(
     part = pipe.folder.network
     base = teacher.network.weights()
 
+    guidance = student.settings.get("guidance", pipe.folder.family.unguided)
+
     def drawn(weights: Weights | None) -> np.ndarray:
         if weights is not None:
             pipe.params = None
@@ -217,7 +249,7 @@ def distance(
                 where=teacher.network.where,
                 ignore=lambda name: True,
             )
-        return pipe(prompts, guidance=1.0, **options)
+        return pipe(prompts, guidance=guidance, **options)
 
     target = drawn(None)
     far, near = (
@@ -247,7 +279,8 @@ def nearest(
     texts = _prompts(student, prompts)
     if narrow:
         print(f"held whole: {len(narrow)} layers narrower than {rank}, such as {narrow[0]}")
-    note(f"{student.path}: decomposing (about a second for each of an XL's 800 layers)")
+    count = len(lora.layer_widths(student.folder))
+    note(f"{student.path}: decomposing {count} layers (about a second for each of an XL's)")
     found = lora.truncated(student.unet, teacher.network.weights(), student.folder, rank)
     worst = ", ".join(f"{layer} {share:.1%}" for layer, share in found.worst(3))
     print(f"kept: {found.share:.1%} of the squared difference of all weights")

@@ -413,9 +413,7 @@ class TextToImageTask(TextSetup):
         how = how_to_sample.how_to_sample(self.told(scheduler, steps))
         params = student.trained
         if self.config.student.lora_rank:
-            lora.save(workdir / f"lora{end}", params, network=self.folder.family.network)
-            if self.folder.family.adapter:
-                lora.save_adapter(workdir / f"lora{end}", params)
+            lora.save(workdir / f"lora{end}", params, self.folder)
             # What its teacher had in its weights already is in the base's.
             own = self.folder.scheduler.get(pipeline.KEY, {})
             styles = {"loras": held[len(own.get("loras", ())) :]}
