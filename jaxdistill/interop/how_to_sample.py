@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxdistill import schedule as schedules
 from jaxdistill.interop import diffusers_scheduler as schedulers
+from jaxdistill.interop import flow_scheduler
 from jaxdistill.interop.diffusers_folder import FolderError, read_json
 from jaxdistill.run.checkpoint import write_json
 from jaxdistill.run.help import Parser, named
@@ -120,8 +121,61 @@ class Student:
         return {str(n): value(n) for n in sorted(self.steps) if n >= least}
 
 
-def how_to_sample(student: Student) -> Json:
+@dataclass(frozen=True)
+class FlowStudent:
+    """What the programs are told of a student of flow matching, as of `Student`. `guidance`: the
+    scale of its calls, as its pipeline means it.
+    """
+
+    scheduler: Mapping[str, Any]
+    steps: Sequence[int]
+    size: tuple[int, int]
+    guidance: float
+
+
+def of_flow(student: FlowStudent) -> Json:
+    """The content of how_to_sample.json. A call passes sigmas, to which the scheduler adds its
+    shift; what is under "sigmas" and "timesteps" is shifted, as the network sees it.
+    """
+    (height, width), counts = student.size, sorted(student.steps)
+    even = {str(n): flow_scheduler.student_sigmas(n) for n in counts}
+    moved = {
+        n: [round(float(flow_scheduler.shifted(s, student.scheduler["shift"])), 6) for s in sigmas]
+        for n, sigmas in even.items()
+    }
+    size = {"guidance_scale": student.guidance, "height": height, "width": width}
+    cannot = {"cannot": "reads no file that this version writes of this family"}
+    return {
+        "format": FORMAT,
+        "steps": counts,
+        "default_steps": counts[-1],
+        "guidance": student.guidance,
+        "height": height,
+        "width": width,
+        "prediction_type": "flow_prediction",
+        "zero_terminal_snr": True,
+        "noise_correction": False,
+        "clip_skip": 0,
+        "timesteps": {n: [round(1000.0 * s, 3) for s in sigmas] for n, sigmas in moved.items()},
+        "sigmas": {n: [*sigmas, 0.0] for n, sigmas in moved.items()},
+        "diffusers": {
+            "trust_remote_code": False,
+            "trained_with_noise_correction": False,
+            "scheduler": student.scheduler["_class_name"],
+            "from_config": {k: v for k, v in student.scheduler.items() if not k.startswith("_")},
+            "calls": {
+                n: {"num_inference_steps": int(n), "sigmas": sigmas, **size}
+                for n, sigmas in even.items()
+            },
+        },
+        **dict.fromkeys(("comfyui", "a1111", "forge"), cannot),
+    }
+
+
+def how_to_sample(student: Student | FlowStudent) -> Json:
     """The content of how_to_sample.json."""
+    if isinstance(student, FlowStudent):
+        return of_flow(student)
     height, width = student.size
     return {
         "format": FORMAT,

@@ -193,6 +193,8 @@ def test_a_published_folder_is_one_that_stock_diffusers_reads(tmp_path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     make = architectures.pipeline_folder.__wrapped__
     for name, pipeline in architectures.PIPELINES.items():
+        if "unet" not in pipeline:
+            continue  # is planned with, and never a single file
         root = make(name)
         (root / "model_index.json").unlink()
         assert make(name) == root and tmp_path in root.parents

@@ -21,6 +21,8 @@ PIPELINES: Mapping[str, Family] = {name: f for f in FAMILIES for name in f.pipel
 """Known classes of model_index.json."""
 OTHER_TASKS = {
     "Inpaint": "inpainting",
+    "Fill": "inpainting",
+    "Kontext": "editing by instructions",
     "Upscale": "upscaling",
     "Pix2Pix": "editing by instructions",
     "Depth2Img": "pictures from depth",
@@ -75,7 +77,8 @@ def _other_pipeline(index: Mapping[str, Any]) -> str:
     if refiner:
         return f"{shown} is XL's refiner, which ends another's work; give the base"
     if "Img2Img" in name and not task:
-        same = "StableDiffusionXLPipeline" if "XL" in name else "StableDiffusionPipeline"
+        same = name.replace("Img2Img", "")
+        same = same if same in PIPELINES else "StableDiffusionPipeline"
         return (
             f"{shown} starts from pictures; its networks may be those of text to"
             f" image: then save them as {same}"

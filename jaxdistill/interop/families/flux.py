@@ -86,6 +86,7 @@ class Flux(FlowFamily):
     }
     steps = 28
     guidance = 3.5
+    negative = False
 
     def network_module(self, config: Mapping[str, Any], where: Path, **options: Any) -> nn.Module:
         """See `Family`."""

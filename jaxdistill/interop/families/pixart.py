@@ -137,7 +137,7 @@ class PixArtAlpha(Family):
     tokenizers: Mapping[str, tuple[str, ...]] = {"tokenizer": ("T5Tokenizer", "T5TokenizerFast")}
     steps = 20
     guidance = 4.5
-    length = 120
+    words = 120
     tells_sizes = True
     adapter = True
     call: Mapping[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
@@ -176,7 +176,7 @@ class PixArtAlpha(Family):
         """See `Family`. Raises ValueError for a clip_skip, which T5 does not have."""
         if folder.clip_skip:
             raise ValueError(f"clip_skip must be 0 of PixArt (T5), got {folder.clip_skip}")
-        return [Captions(path, self.length) for path in folder.tokenizers]
+        return [Captions(path, self.words) for path in folder.tokenizers]
 
     def encode(self, folder: Folder) -> Encode:
         """See `Family`: padding is seen neither in T5 nor by the network."""
@@ -229,5 +229,5 @@ class PixArtSigma(PixArtAlpha):
 
     name = "pixart-sigma"
     pipelines = ("PixArtSigmaPipeline",)
-    length = 300
+    words = 300
     tells_sizes = False

@@ -28,10 +28,8 @@ KEYS = (
     "rope_theta",
     "t_scale",
     "axes_dims",
-    # Nothing that is computed here hangs on these: all heads have keys of their own in diffusers,
-    # and positions are computed, not looked up in tables.
-    "n_kv_heads",
     "axes_lens",
+    "n_kv_heads",  # all heads have keys of their own in diffusers, whatever it says
 )
 FIXED: dict[str, tuple[Any, ...]] = {
     "all_patch_size": (2,),
@@ -129,6 +127,7 @@ class ZImage(FlowFamily):
     }
     guidance = 5.0
     unguided = 0.0
+    words = 512
 
     def network_module(
         self, config: Mapping[str, Any], where: Path, **options: Any
@@ -189,6 +188,11 @@ class ZImage(FlowFamily):
     def network_time(self, sigma: Array) -> Array:
         """See `FlowFamily`: 0 is noise."""
         return 1.0 - sigma
+
+    def largest(self, folder: Folder) -> int:
+        """See `Family`: stock diffusers' tables of rotary positions."""
+        rows_and_columns = folder.network.config.get("axes_lens", (1024, 512, 512))[1:]
+        return min(rows_and_columns) * self.multiple(folder)
 
     def native_size(self, folder: Folder) -> tuple[int, int]:
         """See `Family`."""

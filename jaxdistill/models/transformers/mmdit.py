@@ -4,6 +4,7 @@ each other (Esser et al. 2024).
 
 import functools
 import itertools
+from dataclasses import field
 from typing import Any
 
 import jax
@@ -135,7 +136,7 @@ class MMDiT(nn.Module):
     Attributes:
       dual: blocks in which the image attends to itself too (SD 3.5 medium).
       positions: side of the table of positions, in patches; images are its centre.
-      sample_size: latents' side that the table is scaled for.
+      sample_size: latents' side that a fresh table is scaled for; a checkpoint's is as it is.
       context, pooled: widths of the text's states and of its vector.
       attention: a key of ATTENTION.
       remat: a key of REMAT_POLICIES.
@@ -149,7 +150,7 @@ class MMDiT(nn.Module):
     heads: int = 24
     head_dim: int = 64
     positions: int = 192
-    sample_size: int = 128
+    sample_size: int = field(default=128, compare=False)
     dual: tuple[int, ...] = ()
     qk_norm: bool = False
     context: int = 4096

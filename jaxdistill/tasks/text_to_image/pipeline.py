@@ -442,6 +442,11 @@ class TextToImage:
         """
         if not prompts:
             raise ValueError("at least one prompt is needed")
+        if negative_prompt is not None and not self.folder.family.negative:
+            raise ValueError(
+                "a negative prompt has no effect: this network is called once a step, and its"
+                " guidance is no second call; leave it out"
+            )
         height, width = self.check(
             steps=steps, guidance=guidance, height=height, width=width, batch_size=batch_size
         )

@@ -23,6 +23,7 @@ from jaxdistill.interop import (
     lora,
     lora_files,
 )
+from jaxdistill.interop.families.family import FlowFamily
 from jaxdistill.methods.recipe import Stage
 from jaxdistill.run import checkpoint, distributed, inputs, report
 from jaxdistill.run.distillation import Student
@@ -463,9 +464,13 @@ class TextToImageTask(TextSetup):
             file = path.with_name(f"{path.name}.safetensors")
             take_away.write_file(student, self.folder, file, dtype=self.config.export.dtype)
 
-    def told(self, scheduler: Mapping[str, Any], steps: Sequence[int]) -> how_to_sample.Student:
+    def told(
+        self, scheduler: Mapping[str, Any], steps: Sequence[int]
+    ) -> how_to_sample.Student | how_to_sample.FlowStudent:
         """What other programs are told of a student."""
         folder = self.folder
+        if isinstance(folder.family, FlowFamily):
+            return how_to_sample.FlowStudent(scheduler, steps, self.size, self.student_guidance)
         # A folder of 2.x holds 23 of OpenCLIP's 24 layers, and XL takes the last but one.
         out = folder.xl or folder.text_encoders[0].module.layers == 23
         return how_to_sample.Student(
