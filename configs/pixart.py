@@ -5,7 +5,8 @@
 
 As configs/sd15.py. All 0.6 billion weights are trained; --config.student.lora_rank=64 trains
 low-rank updates. Of α of 512 pixels give --config.data.height=512 --config.data.width=512. The
-betas are linear, not Stable Diffusion's, for which γ was tuned. Not run at full size yet.
+betas are linear: γ, which was chosen for Stable Diffusion's, is carried over by equal log-SNR. Not
+run at full size yet.
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +24,8 @@ def whole() -> ConfigDict:
     config = sd15.whole()
     config.teacher.update({"guidance": 4.5, "steps": 20})
     config.compute.scan = True
+    for flash in (config.methods.imagine_flash, config.methods.matched.flash):
+        flash.reference = "scaled_linear"
     config.student.batch_size = 24
     config.data.update({"height": 1024, "width": 1024})
     return config
