@@ -246,7 +246,7 @@ def test_shards_halves_and_old_names_read_the_same(copy):
     root = copy("sd")
     expected = {
         name: diffusers_folder.load_params(getattr(families.open_folder(root), name))
-        for name in ("unet", "vae")
+        for name in ("network", "vae")
     }
     tensors = load_file(root / "unet" / "diffusion_pytorch_model.safetensors")
     (root / "unet" / "diffusion_pytorch_model.safetensors").unlink()
