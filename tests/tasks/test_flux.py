@@ -2,6 +2,7 @@
 
 import flux_folders
 import folders
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from shell import assert_same_bits
@@ -44,7 +45,7 @@ def test_a_students_times_are_those_of_a_plain_call(tmp_path):
         for steps, grid in setup.grids.items():
             sigmas = np.linspace(1.0, 1 / steps, steps)
             scheduler.set_timesteps(sigmas=sigmas, mu=mu)
-            found = setup.schedule.sigma(np.asarray(grid))
+            found = setup.schedule.sigma(jnp.asarray(grid))
             np.testing.assert_allclose(found, scheduler.sigmas[:-1], rtol=1e-6)
             stock.scheduler.set_timesteps(sigmas=sigmas, mu=mu)
             np.testing.assert_allclose(found, stock.scheduler.sigmas[:-1], rtol=1e-6)
