@@ -253,15 +253,15 @@ def flow() -> ConfigDict:
         "same_snr": cosine,
         "gamma_65": cosine | flat(0.65),
         "gamma_90": cosine | flat(0.9),
-        "gamma_rising": cosine | {"shifts.table.values": (0.6, 0.7, 0.8)},
-        "trailing": cosine | {"times": grids_of_shift(1.0)},
         "shift_3": cosine | {"times": grids_of_shift(3.0)},
-        "shift_1_3rd": cosine | {"times": grids_of_shift(1 / 3)},
+        "trailing": cosine | {"times": grids_of_shift(1.0)},
         "rate_half": cosine | {"learning_rate": rate / 2},
         "rate_double": cosine | {"learning_rate": rate * 2},
     }
-    names = [variant(config, name, "imagine_flash", change) for name, change in changes.items()]
-    base.compared(config, names)
+    guidance = config.methods.imagine_flash.guidance
+    for name, change in changes.items():
+        variant(config, name, "imagine_flash", {"guidance": guidance} | change)
+    base.compared(config, list(changes))
     config.benchmark.chart.kind = "variants"
     return config
 

@@ -327,7 +327,7 @@ def parser() -> Parser:
     about = "the student's step counts (default: its own, or 1,2,3)"
     add("--steps", type=counts, metavar="N,N", help=about)
     add("--teacher_steps", type=int, default=50, metavar="N", help="the teacher's steps")
-    about = "the teacher's guidance scale (default: its folder's)"
+    about = "the teacher's, as its stock pipeline means it (default: its folder's)"
     add("--guidance", type=float, metavar="SCALE", help=about)
     about = "the student's guidance scale (default: its folder's)"
     add("--student_guidance", type=float, metavar="SCALE", help=about)

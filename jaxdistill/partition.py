@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -211,18 +212,26 @@ def _cast(leaf: Any, dtype: Any) -> Any:
     return leaf if dtype is None or leaf.dtype != np.float32 else leaf.astype(dtype)
 
 
-def _exchanged(leaf: Any, dtype: Any, divided: NamedSharding, whole: NamedSharding) -> Any:
-    """A divided array made whole; its gradient is summed into the parts."""
+def _exchanged(
+    leaf: Any, after: Any, dtype: Any, divided: NamedSharding, whole: NamedSharding
+) -> Any:
+    """A divided array made whole; its gradient is summed into the parts.
+
+    Not before `after`: else JAX takes it out of a loop around the loop over blocks, as the same in
+    each round, and keeps all blocks whole.
+    """
 
     @jax.custom_vjp
-    def gather(leaf: Any) -> Any:
+    def gather(leaf: Any, after: Any) -> Any:
+        leaf, _ = jax.lax.optimization_barrier((leaf, after))
         return jax.lax.with_sharding_constraint(_cast(leaf, dtype), whole)
 
-    def sum_into_parts(_: None, gradient: Any) -> tuple[Any]:
-        return (jax.lax.with_sharding_constraint(gradient, divided).astype(leaf.dtype),)
+    def sum_into_parts(_: None, gradient: Any) -> tuple[Any, Any]:
+        parts = jax.lax.with_sharding_constraint(gradient, divided).astype(leaf.dtype)
+        return parts, jax.tree.map(jnp.zeros_like, after)
 
-    gather.defvjp(lambda leaf: (gather(leaf), None), sum_into_parts)
-    return gather(leaf)
+    gather.defvjp(lambda *arrays: (gather(*arrays), None), sum_into_parts)
+    return gather(leaf, after)
 
 
 class Layout:
@@ -257,9 +266,11 @@ class Layout:
 
         return jax.tree_util.tree_map_with_path(one, tree, self.of(tree))
 
-    def gathered_block(self, tree: Any, name: str, length: int, dtype: Any = None) -> Any:
+    def gathered_block(
+        self, tree: Any, after: Any, name: str, length: int, dtype: Any = None
+    ) -> Any:
         """The same for one block's parameters, inside the loop over the `length` that are stacked
-        at `name`: never more than one block is whole.
+        at `name`: never more than one block is whole. `after` is what the round begins with.
         """
 
         def one(path: Any, leaf: Any) -> Any:
@@ -271,7 +282,7 @@ class Layout:
                 return leaf
             spec = tuple(stacked.spec)[1:]
             divided = NamedSharding(self.mesh, PartitionSpec(*spec))
-            return _exchanged(leaf, dtype, divided, self._whole(spec))
+            return _exchanged(leaf, after, dtype, divided, self._whole(spec))
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -353,7 +364,7 @@ def on_mesh(layout: Layout | None) -> Iterator[None]:
         _LAYOUT.reset(before)
 
 
-def gather_of_blocks(name: str, length: int, dtype: Any) -> Callable[[Any], Any] | None:
+def gather_of_blocks(name: str, length: int, dtype: Any) -> Callable[..., Any] | None:
     """`Layout.gathered_block` of the layout that a program is on; None where nothing is divided
     over "fsdp".
     """

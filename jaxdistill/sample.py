@@ -42,7 +42,10 @@ def parser() -> Parser:
     add("--num", type=int, metavar="N", help="images (default: 64, or 1 with --prompt)")
     add("--steps", type=int, metavar="N", help="sampler steps (default: the model's)")
     add("--seed", type=int, default=0, metavar="N", help="image i depends on seed and i only")
-    about = "classifier-free guidance scale, 1 = none (default: the model's)"
+    about = (
+        "scale as the stock pipeline means it: classifier-free, 1 = none (Z-Image: 0); of FLUX.1"
+        " dev an input of its network, of schnell nothing (default: the model's)"
+    )
     add("--guidance", type=float, metavar="SCALE", help=about)
     add(
         "--noise_correction",
@@ -67,7 +70,10 @@ def parser() -> Parser:
     add("--grid", **named(tuple(card.GRIDS)), help=about)
     about = f"{', '.join(card.SOLVERS)} (default: the folder's scheduler)"
     add("--solver", **named(tuple(card.SOLVERS)), help=about)
-    about = ".npy of starting noise instead of the seed's, float32 [num, c, h, w]"
+    about = (
+        ".npy of starting noise instead of the seed's, float32 [num, c, h, w]; of FLUX also packed,"
+        " [num, h w / 4, 4 c]"
+    )
     add("--latents", metavar="FILE", help=about)
     add_computing(pipelines)
     add_flags(p, pipelines)
@@ -229,7 +235,7 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
             latents = np.load(args.latents, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"--latents={args.latents} cannot be read as .npy ({error})") from None
-        if args.num is None and latents.ndim == 4:
+        if args.num is None and latents.ndim in (3, 4):  # FLUX packs a row in two
             num = len(latents)
     note(f"{args.model}: loading and compiling (a minute or more for a large model)")
     pipe = pipeline.load(
@@ -245,6 +251,8 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
     prompts = [args.prompt] * num
     chosen = {"steps": pipe.steps if args.steps is None else args.steps, "guidance": args.guidance}
     size = pipe.check(**chosen, height=args.height, width=args.width, batch_size=batch_size)
+    if unread := pipe.unread(guidance=args.guidance, negative_prompt=args.negative_prompt):
+        print(f"warning: {args.model} does not read {unread}", file=sys.stderr)
     if unlike := pipeline.unlike(pipe.settings, **chosen, size=size):
         print(f"warning: {args.model} was {unlike}", file=sys.stderr)
     images = pipe(

@@ -1,4 +1,4 @@
-"""The published configs of Stable Diffusion, as data: what a single file does not say of itself,
+"""The published configs of pipelines, as data: what a single file does not say of itself,
 and what a run is planned with where there is no checkpoint.
 """
 
@@ -33,11 +33,13 @@ def _published(name: str) -> Mapping[str, Mapping[str, Any]]:
     return json.loads((_DATA / f"{name}.json").read_text(encoding="utf-8"))
 
 
-PIPELINES: Mapping[str, Mapping[str, Any]] = {
-    name: _published(name) for name in ("sd15", "sd21", "sd21-base", "sdxl")
-}
-"""Stable Diffusion 1.5 (512 px), 2.1 (768 px, v prediction), 2.1 base (512 px) and XL base (1024
-px): {component: config}. 1.4 has the configs of 1.5, and 2.0 those of 2.1.
+NAMES = (
+    *("sd15", "sd21", "sd21-base", "sdxl", "sd3-medium", "sd35-medium", "sd35-large"),
+    *("pixart-sigma", "flux-dev", "flux-schnell", "zimage"),
+)
+PIPELINES: Mapping[str, Mapping[str, Any]] = {name: _published(name) for name in NAMES}
+"""Stable Diffusion 1.5 (512 px), 2.1 (768 px, v prediction), 2.1 base (512 px), and what draws 1024
+px: {component: config}. 1.4 has the configs of 1.5, and 2.0 those of 2.1.
 """
 
 

@@ -140,15 +140,15 @@ def check_text(prompt: str) -> str:
     return prompt
 
 
-def say_cut(lost: Mapping[str, str], length: int, more: str = "") -> None:
+def say_cut(lost: Mapping[str, str], length: int, *, whose: str = "", more: str = "") -> None:
     """One line on stderr on prompts that are longer than the encoder takes, and what each loses.
-    `more` ends it.
+    `whose`: the encoders that it is of; `more` ends the line.
     """
     examples = [f"{p[:40]!r}... without {r[:60]!r}" for p, r in list(lost.items())[:SHOWN]]
     many = f"{len(lost)} prompts have" if len(lost) > 1 else "a prompt has"
     others = ", ..." if len(lost) > SHOWN else ""
     print(
-        f"warning: {many} more than {length} tokens, and the rest is cut off:"
+        f"warning: {many} more than {length} tokens, and the rest is cut off{whose}:"
         f" {'; '.join(examples)}{others}{more}",
         file=sys.stderr,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +120,7 @@ class Run(NamedTuple):
     left: int = 0
 
 
+@runtime_checkable
 class AnyRuns(Protocol):
     """A scheduler's runs."""
 

@@ -28,6 +28,8 @@ from jaxdistill.run.help import Parser, named
 FORMAT = "jaxdistill-how-to-sample/1"
 FILE, WORKFLOW = "how_to_sample.json", "comfyui_workflow.json"
 UIS = ("diffusers", "comfyui", "a1111", "forge")
+FLOW = "flow_prediction"
+"""The prediction_type of flow matching: u = eps - x0."""
 OWN = (
     "clip_sample",
     "set_alpha_to_one",
@@ -144,7 +146,7 @@ def of_flow(student: FlowStudent) -> Json:
         for n, sigmas in even.items()
     }
     size = {"guidance_scale": student.guidance, "height": height, "width": width}
-    cannot = {"cannot": "reads no file that this version writes of this family"}
+    cannot = {"cannot": "has weights in diffusers' layout alone, so draw it with diffusers"}
     return {
         "format": FORMAT,
         "steps": counts,
@@ -152,7 +154,7 @@ def of_flow(student: FlowStudent) -> Json:
         "guidance": student.guidance,
         "height": height,
         "width": width,
-        "prediction_type": "flow_prediction",
+        "prediction_type": FLOW,
         "zero_terminal_snr": True,
         "noise_correction": False,
         "clip_skip": 0,

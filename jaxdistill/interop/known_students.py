@@ -25,6 +25,7 @@ from jaxdistill.interop.diffusers_scheduler import (
     one_of,
     with_defaults,
 )
+from jaxdistill.interop.families.family import FlowFamily
 
 KEPT = (
     *DEFAULTS,
@@ -116,6 +117,11 @@ class Known:
         """The folder's, as this student has it; `options` as of `diffusers_scheduler.read`. Raises
         FolderError.
         """
+        if isinstance(folder.family, FlowFamily):
+            raise FolderError(
+                f"--as={self.name}: these students have a schedule of betas, and {folder.name} is"
+                " of flow matching; leave it out"
+            )
         config = self.config(folder.scheduler)
         found = of_folder(folder._replace(scheduler=config), **options)
         own = {} if options.get("grid") else self.kind.timesteps
@@ -135,13 +141,24 @@ class Described:
     def settings(self, folder: Folder) -> dict[str, Any]:
         """What it was made for, as of a student's folder."""
         found = {k: self.content[k] for k in ("height", "width", "timesteps") if k in self.content}
-        return {**found, "steps": self.content["default_steps"], "guidance": 1.0}
+        guidance = self.content.get("guidance", 1.0)
+        return {**found, "steps": self.content["default_steps"], "guidance": guidance}
 
     def scheduler(self, folder: Folder, **options: Any) -> Scheduler:
         """The folder's, as this student has it; `options` as of `diffusers_scheduler.read`. Raises
         FolderError.
         """
         base, own = with_defaults(folder.scheduler), self.content["diffusers"]
+        flow = self.content["prediction_type"] == how_to_sample.FLOW
+        if flow and isinstance(folder.family, FlowFamily):
+            config = {"_class_name": own["scheduler"], **own["from_config"]}
+            options["grid"] = options.get("grid") or "trailing"
+            return of_folder(folder._replace(scheduler=config), **options)
+        if flow or isinstance(folder.family, FlowFamily):
+            raise FolderError(
+                f"{self.path} is of a student of {'flow matching' if flow else 'noised images'},"
+                f" and {folder.name} is not; give a base of the same kind"
+            )
         made = {
             "prediction_type": (self.content["prediction_type"], "epsilon"),
             "rescale_betas_zero_snr": (self.content["zero_terminal_snr"], False),

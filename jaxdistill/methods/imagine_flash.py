@@ -441,6 +441,7 @@ class Settings:
       shifts: {name: arguments}.
       reference: "cosine", "flow" or "scaled_linear": γ and the k steps are in times of that
         schedule, carried over to the run's own by equal log-SNR; "": in the run's own.
+      reference_snr: factor on the reference's α/σ, 1/shift for a run whose size has a shift.
       weight_power: w(t) = (t/T)^power.
       teacher_steps: k.
       teacher_solver: "ddim" or "dpm_solver_pp_2m".
@@ -465,20 +466,22 @@ class Settings:
         }
     )
     reference: str = ""
+    reference_snr: float = 1.0
     weight_power: float = 0.0
     teacher_steps: int = 2
     teacher_solver: str = "ddim"
     adversarial_weight: float = 0.05
     shortcut: float = 0.0
-    times: Sequence[float] = ()
+    times: Sequence[Any] = ()
 
 
 def reconstruction_of(settings: Settings, T: float) -> Reconstruction:
     """What the teacher corrects. Raises ValueError."""
-    reference = (
-        choose(REFERENCES, settings.reference, "reference")() if settings.reference else None
-    )
-    T = reference.T if reference else T
+    reference = None
+    if settings.reference:
+        reference = choose(REFERENCES, settings.reference, "reference")()
+        reference = schedules.shifted(reference, settings.reference_snr)
+        T = reference.T
     shift = choose(SHIFTS, settings.shift, "shift")(T, **settings.shifts.get(settings.shift, {}))
     source = choose(NOISE_SOURCES, settings.noise, "noise")
     return Reconstruction(

@@ -121,7 +121,7 @@ class StudentSettings:
 
     steps: Sequence[int] = (1, 2, 3)
     grid: str = "trailing"
-    times: Sequence[float] = ()
+    times: Sequence[Any] = ()
     warmup: int = 50
     decay_to: float = 0.02
     weight_decay: float = 0.0
@@ -172,7 +172,7 @@ class Kit:
         """The step counts that a student serves."""
         return tuple(sorted(self.student.steps))
 
-    def trajectory(self, *, noise_correction: bool, times: Sequence[float] = ()) -> SamplerSpec:
+    def trajectory(self, *, noise_correction: bool, times: Sequence[Any] = ()) -> SamplerSpec:
         """The sampler of a method that trains on the student's own trajectory; `times` instead of
         the nested ones that all share.
         """

@@ -35,6 +35,7 @@ import torch
 
 from jaxdistill import sampling, schedule
 from jaxdistill.interop import diffusers_folder
+from jaxdistill.interop.families import stable_diffusion
 from jaxdistill.interop.torch_weights import from_torch, torch_name
 from jaxdistill.methods.imagine_flash import Model, Reconstruction, imagine_flash
 from jaxdistill.prediction import as_denoiser, eps_prediction
@@ -64,7 +65,7 @@ class Setup:
         config = json.loads(self.torch.to_json_string())
         where = Path("unet/config.json")
         part = diffusers_folder.Part(
-            diffusers_folder.unet_module(config, where, attention=attention),
+            stable_diffusion.unet_module(config, where, attention=attention),
             config,
             where.parent,
             "",

@@ -48,11 +48,12 @@ def by_torch(folder: Path) -> None:
 
 def part_of(folder: Path):
     from jaxdistill.interop import diffusers_folder
+    from jaxdistill.interop.families import stable_diffusion
 
     config = json.loads((folder / "unet" / "config.json").read_text())
     where = folder / "unet" / "config.json"
     return diffusers_folder.Part(
-        diffusers_folder.unet_module(config, where), config, where.parent, "diffusion_pytorch_model"
+        stable_diffusion.unet_module(config, where), config, where.parent, "diffusion_pytorch_model"
     )
 
 

@@ -53,7 +53,7 @@ def run(mesh: dict[str, int], steps: int, devices: Any = None) -> dict[str, Any]
     config.mesh.update({**mesh, "smallest": 256})
     config.student.update({"batch_size": 16, "learning_rate": 1e-4})
     setup = TextSetup(config, architectures.folder(PIPELINE), devices=devices)
-    network = setup.unet.init(
+    network = setup.network.init(
         jax.random.key(0), *diffusers_folder.example_inputs(setup.folder.network)
     )
     params = jax.tree.map(np.asarray, {"student": network, "discriminator": setup.fresh_heads()})

@@ -20,8 +20,11 @@ RESULTS, PAGE = ROOT / "docs/results", ROOT / "docs/plans.md"
 COMMAND = "python tests/benchmarks/plans_table.py"
 BEGIN, END = f"<!-- {COMMAND}: begin -->\n", "<!-- end -->\n"
 
-TEACHERS = {"sd15": "1.5", "sd21": "2.1", "sdxl": "XL"}
-SIZES = {"1.5": 512, "2.1": 768, "XL": 1024}  # pixels
+TEACHERS = {
+    **{"sd15": "1.5", "sd21": "2.1", "sdxl": "XL", "sd35-medium": "3.5 medium"},
+    **{"pixart-sigma": "PixArt-Σ", "flux-dev": "FLUX.1-dev", "zimage": "Z-Image"},
+}
+SIZES = {name: 1024 for name in TEACHERS.values()} | {"1.5": 512, "2.1": 768}  # pixels
 METHODS = {"imagine_flash": "Imagine Flash", "dmd2": "DMD2", "tdm": "TDM", "matched": "matched"}
 PROGRAMS = {"step": "training step", "sampler": "sampler, 3 steps", "teacher": "teacher's step"}
 KEPT = (

@@ -16,6 +16,7 @@ from safetensors.torch import load_file as torch_load_file
 
 from jaxdistill.interop import architectures, diffusers_folder, families, torch_weights
 from jaxdistill.interop.diffusers_folder import FolderError
+from jaxdistill.interop.families import stable_diffusion
 from jaxdistill.interop.torch_weights import WeightsError
 
 VARIANTS = ("sd", "sd2", "sdxl")
@@ -129,7 +130,7 @@ PUBLISHED = {
 def test_published_networks_of_another_shape_have_their_size(name):
     millions, depths = PUBLISHED[name]
     config = {**SHORT, **depths}
-    module = diffusers_folder.unet_module(config, Path(name))
+    module = stable_diffusion.unet_module(config, Path(name))
     part = diffusers_folder.Part(module, config, Path(name), "")
     leaves = jax.tree.leaves(diffusers_folder.abstract_params(part))
     assert round(sum(a.size for a in leaves) / 1e6) == millions
@@ -245,7 +246,7 @@ def test_shards_halves_and_old_names_read_the_same(copy):
     root = copy("sd")
     expected = {
         name: diffusers_folder.load_params(getattr(families.open_folder(root), name))
-        for name in ("unet", "vae")
+        for name in ("network", "vae")
     }
     tensors = load_file(root / "unet" / "diffusion_pytorch_model.safetensors")
     (root / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -408,8 +409,8 @@ REFUSALS = {
     "no folder": (lambda root: shutil.rmtree(root), "does not exist"),
     "no pipeline": (lambda root: (root / "model_index.json").unlink(), "no model_index.json"),
     "other pipeline": (
-        lambda root: change_json(root / "model_index.json", _class_name="FluxPipeline"),
-        "'FluxPipeline' is not supported",
+        lambda root: change_json(root / "model_index.json", _class_name="SanaPipeline"),
+        "'SanaPipeline' is not supported",
     ),
     "custom pipeline": (
         lambda root: change_json(

@@ -13,8 +13,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from jaxdistill import sampling
 from jaxdistill import schedule as schedules
-from jaxdistill.interop import diffusers_scheduler, flow_scheduler
+from jaxdistill.interop import diffusers_scheduler, families, flow_scheduler
 from jaxdistill.interop.diffusers_folder import FolderError
+from jaxdistill.interop.families.family import FlowFamily
 from jaxdistill.prediction import as_denoiser, flow_prediction
 
 WHERE = Path("scheduler_config.json")
@@ -179,6 +180,20 @@ def test_a_student_is_trained_at_times_that_follow_its_shift(changes):
     np.testing.assert_array_equal(grid, flow_scheduler.student_grid("ddim", 4, 1.0))
     np.testing.assert_allclose(schedule.sigma(grid), stock.sigmas[:-1], rtol=1e-6)
     np.testing.assert_allclose(schedule.network_time(grid), stock.timesteps, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", [f for f in families.FAMILIES if isinstance(f, FlowFamily)])
+def test_a_family_trains_where_its_students_scheduler_calls(family):
+    config = flow_scheduler.student_config(made(STATIC[2])[1], solver="ddim", shift=3.0)
+    scheduler = flow_scheduler.read(
+        config, WHERE, network_time=family.network_time, sigmas=family.sigmas, grid="trailing"
+    )
+    schedule = family.training_schedule(config, scheduler.schedule)
+    grid = jnp.asarray(family.student_grid(config, "ddim", 4, schedule))
+    times = jnp.asarray(scheduler.run(4).times)
+    np.testing.assert_allclose(schedule.sigma(grid), times, rtol=1e-6)
+    told = scheduler.schedule.network_time(times)
+    np.testing.assert_allclose(schedule.network_time(grid), told, rtol=1e-6, atol=1e-6)
 
 
 def test_a_students_shift_is_its_teachers_at_its_size():

@@ -151,8 +151,15 @@ def test_a_reference_is_chosen_by_name_and_has_the_runs_own_result_on_itself():
     (at,) = sd.carried(schedule.flow(), sd.shift)(jnp.ones(1))
     ddpm = schedule.ddpm(schedule.scaled_linear_betas())
     np.testing.assert_allclose((1 - at) / at, ddpm.alpha(870.0) / ddpm.sigma(870.0), rtol=1e-4)
+    # A shift of 3 and a third of the signal: gamma is at the same share of the shifted schedule.
+    settings = flash_module.Settings(reference="scaled_linear", reference_snr=1 / 3)
+    moved = flash_module.reconstruction_of(settings, 1.0)
+    shifted = moved.carried(schedule.flow(3.0), moved.shift)(t)
+    np.testing.assert_allclose(shifted, sd.carried(schedule.flow(), sd.shift)(t), rtol=1e-4)
     with pytest.raises(ValueError, match="reference"):
         flash_module.reconstruction_of(flash_module.Settings(reference="edm"), 1.0)
+    with pytest.raises(ValueError, match="snr_scale must be above 0"):
+        flash_module.reconstruction_of(settings.__class__(reference="flow", reference_snr=0.0), 1.0)
 
 
 def test_a_second_order_teacher_comes_nearer_to_its_own_limit():

@@ -35,6 +35,7 @@ TINY = {
         "cross_attention_dim": 32,
     },
     "vae": architectures.PIPELINES["sd15"]["vae"],
+    "model_index": architectures.PIPELINES["sd15"]["model_index"],
     "scheduler": architectures.PIPELINES["sd15"]["scheduler"],
 }
 
@@ -317,8 +318,16 @@ def test_several_slices_divide_the_data_and_nothing_else():
         partition.make_mesh(1, 8, 1, devices=devices)
 
 
+PUBLISHED = {
+    **{"sd15": 859.5, "sd21": 865.9, "sdxl": 2567.5, "sd3-medium": 2085.0, "sd35-medium": 2469.7},
+    **{"sd35-large": 8146.3, "pixart-sigma": 610.9, "flux-dev": 11901.4, "flux-schnell": 11891.2},
+    "zimage": 6154.9,
+}
+"""Millions of parameters, a table of positions among them."""
+
+
 def test_published_architectures_have_their_published_size():
-    for name, millions in (("sd15", 859.5), ("sd21", 865.9), ("sdxl", 2567.5)):
+    for name, millions in PUBLISHED.items():
         part = architectures.folder(architectures.PIPELINES[name]).network
         count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(aot_params(part)))
         assert count / 1e6 == pytest.approx(millions, abs=0.1), name

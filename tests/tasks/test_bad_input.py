@@ -21,6 +21,8 @@ from jaxdistill.tasks.settings import changed
     [
         ({"student.times": (1.0, 0.2, 0.5)}, "must decrease strictly, got"),
         ({"student.times": (0.9, 0.5, 0.2)}, "must start at T = 1, got"),
+        ({"student.grid": "listed"}, "must hold a list for each number of steps"),
+        ({"methods.imagine_flash.reference": "edm"}, "choose one of 'cosine', 'flow'"),
         ({"student.grid": "leading"}, "must start at T = 1, got"),
         ({"prediction": "eps"}, "cannot start from zero terminal SNR"),
         (

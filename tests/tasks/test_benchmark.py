@@ -289,9 +289,10 @@ def test_every_variant_of_the_studies_can_be_built(size):
         assert size == "leakage" or len(changes) == (name != "full"), (name, changes)
 
 
-@pytest.mark.parametrize("size", ["", "tuning", "updates", "digits"])
+@pytest.mark.parametrize("size", ["", "tuning", "updates", "digits", "flow"])
 def test_every_size_can_be_opened(size):
-    config = config_of(size) if size != "digits" else config_file.get_config(size)
+    own = size in ("digits", "flow")
+    config = config_file.get_config(size) if own else config_of(size)
     names = {name.rpartition("-")[0] for name in study_of(config).tasks}
     assert names == {"teacher", *config.benchmark.methods}
 

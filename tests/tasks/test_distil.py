@@ -9,6 +9,7 @@ from pathlib import Path
 
 import folders
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import text_config

@@ -179,6 +179,7 @@ def make_config(folder: Path, method: str = "", **changes):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_stock_diffusers_draws_a_runs_student(tmp_path, rank):
     options = {"student.lora_rank": rank, "methods.imagine_flash.learning_rate": 1e-2}
+    options["methods.imagine_flash.adversarial_weight"] = 0.0
     main.run(make_config(tmp_path, **options), tmp_path / "run")
     made = tmp_path / "run" / "diffusers"
     ours, theirs = pipeline.load(made), [stock(made)]

@@ -23,10 +23,12 @@ OTHER_TASKS = {
     "Inpaint": "inpainting",
     "Fill": "inpainting",
     "Kontext": "editing by instructions",
+    "Redux": "variations of pictures",
     "Upscale": "upscaling",
     "Pix2Pix": "editing by instructions",
     "Depth2Img": "pictures from depth",
     "ControlNet": "pictures from a control image",
+    "FluxControl": "pictures from a control image",
     "T2IAdapter": "pictures from a control image",
     "AnimateDiff": "video",
     "Video": "video",
@@ -50,8 +52,16 @@ def _read_index(root: Path) -> tuple[dict[str, Any], Family, dict[str, str]]:
     def check(component: str, classes: tuple[str, ...]) -> None:
         entry = index.get(component)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        allowed = " or ".join(classes)
+        if found is None and component in {**family.encoders, **family.tokenizers}:
+            spare = f"; only {' and '.join(family.optional)} may be left out" * bool(
+                family.optional
+            )
+            raise FolderError(
+                f"{where} names no {component}, which {name} needs ({allowed}){spare}; save the"
+                " whole pipeline"
+            )
         if found not in classes:
-            allowed = " or ".join(classes)
             raise FolderError(
                 f"{where}: {component} is of class {found!r}; only {allowed} is supported"
             )

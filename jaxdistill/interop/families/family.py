@@ -36,11 +36,12 @@ class Family:
       optional: text encoders that a folder may lack, with their tokenizers.
       steps, guidance: defaults of the stock pipeline's call.
       unguided: the guidance scale of a stock pipeline that asks for none.
+      text_dtype: in which conditioning is cached. T5's states leave float16's range.
+      words: the length of "context" where there is no tokenizer to ask: of a plan.
       original: whether single files of it are read and written, and Kohya's LoRAs written.
       adapter: whether a LoRA is written as PEFT's adapter, too: stock pipelines load none.
       call: what a stock call must say to draw what is drawn here.
       negative: whether guidance leads away from a negative prompt.
-      text_dtype: in which conditioning is cached. T5's states leave float16's range.
     """
 
     name = ""
@@ -53,12 +54,13 @@ class Family:
     steps = 50
     guidance = 7.5
     unguided = 1.0
-    negative = True
     text_dtype: Any = jnp.bfloat16
+    negative = True
     original = False
     adapter = False
     call: Mapping[str, Any] = {}
     xl = False
+    words = 77
 
     # -- what a folder holds; all raise FolderError
 
@@ -91,7 +93,7 @@ class Family:
 
     def tokens(self, folder: Folder) -> int:
         """The length of "context", and of "mask" where there is one."""
-        return self.open_tokenizers(folder)[0].length
+        return self.open_tokenizers(folder)[0].length if folder.tokenizers else self.words
 
     def encode(self, folder: Folder) -> Encode:
         """What turns tokens into the conditioning of the network, float32: a program."""
@@ -171,11 +173,20 @@ class Family:
         where = diffusers_scheduler.config_path(folder)
         return diffusers_scheduler.student_config(folder.scheduler, solver=solver, where=where)
 
+    def training_schedule(
+        self, config: Mapping[str, Any], schedule: NoiseSchedule
+    ) -> NoiseSchedule:
+        """The schedule in whose times a student of that config is trained; `schedule` is that of
+        its scheduler, the same process.
+        """
+        del config
+        return schedule
+
     def student_grid(
         self, config: Mapping[str, Any], solver: str, steps: int, schedule: NoiseSchedule
     ) -> TimeGrid:
-        """The times [N] at which stock diffusers calls a student of that config. Raises
-        ValueError.
+        """The times [N] of the training's schedule at which stock diffusers calls a student of that
+        config. Raises ValueError.
         """
         del config
         return diffusers_scheduler.student_grid(solver, steps, schedule.T)
@@ -230,12 +241,21 @@ class FlowFamily(Family):
         config = folder.scheduler
         return flow_scheduler.student_config(config, solver=solver, shift=shift, where=where)
 
+    def training_schedule(
+        self, config: Mapping[str, Any], schedule: NoiseSchedule
+    ) -> NoiseSchedule:
+        """See `Family`: times before the shift, so that what is even in time follows it."""
+        del schedule
+        return flow_scheduler.training_schedule(
+            config, network_time=self.network_time, shift=config["shift"]
+        )
+
     def student_grid(
         self, config: Mapping[str, Any], solver: str, steps: int, schedule: NoiseSchedule
     ) -> TimeGrid:
-        """See `Family`."""
-        del schedule
-        return flow_scheduler.student_grid(solver, steps, config["shift"])
+        """See `Family`: before the shift, the trailing times of all."""
+        del config, schedule
+        return flow_scheduler.student_grid(solver, steps, 1.0)
 
     def student_times(self, config: Mapping[str, Any], steps: int) -> dict[str, list[Any]]:
         """See `Family`: {"sigmas": [N]}, to which the scheduler adds its shift."""

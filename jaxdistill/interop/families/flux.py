@@ -31,10 +31,7 @@ WORDS = 512
 """Tokens of T5 in a stock pipeline's call, in schnell too."""
 NATIVE = 128
 """Latents a side of the stock pipeline's default image."""
-WITH_IMAGES = {
-    32: "pictures from a control image, or of variations",
-    96: "inpainting",
-}
+WITH_IMAGES = {32: "pictures from a control image", 96: "inpainting"}
 """What networks of so many channels of latents are for, with 16 of noise."""
 
 

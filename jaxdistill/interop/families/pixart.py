@@ -7,6 +7,7 @@ size that is asked for: stock pipelines draw the nearest of a table of sizes and
 are called with use_resolution_binning=False.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def network(config: Mapping[str, Any], where: Path, *, alpha: bool, **options: A
     Raises FolderError.
     """
     check_config(config, where, KEYS, FIXED)
-    channels, side = config.get("in_channels", 4), config.get("sample_size", 128)
+    channels, side = config.get("in_channels", 4), config.get("sample_size", TOLD)
     scale, sizes = config.get("interpolation_scale"), config.get("use_additional_conditions")
     patch, text = config.get("patch_size", 2), config.get("caption_channels")
     crossed = config.get("cross_attention_dim", 1152)
@@ -136,10 +137,10 @@ class PixArtAlpha(Family):
     tokenizers: Mapping[str, tuple[str, ...]] = {"tokenizer": ("T5Tokenizer", "T5TokenizerFast")}
     steps = 20
     guidance = 4.5
+    words = 120
+    tells_sizes = True
     adapter = True
     call: Mapping[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
-    length = 120
-    tells_sizes = True
 
     def network_module(self, config: Mapping[str, Any], where: Path, **options: Any) -> PixArt:
         """See `Family`."""
@@ -175,7 +176,7 @@ class PixArtAlpha(Family):
         """See `Family`. Raises ValueError for a clip_skip, which T5 does not have."""
         if folder.clip_skip:
             raise ValueError(f"clip_skip must be 0 of PixArt (T5), got {folder.clip_skip}")
-        return [Captions(path, self.length) for path in folder.tokenizers]
+        return [Captions(path, self.words) for path in folder.tokenizers]
 
     def encode(self, folder: Folder) -> Encode:
         """See `Family`: padding is seen neither in T5 nor by the network."""
@@ -204,7 +205,12 @@ class PixArtAlpha(Family):
 
     def multiple(self, folder: Folder) -> int:
         """See `Family`."""
-        return max(8, folder.vae.module.factor * folder.network.module.patch)
+        return math.lcm(8, folder.vae.module.factor * folder.network.module.patch)
+
+    def native_size(self, folder: Folder) -> tuple[int, int]:
+        """See `Family`."""
+        side = folder.network.config.get("sample_size", TOLD) * folder.vae.module.factor
+        return side, side
 
     def image_tokens(self, folder: Folder, height: int, width: int) -> int:
         """See `Family`."""
@@ -223,5 +229,5 @@ class PixArtSigma(PixArtAlpha):
 
     name = "pixart-sigma"
     pipelines = ("PixArtSigmaPipeline",)
-    length = 300
+    words = 300
     tells_sizes = False

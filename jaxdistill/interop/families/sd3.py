@@ -47,7 +47,11 @@ def network(config: Mapping[str, Any], where: Path, **options: Any) -> MMDiT:
     Raises FolderError.
     """
     check_config(config, where, KEYS, FIXED)
-    channels = config.get("in_channels", 16)
+    channels, positions = config.get("in_channels", 16), config.get("pos_embed_max_size", 96)
+    if not isinstance(positions, int) or positions < 1:
+        raise FolderError(
+            f"{where}: pos_embed_max_size = {positions!r} must be a whole number of at least 1"
+        )
     module = MMDiT(
         in_channels=channels,
         out_channels=config.get("out_channels", 16) or channels,
@@ -55,7 +59,7 @@ def network(config: Mapping[str, Any], where: Path, **options: Any) -> MMDiT:
         layers=config.get("num_layers", 18),
         heads=config.get("num_attention_heads", 18),
         head_dim=config.get("attention_head_dim", 64),
-        positions=config.get("pos_embed_max_size", 96),
+        positions=positions,
         sample_size=config.get("sample_size", 128),
         dual=tuple(config.get("dual_attention_layers") or ()),
         qk_norm=config.get("qk_norm") is not None,
@@ -72,11 +76,6 @@ def network(config: Mapping[str, Any], where: Path, **options: Any) -> MMDiT:
     if width % 4:
         raise FolderError(
             f"{where}: num_attention_heads x attention_head_dim = {width} must be a multiple of 4"
-        )
-    if not isinstance(module.positions, int) or module.positions < 1:
-        raise FolderError(
-            f"{where}: pos_embed_max_size = {module.positions!r} must be a whole number of at"
-            " least 1"
         )
     return module
 

@@ -127,6 +127,7 @@ class ZImage(FlowFamily):
     }
     guidance = 5.0
     unguided = 0.0
+    words = 512
 
     def network_module(
         self, config: Mapping[str, Any], where: Path, **options: Any

@@ -296,12 +296,14 @@ class FluxTransformer(nn.Module):
         run = functools.partial(
             run_blocks, shared=(moment, angles), scan=self.scan, remat=self.remat
         )
+        at = taps(self.double + self.single)
         (text, image), seen = run(
             functools.partial(DoubleBlock, **block),
             "transformer_blocks",
             range(self.double),
             (text, image),
             seen=(lambda streams: streams[1]) if features else None,
+            at=at,
         )
         tokens, later = run(
             functools.partial(SingleBlock, **block),
@@ -309,10 +311,10 @@ class FluxTransformer(nn.Module):
             range(self.single),
             jnp.concatenate([text, image], axis=1),
             seen=(lambda tokens: tokens[:, words:]) if features else None,
+            at=[i - self.double for i in at],
         )
         if features:
-            states = [*seen, *later]
-            return [grid_of(states[i], rows, columns) for i in taps(len(states))]
+            return [grid_of(states, rows, columns) for states in (*seen, *later)]
         scale, shift = Modulation(width, 2, self.dtype, name="norm_out")(moment)
         out = linear(PATCH * PATCH * self.in_channels, name="proj_out")(
             modulated(tokens[:, words:], shift, scale)

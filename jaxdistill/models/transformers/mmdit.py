@@ -4,6 +4,7 @@ each other (Esser et al. 2024).
 
 import functools
 import itertools
+from dataclasses import field
 from typing import Any
 
 import jax
@@ -135,7 +136,7 @@ class MMDiT(nn.Module):
     Attributes:
       dual: blocks in which the image attends to itself too (SD 3.5 medium).
       positions: side of the table of positions, in patches; images are its centre.
-      sample_size: latents' side that the table is scaled for.
+      sample_size: latents' side that a fresh table is scaled for; a checkpoint's is as it is.
       context, pooled: widths of the text's states and of its vector.
       attention: a key of ATTENTION.
       remat: a key of REMAT_POLICIES.
@@ -149,7 +150,7 @@ class MMDiT(nn.Module):
     heads: int = 24
     head_dim: int = 64
     positions: int = 192
-    sample_size: int = 128
+    sample_size: int = field(default=128, compare=False)
     dual: tuple[int, ...] = ()
     qk_norm: bool = False
     context: int = 4096
@@ -186,7 +187,7 @@ class MMDiT(nn.Module):
         text = Linear(width, dtype=self.dtype, name="context_embedder")(text)
         y, states = self._blocks(y, text, time, features)
         if features:
-            return [grid_of(states[i], h, w) for i in taps(self.layers)]
+            return [grid_of(seen, h, w) for seen in states]
         scale, shift = jnp.split(
             Linear(2 * width, dtype=self.dtype, name="norm_out.linear")(time), 2, axis=-1
         )
@@ -219,7 +220,7 @@ class MMDiT(nn.Module):
         return y + places[top : top + h, left : left + w].astype(self.dtype)
 
     def _blocks(self, x: Array, text: Array, time: Array, features: bool) -> tuple[Array, Any]:
-        """The image's last states, and those after each block with `features`."""
+        """The image's last states, and those at `taps` with `features`."""
         states: list[Array] = []
         kinds = [(i in self.dual, i == self.layers - 1) for i in range(self.layers)]
         start, carry = 0, (x, text)
@@ -236,6 +237,7 @@ class MMDiT(nn.Module):
                 scan=self.scan,
                 remat=self.remat,
                 seen=(lambda carry: carry[0]) if features else None,
+                at=taps(self.layers),
             )
             states += seen
             start = span.stop

@@ -242,9 +242,10 @@ class PixArt(nn.Module):
             scan=self.scan,
             remat=self.remat,
             seen=(lambda h: h) if features else None,
+            at=taps(self.depth),
         )
         if features:
-            return [grid_of(states[i], rows, columns) for i in taps(self.depth)]
+            return [grid_of(seen, rows, columns) for seen in states]
         two = table(self, 2, width) + time.astype(jnp.float32)[:, None]
         h = modulated(plain_norm(h), two[:, :1], two[:, 1:])
         h = Linear(self.patch**2 * self.out_channels, dtype=self.dtype, name="proj_out")(h)

@@ -224,7 +224,7 @@ class ZImageTransformer(nn.Module):
             seen=(lambda h: grid_of(h[:, :count], height, width)) if features else None,
         )
         if features:
-            return [states[i] for i in taps(self.depth)]
+            return states
         return self._velocity(both[:, :count], time, height, width).astype(x.dtype)
 
     def _blocks(
@@ -255,6 +255,7 @@ class ZImageTransformer(nn.Module):
             scan=self.scan,
             remat=self.remat,
             seen=seen,
+            at=taps(depth),
         )
 
     def _time(self, t: Array) -> Array:

@@ -22,7 +22,7 @@ from jaxdistill.interop import (
     single_file,
     torch_weights,
 )
-from jaxdistill.interop.clip_tokenizer import Tokens, say_cut
+from jaxdistill.interop.clip_tokenizer import say_cut
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
 from jaxdistill.interop.known_students import Described, Known
@@ -70,7 +70,7 @@ class TextEncoders:
             diffusers_folder.load_params(part, dtype=dtype) for part in folder.text_encoders
         ]
         self.dtype = folder.text_encoders[0].module.dtype
-        self._said: set[str] = set()
+        self._said: set[tuple[int, str]] = set()
         self._lines = 0
         self._encode = jax.jit(folder.family.encode(folder), static_argnums=3)
 
@@ -83,7 +83,8 @@ class TextEncoders:
         Raises UserError for a prompt that is no text.
         """
         found = [tokenizer(prompts) for tokenizer in self.tokenizers]
-        self._say(prompts, *self._longest(found))
+        for length, (number, whose) in self._bounds().items():
+            self._say(prompts, found[number].cut, length, whose)
         for part, tokens, path in zip(
             self.folder.text_encoders, found, self.folder.tokenizers, strict=True
         ):
@@ -107,31 +108,43 @@ class TextEncoders:
             parts.append(encoded)
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
-    def _longest(self, found: Sequence[Tokens]) -> tuple[Sequence[str], int]:
-        """What does not fit into the tokenizer that takes most, and its length."""
-        tokens = max(found, key=lambda tokens: tokens.ids.shape[1])
-        return tokens.cut, tokens.ids.shape[1]
+    def _bounds(self) -> dict[int, tuple[int, str]]:
+        """{length of texts: number of a tokenizer of it, words for whose it is}, the longest first;
+        no words where all have one length.
+        """
+        names: dict[int, list[str]] = {}
+        for name, tokenizer in zip(self.folder.encoder_names, self.tokenizers, strict=True):
+            names.setdefault(tokenizer.length, []).append(name)
+        found, longer = {}, ""
+        for length, those in sorted(names.items(), reverse=True):
+            number = self.folder.encoder_names.index(those[0])
+            listed = " and ".join(those)
+            found[length] = (number, f" in {listed}{longer}" if len(names) > 1 else "")
+            longer = longer or f" ({listed} {'reads' if len(those) == 1 else 'read'} {length})"
+        return found
 
-    def _say(self, prompts: Sequence[str], cut: Sequence[str], length: int) -> None:
+    def _say(self, prompts: Sequence[str], cut: Sequence[str], length: int, whose: str) -> None:
         """Each prompt that is cut is said once, in at most LINES lines: a server sees many."""
-        new = {p: c for p, c in zip(prompts, cut, strict=True) if c and p not in self._said}
+        pairs = zip(prompts, cut, strict=True)
+        new = {p: c for p, c in pairs if c and (length, p) not in self._said}
         if not new or self._lines == LINES:
             return
-        self._said.update(new)
+        self._said.update((length, prompt) for prompt in new)
         self._lines += 1
         last = "; more such prompts are not said" if self._lines == LINES else ""
-        say_cut(new, length, last)
+        say_cut(new, length, whose=whose, more=last)
 
     def announce(self, prompts: Sequence[str]) -> None:
-        """One line for all of these prompts that are cut, before they are encoded in parts.
+        """One line for all of these prompts that are cut at one length, before they are encoded in
+        parts.
 
         Raises UserError for a prompt that is no text.
         """
-        longest = max(self.tokenizers, key=lambda tokenizer: tokenizer.length)
-        cut: list[str] = []
-        for i in range(0, len(prompts), 4096):
-            cut += longest(prompts[i : i + 4096]).cut
-        self._say(prompts, cut, longest.length)
+        for length, (number, whose) in self._bounds().items():
+            cut: list[str] = []
+            for i in range(0, len(prompts), 4096):
+                cut += self.tokenizers[number](prompts[i : i + 4096]).cut
+            self._say(prompts, cut, length, whose)
 
     def negative(self, prompt: str | None) -> dict[str, np.ndarray]:
         """The conditioning of one negative prompt, [1, ...]; None is the pipeline's own: zeros for
@@ -342,6 +355,16 @@ class TextToImage:
         tokens = self.folder.family.image_tokens(self.folder, *size)
         self.scheduler.run(self.steps if steps is None else steps, tokens)
         return size
+
+    def unread(self, *, guidance: float | None, negative_prompt: str | None) -> str:
+        """What of a call this model does not read, in words, or "". None is what was not asked."""
+        if self.guides(np.inf):
+            return ""
+        if guidance is not None and not self.network.takes_guidance:
+            return f"guidance = {guidance:g}: its network has no such input"
+        if negative_prompt is not None and self.folder.family.negative:  # else it is refused
+            return "a negative prompt: its guidance scale is an input of the network"
+        return ""
 
     def guides(self, scale: float) -> bool:
         """Whether each step has a second call without the prompt at this scale."""

@@ -29,7 +29,7 @@ from jaxdistill.model import Model, full_weights, low_rank
 from jaxdistill.models.blocks import REMAT_POLICIES
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
-from jaxdistill.prediction import as_denoiser, v_prediction
+from jaxdistill.prediction import as_denoiser, flow_prediction, v_prediction
 from jaxdistill.run.distillation import Distillation, check_keep_best
 from jaxdistill.run.seeds import key_of
 from jaxdistill.sampling import TimeGrid
@@ -44,9 +44,6 @@ SINGLE_FILE: dict[str, Callable[[Folder], bool]] = {
     "never": lambda teacher: False,
 }
 """Whether a student is written as one file, too."""
-
-TOKENS = 77
-"""Of the published architectures' tokenizers."""
 
 
 def open_teacher(config: ConfigDict) -> Folder:
@@ -121,11 +118,11 @@ class TextSetup:
         width = config.data.width or made_for.get("width")
         self.size = pipeline.image_size(folder, height, width)
         plain = self._scheduler(SamplerSpec(), correct=False)
-        self.schedule, self.parameterization = plain.schedule, plain.parameterization
+        self.parameterization = plain.parameterization
+        own = self.scheduler_config(SamplerSpec())
+        self.schedule = family.training_schedule(own, plain.schedule)
         factor = folder.vae.module.factor
-        self.tokens = TOKENS
-        if folder.tokenizers:
-            self.tokens = family.tokens(folder)
+        self.tokens = family.tokens(folder)
         self.latent_shape = (*(side // factor for side in self.size), self.network.in_channels)
         self.layout = partition.layout(config.mesh.to_dict(), devices=devices)
         micro = student.batch_size // student.accumulate
@@ -144,9 +141,9 @@ class TextSetup:
         self.recipe = self.distillation.recipe
         self.distillation.check_batch()
         check_keep_best(student.keep_best, ("distance",), self.kit({}).steps)
-        # For v-prediction from zero terminal SNR the corrected noise is the network's own.
+        # For v or flow prediction from zero terminal SNR the corrected noise is the network's own.
         ends = float(self.schedule.alpha(self.schedule.T)) < 1e-6
-        exact = self.parameterization is v_prediction and ends
+        exact = self.parameterization in (v_prediction, flow_prediction) and ends
         spec = self.recipe.sampler
         self.correct_noise = spec.noise_correction and spec.solver == "ddim" and not exact
         self.scheduler = self._scheduler(spec, correct=self.correct_noise)
@@ -287,7 +284,7 @@ class TextSetup:
             self.network.apply,
             params,
             cond,
-            schedule=self.schedule,
+            schedule=scheduler.schedule,
             parameterization=self.parameterization,
         )
 
@@ -304,9 +301,12 @@ class TextSetup:
     def as_written(self) -> "TextSetup":
         """The same, with nothing computed twice and attention as matrix products: what counts."""
         config = self.config.copy_and_resolve_references()
-        config.compute.update({"scan": False, "remat": "none", "attention": "plain"})
+        # An UNet's loop repeats rows that its first block shares. Other loops are counted as such:
+        # that takes seconds where 57 blocks take minutes.
+        scan = self.folder.family.network != "unet"
+        config.compute.update({"scan": scan, "remat": "none", "attention": "plain"})
         config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
-        module = self.network.clone(scan=False, remat="none", attention="plain")
+        module = self.network.clone(scan=scan, remat="none", attention="plain")
         folder = self.folder._replace(network=self.folder.network._replace(module=module))
         return TextSetup(config, folder, devices=jax.devices()[:1])
 
