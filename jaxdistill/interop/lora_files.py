@@ -356,8 +356,8 @@ def _with(
         config = configs.get(component, configs.get("", {}))
         try:
             found = _changes(layer, keys, tensors.shapes, shapes[component][layer], config)
-            part = rows.get((component, layer), slice(None))
-            found = {name: change._replace(rows=part) for name, change in found.items()}
+            share = rows.get((component, layer), slice(None))
+            found = {name: change._replace(rows=share) for name, change in found.items()}
         except (AttributeError, TypeError, ValueError, re.error) as error:
             raise LoraError(f"{files[-1]}: the alpha of {layer} is damaged ({error})") from None
         changes.setdefault(component, {}).update(found)
