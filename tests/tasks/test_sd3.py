@@ -221,3 +221,11 @@ def test_a_run_gives_a_folder_and_a_lora_that_stock_diffusers_draws(tmp_path):
         for stock in (student, teacher):
             images = sd3_folders.stock_images(stock, folders.PROMPTS, start, **told)
             assert np.abs(found - images).max() < 1 / 255
+
+
+def test_t5_is_held_in_the_type_it_computes_in():
+    folder = families.open_folder(sd3_folders.folder("medium"), dtype=jnp.bfloat16)
+    text = pipeline.TextEncoders(folder)
+    kinds = [{leaf.dtype for leaf in jax.tree.leaves(params)} for params in text.params]
+    assert kinds == [{jnp.dtype("float32")}] * 2 + [{jnp.dtype("bfloat16")}]
+    assert np.isfinite(text(["a photo"])["context"]).all()

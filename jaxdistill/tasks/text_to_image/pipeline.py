@@ -27,6 +27,7 @@ from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.diffusers_scheduler import Run, Scheduler
 from jaxdistill.interop.known_students import Described, Known
 from jaxdistill.interop.recognise import read_header
+from jaxdistill.models.text.clip import CLIPText
 from jaxdistill.run import checkpoint
 
 SETTINGS = "jaxdistill.json"
@@ -60,16 +61,20 @@ def check_finite(values: Array | np.ndarray, component: str, dtype: Any) -> None
 class TextEncoders:
     """The frozen text side of a folder: prompts -> the network's conditioning.
 
-    Raises as `Family.open_tokenizers`.
+    T5's and Qwen's parameters, 5 and 4 billions, are kept in the type of the computation, CLIP's in
+    `dtype`. Raises as `Family.open_tokenizers`.
     """
 
     def __init__(self, folder: Folder, *, dtype: Any = np.float32) -> None:
         self.folder = folder
         self.tokenizers = folder.family.open_tokenizers(folder)
-        self.params = [
-            diffusers_folder.load_params(part, dtype=dtype) for part in folder.text_encoders
-        ]
         self.dtype = folder.text_encoders[0].module.dtype
+        self.params = [
+            diffusers_folder.load_params(
+                part, dtype=dtype if isinstance(part.module, CLIPText) else self.dtype
+            )
+            for part in folder.text_encoders
+        ]
         self._said: set[tuple[int, str]] = set()
         self._lines = 0
         self._encode = jax.jit(folder.family.encode(folder), static_argnums=3)
