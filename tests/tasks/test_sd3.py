@@ -7,6 +7,7 @@ import shutil
 
 import folders
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sd3_folders
