@@ -1,7 +1,5 @@
 """Very small random pipelines of FLUX.1, saved by diffusers itself."""
 
-import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +73,7 @@ def make(variant: str, folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
-@functools.cache
-def folder(variant: str) -> Path:
-    """The saved pipeline, shared by all tests of a process: copy it before changing anything."""
-    root = Path(tempfile.mkdtemp(prefix="folders-"))
-    make(variant, root / variant)
-    return root / variant
+folder = folders.shared(make)
 
 
 def packed(latents: np.ndarray) -> np.ndarray:

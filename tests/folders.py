@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -288,12 +289,21 @@ def make(variant: str, folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
-@functools.cache
-def folder(variant: str) -> Path:
-    """The saved pipeline, shared by all tests of a process: copy it before changing anything."""
-    root = Path(tempfile.mkdtemp(prefix="folders-"))
-    make(variant, root / variant)
-    return root / variant
+def shared(make: Callable[[str, Path], None]) -> Callable[[str], Path]:
+    """(variant) -> the pipeline that `make` saves, shared by all tests of a process: copy it before
+    changing anything.
+    """
+
+    @functools.cache
+    def folder(variant: str) -> Path:
+        root = Path(tempfile.mkdtemp(prefix="folders-"))
+        make(variant, root / variant)
+        return root / variant
+
+    return folder
+
+
+folder = shared(make)
 
 
 def rescheduled(variant: str, target: Path, name: str, **settings) -> Path:

@@ -1,8 +1,6 @@
 """Very small random pipelines of PixArt, saved by diffusers itself."""
 
-import functools
 import json
-import tempfile
 from pathlib import Path
 
 import folders
@@ -115,12 +113,7 @@ def make(variant: str, folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
-@functools.cache
-def folder(variant: str) -> Path:
-    """The saved pipeline, shared by all tests of a process: copy it before changing anything."""
-    root = Path(tempfile.mkdtemp(prefix="folders-"))
-    make(variant, root / variant)
-    return root / variant
+folder = folders.shared(make)
 
 
 def aged(source: Path) -> None:

@@ -1,8 +1,6 @@
 """Very small random pipelines of Stable Diffusion 3 and 3.5, saved by diffusers itself."""
 
-import functools
 import json
-import tempfile
 from pathlib import Path
 
 import folders
@@ -140,12 +138,7 @@ def make(variant: str, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-@functools.cache
-def folder(variant: str) -> Path:
-    """The saved pipeline, shared by all tests of a process: copy it before changing anything."""
-    root = Path(tempfile.mkdtemp(prefix="folders-"))
-    make(variant, root / variant)
-    return root / variant
+folder = folders.shared(make)
 
 
 def load_stock(path: Path) -> diffusers.StableDiffusion3Pipeline:

@@ -1,7 +1,5 @@
 """Very small random pipelines of Z-Image, saved by diffusers itself."""
 
-import functools
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -112,9 +110,4 @@ def make(variant: str, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-@functools.cache
-def folder(variant: str) -> Path:
-    """The saved pipeline, shared by all tests of a process: copy it before changing anything."""
-    root = Path(tempfile.mkdtemp(prefix="folders-"))
-    make(variant, root / variant)
-    return root / variant
+folder = folders.shared(make)
