@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import folders
 import pytest
 
 torch = pytest.importorskip("torch")
