@@ -322,7 +322,7 @@ def build_sampler(card: Mapping[str, Any]) -> Sampler:
 def check_guidance(scale: float, name: str = "guidance") -> None:
     """Raise ValueError, naming the setting, for a scale that is no number of at least 0."""
     if not np.isfinite(scale) or scale < 0:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {scale}")
+        raise ValueError(f"{name} must be a number of at least 0, got {scale}")
 
 
 def check_images(images: np.ndarray) -> np.ndarray:

@@ -225,7 +225,7 @@ def test_the_command_answers_a_mistake_in_one_line(tmp_path):
         ),
         (
             ["--model={student}", "--out={dir}/x.png", "--guidance=-1"],
-            "--guidance must be a finite number of at least 0",
+            "--guidance must be a number of at least 0",
         ),
         (["--model={extractor}", "--out={dir}/x.png"], "draws no images"),
     ],
