@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxdistill.interop.diffusers_folder import FolderError
+from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.models.stable_diffusion.autoencoder_kl import AutoencoderKL
 from jaxdistill.models.text import t5
 from jaxdistill.models.text.clip import ACTIVATIONS, CLIPText
@@ -199,3 +199,19 @@ def check_clip_files(tokenizer: Path) -> None:
             f"{tokenizer} has neither tokenizer.json nor vocab.json and merges.txt; copy the"
             " folder again"
         )
+
+
+def check_widths(folder: Folder, where: Path, key: str, width: int) -> None:
+    """Raise FolderError unless the only text encoder of a folder gives states of the `width` that
+    the network's config has at `key`, and the VAE latents of the network's channels.
+    """
+    (encoder,), vae, channels = folder.text_encoders, folder.vae, folder.network.module.in_channels
+    for name, here, there, says in (
+        (key, width, encoder.module.hidden_size, "the text encoder gives"),
+        ("in_channels", channels, vae.module.latent_channels, "the VAE has"),
+    ):
+        if here != there:
+            raise FolderError(
+                f"{where}: {name} is {here}, but {says} {there}; one of them belongs to another"
+                " model"
+            )

@@ -240,7 +240,7 @@ from flax import linen as nn
 from jaxdistill import partition
 from jaxdistill.costs.hlo import count
 from jaxdistill.models.stable_diffusion.latent_layers import Linear
-from jaxdistill.models.transformers.layers import run_blocks
+from jaxdistill.models.blocks import run_blocks
 
 class Block(nn.Module):
     dtype: object = jnp.float32

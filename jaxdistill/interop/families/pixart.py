@@ -159,18 +159,8 @@ class PixArtAlpha(Family):
     def check(self, folder: Folder) -> None:
         """See `Family`."""
         module, where = folder.network.module, folder.path / "transformer" / "config.json"
-        (encoder,), vae = folder.text_encoders, folder.vae.module
-        if encoder.module.hidden_size != module.context:
-            key = "caption_channels" if module.projected else "cross_attention_dim"
-            raise FolderError(
-                f"{where}: {key} is {module.context}, but the text encoder gives"
-                f" {encoder.module.hidden_size}; one of them belongs to another model"
-            )
-        if vae.latent_channels != module.in_channels:
-            raise FolderError(
-                f"{where}: in_channels is {module.in_channels}, but the VAE has"
-                f" {vae.latent_channels}; one of them belongs to another model"
-            )
+        key = "caption_channels" if module.projected else "cross_attention_dim"
+        components.check_widths(folder, where, key, module.context)
 
     def open_tokenizers(self, folder: Folder) -> list[Any]:
         """See `Family`. Raises ValueError for a clip_skip, which T5 does not have."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxdistill.interop import components
 from jaxdistill.interop.components import check_config
 from jaxdistill.interop.diffusers_folder import Folder, FolderError
 from jaxdistill.interop.families.family import Encode, FlowFamily
@@ -144,17 +145,7 @@ class ZImage(FlowFamily):
     def check(self, folder: Folder) -> None:
         """See `Family`."""
         module, where = folder.network.module, folder.path / "transformer" / "config.json"
-        (encoder,), vae = folder.text_encoders, folder.vae.module
-        if encoder.module.hidden_size != module.context_width:
-            raise FolderError(
-                f"{where}: cap_feat_dim is {module.context_width}, but the text encoder gives"
-                f" {encoder.module.hidden_size}; one of them belongs to another model"
-            )
-        if vae.latent_channels != module.in_channels:
-            raise FolderError(
-                f"{where}: in_channels is {module.in_channels}, but the VAE has"
-                f" {vae.latent_channels}; one of them belongs to another model"
-            )
+        components.check_widths(folder, where, "cap_feat_dim", module.context_width)
 
     def open_tokenizers(self, folder: Folder) -> list[Any]:
         """See `Family`. Raises ValueError for a clip_skip, which Qwen3 does not have."""

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
+from jaxdistill.models.blocks import run_blocks
 from jaxdistill.models.stable_diffusion.latent_layers import Dtype, Linear
-from jaxdistill.models.transformers.layers import RMSNorm, rotary_angles, run_blocks
+from jaxdistill.models.transformers.layers import RMSNorm, rotary_angles
 
 
 def rotate_halves(x: Array, angles: Array) -> Array:

@@ -10,8 +10,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
+from jaxdistill.models.blocks import run_blocks
 from jaxdistill.models.stable_diffusion.latent_layers import Dtype, Linear
-from jaxdistill.models.transformers.layers import RMSNorm, run_blocks
+from jaxdistill.models.transformers.layers import RMSNorm
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,

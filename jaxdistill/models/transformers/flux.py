@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
+from jaxdistill.models.blocks import run_blocks
 from jaxdistill.models.stable_diffusion.latent_layers import (
     ATTENTION,
     Dtype,
@@ -25,7 +26,6 @@ from jaxdistill.models.transformers.layers import (
     plain_norm,
     rotary_angles,
     rotate,
-    run_blocks,
     taps,
 )
 

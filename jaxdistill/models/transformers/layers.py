@@ -1,4 +1,4 @@
-"""What the diffusion transformers share: norms, positions, and blocks in a row or as a loop.
+"""What the diffusion transformers share: norms and positions.
 
 A network is called as network(x, t, cond, features=False):
 
@@ -17,20 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
-
-from jaxdistill.models.blocks import run_blocks
-
-__all__ = [
-    "TAPS",
-    "RMSNorm",
-    "grid_of",
-    "plain_norm",
-    "rotary_angles",
-    "rotate",
-    "run_blocks",
-    "sine_positions",
-    "taps",
-]
 
 TAPS = 4
 """Hidden states that a discriminator sees, evenly spaced over the depth."""

@@ -10,6 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
+from jaxdistill.models.blocks import run_blocks
 from jaxdistill.models.stable_diffusion.latent_layers import (
     Attention,
     Conv,
@@ -20,13 +21,7 @@ from jaxdistill.models.stable_diffusion.latent_layers import (
     sinusoidal,
 )
 from jaxdistill.models.stable_diffusion.unet_condition import like
-from jaxdistill.models.transformers.layers import (
-    grid_of,
-    plain_norm,
-    run_blocks,
-    sine_positions,
-    taps,
-)
+from jaxdistill.models.transformers.layers import grid_of, plain_norm, sine_positions, taps
 
 TIME_WIDTH = 256
 """Sines and cosines of the time, and of each micro-condition."""

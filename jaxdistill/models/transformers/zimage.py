@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
+from jaxdistill.models.blocks import run_blocks
 from jaxdistill.models.stable_diffusion.latent_layers import (
     ATTENTION,
     Dtype,
@@ -26,7 +27,6 @@ from jaxdistill.models.transformers.layers import (
     plain_norm,
     rotary_angles,
     rotate,
-    run_blocks,
     taps,
 )
 
