@@ -289,6 +289,23 @@ def make(variant: str, folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
+def shaken(module, *, norms, tables, seed: int = 0):
+    """A module with random weights: matrices scaled by their fan-in; norms, for whose names `norms`
+    is true, around 1; biases and what has `tables` in its name large enough to matter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in module.named_parameters():
+        noise = torch.randn(value.shape, generator=generator)
+        if norms(name):
+            noise = 1 + 0.3 * noise
+        elif value.ndim < 2 or tables in name:
+            noise = 0.3 * noise
+        else:
+            noise = noise * value[0].numel() ** -0.5
+        value.data = noise
+    return module.eval().requires_grad_(False)
+
+
 def shared(make: Callable[[str, Path], None]) -> Callable[[str], Path]:
     """(variant) -> the pipeline that `make` saves, shared by all tests of a process: copy it before
     changing anything.

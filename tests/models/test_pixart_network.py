@@ -2,6 +2,7 @@
 
 import functools
 
+import folders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,21 +37,11 @@ PLAIN = {
 CONFIGS = pytest.mark.parametrize("config", [ALPHA, SIGMA, PLAIN], ids=["alpha", "sigma", "plain"])
 
 
-def shaken(module, seed=0):
-    """Its weights, random: matrices scaled by their fan-in, tables, biases and norms large enough
-    to matter.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in module.named_parameters():
-        noise = torch.randn(value.shape, generator=generator)
-        if "norm" in name and name.endswith("weight"):
-            noise = 1 + 0.3 * noise
-        elif value.ndim < 2 or "scale_shift_table" in name:
-            noise = 0.3 * noise
-        else:
-            noise = noise * value[0].numel() ** -0.5
-        value.data = noise
-    return module.eval().requires_grad_(False)
+def norms(name):
+    return "norm" in name and name.endswith("weight")
+
+
+shaken = functools.partial(folders.shaken, norms=norms, tables="scale_shift_table")
 
 
 def stock(network):

@@ -4,6 +4,7 @@ in which every part counts.
 
 import functools
 
+import folders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,21 +42,11 @@ TOKENS, COUNTS = 70, (70, 5)
 """Of the longest caption, and of each: padded by themselves they have 96 and 32."""
 
 
-def shaken(module, seed=0):
-    """Its weights, random: matrices scaled by their fan-in, pads, biases and norms large enough to
-    matter.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in module.named_parameters():
-        noise = torch.randn(value.shape, generator=generator)
-        if "norm" in name or name.endswith("cap_embedder.0.weight"):
-            noise = 1 + 0.3 * noise
-        elif value.ndim < 2 or "pad_token" in name:
-            noise = 0.3 * noise
-        else:
-            noise = noise * value[0].numel() ** -0.5
-        value.data = noise
-    return module.eval().requires_grad_(False)
+def norms(name):
+    return "norm" in name or name.endswith("cap_embedder.0.weight")
+
+
+shaken = functools.partial(folders.shaken, norms=norms, tables="pad_token")
 
 
 def stock(network):
