@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxdistill.errors import missing_extra
 from jaxdistill.interop import add_flags, beside, card, check_unused, explain_path, given, is_file
-from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
+from jaxdistill.models.attention import ATTENTION
 from jaxdistill.run import checkpoint, compilation, report
 from jaxdistill.run.help import Parser, boolean, named, note
 

@@ -18,7 +18,7 @@ from test_flops_of_jaxpr import WITHOUT_LOOPS, transposed
 from test_hlo import LOOPS, both, layer
 
 from jaxdistill.costs.hlo import count
-from jaxdistill.models.stable_diffusion.latent_layers import flash_attention
+from jaxdistill.models.attention import flash_attention
 
 V4 = {
     "topology_name": "v4:2x2x1",

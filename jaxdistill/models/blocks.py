@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxdistill.model import stack
-from jaxdistill.models.stable_diffusion.latent_layers import LORA
+from jaxdistill.models.layers import LORA
 from jaxdistill.partition import gather_of_blocks
 
 REMAT_POLICIES = {

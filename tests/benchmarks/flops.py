@@ -21,7 +21,7 @@ from jaxtyping import Array
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs import tpu_v4
-from jaxdistill.models.stable_diffusion import latent_layers
+from jaxdistill.models import layers
 from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
 
@@ -33,8 +33,8 @@ class Plain(TextSetup):
 
 
 def after_resize(x: Array, kernel: Array) -> Array:
-    doubled = latent_layers.nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
-    return latent_layers.convolution(doubled, kernel.astype(x.dtype), pads=((1, 1), (1, 1)))
+    doubled = layers.nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
+    return layers.convolution(doubled, kernel.astype(x.dtype), pads=((1, 1), (1, 1)))
 
 
 def counts(setup: TextSetup) -> dict[str, float]:
@@ -55,7 +55,7 @@ def main() -> None:
         config = tpu_v4.get_config(size)
         config.mesh.data = config.mesh.fsdp = 1
         now = counts(TextSetup(config, open_teacher(config)))
-        with mock.patch.object(latent_layers, "doubled_convolution", after_resize):
+        with mock.patch.object(layers, "doubled_convolution", after_resize):
             plain = counts(Plain(config, open_teacher(config)))
         found[name] = {
             "now": now,

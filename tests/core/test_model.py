@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 from jaxdistill.model import full_weights, low_rank
-from jaxdistill.models.stable_diffusion.latent_layers import Linear
+from jaxdistill.models.layers import Linear
 from jaxdistill.train import init_state
 
 WIDTH = 64

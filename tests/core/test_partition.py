@@ -239,7 +239,7 @@ import jax, jax.numpy as jnp, numpy as np
 from flax import linen as nn
 from jaxdistill import partition
 from jaxdistill.costs.hlo import count
-from jaxdistill.models.stable_diffusion.latent_layers import Linear
+from jaxdistill.models.layers import Linear
 from jaxdistill.models.blocks import run_blocks
 
 class Block(nn.Module):

@@ -9,7 +9,7 @@ import text_config
 from test_aot import TINY
 
 from jaxdistill.interop import architectures
-from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
+from jaxdistill.models.attention import ATTENTION
 from jaxdistill.run.phase import programs
 from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 

@@ -7,13 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from jaxdistill.models.stable_diffusion.latent_layers import (
-    Attention,
-    Conv,
-    Dtype,
-    GroupNorm,
-    ResnetBlock,
-)
+from jaxdistill.models.layers import Attention, Conv, Dtype, GroupNorm, ResnetBlock
 
 EPS = 1e-6
 
@@ -125,7 +119,7 @@ class AutoencoderKL(nn.Module):
       use_quant_conv, use_post_quant_conv: whether there is a 1x1 convolution after the encoder and
         before the decoder.
       mid_attention: whether the middle attends.
-      attention: a key of `latent_layers.ATTENTION`.
+      attention: a key of `attention.ATTENTION`.
       dtype: of the computation.
     """
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxdistill.models.blocks import REMAT_POLICIES, run_blocks
-from jaxdistill.models.stable_diffusion.latent_layers import (
+from jaxdistill.models.layers import (
     Attention,
     Conv,
     Dtype,
@@ -145,7 +145,7 @@ class UNetCondition(nn.Module):
       flip_sin_to_cos, freq_shift: of the time embedding.
       addition_time_width: width of each embedded time id (XL), 0 without the text_time addition.
       guidance_width: width of the embedded guidance scale (LCM), 0 without.
-      attention: a key of `latent_layers.ATTENTION`.
+      attention: a key of `attention.ATTENTION`.
       remat: a key of REMAT_POLICIES, for residual and transformer blocks.
       scan: run the transformer blocks of one attention layer as a `lax.scan` over stacked
         parameters.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from jaxdistill.models.stable_diffusion.latent_layers import Dtype, LayerNorm, Linear
+from jaxdistill.models.layers import Dtype, LayerNorm, Linear
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxdistill.models.blocks import run_blocks
-from jaxdistill.models.stable_diffusion.latent_layers import Dtype, Linear
+from jaxdistill.models.layers import Dtype, Linear
 from jaxdistill.models.transformers.layers import RMSNorm
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

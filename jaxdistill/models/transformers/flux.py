@@ -11,14 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
+from jaxdistill.models.attention import ATTENTION
 from jaxdistill.models.blocks import run_blocks
-from jaxdistill.models.stable_diffusion.latent_layers import (
-    ATTENTION,
-    Dtype,
-    Embedding,
-    Linear,
-    sinusoidal,
-)
+from jaxdistill.models.layers import Dtype, Embedding, Linear, sinusoidal
 from jaxdistill.models.stable_diffusion.unet_condition import like
 from jaxdistill.models.transformers.layers import (
     RMSNorm,
@@ -211,7 +206,7 @@ class FluxTransformer(nn.Module):
       double: blocks with a stream each for text and image.
       single: blocks with one stream, after them.
       takes_guidance: the guidance scale is an input (FLUX.1 dev).
-      attention: a key of `latent_layers.ATTENTION`.
+      attention: a key of `attention.ATTENTION`.
       remat: a key of REMAT_POLICIES, for the blocks.
       scan: run the blocks of a kind as a `lax.scan` over stacked parameters.
       dtype: of the computation; parameters and norms stay float32.

@@ -13,15 +13,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
+from jaxdistill.models.attention import ATTENTION
 from jaxdistill.models.blocks import run_blocks
-from jaxdistill.models.stable_diffusion.latent_layers import (
-    ATTENTION,
-    Conv,
-    Dtype,
-    Embedding,
-    Linear,
-    sinusoidal,
-)
+from jaxdistill.models.layers import Conv, Dtype, Embedding, Linear, sinusoidal
 from jaxdistill.models.stable_diffusion.unet_condition import like
 from jaxdistill.models.transformers.layers import RMSNorm, grid_of, plain_norm, sine_positions, taps
 

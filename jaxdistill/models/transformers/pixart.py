@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxdistill.models.blocks import run_blocks
-from jaxdistill.models.stable_diffusion.latent_layers import (
+from jaxdistill.models.layers import (
     Attention,
     Conv,
     Dtype,
@@ -166,7 +166,7 @@ class PixArt(nn.Module):
       projected: whether these are brought to the network's width.
       qkv_bias: whether queries, keys and values have a bias.
       eps, affine: of the blocks' norms; `affine` norms have a scale and a bias.
-      attention: a key of `latent_layers.ATTENTION`.
+      attention: a key of `attention.ATTENTION`.
       remat: a key of REMAT_POLICIES, for each block.
       scan: run the blocks as a `lax.scan` over stacked parameters.
       dtype: of the computation; parameters, norms and modulation stay float32.

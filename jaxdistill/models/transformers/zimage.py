@@ -13,13 +13,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
+from jaxdistill.models.attention import ATTENTION
 from jaxdistill.models.blocks import run_blocks
-from jaxdistill.models.stable_diffusion.latent_layers import (
-    ATTENTION,
-    Dtype,
-    Linear,
-    sinusoidal,
-)
+from jaxdistill.models.layers import Dtype, Linear, sinusoidal
 from jaxdistill.models.stable_diffusion.unet_condition import like
 from jaxdistill.models.transformers.layers import (
     RMSNorm,
@@ -149,7 +145,7 @@ class ZImageTransformer(nn.Module):
       axes: rotary dimensions of (caption, row, column), `axes_dims`; their sum is a head's width.
       base: of the rotary frequencies, `rope_theta`.
       time_scale: what the time is multiplied by, `t_scale`.
-      attention: a key of `latent_layers.ATTENTION`, which must honour a mask.
+      attention: a key of `attention.ATTENTION`, which must honour a mask.
       remat: a key of REMAT_POLICIES.
       scan: run blocks of one kind as a loop over stacked parameters.
       dtype: of the computation; parameters and norms stay float32.

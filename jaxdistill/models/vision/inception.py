@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from jaxdistill.models.stable_diffusion.latent_layers import Linear
+from jaxdistill.models.layers import Linear
 
 SIDE = 299
 """Height and width of the input."""

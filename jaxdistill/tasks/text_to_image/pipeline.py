@@ -630,7 +630,7 @@ def load(
       beside: what is named beside it.
       known: the kind of a published student, or what is said beside a LoRA, instead of the
         folder's scheduler and settings.
-      attention: a key of `latent_layers.ATTENTION`.
+      attention: a key of `attention.ATTENTION`.
       dtype: of the computation.
       param_dtype: of the parameters.
       grid: instead of the folder's timestep spacing.

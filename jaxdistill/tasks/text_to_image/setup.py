@@ -26,9 +26,9 @@ from jaxdistill.interop.diffusers_folder import Folder
 from jaxdistill.interop.diffusers_scheduler import Scheduler
 from jaxdistill.methods.recipe import Kit, SamplerSpec, Stage
 from jaxdistill.model import Model, full_weights, low_rank
+from jaxdistill.models.attention import ATTENTION
 from jaxdistill.models.blocks import REMAT_POLICIES
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
-from jaxdistill.models.stable_diffusion.latent_layers import ATTENTION
 from jaxdistill.prediction import as_denoiser, flow_prediction, v_prediction
 from jaxdistill.run.distillation import Distillation, check_keep_best
 from jaxdistill.run.seeds import key_of

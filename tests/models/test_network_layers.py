@@ -11,18 +11,15 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.extend.core import jaxprs_in_params
 
-from jaxdistill.models.stable_diffusion.latent_layers import (
+from jaxdistill.models.attention import (
     ATTENTION,
-    Conv,
     auto_attention,
     chunked_attention,
-    convolution,
-    doubled_convolution,
     flash_attention,
     looped_attention,
-    nearest,
     plain_attention,
 )
+from jaxdistill.models.layers import Conv, convolution, doubled_convolution, nearest
 from jaxdistill.models.stable_diffusion.unet_condition import UNetCondition
 
 KERNELS = {
