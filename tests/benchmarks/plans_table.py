@@ -34,6 +34,7 @@ KEPT = (
     "memory_gib",
     "fits",
     "flops_ratio",
+    "flops_ratio_of_remat",
     "roofline_ms",
     "bound",
     "step_ms_at_least",
@@ -50,7 +51,7 @@ COLUMNS = (
     "slice",
     "rows per chip",
     "GiB per chip",
-    "FLOPs / analytic",
+    "FLOPs / analytic (with remat)",
     "compute / memory / links, ms",
     "at most: rows/s per chip, MFU",
 )
@@ -194,6 +195,7 @@ def cells_of(row: Mapping[str, Any], folder: str) -> dict[str, str]:
         text = f"{row['roofline_ms'][name]:.0f}"
         return f"**{text}**" if name == row["bound"] else text
 
+    again = shown("flops_ratio_of_remat", " ({:.3f})")
     most = ""
     if "mfu_at_most" in row:
         most = f"{row['rows_a_second_a_chip_at_most']:.1f}, {row['mfu_at_most']:.2f}"
@@ -202,7 +204,7 @@ def cells_of(row: Mapping[str, Any], folder: str) -> dict[str, str]:
         f"{slice_of(row['topology'])} ({row['topology']}, {chips_of(row['topology'])} chips)",
         f"{row['rows_a_chip']:g}",
         gib,
-        shown("flops_ratio", "{:.3f}"),
+        shown("flops_ratio", "{:.3f}") + again,
         " / ".join(map(time, TIMES)) if "roofline_ms" in row else "",
         most,
         f"`{row['config']}`",

@@ -55,16 +55,17 @@ def tiny(monkeypatch):
     monkeypatch.setattr(architectures, "PIPELINES", {"tiny": TINY})
 
 
-@pytest.mark.parametrize("variant", ["", "one"])
-def test_the_analytic_count_is_that_of_the_step_as_it_is_written(tiny, variant):
-    """N states of 3 student and k c teacher calls each."""
-    changes = {"methods.imagine_flash.teacher_steps": 2}
+@pytest.mark.parametrize(("variant", "remat"), [("", "none"), ("one", "none"), ("", "full")])
+def test_the_analytic_count_is_that_of_the_step_as_it_is_written(tiny, variant, remat):
+    """N states of 3 student and k c teacher calls each; what is computed again counts by itself."""
+    changes = {"methods.imagine_flash.teacher_steps": 2, "compute.remat": remat}
     config = base.chosen(make_config(**changes), variant, file="text_config")
     setup = TextSetup(config, open_teacher(config))
     made = programs(setup.distillation.planned(0), setup.layout)
     batch = setup.batch_shapes(setup.recipe.stages[0])
     counted = flops_of(made.step, made.state, batch, made.given)
-    assert counted / setup.step_flops() == pytest.approx(1.0, abs=0.05)
+    assert counted / setup.step_flops(remat=remat) == pytest.approx(1.0, abs=0.05)
+    assert (counted > 1.1 * setup.step_flops()) == (remat == "full")
     teacher = 2 * 2 if not variant else 0
     calls = 3 * (3 + teacher) if not variant else 3 + 3
     assert setup.step_flops() / (16 * setup.call_flops()) == pytest.approx(calls, rel=0.1)

@@ -89,7 +89,7 @@ def _first(error: Exception) -> str:
 
 class Program(NamedTuple):
     """What is compiled: a jitted function, its abstract arguments by kind, and the FLOPs it must
-    spend on all devices.
+    spend on all devices; `remat_flops` are those with what config.compute.remat computes again.
     """
 
     function: Any
@@ -97,6 +97,7 @@ class Program(NamedTuple):
     kinds: Mapping[str, Any]
     analytic_flops: float
     rows: int
+    remat_flops: float = 0.0
 
 
 def text_program(config: ConfigDict, devices: Sequence[Any], stage: str = "") -> Program:
@@ -122,8 +123,9 @@ def text_program(config: ConfigDict, devices: Sequence[Any], stage: str = "") ->
         "frozen": made.given,
         "batch": batch,
     }
+    flops, again = (setup.step_flops(i, remat=remat) for remat in ("none", config.compute.remat))
     rows = config.student.batch_size
-    return Program(made.step, (state, batch, made.given), kinds, setup.step_flops(i), rows)
+    return Program(made.step, (state, batch, made.given), kinds, flops, rows, again)
 
 
 def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
@@ -311,10 +313,11 @@ def counted(counts: hlo.Counts, program: Program, chip: Chip, devices: int) -> d
     if hlo.NETWORK in counts.collectives:
         times["network"] = counts.collectives[hlo.NETWORK] / chip.network
     bound = max(times, key=lambda name: times[name])
-    analytic = program.analytic_flops / devices
+    analytic, again = program.analytic_flops / devices, program.remat_flops / devices
     return {
         "flops_a_chip": counts.flops,
         "flops_ratio": round(counts.flops / analytic, 4),
+        **({"flops_ratio_of_remat": round(counts.flops / again, 4)} if again else {}),
         "bytes_a_chip": counts.bytes,
         "collective_bytes_a_chip": dict(counts.collectives),
         "gathered": gathered(counts),
@@ -372,10 +375,12 @@ def _counted_lines(report: Mapping[str, Any]) -> dict[str, str]:
     sent = sorted(report["collective_bytes_a_chip"].items())
     collectives = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in sent) or "none"
     roofline = ", ".join(f"{name} {value:.1f}" for name, value in report["roofline_ms"].items())
-    unknown = report["unknown_loops"]
+    unknown, again = report["unknown_loops"], report.get("flops_ratio_of_remat")
+    with_remat = f" ({again:.3f} x with what remat computes again)" if again else ""
     return {
         "FLOPs per chip": (
             f"{report['flops_a_chip']:.4g}, {report['flops_ratio']:.3f} x the analytic count"
+            f"{with_remat}"
         ),
         "bytes per chip": (
             f"{report['bytes_a_chip']:.4g} through main memory; collectives: {collectives}"

@@ -300,19 +300,25 @@ class TextSetup:
     @cached_property
     def as_written(self) -> "TextSetup":
         """The same, with nothing computed twice and attention as matrix products: what counts."""
+        return self._written("none")
+
+    def _written(self, remat: str) -> "TextSetup":
         config = self.config.copy_and_resolve_references()
         # An UNet's loop repeats rows that its first block shares. Other loops are counted as such:
         # that takes seconds where 57 blocks take minutes.
         scan = self.folder.family.network != "unet"
-        config.compute.update({"scan": scan, "remat": "none", "attention": "plain"})
+        config.compute.update({"scan": scan, "remat": remat, "attention": "plain"})
         config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
-        module = self.network.clone(scan=scan, remat="none", attention="plain")
+        module = self.network.clone(scan=scan, remat=remat, attention="plain")
         folder = self.folder._replace(network=self.folder.network._replace(module=module))
         return TextSetup(config, folder, devices=jax.devices()[:1])
 
-    def step_flops(self, stage: int = 0) -> float:
-        """FLOPs of one step of a stage on all devices, with nothing computed twice."""
-        return self.as_written.distillation.flops(stage)
+    def step_flops(self, stage: int = 0, *, remat: str = "none") -> float:
+        """FLOPs of one step of a stage on all devices: with nothing computed twice, or with what
+        this `remat` computes again.
+        """
+        made = self.as_written if remat == "none" else self._written(remat)
+        return made.distillation.flops(stage)
 
     def call_flops(self, *, copies: int = 1) -> float:
         """FLOPs of one call on one example, with `copies` rows of conditioning."""
