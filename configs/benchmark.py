@@ -251,6 +251,7 @@ def flow() -> ConfigDict:
     changes: dict[str, Mapping[str, Any]] = {
         "same_times": {"times": listed(nested)},
         "same_snr": cosine,
+        "gamma_50": cosine | flat(0.5),
         "gamma_65": cosine | flat(0.65),
         "gamma_90": cosine | flat(0.9),
         "shift_3": cosine | {"times": grids_of_shift(3.0)},

@@ -544,7 +544,7 @@ def memory_figure(rows: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
             )
             start += size
         # Outside the bar where there is room for it, else within its end.
-        room = min(gib["chip"], WIDEST) - start > 5.5
+        room = min(gib["chip"], WIDEST) - start > 6.2
         text = f"{gib['needed']:.1f} of {gib['chip']:g}"
         axes.text(
             start + 0.3 if room else start - 0.3,

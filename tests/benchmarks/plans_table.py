@@ -80,11 +80,10 @@ def slice_of(topology: str) -> str:
 
 def weights_of(config: Mapping[str, Any], chips: int) -> str:
     """What is trained, and over how many chips its state is divided."""
-    if rank := config["student"]["lora_rank"]:
-        return f"LoRA of rank {rank}"
-    fsdp = config["mesh"]["fsdp"]
+    rank, fsdp = config["student"]["lora_rank"], config["mesh"]["fsdp"]
     over = chips if fsdp == -1 else fsdp
-    return "all weights" + (f" over {over} chips" if over > 1 else "")
+    trained = f"LoRA of rank {rank}" if rank else "all weights"
+    return trained + (f" over {over} chips" if over > 1 else "")
 
 
 def row_of_report(path: Path) -> dict[str, Any]:
@@ -198,7 +197,7 @@ def cells_of(row: Mapping[str, Any], folder: str) -> dict[str, str]:
     again = shown("flops_ratio_of_remat", " ({:.3f})")
     most = ""
     if "mfu_at_most" in row:
-        most = f"{row['rows_a_second_a_chip_at_most']:.1f}, {row['mfu_at_most']:.2f}"
+        most = f"{row['rows_a_second_a_chip_at_most']:.3g}, {row['mfu_at_most']:.2f}"
     cells = (
         f"[{row['teacher']}, {row['pixels']}²: {row['job']}]({folder}{row['file']})",
         f"{slice_of(row['topology'])} ({row['topology']}, {chips_of(row['topology'])} chips)",

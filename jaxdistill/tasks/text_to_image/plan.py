@@ -8,6 +8,7 @@ the compiler of the TPU (libtpu): memory, arithmetic and communication of one ch
 import importlib.metadata
 import importlib.util
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -294,6 +295,7 @@ def measure(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
         "analytic_flops_a_chip": program.analytic_flops / devices,
         **(counted(hlo.count(text), program, chip, devices) if text else {"unread": unread}),
         "compile_seconds": round(seconds, 1),
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
     }
 
