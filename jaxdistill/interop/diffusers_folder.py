@@ -255,6 +255,16 @@ def load_params(part: Part, *, dtype: Any = np.float32, shardings: Any = None) -
     )
 
 
+def check_weights(*parts: Part) -> None:
+    """Refuse parts whose weights `load_params` would refuse by their headers: in time, as a large
+    part that is read before them takes minutes. Raises FolderError or WeightsError.
+    """
+    for part in parts:
+        torch_weights.check(
+            part.weights(), abstract_params(part), where=part.where, ignore=_ignored(part)
+        )
+
+
 def names_of(part: Part) -> dict[str, tuple[int, ...]]:
     """Torch's names and shapes of a part's parameters."""
     return torch_weights.names_of(abstract_params(part))
