@@ -194,9 +194,9 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         raise FolderError(
             f"{whole} is a link to {whole.readlink()}, which does not exist; copy the folder again"
         )
-    if shards := sorted(p.name for p in folder.glob(f"{stem}*-of-*.safetensors")):
+    if parts := sorted(p.name for p in folder.glob(f"{stem}*-of-*.safetensors")):
         raise FolderError(
-            f"{folder} holds {shards[0]}, but no {stem}.safetensors.index.json that names all of"
+            f"{folder} holds {parts[0]}, but no {stem}.safetensors.index.json that names all of"
             " its shards; copy the folder again"
         )
     raise FolderError(f"{whole} is missing; copy the folder again")
