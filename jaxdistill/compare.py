@@ -144,6 +144,10 @@ class Drawing:
     made: Mapping[str, Any] = field(default_factory=dict)
     teacher: str = ""
 
+    def call(self, **more: Any) -> dict[str, Any]:
+        """What it is asked for at its most steps, as of `pipeline.check_call`."""
+        return {"steps": max(self.steps), "guidance": self.guidance, **more}
+
     def load(self, **options: Any) -> Any:
         """Its pipeline; `options` as of `pipeline.load`. Raises FolderError, WeightsError."""
         chosen: dict[str, Any] = {"known": self.known, "solver": self.solver}
@@ -220,25 +224,25 @@ def draw_rows(
 ) -> list[Row]:
     """The images of all drawings at each of their numbers of steps, from the same seeds."""
     computed, made = computing(args), next((d.made for d in plan if d.made), {})
-    sides: dict[str, Any] = {
+    common: dict[str, Any] = {
         side: made.get(side) if getattr(args, side) is None else getattr(args, side)
         for side in ("height", "width")
     }
+    if args.negative_prompt is not None:
+        common["negative_prompt"] = args.negative_prompt
     for drawing in plan[1:]:
         # Read once and let go, so that a damaged folder is found before the first image and only
         # one pipeline is in memory.
-        steps = max(drawing.steps)
-        drawing.load(**computed).check(steps=steps, guidance=drawing.guidance, **sides)
+        drawing.load(call=drawing.call(**common), **computed)
         gc.collect()
     rows = []
     for drawing in plan:
-        pipe = drawing.load(layout=pipeline.every_device(), **computed)
+        call = drawing.call(**common)
+        pipe = drawing.load(call=call, layout=pipeline.every_device(), **computed)
         pipe.text.announce([item["prompt"] for item in items])
         for steps in drawing.steps:
-            options = {"steps": steps, "guidance": drawing.guidance, **sides, "seed": args.seed}
-            if args.negative_prompt is not None:
-                options["negative_prompt"] = args.negative_prompt
-            warn_unlike(drawing, steps, sides["height"], sides["width"])
+            options = {"steps": steps, "guidance": drawing.guidance, **common, "seed": args.seed}
+            warn_unlike(drawing, steps, common["height"], common["width"])
             rows.append(draw_row(args, drawing, pipe, items, out, options))
         del pipe
         gc.collect()

@@ -238,6 +238,11 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
         if args.num is None and latents.ndim in (3, 4):  # FLUX packs a row in two
             num = len(latents)
     note(f"{args.model}: loading and compiling (a minute or more for a large model)")
+    call = {
+        name: getattr(args, name)
+        for name in ("steps", "guidance", "height", "width", "negative_prompt")
+    }
+    call |= {"batch_size": batch_size, "latents": latents}
     pipe = pipeline.load(
         args.model,
         beside=files,
@@ -246,27 +251,17 @@ def text_images(args: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
         solver=args.solver,
         noise_correction=args.noise_correction,
         layout=pipeline.every_device(),
+        call={**call, "count": num},
         **options,
     )
     prompts = [args.prompt] * num
     chosen = {"steps": pipe.steps if args.steps is None else args.steps, "guidance": args.guidance}
-    size = pipe.check(**chosen, height=args.height, width=args.width, batch_size=batch_size)
+    size = pipe.check(height=args.height, width=args.width)
     if unread := pipe.unread(guidance=args.guidance, negative_prompt=args.negative_prompt):
         print(f"warning: {args.model} does not read {unread}", file=sys.stderr)
     if unlike := pipeline.unlike(pipe.settings, **chosen, size=size):
         print(f"warning: {args.model} was {unlike}", file=sys.stderr)
-    images = pipe(
-        prompts,
-        negative_prompt=args.negative_prompt,
-        steps=args.steps,
-        guidance=args.guidance,
-        height=args.height,
-        width=args.width,
-        seed=args.seed,
-        batch_size=batch_size,
-        latents=latents,
-    )
-    return images, prompts
+    return pipe(prompts, seed=args.seed, **call), prompts
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -58,7 +58,9 @@ def open_painter(
         raise ValueError(f"{folder} draws classes, not text; give a student that reads text")
     print(f"{folder}: loading, and compiling for each batch size", flush=True)
     if found == "pipeline":
-        pipe = pipeline.load(folder, beside=files, known=known)
+        height, width = size or (None, None)
+        call = {"height": height, "width": width}
+        pipe = pipeline.load(folder, beside=files, known=known, call=call)
         return PipelinePainter(pipe, sizes, size=size)
     return ExportPainter(TextExport(folder, encoder=encoder), sizes)
 

@@ -194,6 +194,11 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         raise FolderError(
             f"{whole} is a link to {whole.readlink()}, which does not exist; copy the folder again"
         )
+    if parts := sorted(p.name for p in folder.glob(f"{stem}*-of-*.safetensors")):
+        raise FolderError(
+            f"{folder} holds {parts[0]}, but no {stem}.safetensors.index.json that names all of"
+            " its shards; copy the folder again"
+        )
     raise FolderError(f"{whole} is missing; copy the folder again")
 
 
@@ -253,6 +258,16 @@ def load_params(part: Part, *, dtype: Any = np.float32, shardings: Any = None) -
         ignore=_ignored(part),
         shardings=shardings,
     )
+
+
+def check_weights(*parts: Part) -> None:
+    """Refuse parts whose weights `load_params` would refuse by their headers: in time, as a large
+    part that is read before them takes minutes. Raises FolderError or WeightsError.
+    """
+    for part in parts:
+        torch_weights.check(
+            part.weights(), abstract_params(part), where=part.where, ignore=_ignored(part)
+        )
 
 
 def names_of(part: Part) -> dict[str, tuple[int, ...]]:

@@ -341,31 +341,17 @@ def _opened(path: Path) -> Iterator[Any]:
         yield file
 
 
-def load(
+def check(
     files: Weights,
     abstract: Any,
     *,
     where: str,
-    dtype: Any = np.float32,
     ignore: Callable[[str], bool] = lambda name: False,
-    shardings: Any = None,
-) -> Any:
-    """The parameters of a module from torch tensors: each tensor is used exactly once.
+) -> dict[tuple[str, ...], list[tuple[str, tuple[int, ...]]]]:
+    """{parameter of a module: names and shapes of its tensors}; no tensor is read. Arguments as of
+    `load`.
 
-    Tensors are read one at a time, turned, cast and put on the device, so that the host never holds
-    more than the largest beside what is already placed.
-
-    Args:
-      files: the tensors.
-      abstract: the module's parameters as ShapeDtypeStructs: {"params": ...}.
-      where: what the weights are, for messages.
-      dtype: of the parameters.
-      ignore: names of tensors that are known not to be parameters.
-      shardings: a tree like `abstract` of shardings; the default device if None.
-
-    Raises:
-      WeightsError: listing the names that are missing, left over or of another shape; or naming
-        a tensor whose values are no numbers of `dtype`.
+    Raises WeightsError: listing the names that are missing, left over or of another shape.
     """
     wanted = flatten_dict(abstract["params"])
     plan = {path: _sources(path, leaf.shape) for path, leaf in wanted.items()}
@@ -394,6 +380,35 @@ def load(
     ]
     if problems:
         raise WeightsError(f"{where} does not fit its config: tensors {'; '.join(problems)}")
+    return plan
+
+
+def load(
+    files: Weights,
+    abstract: Any,
+    *,
+    where: str,
+    dtype: Any = np.float32,
+    ignore: Callable[[str], bool] = lambda name: False,
+    shardings: Any = None,
+) -> Any:
+    """The parameters of a module from torch tensors: each tensor is used exactly once.
+
+    Tensors are read one at a time, turned, cast and put on the device, so that the host never holds
+    more than the largest beside what is already placed.
+
+    Args:
+      files: the tensors.
+      abstract: the module's parameters as ShapeDtypeStructs: {"params": ...}.
+      where: what the weights are, for messages.
+      dtype: of the parameters.
+      ignore: names of tensors that are known not to be parameters.
+      shardings: a tree like `abstract` of shardings; the default device if None.
+
+    Raises:
+      WeightsError: of `check`, or naming a tensor whose values are no numbers of `dtype`.
+    """
+    plan = check(files, abstract, where=where, ignore=ignore)
     places = flatten_dict(shardings["params"]) if shardings is not None else dict.fromkeys(plan)
     loaded = {}
     for path, pairs in plan.items():

@@ -20,7 +20,10 @@ from jaxdistill import sampling
 from jaxdistill.errors import NotFinite
 from jaxdistill.interop import card
 from jaxdistill.interop.text_export import TextExport
-from jaxdistill.tasks.text_to_image.pipeline import Inputs, TextToImage
+from jaxdistill.tasks.text_to_image.pipeline import Inputs, TextToImage, served
+
+OFFERED: tuple[int, ...] = (1, 2, 3)
+"""Step counts of the page for a model that was made for no certain ones."""
 
 
 class Busy(Exception):
@@ -44,6 +47,7 @@ class Painter(Protocol):
     steps: int
     max_steps: int
     counts: tuple[int, ...]  # the only step counts; empty: all up to max_steps
+    offered: tuple[int, ...]  # those of the page
     guidance: float
     correct: bool
 
@@ -150,6 +154,7 @@ class ExportPainter:
         self.steps, self.guidance = int(settings["steps"]), float(settings["guidance"])
         self.correct, self.max_steps = bool(settings["noise_correction"]), max_steps
         self.counts: tuple[int, ...] = ()
+        self.offered: tuple[int, ...] = OFFERED
         self.size = (export.shape[0], export.shape[1])
         self.encode = lru_cache(maxsize=4096)(self._encode)
         shape = export.shape
@@ -234,6 +239,7 @@ class PipelinePainter:
         self.size = pipe.check(height=height, width=width)
         self.correct = pipe.scheduler.noise_correction
         self.max_steps, self.counts = pipe.scheduler.run.most, pipe.scheduler.run.counts
+        self.offered = self.counts or served(pipe.settings) or OFFERED
         other = pipe.scheduler._replace(noise_correction=not self.correct)
         twin = TextToImage(pipe.folder, pipe.params, other, settings=pipe.settings, share=pipe)
         self.pipes = {self.correct: pipe, not self.correct: twin}

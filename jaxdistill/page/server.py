@@ -479,8 +479,8 @@ def describe(folder: str, painters: dict[str, Painter]) -> dict[str, Any]:
     return {
         "name": path.name,
         "version": jaxdistill.__version__,
-        "steps": list(student.counts) or [1, 2, 3],
-        "default_steps": student.steps if student.counts else min(3, student.steps),
+        "steps": list(student.offered),
+        "default_steps": min(student.steps, max(student.offered)),
         "noise_correction": {"default": student.correct, "choice": True},
         "image": {"height": student.size[0], "width": student.size[1]},
         "examples": examples,

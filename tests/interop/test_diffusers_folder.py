@@ -509,10 +509,14 @@ def test_weights_that_cannot_be_read_are_named(copy):
         FolderError, match=r"holds diffusion_pytorch_model\.bin only, and pickles can run code"
     ):
         diffusers_folder.load_params(part)
-    (root / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "shard-1.safetensors"}})
-    )
+    index = path.with_name(f"{path.name}.index.json")
+    index.write_text(json.dumps({"weight_map": {"a": "shard-1.safetensors"}}))
     with pytest.raises(FolderError, match=r"shard-1\.safetensors is missing"):
+        diffusers_folder.load_params(part)
+    index.unlink()
+    shard = f"{path.stem}-00001-of-00002.safetensors"
+    path.with_suffix(".bin").rename(path.with_name(shard))
+    with pytest.raises(FolderError, match=rf"holds {shard}, but no {index.name} that names all"):
         diffusers_folder.load_params(part)
 
 

@@ -238,7 +238,7 @@ class Slow:
     """A painter whose images take their time."""
 
     sizes, size, steps, max_steps, guidance, correct = (1,), (2, 2), 1, 3, 1.0, False
-    counts = ()
+    counts, offered = (), (1, 2, 3)
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -269,6 +269,7 @@ class SlowRun:
 def test_a_model_of_certain_step_counts_offers_and_takes_those_alone():
     painter = Slow()
     painter.steps, painter.max_steps, painter.counts = 4, 8, (1, 2, 4, 8)
+    painter.offered = painter.counts
     painter.go.set()
     with Running({"student": painter}, serve.describe("x", {"student": painter})) as running:
         info = json.loads(running.get("/api/info")[1])

@@ -4,15 +4,23 @@ import json
 import shutil
 from functools import partial
 
+import flux_folders
 import folders
 import jax.numpy as jnp
 import numpy as np
+import pixart_folders
 import pytest
+import sd3_folders
+import zimage_folders
+from safetensors.numpy import load_file, save_file
 from shell import assert_one_error_line, run_command
+from test_distil import make_config
 
-from jaxdistill import sample, sampling
-from jaxdistill.interop import families
+from jaxdistill import main, sample, sampling
+from jaxdistill.errors import UserError
+from jaxdistill.interop import families, torch_weights
 from jaxdistill.page.engine import PipelinePainter
+from jaxdistill.run import inputs
 from jaxdistill.tasks.text_to_image import pipeline
 
 SIZE = 64
@@ -246,6 +254,64 @@ def test_an_eps_teacher_with_zero_terminal_snr_is_refused_before_its_weights_are
     assert_one_error_line(found, "zero terminal SNR", "scheduler_config.json")
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--height=72"], "height must be a positive multiple of 16, got 72"),
+        (["--negative_prompt=b"], "a negative prompt has no effect"),
+        (["--steps=1001"], "steps must be in 1..1000, got 1001"),
+        (["--guidance=-1"], "guidance must be a number of at least 0"),
+        (["--latents={dir}/z.npy"], "latents must be float32 of shape [1, 4, 4, 4]"),
+    ],
+)
+def test_a_call_is_refused_before_any_weights_are_read(
+    flags, message, tmp_path, monkeypatch, capsys
+):
+    def never(*arguments, **options):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(torch_weights.WeightFiles, "read", never)
+    np.save(tmp_path / "z.npy", np.zeros((1, 4, 9), np.float32))
+    given = [f"--model={flux_folders.folder('dev')}", "--prompt=a", f"--out={tmp_path / 'x.png'}"]
+    given += ["--height=32", "--width=32", *(flag.format(dir=tmp_path) for flag in flags)]
+    with pytest.raises(SystemExit) as stop:
+        sample.main(given)
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and message in text and text.count("error: ") == 1
+
+
+@pytest.mark.parametrize("damage", ["missing", "left over", "bin"])
+@pytest.mark.parametrize("of", ["sample", "run"])
+def test_a_damaged_text_encoder_is_named_before_any_weights_are_read(
+    of, damage, tmp_path, monkeypatch
+):
+    """The network of FLUX is 24 GB."""
+    shutil.copytree(flux_folders.folder("dev"), tmp_path / "dev")
+    path = tmp_path / "dev" / "text_encoder_2" / "model.safetensors"
+    tensors = load_file(path)
+    if damage == "missing":
+        tensors.popitem()
+    else:
+        tensors["spare"] = np.zeros(2, np.float32)
+    save_file(tensors, path)
+    if damage == "bin":
+        path.rename(path.with_name("pytorch_model.bin"))
+
+    def never(*arguments, **options):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(torch_weights.WeightFiles, "read", never)
+    monkeypatch.setattr(inputs, "hash_files", never)
+    wanted = "holds pytorch_model.bin only" if damage == "bin" else f"tensors {damage}: "
+    with pytest.raises(UserError, match=rf"text_encoder_2 .*{wanted}") as caught:
+        if of == "sample":
+            pipeline.load(tmp_path / "dev")
+        else:
+            options = {"teacher.folder": str(tmp_path / "dev"), "data.height": 32}
+            main.run(make_config(tmp_path, **options, **{"data.width": 32}), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
 def test_old_folders_of_a_small_sample_size_draw_as_diffusers_does():
     found = families.open_folder(folders.folder("sd"))
     for version, side in (("0.8.1", 64), ("0.9.0", 8), ("0.42.1", 8)):
@@ -284,6 +350,7 @@ def test_the_servers_painter_draws_what_the_pipeline_draws():
         {},
     )  # a teacher's, as its student's
     assert painter.max_steps == 1000  # the scheduler's own limit
+    assert (painter.counts, painter.offered) == ((), (1, 2, 3))
     for correct in (False, True):
         run = painter.start(
             np.array([3]), [painter.encode("a cat")], 3, correct
@@ -295,3 +362,29 @@ def test_the_servers_painter_draws_what_the_pipeline_draws():
         assert found[correct].shape == (1, *painter.size, 3)
         np.testing.assert_allclose(found[correct], expected * 255.0, atol=1.0)
     assert np.abs(found[True].astype(int) - found[False]).max() > 3
+
+
+TRANSFORMERS = {
+    "sd3": lambda: sd3_folders.folder("medium35"),
+    "pixart": lambda: pixart_folders.folder("alpha"),
+    "flux": lambda: flux_folders.folder("dev"),
+    "zimage": lambda: zimage_folders.folder("small"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_server_draws_a_student_of_a_transformer_at_its_own_steps(name):
+    """As `sample` does, with what the network is told of sizes and guidance."""
+    pipe = pipeline.load(TRANSFORMERS[name]())
+    side = 2 * pipe.folder.family.multiple(pipe.folder)
+    key = "timesteps" if name == "pixart" else "sigmas"
+    pipe.settings = {"steps": 4, "height": side, "width": 2 * side, key: {"1": [], "4": []}}
+    painter = PipelinePainter(pipe, (2,))
+    assert (painter.offered, painter.size) == ((1, 4), (side, 2 * side))
+    run = painter.start(np.array([3]), [painter.encode("a cat")], 2, painter.correct)
+    while run.done < run.of:
+        run.advance()
+    (found,), (expected,) = run.images(), pipe(["a cat"], seed=3, steps=2)
+    np.testing.assert_allclose(found, expected * 255.0, atol=1.0)
+    assert expected.std() > 0.02

@@ -9,6 +9,8 @@ import pytest
 import text_config
 import zimage_folders
 from safetensors.numpy import load_file, save_file
+from shell import assert_same_bits
+from test_distil import run_in_two_starts
 from zimage_folders import diffusers, torch
 
 from configs import zimage
@@ -16,6 +18,7 @@ from jaxdistill import main
 from jaxdistill.interop import diffusers_folder, families
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.torch_weights import torch_tensors
+from jaxdistill.run import checkpoint
 from jaxdistill.tasks.text_to_image import pipeline
 
 PROMPTS = ["a dog", "a gull by the sea, oil on wood"]
@@ -197,3 +200,13 @@ def test_stock_diffusers_draws_a_runs_student(tmp_path, rank):
             got = ours(PROMPTS, latents=z, steps=steps)
             assert np.abs(got - wanted).max() < 0.5 / 255
             assert np.abs(images(teacher, z, **call) - wanted).max() > 2 / 255
+
+
+@pytest.mark.long
+def test_a_stopped_run_ends_in_the_bits_of_one_that_was_not(tmp_path):
+    options = {"student.lora_rank": 4, "student.iterations": 3}
+    config = make_config(tmp_path, **options)
+    run_in_two_starts(config, tmp_path / "parts", stop_at=2)
+    main.run(config, tmp_path / "whole")
+    students = [checkpoint.load_export(tmp_path / r / "student")[0] for r in ("parts", "whole")]
+    assert_same_bits(*students)

@@ -338,28 +338,9 @@ class TextToImage:
         """The default guidance scale."""
         return float(self.settings.get("guidance", self.folder.family.guidance))
 
-    def check(
-        self,
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        batch_size: int = 1,
-    ) -> tuple[int, int]:
-        """Height and width of the images that a call with these settings draws; nothing is
-        computed. Raises ValueError as the call.
-        """
-        guidance = self.guidance if guidance is None else guidance
-        card.check_guidance(guidance)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        made = self.settings.get("height"), self.settings.get("width")
-        height, width = (m if g is None else g for g, m in zip((height, width), made, strict=True))
-        size = image_size(self.folder, height, width)
-        tokens = self.folder.family.image_tokens(self.folder, *size)
-        self.scheduler.run(self.steps if steps is None else steps, tokens)
-        return size
+    def check(self, **call: Any) -> tuple[int, int]:
+        """Height and width of the images that such a call draws; see `check_call`."""
+        return check_call(self.folder, self.scheduler, self.settings, **call)
 
     def unread(self, *, guidance: float | None, negative_prompt: str | None) -> str:
         """What of a call this model does not read, in words, or "". None is what was not asked."""
@@ -470,13 +451,15 @@ class TextToImage:
         """
         if not prompts:
             raise ValueError("at least one prompt is needed")
-        if negative_prompt is not None and not self.folder.family.negative:
-            raise ValueError(
-                "a negative prompt has no effect: this network is called once a step, and its"
-                " guidance is no second call; leave it out"
-            )
         height, width = self.check(
-            steps=steps, guidance=guidance, height=height, width=width, batch_size=batch_size
+            steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            negative_prompt=negative_prompt,
+            latents=latents,
+            count=len(prompts),
         )
         steps = self.steps if steps is None else steps
         guidance = self.guidance if guidance is None else guidance
@@ -484,9 +467,7 @@ class TextToImage:
         if latents is None:
             noise = self.draw(seed, start, len(prompts), height, width)
         else:
-            size = (height // self.vae.factor, width // self.vae.factor)
-            shape = (len(prompts), self.network.in_channels, *size)
-            noise = check_latents(self.folder.family.unpacked(latents, shape), shape)
+            noise = starts_of(self.folder, latents, len(prompts), (height, width))
         cond = self.text(prompts)
         null = self.text.negative(negative_prompt) if self.guides(guidance) else {}
         for name, values in self.folder.family.at_size(self.folder, height, width).items():
@@ -511,6 +492,49 @@ class TextToImage:
         for t, t_next in zip(run.times, run.next_times, strict=True):
             state = self.advance(self.params, state, inputs, t, t_next, guided=guided)
         return state.x
+
+
+def check_call(
+    folder: Folder,
+    scheduler: Scheduler,
+    settings: Mapping[str, Any],
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 1,
+    negative_prompt: str | None = None,
+    latents: np.ndarray | None = None,
+    count: int = 1,
+) -> tuple[int, int]:
+    """Height and width of the images that a call of a `TextToImage` of these draws; nothing is
+    computed, and no weights are needed. `count`: of its prompts. Raises ValueError as the call.
+    """
+    family = folder.family
+    if negative_prompt is not None and not family.negative:
+        raise ValueError(
+            "a negative prompt has no effect: this network is called once a step, and its"
+            " guidance is no second call; leave it out"
+        )
+    card.check_guidance(settings.get("guidance", family.guidance) if guidance is None else guidance)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    made = settings.get("height"), settings.get("width")
+    height, width = (m if g is None else g for g, m in zip((height, width), made, strict=True))
+    size = image_size(folder, height, width)
+    steps = int(settings.get("steps", family.steps)) if steps is None else steps
+    scheduler.run(steps, family.image_tokens(folder, *size))
+    if latents is not None:
+        starts_of(folder, latents, count, size)
+    return size
+
+
+def starts_of(folder: Folder, latents: np.ndarray, count: int, size: tuple[int, int]) -> np.ndarray:
+    """Starts of so many images of that size as float32 [n, h, w, c]. Raises ValueError."""
+    height, width = (side // folder.vae.module.factor for side in size)
+    shape = (count, folder.network.module.in_channels, height, width)
+    return check_latents(folder.family.unpacked(latents, shape), shape)
 
 
 def check_latents(latents: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
@@ -621,6 +645,7 @@ def load(
     tile: int = 0,
     scan: bool = False,
     layout: partition.Layout | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> TextToImage:
     """A pipeline from a diffusers folder, or from a student's export whose card names the folder of
     its other components.
@@ -639,8 +664,10 @@ def load(
       tile: decode in tiles of so many latents a side where an image is larger; 0 never does.
       scan: run the transformer blocks of a level as a loop; an export is read as it was trained.
       layout: draw on all devices of its mesh, as `every_device`.
+      call: what it will be asked for, as of `check_call`: refused before weights are read.
 
     Raises:
+      ValueError: of `check_call`.
       FolderError, WeightsError, CheckpointError: what cannot be read, in one line.
     """
     root, params, settings = Path(path).expanduser(), None, made_for(path)
@@ -663,6 +690,9 @@ def load(
     grid = grid or ("trailing" if "sigmas" in settings else None)
     scheduler = read(folder, grid=grid, solver=solver, noise_correction=noise_correction)
     folder.family.open_tokenizers(folder)
+    if call is not None:
+        check_call(folder, scheduler, settings, **call)
+    diffusers_folder.check_weights(folder.vae, *folder.text_encoders)
     if params is None:
         params = diffusers_folder.load_params(folder.network, dtype=param_dtype)
     params = params if layout is None else layout.place(params)

@@ -346,6 +346,7 @@ class TextToImageTask(TextSetup):
         config = self.config
         if config.log.checkpoints:  # a bucket that cannot be opened is told before weights are read
             checkpoint.Checkpoints(f"{config.log.checkpoints}/student").close()
+        diffusers_folder.check_weights(*self.parts.values())
         run.check_inputs(self.made_from())
         for name, part in self.parts.items():  # they are not read again for the caches' keys
             self.checksums.know(part, run.inputs[weights_of(name)])
