@@ -22,7 +22,8 @@ from peft import PeftModel
 
 from configs import base, benchmark, flux, pixart, sd3, sd15, zimage
 from jaxdistill import main, sample, sampling
-from jaxdistill.interop import how_to_sample, lora, text_export
+from jaxdistill.interop import how_to_sample, text_export
+from jaxdistill.interop import lora as lora_file
 from jaxdistill.methods import METHODS
 from jaxdistill.tasks.text_to_image import pipeline
 
@@ -32,7 +33,7 @@ CAPTION = "a red bag above a blue boot"
 
 def load_lora(pipe: Any, folder: Path) -> None:
     """By the stock pipeline's loader."""
-    pipe.load_lora_weights(folder, weight_name=lora.FILE)
+    pipe.load_lora_weights(folder, weight_name=lora_file.FILE)
 
 
 def load_adapter(pipe: Any, folder: Path) -> None:
@@ -60,9 +61,7 @@ FAMILIES = {
     "pixart": Family(
         lambda: pixart_folders.folder("alpha"), pixart, (64, 96), load_lora=load_adapter
     ),
-    "flux": Family(
-        lambda: flux_folders.folder("dev"), flux, (32, 48), packed=flux_folders.packed
-    ),
+    "flux": Family(lambda: flux_folders.folder("dev"), flux, (32, 48), packed=flux_folders.packed),
     "zimage": Family(lambda: zimage_folders.folder("small"), zimage, (64, 96)),
 }
 TASKS = (*FAMILIES, "digits", "scenes")
@@ -104,7 +103,7 @@ def config_of(task, method, lora, root):
     else:
         family = FAMILIES[task]
         config = text_config.get_config(method, family.config)
-        config.teacher.folder = str(text_folder(task, method, root))
+        config.teacher.folder = str(text_folder(task, method, lora, root))
         config.data.height, config.data.width = family.size
         config.data.prompts = str(root / "prompts.txt")
         config.compute.scan &= bool(lora)
@@ -125,13 +124,15 @@ def fashion(root):
     return folder
 
 
-def text_folder(task, method, root):
-    """The teacher's pipeline; of `endpoint` a finished student's, trained where it is missing."""
+def text_folder(task, method, lora, root):
+    """The teacher's pipeline; of `endpoint` that of a finished student of the same weights, trained
+    where it is missing.
+    """
     if method != "endpoint":
         return FAMILIES[task].folder()
-    finished = root / f"{task}-imagine_flash-0"
+    finished = root / f"{task}-imagine_flash-{lora}"
     if not (finished / "results.json").exists():
-        main.run(config_of(task, "imagine_flash", 0, root), finished)
+        main.run(config_of(task, "imagine_flash", lora, root), finished)
     return finished / "diffusers"
 
 

@@ -1,18 +1,15 @@
-"""Z-Image from a folder: what stock diffusers draws, what is refused, and whole runs."""
+"""Z-Image from a folder: what stock diffusers draws, and what is refused. test_everywhere.py has runs."""
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-import text_config
 import zimage_folders
 from safetensors.numpy import load_file, save_file
 from zimage_folders import diffusers, torch
 
 from configs import zimage
-from jaxdistill import main
 from jaxdistill.interop import diffusers_folder, families
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.torch_weights import torch_tensors
@@ -157,43 +154,3 @@ def test_the_config_of_a_run_names_layers_of_the_network():
         "noise_refiner.0:2", "context_refiner.0:2", "layers.0:2"
     }  # fmt: skip
     assert len(layers) == 3 * 7
-
-
-# --------------------------------------------------------------------------------------- whole runs
-
-
-def make_config(folder: Path, method: str = "", **changes):
-    config = text_config.get_config(method)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prompts.txt").write_text("a cat\na dog by a house at the sea, oil\nphoto\n")
-    config.teacher.folder = str(zimage_folders.folder("small"))
-    config.data.update({"prompts": str(folder / "prompts.txt"), "height": HEIGHT, "width": WIDTH})
-    config.compute.scan = True
-    config.student.update({"iterations": 2, "health_every": 2, "steps": (1, 2, 4)})
-    config.student.lora_targets = zimage.get_config().student.lora_targets
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("rank", [0, 4])
-def test_stock_diffusers_draws_a_runs_student(tmp_path, rank):
-    options = {"student.lora_rank": rank, "methods.imagine_flash.learning_rate": 1e-2}
-    options["methods.imagine_flash.adversarial_weight"] = 0.0
-    main.run(make_config(tmp_path, **options), tmp_path / "run")
-    made = tmp_path / "run" / "diffusers"
-    ours, theirs = pipeline.load(made), [stock(made)]
-    if rank:
-        pipe = stock(zimage_folders.folder("small"))
-        pipe.load_lora_weights(tmp_path / "run" / "lora")
-        pipe.scheduler = theirs[0].scheduler
-        theirs.append(pipe)
-    z, teacher = starts(theirs[0]), stock(zimage_folders.folder("small"))
-    for pipe in theirs:
-        for steps in (1, 2, 4):
-            sigmas = np.linspace(1.0, 1.0 / steps, steps).tolist()
-            call = {"num_inference_steps": steps, "sigmas": sigmas, "guidance_scale": 0.0}
-            wanted = images(pipe, z, **call)
-            got = ours(PROMPTS, latents=z, steps=steps)
-            assert np.abs(got - wanted).max() < 0.5 / 255
-            assert np.abs(images(teacher, z, **call) - wanted).max() > 2 / 255
