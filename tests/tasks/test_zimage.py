@@ -1,4 +1,4 @@
-"""Z-Image from a folder: what stock diffusers draws, and what is refused. test_everywhere.py has runs."""
+"""Z-Image from a folder: what stock diffusers draws, and what is refused."""
 
 import json
 import shutil
