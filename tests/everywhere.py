@@ -1,6 +1,7 @@
 """Every method on every kind of task, as small as can be: trained, exported, loaded and drawn."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -129,7 +130,8 @@ def text_folder(task, method, lora, root):
     where it is missing.
     """
     if method != "endpoint":
-        return FAMILIES[task].folder()
+        folder = root / f"{task}-folder"  # a run that goes on has its teacher where it was
+        return folder if folder.is_dir() else shutil.copytree(FAMILIES[task].folder(), folder)
     finished = root / f"{task}-imagine_flash-{lora}"
     if not (finished / "results.json").exists():
         main.run(config_of(task, "imagine_flash", lora, root), finished)
