@@ -1,27 +1,72 @@
 """Every method on every kind of task, as small as can be: trained, exported, loaded and drawn."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import flux_folders
 import folders
 import idx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pixart_folders
 import pytest
+import sd3_folders
 import text_config
 import tiny
+import zimage_folders
+from peft import PeftModel
 
-from configs import base, benchmark
+from configs import base, benchmark, flux, pixart, sd3, sd15, zimage
 from jaxdistill import main, sample, sampling
-from jaxdistill.interop import text_export
+from jaxdistill.interop import how_to_sample, text_export
+from jaxdistill.interop import lora as lora_file
 from jaxdistill.methods import METHODS
 from jaxdistill.tasks.text_to_image import pipeline
 
 BERT = Path(__file__).parent / "golden" / "bert"
 CAPTION = "a red bag above a blue boot"
-TASKS = ("sd", "sdxl", "digits", "scenes")
+
+
+def load_lora(pipe: Any, folder: Path) -> None:
+    """By the stock pipeline's loader."""
+    pipe.load_lora_weights(folder, weight_name=lora_file.FILE)
+
+
+def load_adapter(pipe: Any, folder: Path) -> None:
+    """By PEFT, as diffusers has no loader."""
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, folder)
+
+
+class Family(NamedTuple):
+    """What a family of pipelines has of its own: a tiny folder, a config of configs/, a size in
+    pixels; and in stock diffusers its loaders, and the form of its latents.
+    """
+
+    folder: Callable[[], Path]
+    config: ModuleType
+    size: tuple[int, int] = (64, 64)
+    load: Callable[[Path], Any] = folders.load_torch
+    load_lora: Callable[[Any, Path], None] = load_lora
+    packed: Callable[[np.ndarray], np.ndarray] = np.ascontiguousarray
+
+
+FAMILIES = {
+    "sd": Family(lambda: folders.folder("sd"), sd15),
+    "sdxl": Family(lambda: folders.folder("sdxl"), sd15),
+    "sd3": Family(lambda: sd3_folders.folder("no_t5"), sd3, (32, 48), sd3_folders.load_stock),
+    "pixart": Family(
+        lambda: pixart_folders.folder("alpha"), pixart, (64, 96), load_lora=load_adapter
+    ),
+    "flux": Family(lambda: flux_folders.folder("dev"), flux, (32, 48), packed=flux_folders.packed),
+    "zimage": Family(lambda: zimage_folders.folder("small"), zimage, (64, 96)),
+}
+TASKS = (*FAMILIES, "digits", "scenes")
 CASES = [(task, method, lora) for task in TASKS for lora in (0, 2) for method in METHODS]
-LCM = "LCMScheduler"
 SHORT = {
     "student.iterations": 4,
     "student.budget": 0,
@@ -57,9 +102,12 @@ def config_of(task, method, lora, root):
         teacher = root / "scenes-teacher"
         config.base = str(teacher) if (teacher / "results.json").exists() else ""
     else:
-        config = text_config.get_config(method)
-        config.teacher.folder = str(text_folder(task, method, root))
+        family = FAMILIES[task]
+        config = text_config.get_config(method, family.config)
+        config.teacher.folder = str(text_folder(task, method, lora, root))
+        config.data.height, config.data.width = family.size
         config.data.prompts = str(root / "prompts.txt")
+        config.compute.scan &= bool(lora)
         (root / "prompts.txt").write_text("a cat\na dog at a cat\nphoto\n")
     short = {**SHORT, "student.lora_rank": lora}
     if method == "endpoint":
@@ -77,13 +125,16 @@ def fashion(root):
     return folder
 
 
-def text_folder(task, method, root):
-    """The teacher's pipeline; of `endpoint` a finished student's, trained where it is missing."""
+def text_folder(task, method, lora, root):
+    """The teacher's pipeline; of `endpoint` that of a finished student of the same weights, trained
+    where it is missing.
+    """
     if method != "endpoint":
-        return folders.folder(task)
-    finished = root / f"{task}-imagine_flash-0"
+        folder = root / f"{task}-folder"  # a run that goes on has its teacher where it was
+        return folder if folder.is_dir() else shutil.copytree(FAMILIES[task].folder(), folder)
+    finished = root / f"{task}-imagine_flash-{lora}"
     if not (finished / "results.json").exists():
-        main.run(config_of(task, "imagine_flash", 0, root), finished)
+        main.run(config_of(task, "imagine_flash", lora, root), finished)
     return finished / "diffusers"
 
 
@@ -110,8 +161,10 @@ def run_case(task, method, lora, root):
     served = sorted({row["steps"] for row in results["rows"] if row["model"] == "student"})
     assert served == sorted(config.student.steps), served
     row = {"task": task, "method": method, "weights": "LoRA" if lora else "full"}
-    if task in ("sd", "sdxl"):
-        return row | against_diffusers(workdir, served)
+    if family := FAMILIES.get(task):
+        row |= against_diffusers(family, workdir, Path(config.teacher.folder))
+        assert [int(n) for n in row["timesteps"]] == served
+        return row
     exports = sorted(path.name for path in workdir.glob("student*") if path.is_dir())
     teacher = small_images(task, root / f"{task}-teacher" / "teacher")
     for name in exports:
@@ -133,37 +186,68 @@ def small_images(task, folder):
     return text_export.TextExport(folder, encoder=BERT)([CAPTION] * 2, steps=1)
 
 
-def against_diffusers(workdir, served):
-    """What stock diffusers says of a run's pipeline folders: the largest difference of an image at
-    each step count, in 1/255, on the same start and the same fresh noise.
+def against_diffusers(family, workdir, teacher):
+    """What stock diffusers says of a run's pipeline folders, and of its teacher with the run's
+    LoRAs, each drawn as how_to_sample.json says: the largest difference of an image, in 1/255, on
+    the same start and the same fresh noise.
+
+    "moved" is the least that a student's images differ from its teacher's.
     """
-    start = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    worst, moved, names, timesteps = 0.0, np.inf, set(), {}
     paths = sorted(path for path in workdir.glob("diffusers*") if path.is_dir())
-    worst, names, timesteps = 0.0, set(), {}
     for path in paths:
-        ours = pipeline.load(path)
-        steps = [n for n in served if len(paths) == 1 or n == ours.steps]
-        for n in steps:
-            found = ours(folders.PROMPTS, steps=n, latents=start)
-            with pytest.MonkeyPatch.context() as patch:
-                folders.give_noise(patch, fresh_noises(ours, n, start))
-                theirs = folders.load_torch(path)
-                expected = folders.torch_images(theirs, latents=start, steps=n, guidance=1.0)
-            assert expected.std() > 0.02
-            worst = max(worst, float(np.abs(found - expected).max()))
-            names.add(type(theirs.scheduler).__name__)
-            timesteps[n] = [int(t) for t in theirs.scheduler.timesteps]
-    assert sorted(timesteps) == served and len(names) == 1
+        how = json.loads((path / how_to_sample.FILE).read_text())["diffusers"]
+        ours, theirs, base = pipeline.load(path), family.load(path), family.load(teacher)
+        scheduler = type(theirs.scheduler)
+        base.scheduler = scheduler.from_config(base.scheduler.config, **how["from_config"])
+        pipes = {"student": theirs, "teacher": base}
+        updates = path.with_name(path.name.replace("diffusers", "lora"))
+        if updates.is_dir():
+            pipes["LoRA"] = with_lora = family.load(teacher)
+            with_lora.scheduler = base.scheduler
+            family.load_lora(with_lora, updates)
+        for n, call in how["calls"].items():
+            start = starts(ours)
+            found = ours(folders.PROMPTS, steps=int(n), latents=start)
+            noises = fresh_noises(ours, int(n), start)
+            far = {
+                name: 255 * np.abs(found - stock_images(family, pipe, start, noises, call)).max()
+                for name, pipe in pipes.items()
+            }
+            assert found.std() > 0.02
+            moved = min(moved, float(far.pop("teacher")))
+            worst = max(worst, float(max(far.values())))
+            timesteps[n] = [round(float(t)) for t in theirs.scheduler.timesteps]
+        names.add(scheduler.__name__)
+    assert len(names) == 1
     about = {"scheduler": names.pop(), "timesteps": dict(sorted(timesteps.items()))}
-    return {"exports": len(paths), "difference": 255 * worst, **about}
+    return {"exports": len(paths), "difference": worst, "moved": moved, **about}
+
+
+def starts(ours):
+    """Standard normal latents [2, c, h, w] of the size that a student was trained for."""
+    sides = (side // ours.vae.factor for side in ours.check())
+    shape = (2, ours.network.in_channels, *sides)
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def stock_images(family, pipe, start, noises, call):
+    """What a stock pipeline draws of a start and fresh noises [n, c, h, w]."""
+    with pytest.MonkeyPatch.context() as patch:
+        folders.give_noise(patch, [family.packed(noise) for noise in noises])
+        latents = folders.torch.tensor(family.packed(start))
+        prompts = list(folders.PROMPTS)  # Z-Image's pipeline writes into its list
+        return pipe(prompts, latents=latents, output_type="np", **call).images
 
 
 def fresh_noises(pipe, steps, start):
-    """What our sampler draws between steps, NCHW."""
+    """What our sampler draws in each step, NCHW. Of the last one nothing is seen, but the scheduler
+    of flow matching draws it.
+    """
     noise = jnp.asarray(start.transpose(0, 2, 3, 1))
     times = jnp.asarray(pipe.scheduler.run(steps).next_times)
     keys = sampling.keys_of(noise)
-    return [sampling.fresh_noise(keys, t, noise).transpose(0, 3, 1, 2) for t in times if t > 0]
+    return [sampling.fresh_noise(keys, t, noise).transpose(0, 3, 1, 2) for t in times]
 
 
 def forget():

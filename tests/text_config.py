@@ -2,13 +2,15 @@
 in configs/.
 """
 
+from types import ModuleType
+
 from ml_collections import ConfigDict
 
 from configs import base, sd15
 
 
-def get_config(name: str = "") -> ConfigDict:
-    config = sd15.whole()
+def get_config(name: str = "", of: ModuleType = sd15) -> ConfigDict:
+    config = of.whole()
     config.teacher.update({"steps": 4, "guidance": 3.0})
     config.compute.update({"dtype": "float32", "teacher_dtype": "float32", "remat": "none"})
     config.student.update(

@@ -1,8 +1,7 @@
-"""Z-Image from a folder: what stock diffusers draws, what is refused, and whole runs."""
+"""Z-Image from a folder: what stock diffusers draws, and what is refused."""
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from test_distil import run_in_two_starts
 from zimage_folders import diffusers, torch
 
 from configs import zimage
-from jaxdistill import main
 from jaxdistill.interop import diffusers_folder, families
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.torch_weights import torch_tensors
@@ -176,30 +174,6 @@ def make_config(folder: Path, method: str = "", **changes):
     config.student.lora_targets = zimage.get_config().student.lora_targets
     config.update_from_flattened_dict(changes)
     return config
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("rank", [0, 4])
-def test_stock_diffusers_draws_a_runs_student(tmp_path, rank):
-    options = {"student.lora_rank": rank, "methods.imagine_flash.learning_rate": 1e-2}
-    options["methods.imagine_flash.adversarial_weight"] = 0.0
-    main.run(make_config(tmp_path, **options), tmp_path / "run")
-    made = tmp_path / "run" / "diffusers"
-    ours, theirs = pipeline.load(made), [stock(made)]
-    if rank:
-        pipe = stock(zimage_folders.folder("small"))
-        pipe.load_lora_weights(tmp_path / "run" / "lora")
-        pipe.scheduler = theirs[0].scheduler
-        theirs.append(pipe)
-    z, teacher = starts(theirs[0]), stock(zimage_folders.folder("small"))
-    for pipe in theirs:
-        for steps in (1, 2, 4):
-            sigmas = np.linspace(1.0, 1.0 / steps, steps).tolist()
-            call = {"num_inference_steps": steps, "sigmas": sigmas, "guidance_scale": 0.0}
-            wanted = images(pipe, z, **call)
-            got = ours(PROMPTS, latents=z, steps=steps)
-            assert np.abs(got - wanted).max() < 0.5 / 255
-            assert np.abs(images(teacher, z, **call) - wanted).max() > 2 / 255
 
 
 @pytest.mark.long
