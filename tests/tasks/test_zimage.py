@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from test_distil import run_in_two_starts
 from zimage_folders import diffusers, torch
 
 from configs import zimage
+from jaxdistill import main
 from jaxdistill.interop import diffusers_folder, families
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.torch_weights import torch_tensors
