@@ -89,8 +89,10 @@ def rotate(x: Array, angles: Array) -> Array:
     """Interleaved pairs of x [b, l, h, d] turned by angles [l, d / 2] or [b, l, d / 2], in float32:
     x's shape and dtype.
     """
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-    a, b = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    cos, sin = (jnp.repeat(f(angles), 2, axis=-1)[..., None, :] for f in (jnp.cos, jnp.sin))
+    # Each pair's other half, by a product that is exact: an axis of two would be padded to a TPU's
+    # tiles, and a roll be copied.
+    swap = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]]).astype(x.dtype)
+    exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    other = jnp.dot(x, swap, **exact)
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
