@@ -18,7 +18,7 @@ from jaxdistill import main, sample
 from jaxdistill.errors import UserError
 from jaxdistill.methods import METHODS, Method
 from jaxdistill.methods.recipe import Recipe, SamplerSpec, Stage, adamw
-from jaxdistill.run import checkpoint, loop, phase, report
+from jaxdistill.run import checkpoint, loop, phase, records, report
 from jaxdistill.run.distillation import Distillation
 from jaxdistill.run.run import Run
 from jaxdistill.run.seeds import seed_of
@@ -177,7 +177,7 @@ def test_the_chart_names_the_split_that_was_scored(split):
 
 
 def test_health_and_losses_are_in_the_curves(folder):
-    student = loop.read_curve(folder / "curves" / "student.jsonl")
+    student = records.read_curve(folder / "curves" / "student.jsonl")
     losses, health = (
         [r for r in student if "loss" in r],
         [r for r in student if "health/diversity_1" in r],
@@ -190,7 +190,9 @@ def test_health_and_losses_are_in_the_curves(folder):
         for n in (1, 2, 3)
     } <= set(health[0])
     assert [
-        r["step"] for r in loop.read_curve(folder / "curves" / "teacher.jsonl") if "health/fd" in r
+        r["step"]
+        for r in records.read_curve(folder / "curves" / "teacher.jsonl")
+        if "health/fd" in r
     ] == [12, 24, 36, 40]
 
 
@@ -498,7 +500,7 @@ def test_a_student_of_one_step_learns_from_a_finished_one(folder, results, tmp_p
         ("student", 1),
     ]
     assert after[2]["fd"] < after[1]["fd"]
-    curve = loop.read_curve(tmp_path / "run" / "curves" / "student.jsonl")
+    curve = records.read_curve(tmp_path / "run" / "curves" / "student.jsonl")
     losses = [record["loss"] for record in curve if "loss" in record]
     health = [record["health/distance_1"] for record in curve if "health/distance_1" in record]
     assert losses[-1] < losses[0] and health[-1] < health[0]
