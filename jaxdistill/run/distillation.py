@@ -15,7 +15,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.methods.recipe import Kit, Recipe, Stage
 from jaxdistill.prediction import LossFn
 from jaxdistill.run import distributed
-from jaxdistill.run.guard import guard_settings
+from jaxdistill.run.guard import DRIFT, guard_settings
 from jaxdistill.run.loop import HealthFn, Trained
 from jaxdistill.run.phase import Training
 from jaxdistill.run.seeds import key_of
@@ -55,6 +55,7 @@ class Distillation:
     def __init__(self, task: Task, build: Callable[[Kit], Recipe]) -> None:
         self.task, self._build = task, build
         self.recipe = build(task.kit({}))
+        check_keep_best(task.config.student.keep_best, task.ranks, task.kit({}).steps)
         found = guard_settings(task.config.guard) if "guard" in task.config else None
         self.guard = found if found and found.action != "off" else None
         self._losses: dict[tuple[int, str], LossFn] = {}
@@ -279,6 +280,7 @@ class Distillation:
             accumulate=student.accumulate,
             keep_best=keep_best_of(student.keep_best, self.watched(i)),
             guard=self.guard,
+            rank=f"fd_{max(self.watched(i))}" if "fd" in task.ranks else DRIFT,
             mend=mend(config) if self.guard else "",
             advice=f"lower config.methods.{method}'s learning rate and start in a new workdir",
             examples=student.batch_size,

@@ -227,6 +227,7 @@ class Loop:
       health_every: steps.
       keep_best: a health number; the averages of the step where it was lowest are returned.
       guard: what it does where the health lines go wrong; None looks at nothing.
+      rank: the health number by which a guard knows the best line.
       slower: factor on the learning rate -> such a `step`.
       mend: what to change where a guard finds something.
       advice: what to do where a loss is no number.
@@ -246,6 +247,7 @@ class Loop:
     keep_best: str = ""
     guard: GuardSettings | None = None
     slower: Callable[[float], Callable[..., Any]] | None = None
+    rank: str = DRIFT
     mend: str = ""
     advice: str = ""
     examples: int = 0
@@ -320,7 +322,7 @@ class _Running:
         self.best: Best | None = None
         if loop.keep_best or acts:
             like = loop.like if acts else loop.like.ema_params
-            self.best = Best(f"{folder}-best", loop.keep_best or DRIFT, like)
+            self.best = Best(f"{folder}-best", loop.keep_best or loop.rank, like)
         self.step = self.step_now()
         self.start, self.began = int(self.state.step), time.perf_counter()
         self.done = self.start

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from jaxdistill import partition
-from jaxdistill.run.guard import GuardSettings
+from jaxdistill.run.guard import DRIFT, GuardSettings
 from jaxdistill.run.loop import HealthFn, Loop, Place, Trained, train_loop
 from jaxdistill.train import Objective, TrainState, everything, init_state, train_step
 
@@ -32,7 +32,7 @@ class Training:
       ema_decay: of the averages.
       ema_of: the part that is averaged.
       accumulate: micro-batches of a step.
-      keep_best, guard, mend, advice, examples, flops: as of `Loop`.
+      keep_best, guard, rank, mend, advice, examples, flops: as of `Loop`.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Training:
     accumulate: int = 1
     keep_best: str = ""
     guard: GuardSettings | None = None
+    rank: str = DRIFT
     mend: str = ""
     advice: str = ""
     examples: int = 0
@@ -124,6 +125,7 @@ def train(training: Training, place: Place) -> Trained:
         health_every=training.health_every,
         keep_best=training.keep_best,
         guard=training.guard,
+        rank=training.rank,
         mend=training.mend,
         slower=lambda rate: programs(slowed(training, rate), layout).step,
         advice=training.advice,

@@ -88,6 +88,7 @@ class SmallTask:
       ValueError: in one line, for what can be known before any work.
     """
 
+    ranks: Sequence[str] = ("fd", "distance")
     data: Any
     columns: Mapping[str, tuple[str, str]]
     shown: Sequence[str]
