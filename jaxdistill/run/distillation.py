@@ -56,7 +56,7 @@ class Distillation:
         self.task, self._build = task, build
         self.recipe = build(task.kit({}))
         check_keep_best(task.config.student.keep_best, task.ranks, task.kit({}).steps)
-        found = guard_settings(task.config.guard) if "guard" in task.config else None
+        found = guard_settings(task.config.guard.to_dict()) if "guard" in task.config else None
         self.guard = found if found and found.action != "off" else None
         self._losses: dict[tuple[int, str], LossFn] = {}
         self._iterations: dict[int, int] = {}
