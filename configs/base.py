@@ -48,7 +48,7 @@ def base(task: str, *, guidance: float) -> ConfigDict:
     config.guard = ConfigDict(
         {
             # off | warn | stop, with the best line's weights | rollback to them, at a lower rate.
-            "action": "stop",
+            "action": "warn",
             "rollbacks": 2,  # at most; then it stops
             "rate": 0.3,  # factor on the learning rates at each
             # How far a number may be: a difference, or for a ratio r the x of 1/(1+x) < r < 1+x.

@@ -35,7 +35,7 @@ class GuardSettings:
     1/(1 + x) < r < 1 + x. rollbacks: at most. rate: each one's factor on the learning rate.
     """
 
-    action: str = "stop"
+    action: str = "warn"
     rollbacks: int = 2
     rate: float = 0.3
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
