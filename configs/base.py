@@ -44,6 +44,25 @@ def base(task: str, *, guidance: float) -> ConfigDict:
             "lora_targets": (".*",),  # regular expressions of the ends of layers' names
         }
     )
+    # Of the student's health lines, against the teacher's images of the same noises.
+    config.guard = ConfigDict(
+        {
+            # off | warn | stop, with the best line's weights | rollback to them, at a lower rate.
+            "action": "warn",
+            "rollbacks": 2,  # at most; then it stops
+            "rate": 0.3,  # factor on the learning rates at each
+            # How far a number may be: a difference, or for a ratio r the x of 1/(1+x) < r < 1+x.
+            "limits": {
+                "brightness": 0.1,  # the mean, of [0, 1]
+                "contrast": 0.35,  # the standard deviation within an image
+                "colour": 0.5,  # the largest less the smallest channel
+                "detail": 1.0,  # the energy of pixels against their neighbours
+                "diversity": 0.3,  # the distance of two images of one prompt or class
+                "channel_mean": 0.5,  # of a latent channel, in its standard deviations
+                "channel_spread": 0.4,  # its standard deviation
+            },
+        }
+    )
     config.adversarial = ConfigDict(
         {
             "loss": "hinge",  # hinge | non_saturating

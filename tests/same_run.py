@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxdistill.run import checkpoint, loop
+from jaxdistill.run import checkpoint, records
 
 one, other = (Path(folder) for folder in sys.argv[1:])
 losses = [
     {
         r["step"]: r["loss"]
-        for r in loop.read_curve(folder / "curves" / "student.jsonl")
+        for r in records.read_curve(folder / "curves" / "student.jsonl")
         if "loss" in r
     }
     for folder in (one, other)

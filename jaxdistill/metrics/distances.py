@@ -119,12 +119,14 @@ def class_spread(images: np.ndarray, labels: np.ndarray) -> float:
     """Mean over classes of the root-mean-square distance of two images of one class, in pixel
     space.
     """
-    spreads = []
-    for label in np.unique(labels):
-        rows = images[labels == label].reshape((labels == label).sum(), -1).astype(np.float64)
-        if len(rows) > 1:
-            spreads.append(np.sqrt(2 * rows.var(axis=0, ddof=1).sum()))
-    return float(np.mean(spreads))
+    groups = [images[labels == label] for label in np.unique(labels)]
+    return float(np.mean([spread(rows) for rows in groups if len(rows) > 1]))
+
+
+def spread(images: np.ndarray) -> float:
+    """Root-mean-square distance of two of several images, in pixel space."""
+    rows = images.reshape(len(images), -1).astype(np.float64)
+    return float(np.sqrt(2 * rows.var(axis=0, ddof=1).sum()))
 
 
 def nearest_neighbour_distance(images: np.ndarray, train: np.ndarray) -> float:

@@ -142,6 +142,13 @@ class Checkpoints:
             ) from None
         return restored.state, restored.meta
 
+    def drop(self, first: int) -> None:
+        """Remove the checkpoints from this step on."""
+        self.wait()
+        for step in self._manager.all_steps():
+            if step >= first:
+                self._manager.delete(step)
+
     def wait(self) -> None:
         """Until everything is on disk. Raises CheckpointError where it could not be written."""
         with self._writing():

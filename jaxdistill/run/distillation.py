@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxdistill import partition
 from jaxdistill.costs.flops import flops_of
@@ -14,11 +15,12 @@ from jaxdistill.errors import UserError
 from jaxdistill.methods.recipe import Kit, Recipe, Stage
 from jaxdistill.prediction import LossFn
 from jaxdistill.run import distributed
+from jaxdistill.run.guard import DRIFT, guard_settings
 from jaxdistill.run.loop import HealthFn, Trained
 from jaxdistill.run.phase import Training
 from jaxdistill.run.seeds import key_of
 from jaxdistill.run.task import Task
-from jaxdistill.run.workdir import say
+from jaxdistill.run.workdir import flatten, say
 from jaxdistill.sampling import unconstrained
 from jaxdistill.train import Objective, critic_gradient_of, gradient_of, student_of
 
@@ -53,6 +55,9 @@ class Distillation:
     def __init__(self, task: Task, build: Callable[[Kit], Recipe]) -> None:
         self.task, self._build = task, build
         self.recipe = build(task.kit({}))
+        check_keep_best(task.config.student.keep_best, task.ranks, task.kit({}).steps)
+        found = guard_settings(task.config.guard.to_dict()) if "guard" in task.config else None
+        self.guard = found if found and found.action != "off" else None
         self._losses: dict[tuple[int, str], LossFn] = {}
         self._iterations: dict[int, int] = {}
 
@@ -274,6 +279,9 @@ class Distillation:
             ema_of=student_of,
             accumulate=student.accumulate,
             keep_best=keep_best_of(student.keep_best, self.watched(i)),
+            guard=self.guard,
+            rank=f"fd_{max(self.watched(i))}" if "fd" in task.ranks else DRIFT,
+            mend=mend(config) if self.guard else "",
             advice=f"lower config.methods.{method}'s learning rate and start in a new workdir",
             examples=student.batch_size,
         )
@@ -333,6 +341,17 @@ def _checked(found: Any, name: str) -> Any:
         said = jax.tree.map(np.shape, found)
         raise UserError(f"{name} must return (scalar, dict of scalars), got shapes {said}")
     return found
+
+
+def mend(config: ConfigDict) -> str:
+    """What there is to change, of the method's own settings, where a student goes wrong."""
+    name = config.method.name
+    settings = flatten(config.methods.to_dict().get(name, {}))
+    flat = {f"config.methods.{name}.{k}": v for k, v in settings.items()}
+    found = [f"{k}=trajectory" for k, v in flat.items() if k.endswith(".noise") and v == "fresh"]
+    found += [f"a lower {k}" for k, v in flat.items() if k.endswith("adversarial_weight") and v]
+    found = found or [f"a lower {k}" for k in flat if k.endswith(".learning_rate")]
+    return " or ".join(found) or "a lower learning rate"
 
 
 def keep_best_of(name: str, steps: Sequence[int]) -> str:

@@ -5,12 +5,11 @@ Knows nothing of the method.
 
 import collections
 import dataclasses
-import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -21,10 +20,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from jaxdistill.costs import chips
 from jaxdistill.partition import Layout
 from jaxdistill.run import distributed
 from jaxdistill.run.checkpoint import Checkpoints
+from jaxdistill.run.guard import DRIFT, Event, Guard, GuardSettings, numbers_of, texts_of
+from jaxdistill.run.records import Curve, Meter, Trace, summary_writer
 from jaxdistill.train import TrainState
 
 HealthFn = Callable[[Any, int], Mapping[str, float]]
@@ -32,7 +32,9 @@ HealthFn = Callable[[Any, int], Mapping[str, float]]
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient that is no number, in one line."""
+    """A loss or gradient that is no number, in one line. `step`: where."""
+
+    step = 0
 
 
 class Stopped(Exception):
@@ -136,144 +138,6 @@ def prepare(what: str, work: Iterable[Any], stop: StopSignal) -> None:
             work.close()
 
 
-class Curve:
-    """A JSON-lines file of numbers by step; what a killed run wrote beyond its checkpoint is
-    dropped on resume.
-    """
-
-    def __init__(self, path: Path, start: int) -> None:
-        self._path = path
-        if distributed.writes():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [r for r in read_curve(path) if r["step"] <= start]
-            path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one record."""
-        if not distributed.writes():
-            return
-        with self._path.open("a") as file:
-            file.write(
-                json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}})
-                + "\n"
-            )
-
-
-def read_curve(path: Path) -> list[dict[str, Any]]:
-    """The records of a curve file; a last line cut short by a kill is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def summary_writer() -> Any:
-    """The class of tensorboardX, imported for those who train only, and without torch: numbers do
-    not need it, and it takes two seconds.
-    """
-    hidden: dict[str, Any] = (
-        {} if "torch" in sys.modules else {"torch": None}
-    )  # no module: an ImportError, which tensorboardX expects
-    sys.modules.update(hidden)
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-    return SummaryWriter
-
-
-class Meter:
-    """Where the time goes: seconds by kind since the last reading, and what the devices did in
-    them.
-    """
-
-    def __init__(self, examples: int, flops: float, *, saving: float = 0.0) -> None:
-        """`examples` and `flops` (of all devices, counted by hand or by `jaxdistill.aot`) of one
-        step; 0 where unknown.
-
-        `saving`: seconds that earlier starts have lost to saving.
-        """
-        self._examples, self._flops = examples, flops
-        self._chip = chips.of_device(jax.local_devices()[0])
-        self._began = self._since = time.perf_counter()
-        self._steps, self._seconds = 0, {"input": 0.0, "save": 0.0, "health": 0.0}
-        self._lost, self.saving = 0.0, saving
-
-    @contextmanager
-    def spent(self, kind: str) -> Iterator[None]:
-        """Count the block as "input", "save" or "health"."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            seconds = time.perf_counter() - began
-            self._seconds[kind] += seconds
-            self._lost += 0.0 if kind == "input" else seconds
-            self.saving += seconds if kind == "save" else 0.0
-
-    def step(self) -> None:
-        """One more step was started."""
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """Numbers since the last reading, which must come when the steps' results are there.
-
-        step_seconds and input_wait (a share) without saving and health; goodput: the share of the
-        run's time that was training; save_seconds: what saving has cost since the phase began;
-        images_per_second_a_chip, mfu and hbm_peak_gib where they are known.
-        """
-        now = time.perf_counter()
-        training = max(now - self._since - self._seconds["save"] - self._seconds["health"], 1e-9)
-        found = {
-            "step_seconds": training / max(self._steps, 1),
-            "input_wait": self._seconds["input"] / training,
-            "goodput": 1 - self._lost / max(now - self._began, 1e-9),
-            "save_seconds": self.saving,
-        }
-        rate = self._steps / training / jax.device_count()
-        if self._examples:
-            found["images_per_second_a_chip"] = rate * self._examples
-        if self._flops and self._chip:
-            found["mfu"] = rate * self._flops / self._chip.flops
-        stats = jax.local_devices()[0].memory_stats() or {}
-        if "peak_bytes_in_use" in stats:
-            found["hbm_peak_gib"] = stats["peak_bytes_in_use"] / 2**30
-        self._since, self._steps, self._seconds = now, 0, dict.fromkeys(self._seconds, 0.0)
-        return found
-
-
-class Trace:
-    """A profile of a few steps, written where TensorBoard finds it."""
-
-    def __init__(self, folder: Path, first: int, count: int) -> None:
-        """Of `count` steps from `first` on; 0 takes none."""
-        self._folder, self._first, self._last = folder, first, first + count
-        self._running = False
-
-    def before(self, step: int) -> None:
-        """Start where the step is the first."""
-        if step == self._first < self._last:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
-
-    def after(self, step: int, result: Any, rest: Callable[[], None]) -> None:
-        """Stop where the step was the last; `rest` is called before the trace is written."""
-        if self._running and step + 1 >= self._last:
-            jax.block_until_ready(result)
-            rest()
-            self.close()
-
-    def close(self) -> None:
-        """Write what there is of a trace whose last step has not come: the run ends before it."""
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
-
-
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
     """Whether every number of a tree is one; computed where the arrays are."""
@@ -281,27 +145,27 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 class Best:
-    """The averages of the step whose health number `key` was the lowest, with all numbers of that
-    line, kept as a checkpoint of their own. Survives restarts.
+    """What was kept at the step where the health number `key` was the lowest, the averages or the
+    whole state, with all numbers of that line. Survives restarts.
 
-    Raises CheckpointError where what is there does not fit `like`, the averages of this run.
+    Raises CheckpointError where what is there does not fit `like`.
     """
 
     def __init__(self, folder: str, key: str, like: Any) -> None:
         self.key, self.value = key, math.inf
         self.health: dict[str, float] = {}
-        self._checkpoints = Checkpoints(folder, keep=1)
+        self._like, self._checkpoints = like, Checkpoints(folder, keep=1)
         if self._checkpoints.latest is not None:
             meta = self._checkpoints.restore(like)[1]
             self.value, self.health = float(meta["value"]), numbers_of(meta["health"])
 
     @property
     def step(self) -> int | None:
-        """Of the averages that are kept."""
+        """Of what is kept."""
         return self._checkpoints.latest
 
-    def offer(self, step: int, averages: Any, health: Mapping[str, float]) -> None:
-        """Keep these where they are better. Raises ValueError for an unknown key."""
+    def offer(self, step: int, tree: Any, health: Mapping[str, float]) -> None:
+        """Keep this where it is better. Raises ValueError for an unknown key."""
         if self.key not in health:
             raise ValueError(
                 f"keep_best = {self.key!r} is not a health number; choose one of"
@@ -309,31 +173,16 @@ class Best:
             )
         if health[self.key] < self.value:
             self.value, self.health = health[self.key], dict(health)
-            self._checkpoints.save(
-                step, averages, {"value": self.value, "health": texts_of(health)}
-            )
+            self._checkpoints.save(step, tree, {"value": self.value, "health": texts_of(health)})
 
-    def wait(self) -> None:
-        """Until all is on disk."""
+    def restore(self) -> Any:
+        """What is kept, or None where no number was ever finite."""
         self._checkpoints.wait()
-
-    def restore(self, like: Any) -> Any:
-        """The averages that are kept, or `like` where no number was ever finite. `wait` first."""
-        return like if self.step is None else self._checkpoints.restore(like)[0]
+        return None if self.step is None else self._checkpoints.restore(self._like)[0]
 
     def close(self) -> None:
         """Wait until all is on disk."""
         self._checkpoints.close()
-
-
-def texts_of(numbers: Mapping[str, float]) -> dict[str, str]:
-    """Numbers as a checkpoint's JSON holds them: NaN and infinity are none of JSON's."""
-    return {name: repr(float(value)) for name, value in numbers.items()}
-
-
-def numbers_of(texts: Mapping[str, str]) -> dict[str, float]:
-    """`texts_of` undone, to the bit."""
-    return {name: float(text) for name, text in texts.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,6 +226,10 @@ class Loop:
       steps: where to end.
       health_every: steps.
       keep_best: a health number; the averages of the step where it was lowest are returned.
+      guard: what it does where the health lines go wrong; None looks at nothing.
+      rank: the health number by which a guard knows the best line.
+      slower: factor on the learning rate -> such a `step`.
+      mend: what to change where a guard finds something.
       advice: what to do where a loss is no number.
       examples: of a step, for images a second.
       flops: of a step on all devices, for MFU.
@@ -392,6 +245,10 @@ class Loop:
     steps: int
     health_every: int
     keep_best: str = ""
+    guard: GuardSettings | None = None
+    slower: Callable[[float], Callable[..., Any]] | None = None
+    rank: str = DRIFT
+    mend: str = ""
     advice: str = ""
     examples: int = 0
     flops: float = 0.0
@@ -406,11 +263,14 @@ SHOWN = {
 
 
 class Trained(NamedTuple):
-    """The last state; the seconds spent in all; the health numbers of its averages."""
+    """The last state; the seconds spent in all; the health numbers of its averages; what the guard
+    has found.
+    """
 
     state: TrainState
     seconds: Seconds
     health: dict[str, float]
+    events: Sequence[Event] = ()
 
 
 def train_loop(loop: Loop, place: Place) -> Trained:
@@ -420,9 +280,13 @@ def train_loop(loop: Loop, place: Place) -> Trained:
     ends in the same bits as one that was never stopped. A checkpoint holds all that results need:
     the newest health numbers with it, and those of the best averages beside them.
 
+    Where the guard acts, training ends early, or goes on from the best health line's state at a
+    lower rate.
+
     Raises:
       ValueError: `keep_best` is no health number.
-      NonFiniteError: a loss is not finite; names step and terms. Nothing non-finite is ever saved.
+      NonFiniteError: a loss is not finite, and no guard acts; names step and terms. Nothing
+        non-finite is ever saved.
       Stopped: after SIGTERM or SIGINT, once the state is saved.
     """
     running = _Running(loop, place)
@@ -442,23 +306,30 @@ class _Running:
         folder = f"{place.checkpoints or place.workdir / 'checkpoints'}/{loop.name}"
         self.checkpoints = Checkpoints(folder)
         self.before, self.health = Seconds(0.0, 0.0), dict[str, float]()
+        self.guard, self.ended = Guard(loop.guard) if loop.guard else None, False
+        acts = self.guard is not None and self.guard.acts
         if self.checkpoints.latest is None:
             self.state = loop.first()
         else:
             self.state, meta = self.checkpoints.restore(loop.like)
             self.before = Seconds(float(meta["seconds"]), float(meta["save_seconds"]))
             self.health = numbers_of(meta["health"])
-            if distributed.is_main():
+            if self.guard is not None:
+                self.guard.resume(meta["guard"])
+                self.ended = bool(meta["ended"])
+            if distributed.is_main() and not self.ended:
                 print(f"{loop.name}: resumes at step {int(self.state.step)} of {loop.steps}")
-        keep = loop.keep_best
-        self.best = Best(f"{folder}-best", keep, loop.like.ema_params) if keep else None
+        self.best: Best | None = None
+        if loop.keep_best or acts:
+            like = loop.like if acts else loop.like.ema_params
+            self.best = Best(f"{folder}-best", loop.keep_best or loop.rank, like)
+        self.step = self.step_now()
         self.start, self.began = int(self.state.step), time.perf_counter()
-        self.curve = Curve(place.workdir / "curves" / f"{loop.name}.jsonl", self.start)
-        board = place.workdir / "tensorboard" / loop.name
-        writes, purged = distributed.writes(), self.start + 1
-        self.writer = summary_writer()(str(board), purge_step=purged, write_to_disk=writes)
+        self.done = self.start
+        self.board = place.workdir / "tensorboard" / loop.name
+        self.curve, self.writer = self.records(self.start)
         self.meter = Meter(loop.examples, loop.flops, saving=self.before.saving)
-        self.trace = Trace(board, self.start + 10, place.profile)
+        self.trace = Trace(self.board, self.start + 10, place.profile)
         self.watchdog = distributed.Watchdog() if jax.process_count() > 1 else None
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self.last_saved = self.start
@@ -482,15 +353,76 @@ class _Running:
                 f"{loop.name} stopped by {self.stop.received} at step {start} of {loop.steps};"
                 " the same command resumes it"
             )
-        for i in range(start, loop.steps):
+        if start == 0 and self.guard is not None:
+            self.look(0)  # what comes is measured against it
+        while self.done < loop.steps and not self.ended:
+            i = self.done
             with self.meter.spent("input"):
                 batch = loop.batches(i)
             self.trace.before(i)
-            self.state, metrics = loop.step(self.state, batch, loop.given)
+            self.state, metrics = self.step(self.state, batch, loop.given)
             self.meter.step()
             self.trace.after(i, metrics, self.rest)
             self.pending.append((i, metrics))
-            self.after(i + 1)
+            self.done += 1
+            try:
+                self.after(self.done)
+            except NonFiniteError as error:
+                if self.guard is None or not self.guard.acts or error.step == 0:
+                    raise
+                self.act([Event.of_loss(error.step)])
+
+    def step_now(self) -> Callable[..., Any]:
+        """The step at the guard's rate."""
+        rate, slower = self.guard.rate if self.guard else 1.0, self.loop.slower
+        if rate == 1.0:
+            return self.loop.step
+        assert slower is not None
+        return slower(rate)
+
+    def act(self, events: list[Event]) -> None:
+        """What the guard does about these: tell, end, or go back."""
+        assert self.guard is not None
+        best = self.best.step if self.best is not None else None
+        helps = best is not None and any(event.worse for event in events)
+        action = self.guard.act(events, self.guard.settings.action if helps else "warn")
+        then = {
+            "warn": f"try {self.loop.mend}",
+            "stop": f"training ends, with what step {best} had",
+            "rollback": f"training goes on from step {best}, at {self.guard.rate:.2g} of its rate",
+        }[action]
+        for event in events:
+            self.writer.add_text("guard", str(event), event.step)
+        if distributed.is_main():
+            worst = max(events, key=lambda event: event.far)
+            more = f" (and {len(events) - 1} more)" if len(events) > 1 else ""
+            print(f"guard: {self.loop.name}, {worst}{more}; {then}", file=sys.stderr, flush=True)
+        if action == "warn":
+            return
+        self.rest()
+        self.pending.clear()
+        self.take_best()
+        if action == "stop":
+            self.ended = True
+            self.save(self.done)
+            return
+        self.step, self.done = self.step_now(), int(self.state.step)
+        self.checkpoints.drop(self.done)
+        self.save(self.done)
+        self.curve, self.writer = self.records(self.done)
+        self.bar.n = self.done
+
+    def take_best(self) -> None:
+        """The state that was kept takes the place of this one: the devices never hold both."""
+        assert self.best is not None
+        del self.state
+        self.state = self.best.restore()
+
+    def records(self, start: int) -> tuple[Curve, Any]:
+        """The curve and TensorBoard's writer, without what they hold of later steps."""
+        board, writes = str(self.board), distributed.writes()
+        curve = Curve(self.place.workdir / "curves" / f"{self.loop.name}.jsonl", start)
+        return curve, summary_writer()(board, purge_step=start + 1, write_to_disk=writes)
 
     def after(self, done: int) -> None:
         """What is due when so many steps have been started."""
@@ -505,6 +437,8 @@ class _Running:
             self.log(done, values)
         if done % loop.health_every == 0 or last:
             self.look(done)
+            if self.ended or self.done != done:
+                return
         received = self.stop.at(done)
         if done % place.checkpoint_every == 0 or last or received:
             self.check(0)  # the steps in flight are training, and not lost to saving
@@ -535,15 +469,17 @@ class _Running:
                         " teacher's weights, the data or the precision of the computation"
                         " (config.compute) give no numbers"
                     )
-                self.not_finite(f"step {at}: {bad}")
+                self.not_finite(at, bad)
         return values
 
-    def not_finite(self, what: str) -> NoReturn:
+    def not_finite(self, step: int, what: str) -> NoReturn:
         """Raise NonFiniteError."""
-        raise NonFiniteError(
-            f"{self.loop.name} {what}; the checkpoint of step {self.last_saved} is kept;"
-            f" {self.loop.advice}"
+        error = NonFiniteError(
+            f"{self.loop.name} step {step}: {what}; the checkpoint of step {self.last_saved} is"
+            f" kept; {self.loop.advice}"
         )
+        error.step = step
+        raise error
 
     def log(self, done: int, values: Mapping[str, float]) -> None:
         """Losses and speed, on the bar, in the curve and for TensorBoard."""
@@ -562,12 +498,20 @@ class _Running:
         with self.meter.spent("health"):
             found = dict(self.loop.health(self.state.ema_params, done))
         self.health = distributed.agreed(found)
+        if self.guard is not None:
+            self.health[DRIFT] = self.guard.drift(self.health)
         self.curve.add(done, {f"health/{k}": v for k, v in self.health.items()})
         for key, value in self.health.items():
             self.writer.add_scalar(f"health/{key}", value, done)
         if self.best is not None:
+            whole = self.guard is not None and self.guard.acts
             with self.meter.spent("save"):
-                self.best.offer(done, self.state.ema_params, self.health)
+                kept = self.state if whole else self.state.ema_params
+                self.best.offer(done, kept, self.health)
+        if self.guard is not None and (
+            events := self.guard.judge(done, self.health, last=done == self.loop.steps)
+        ):
+            self.act(events)
 
     def rest(self) -> None:
         """What comes now may take its time."""
@@ -577,10 +521,13 @@ class _Running:
     def save(self, step: int) -> None:
         """A checkpoint."""
         if not all_finite((self.state.params, self.state.ema_params)):
-            self.not_finite(f"step {step - 1}: parameters are not finite")
+            self.not_finite(step - 1, "parameters are not finite")
         seconds = self.spent()
-        meta = {"seconds": seconds.total, "save_seconds": seconds.saving}
-        self.checkpoints.save(step, self.state, {**meta, "health": texts_of(self.health)})
+        meta: dict[str, Any] = {"seconds": seconds.total, "save_seconds": seconds.saving}
+        meta["health"] = texts_of(self.health)
+        if self.guard is not None:
+            meta |= {"guard": self.guard.state(), "ended": self.ended}
+        self.checkpoints.save(step, self.state, meta)
         self.last_saved = step
 
     def spent(self) -> Seconds:
@@ -589,16 +536,18 @@ class _Running:
 
     def result(self) -> Trained:
         """The last state, with the best averages where those were asked for."""
-        state, health, best = self.state, self.health, self.best
-        if best is not None:
+        health, best, events = self.health, self.best, self.guard.events if self.guard else ()
+        if best is not None and best.step is not None and (self.ended or self.loop.keep_best):
             with self.meter.spent("save"):
-                best.wait()
-            state = state._replace(ema_params=best.restore(state.ema_params))
-            health = best.health or health
-            if distributed.is_main() and best.step is not None:
+                if self.guard is not None and self.guard.acts:
+                    self.take_best()
+                else:
+                    self.state = self.state._replace(ema_params=best.restore())
+            health = best.health
+            if distributed.is_main():
                 where = f"step {best.step} ({best.key} {best.value:g})"
                 print(f"{self.loop.name}: uses the averages of {where}, its best", flush=True)
-        return Trained(state, self.spent(), health)
+        return Trained(self.state, self.spent(), health, tuple(events))
 
     def close(self) -> None:
         """Wait until all is on disk."""

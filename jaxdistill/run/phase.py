@@ -1,13 +1,15 @@
 """One training of a run: from its description to compiled programs, and through the loop."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from jaxdistill import partition
+from jaxdistill.run.guard import DRIFT, GuardSettings
 from jaxdistill.run.loop import HealthFn, Loop, Place, Trained, train_loop
 from jaxdistill.train import Objective, TrainState, everything, init_state, train_step
 
@@ -30,7 +32,7 @@ class Training:
       ema_decay: of the averages.
       ema_of: the part that is averaged.
       accumulate: micro-batches of a step.
-      keep_best, advice, examples, flops: as of `Loop`.
+      keep_best, guard, rank, mend, advice, examples, flops: as of `Loop`.
     """
 
     name: str
@@ -47,6 +49,9 @@ class Training:
     ema_of: Callable[[Any], Any] = everything
     accumulate: int = 1
     keep_best: str = ""
+    guard: GuardSettings | None = None
+    rank: str = DRIFT
+    mend: str = ""
     advice: str = ""
     examples: int = 0
     flops: float = 0.0
@@ -83,6 +88,23 @@ def programs(training: Training, layout: partition.Layout) -> Programs:
     return Programs(jax.jit(init, out_shardings=state_places), jitted, state, given)
 
 
+def slowed(training: Training, rate: float) -> Training:
+    """The training with `rate` of its learning rates; its state is the same."""
+
+    def slower(tx: Any) -> Any:
+        if isinstance(tx, Mapping):
+            return {name: slower(own) for name, own in tx.items()}
+
+        def update(grads: Any, state: Any, params: Any = None) -> Any:
+            updates, state = tx.update(grads, state, params)
+            return jax.tree.map(lambda a: rate * a, updates), state
+
+        return optax.GradientTransformation(tx.init, update)
+
+    objective = training.objective._replace(tx=slower(training.objective.tx))
+    return dataclasses.replace(training, objective=objective)
+
+
 def train(training: Training, place: Place) -> Trained:
     """Train on the mesh, from `training.params()` or the newest checkpoint.
 
@@ -102,6 +124,10 @@ def train(training: Training, place: Place) -> Trained:
         steps=training.steps,
         health_every=training.health_every,
         keep_best=training.keep_best,
+        guard=training.guard,
+        rank=training.rank,
+        mend=training.mend,
+        slower=lambda rate: programs(slowed(training, rate), layout).step,
         advice=training.advice,
         examples=training.examples,
         flops=training.flops,

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from ml_collections import ConfigDict
 from jaxdistill.errors import UserError
 from jaxdistill.partition import Layout
 from jaxdistill.run import checkpoint, distributed, inputs, report
-from jaxdistill.run.loop import Place, StopSignal, Trained, prepare, read_curve
+from jaxdistill.run.guard import Event
+from jaxdistill.run.loop import Place, StopSignal, Trained, prepare
 from jaxdistill.run.phase import Training, train
+from jaxdistill.run.records import read_curve
 from jaxdistill.run.workdir import say, versions
 
 
@@ -47,6 +49,9 @@ class Run:
         (workdir / "samples").mkdir(exist_ok=True)
         seconds = workdir / "seconds.json"
         self.seconds: dict[str, float] = json.loads(seconds.read_text()) if seconds.exists() else {}
+
+        self.events: dict[str, Sequence[Event]] = {}
+        """What the guard found in each training."""
 
         self._records: inputs.Records = {}
 
@@ -93,6 +98,7 @@ class Run:
         """One training to its end; resumes where a checkpoint is."""
         self.keep_inputs()
         found = train(training, self.place)
+        self.events[training.name] = found.events
         self.record(training.name, found.seconds.total)
         self.record(f"saving the {training.name}", found.seconds.saving)
         return found
@@ -168,8 +174,10 @@ class Run:
           notes: below its table.
           columns: {key of a row: (title, format)}.
         """
+        events = {name: found for name, found in self.events.items() if found}
         whole = {
             **results,
+            "guard": {k: [event.record() for event in found] for k, found in events.items()},
             "seed": self.config.seed,
             "seconds": self.seconds,
             "inputs": self.inputs,
@@ -180,7 +188,9 @@ class Run:
         table = report.markdown_table(whole["rows"], columns)
         seconds = ", ".join(f"{k} {v:.0f} s" for k, v in self.seconds.items())
         machine = whole["versions"]["machine"]
-        text = f"# {title}\n\n{table}\n{notes}\n\nWall time: {seconds}; {machine}.\n"
+        told = [f"Guard, {k}, {event}: {event.action}." for k, e in events.items() for event in e]
+        end = "\n\n".join([*told, f"Wall time: {seconds}; {machine}."])
+        text = f"# {title}\n\n{table}\n{notes}\n\n{end}\n"
         (self.workdir / "results.md").write_text(text)
         files = sorted((self.workdir / "curves").glob("*.jsonl"), reverse=True)
         curves = {path.stem: read_curve(path) for path in files}

@@ -1,6 +1,6 @@
 """What a run asks of a task."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from ml_collections import ConfigDict
@@ -19,12 +19,14 @@ class Task(Protocol):
       layout: the mesh and where arrays live on it.
       weights: how a trainable copy of its network is stored.
       abstract: shapes of the network's parameters, float32.
+      ranks: the health numbers that are lower for a better student.
     """
 
     config: ConfigDict
     layout: Layout
     weights: Weights
     abstract: Any
+    ranks: Sequence[str]
 
     def kit(self, null: Any) -> Kit:
         """What it offers to a method, with this null conditioning (`given["null"]`)."""

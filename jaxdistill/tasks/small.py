@@ -32,7 +32,7 @@ from jaxdistill.run.run import Run
 from jaxdistill.run.seeds import key_of, seed_of
 from jaxdistill.run.workdir import UserError, say
 from jaxdistill.sampling import TimeGrid, check_grid
-from jaxdistill.tasks.health import Health, mend
+from jaxdistill.tasks.health import Health
 from jaxdistill.tasks.settings import (
     adversarial_settings,
     check_config,
@@ -88,6 +88,7 @@ class SmallTask:
       ValueError: in one line, for what can be known before any work.
     """
 
+    ranks: Sequence[str] = ("fd", "distance")
     data: Any
     columns: Mapping[str, tuple[str, str]]
     shown: Sequence[str]
@@ -613,15 +614,16 @@ class SmallTask:
         say(f"health  {who}: {text} (validation, {len(reference)} images)")
         base = jax.device_put(teacher)
 
-        def draw(trained: Any, steps: Sequence[int]) -> dict[int, np.ndarray]:
-            return self.student_images(self.weights.merged(trained, base), steps, noise, cond)
+        def draw(trained: Any, steps: Sequence[int]) -> dict[int, tuple[np.ndarray, None]]:
+            merged = self.weights.merged(trained, base)
+            images = self.student_images(merged, steps, noise, cond)
+            return {n: (drawn, None) for n, drawn in images.items()}
 
         return Health(
             reference=reference,
             groups=self.health_groups(len(reference)),
             draw=draw,
             folder=run.workdir / "samples",
-            mend=mend(self.config),
             quick=self.quick,
         )
 

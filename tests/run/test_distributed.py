@@ -13,7 +13,7 @@ import pod_job
 import pytest
 from shell import ROOT, quick, wait_until
 
-from jaxdistill.run import distributed, loop
+from jaxdistill.run import distributed, records
 
 
 def free_port():
@@ -80,7 +80,7 @@ def saved(workdir, phase="student"):
 def losses(workdir):
     return {
         r["step"]: r["loss"]
-        for r in loop.read_curve(workdir / "curves" / "student.jsonl")
+        for r in records.read_curve(workdir / "curves" / "student.jsonl")
         if "loss" in r
     }
 

@@ -15,19 +15,19 @@ from shell import assert_same_bits
 
 from jaxdistill import partition
 from jaxdistill.costs import chips
-from jaxdistill.run import loop
+from jaxdistill.run import loop, records
 from jaxdistill.run.checkpoint import Checkpoints
+from jaxdistill.run.guard import GuardSettings, numbers_of
 from jaxdistill.run.loop import (
-    Curve,
     Loop,
     NonFiniteError,
     Place,
     Stopped,
     StopSignal,
-    read_curve,
     train_loop,
 )
 from jaxdistill.run.phase import Training, train
+from jaxdistill.run.records import Curve, read_curve
 from jaxdistill.train import Objective, init_state, train_step
 
 STEPS = 20
@@ -358,7 +358,7 @@ def test_tensorboard_events_are_written(tmp_path):
 def test_the_writer_is_imported_without_torch(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] in ("torch", "tensorboardX")]:
         monkeypatch.delitem(sys.modules, name)
-    assert loop.summary_writer().__name__ == "SummaryWriter" and "torch" not in sys.modules
+    assert records.summary_writer().__name__ == "SummaryWriter" and "torch" not in sys.modules
 
 
 def test_tensorboard_keeps_the_checkpoints_own_step_on_resume(tmp_path, monkeypatch):
@@ -381,8 +381,8 @@ def test_tensorboard_keeps_the_checkpoints_own_step_on_resume(tmp_path, monkeypa
 def test_meter_tells_training_from_waiting_saving_and_health(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(loop.chips, "of_device", lambda device: chips.CHIPS["v4"])
-    meter = loop.Meter(examples=8, flops=55e12)
+    monkeypatch.setattr(records.chips, "of_device", lambda device: chips.CHIPS["v4"])
+    meter = records.Meter(examples=8, flops=55e12)
     for _ in range(4):
         with meter.spent("input"):
             now[0] += 0.1
@@ -406,8 +406,8 @@ def test_meter_tells_training_from_waiting_saving_and_health(monkeypatch):
 
 def test_speed_is_in_tensorboard_and_a_profile_is_written(tmp_path, monkeypatch):
     started, stopped = [], []
-    monkeypatch.setattr(loop.jax.profiler, "start_trace", started.append)
-    monkeypatch.setattr(loop.jax.profiler, "stop_trace", lambda: stopped.append(1))
+    monkeypatch.setattr(records.jax.profiler, "start_trace", started.append)
+    monkeypatch.setattr(records.jax.profiler, "stop_trace", lambda: stopped.append(1))
     seen = []
     monkeypatch.setattr(
         tensorboardX.SummaryWriter, "add_scalar", lambda self, name, value, step: seen.append(name)
@@ -492,8 +492,8 @@ def test_time_lost_to_saving_is_what_the_loop_waits_for_checkpoints_and_nothing_
 
 def test_a_trace_is_closed_where_the_run_ends_before_its_last_step(tmp_path, monkeypatch):
     calls, stop = [], StopSignal()
-    monkeypatch.setattr(loop.jax.profiler, "start_trace", lambda folder: calls.append("start"))
-    monkeypatch.setattr(loop.jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    monkeypatch.setattr(records.jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(records.jax.profiler, "stop_trace", lambda: calls.append("stop"))
 
     def batches(i):
         stop.received = "SIGTERM" if i == 12 else None
@@ -563,7 +563,7 @@ def test_the_best_averages_and_their_numbers_are_returned_also_after_a_kill(
         with pytest.raises(Killed):
             run(tmp_path / f"killed at {n}", batches=killed_at(n), **best)
     for again in range(2):  # and of a finished one
-        state, _, numbers = run(tmp_path / f"finished {again}", **best)
+        state, _, numbers, _ = run(tmp_path / f"finished {again}", **best)
         assert_same_bits(state.ema_params, kept[10])
         assert numbers == {"fd_1": 1.0, "w0": float(kept[10]["w"][0])}
         # Only the averages are those of another step.
@@ -616,7 +616,7 @@ def test_a_run_that_has_lost_its_curves_and_files_returns_the_same_health_number
         with pytest.raises(Killed):
             run(tmp_path / "lost", batches=killed_at(at), health=health, **options)
         meta = Checkpoints(tmp_path / "kept" / "toy").restore(fresh_state())[1]
-        assert loop.numbers_of(meta["health"])["step"] == 10
+        assert numbers_of(meta["health"])["step"] == 10
     run(tmp_path / "lost", health=health, **options)
     shutil.rmtree(tmp_path / "lost")
     found = run(tmp_path / "new", health=lambda *_: {}, batches=killed_at(0), **options).health
@@ -655,3 +655,105 @@ def test_the_devices_hold_one_state_at_a_first_start_and_at_a_resumed_one(tmp_pa
         )
         train(training, place)
     assert counted == [4, 4]
+
+
+# ---------------------------------------------------------------------------------------- the guard
+
+
+LIMITS = {"contrast": 0.35}
+
+
+class Drifting:
+    """Health lines of a training that goes wrong at step 15 at its whole rate, and what the loop is
+    told of the guard.
+    """
+
+    def __init__(self, action, **settings):
+        self.rate, self.averages = 1.0, {}
+        self.given = {
+            "health": self.line,
+            "guard": GuardSettings(action=action, rate=0.5, limits=LIMITS, **settings),
+            "slower": self.slower,
+            "mend": "MEND",
+        }
+
+    def slower(self, rate):
+        self.rate = rate
+        tx = optax.GradientTransformation(
+            TX.init, lambda g, s, p: self.scaled(rate, *TX.update(g, s, p))
+        )
+        return jax.jit(partial(train_step, objective=Objective(loss_fn, tx), ema_decay=0.9))
+
+    @staticmethod
+    def scaled(rate, updates, state):
+        return jax.tree.map(lambda a: rate * a, updates), state
+
+    def line(self, params, step):
+        self.averages[step] = jax.tree.map(np.asarray, params)
+        wrong = step == 15 and self.rate > 0.3
+        return {"contrast_1": 2.0 if wrong else 1.3 - 0.01 * step, "contrast_1_error": 0.01}
+
+
+@pytest.mark.parametrize("stopped", [[], [12], [16]], ids=str)
+def test_a_guard_that_stops_leaves_what_the_best_line_had(tmp_path, stopped, capsys):
+    made = Drifting("stop")
+    for n in stopped:
+        if n < 15:
+            with pytest.raises(Killed):
+                run(tmp_path, batches=killed_at(n), **Drifting("stop").given)
+    first = run(tmp_path, **made.given)
+    assert "training ends, with what step 10 had" in capsys.readouterr().err
+    kept = made.averages.get(10)
+    if kept is not None:  # else of the start before
+        assert_same_bits(first.state.ema_params, kept)
+    assert int(first.state.step) == 10 and first.health["contrast_1"] == pytest.approx(1.2)
+    (event,) = first.events
+    assert (event.step, event.number, event.action) == (15, "contrast_1", "stop")
+    again = run(tmp_path, batches=killed_at(0), **Drifting("stop").given)  # no step is left
+    assert_same_bits(again.state, first.state)
+    assert again.events == first.events and again.health == first.health
+
+
+@pytest.mark.parametrize("stopped", [[], [12], [16, 18]], ids=str)
+def test_a_guard_goes_back_to_the_best_line_and_on_more_slowly(tmp_path, stopped):
+    """Twice at half the rate each time; a kill before or after changes no bit."""
+    given = {"rollbacks": 2}
+    whole = run(tmp_path / "whole", **Drifting("rollback", **given).given)
+    assert [(e.step, e.action) for e in whole.events] == [(15, "rollback")] * 2
+    assert int(whole.state.step) == STEPS
+    folder = tmp_path / "killed"
+    for n in stopped:
+        with pytest.raises(Killed):
+            run(folder, batches=killed_at(n), **Drifting("rollback", **given).given)
+    found = run(folder, **Drifting("rollback", **given).given)
+    assert_same_bits(found.state, whole.state)
+    assert found.events == whole.events
+    curves = [read_curve(f / "curves" / "toy.jsonl") for f in (tmp_path / "whole", folder)]
+    assert curves[0] == curves[1]
+    steps = [record["step"] for record in curves[0] if "loss" in record]
+    assert steps == sorted(set(steps))  # nothing of what was left
+
+
+def test_after_the_last_rollback_it_stops(tmp_path):
+    found = run(tmp_path, **Drifting("rollback", rollbacks=1).given)
+    assert [event.action for event in found.events] == ["rollback", "stop"]
+    assert int(found.state.step) == 10
+
+
+def test_a_guard_that_warns_changes_no_bit(tmp_path, uninterrupted, capsys):
+    found = run(tmp_path, **Drifting("warn").given)
+    assert_same_bits(found.state, uninterrupted[0])
+    assert "contrast_1 = 2" in (told := capsys.readouterr().err) and "try MEND" in told
+    assert [event.action for event in found.events] == ["warn"]
+
+
+def test_a_loss_that_is_no_number_is_an_event_where_a_guard_acts(tmp_path):
+    def broken(i):
+        return np.full(8, np.nan, np.float32) if i == 12 else batch(i)
+
+    made = Drifting("stop")
+    found = run(tmp_path, batches=broken, **made.given)
+    assert [(e.step, e.number, e.action) for e in found.events] == [(12, "loss", "stop")]
+    assert_same_bits(found.state.ema_params, made.averages[10])
+    with pytest.raises(NonFiniteError):
+        run(tmp_path / "warn", batches=broken, **Drifting("warn").given)

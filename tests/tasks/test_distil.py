@@ -29,7 +29,7 @@ from jaxdistill.interop import (
     single_file,
 )
 from jaxdistill.model import lora_init, lora_merge
-from jaxdistill.run import checkpoint, loop, record_cache
+from jaxdistill.run import checkpoint, loop, record_cache, records
 from jaxdistill.run.run import Run
 from jaxdistill.tasks.text_to_image import pipeline
 from jaxdistill.tasks.text_to_image.task import Drawn, TextToImageTask
@@ -97,7 +97,7 @@ def test_a_stopped_run_ends_in_the_bits_of_one_that_was_not(finished, tmp_path):
     folder = finished
     main.run(make_config(tmp_path), tmp_path / "whole")
     whole, parts = (
-        loop.read_curve(f / "curves" / "student.jsonl") for f in (tmp_path / "whole", folder)
+        records.read_curve(f / "curves" / "student.jsonl") for f in (tmp_path / "whole", folder)
     )
     assert [r for r in whole if "loss" in r] == [r for r in parts if "loss" in r]
     ours, theirs = (checkpoint.load_export(f / "student")[0] for f in (tmp_path / "whole", folder))
@@ -122,11 +122,13 @@ LEARNING = {
 
 
 def losses(folder):
-    return [r["loss"] for r in loop.read_curve(folder / "curves" / "student.jsonl") if "loss" in r]
+    return [
+        r["loss"] for r in records.read_curve(folder / "curves" / "student.jsonl") if "loss" in r
+    ]
 
 
 def health_lines(folder):
-    curve = loop.read_curve(folder / "curves" / "student.jsonl")
+    curve = records.read_curve(folder / "curves" / "student.jsonl")
     return [record for record in curve if "health/distance_1" in record]
 
 
@@ -239,7 +241,7 @@ def test_a_student_of_one_step_learns_from_a_finished_one(finished, tmp_path):
     )
     results = main.run(config, tmp_path / "run")
     assert [row["steps"] for row in results["rows"]] == [1]
-    curve = loop.read_curve(tmp_path / "run" / "curves" / "student.jsonl")
+    curve = records.read_curve(tmp_path / "run" / "curves" / "student.jsonl")
     losses = [record["loss"] for record in curve if "loss" in record]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
     drawn, saved = (

@@ -18,11 +18,11 @@ from jaxdistill import main, sample
 from jaxdistill.errors import UserError
 from jaxdistill.methods import METHODS, Method
 from jaxdistill.methods.recipe import Recipe, SamplerSpec, Stage, adamw
-from jaxdistill.run import checkpoint, loop, phase, report
+from jaxdistill.run import checkpoint, distillation, loop, phase, records, report
 from jaxdistill.run.distillation import Distillation
 from jaxdistill.run.run import Run
 from jaxdistill.run.seeds import seed_of
-from jaxdistill.tasks import health, open_task
+from jaxdistill.tasks import open_task
 from jaxdistill.tasks.health import Health
 from jaxdistill.tasks.labelled_images import data
 from jaxdistill.tasks.settings import changed
@@ -177,12 +177,12 @@ def test_the_chart_names_the_split_that_was_scored(split):
 
 
 def test_health_and_losses_are_in_the_curves(folder):
-    student = loop.read_curve(folder / "curves" / "student.jsonl")
+    student = records.read_curve(folder / "curves" / "student.jsonl")
     losses, health = (
         [r for r in student if "loss" in r],
         [r for r in student if "health/diversity_1" in r],
     )
-    assert [r["step"] for r in losses] == [4, 8, 12] and [r["step"] for r in health] == [12]
+    assert [r["step"] for r in losses] == [4, 8, 12] and [r["step"] for r in health] == [0, 12]
     assert {"reconstruction", "generator", "discriminator", "grad_norm"} <= set(losses[0])
     assert {
         f"health/{k}_{n}"
@@ -190,7 +190,9 @@ def test_health_and_losses_are_in_the_curves(folder):
         for n in (1, 2, 3)
     } <= set(health[0])
     assert [
-        r["step"] for r in loop.read_curve(folder / "curves" / "teacher.jsonl") if "health/fd" in r
+        r["step"]
+        for r in records.read_curve(folder / "curves" / "teacher.jsonl")
+        if "health/fd" in r
     ] == [12, 24, 36, 40]
 
 
@@ -385,28 +387,25 @@ def test_reals_are_the_data_by_default(tmp_path):
     assert np.array_equal(batch["real_cond"], batch["cond"])
 
 
-def test_a_warning_comes_where_diversity_is_low_and_does_not_rise(tmp_path, capsys):
-    reference = np.random.default_rng(0).uniform(size=(20, 4, 4, 1)).astype(np.float32)
-    groups, factors = np.arange(20) % 2, {}
+def test_a_health_line_has_each_number_with_its_error(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    reference = random.uniform(size=(20, 4, 4, 1)).astype(np.float32)
+    latents = random.normal(size=(20, 2, 2, 3)).astype(np.float32)
+    grey = {n: 0.5 + np.float32(n / 4) * (reference - 0.5) for n in (1, 3)}
 
     def draw(trained, steps):
-        return {n: 0.5 + factors[n] * (reference - 0.5) for n in steps}
+        return {n: (grey[n], latents + 1) for n in steps}
 
-    line = Health(reference, groups, draw, tmp_path, "MEND").of("student", (1, 3), 40)
-
-    def warned(step, one, three):
-        factors.update({1: np.float32(one), 3: np.float32(three)})
-        numbers = line(None, step)
-        assert numbers["diversity_1"] == pytest.approx(one, rel=1e-4)
-        return [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning: ")]
-
-    assert not warned(10, 0.5, 1.0)  # few steps are blurred at the start
-    assert not warned(20, 0.6, 1.0)  # while it recovers it is no collapse
-    (text,) = warned(30, 0.55, 1.0)
-    assert "student 30" in text and "1 step (" in text and "3 steps" not in text
-    assert "0.8" in text and text.endswith("try MEND")
-    (text,) = warned(40, 0.7, 0.7)  # the end shows that it did not recover
-    assert "1 step (" in text and "3 steps (" in text
+    groups = np.arange(20) % 2
+    made = Health(reference, groups, draw, tmp_path, latents=latents)
+    numbers = made.of("student", (1, 3), 40)(None, 10)
+    assert numbers["diversity_1"] == pytest.approx(0.25, rel=1e-4)
+    assert numbers["contrast_3"] == pytest.approx(0.75, rel=1e-4)
+    assert numbers["channel_mean_3"] == pytest.approx(1.0, rel=0.2)
+    for name in ("brightness", "contrast", "detail", "diversity", "channel_spread"):
+        assert numbers[f"{name}_1_error"] >= 0
+    assert "student 10/40, 3 steps: diversity 0.750" in capsys.readouterr().out
+    assert (tmp_path / "student_0000010.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -422,8 +421,8 @@ def test_a_warning_comes_where_diversity_is_low_and_does_not_rise(tmp_path, caps
         ),
     ],
 )
-def test_the_warning_advises_settings_that_the_method_has(method, changes, wanted):
-    found = health.mend(changed(tiny_config(), {"method.name": method, **changes}))
+def test_a_guards_advice_names_settings_that_the_method_has(method, changes, wanted):
+    found = distillation.mend(changed(tiny_config(), {"method.name": method, **changes}))
     assert found == wanted.format(f"config.methods.{method}.")
 
 
@@ -498,7 +497,7 @@ def test_a_student_of_one_step_learns_from_a_finished_one(folder, results, tmp_p
         ("student", 1),
     ]
     assert after[2]["fd"] < after[1]["fd"]
-    curve = loop.read_curve(tmp_path / "run" / "curves" / "student.jsonl")
+    curve = records.read_curve(tmp_path / "run" / "curves" / "student.jsonl")
     losses = [record["loss"] for record in curve if "loss" in record]
     health = [record["health/distance_1"] for record in curve if "health/distance_1" in record]
     assert losses[-1] < losses[0] and health[-1] < health[0]

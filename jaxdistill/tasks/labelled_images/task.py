@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from jaxdistill.errors import choose
 from jaxdistill.interop import card
 from jaxdistill.run import checkpoint, inputs
-from jaxdistill.run.distillation import check_keep_best
 from jaxdistill.run.run import Run
 from jaxdistill.run.workdir import say
 from jaxdistill.tasks.labelled_images import data
@@ -150,8 +149,6 @@ class LabelledImages(SmallTask):
                 f"config.eval.features = {ev.features} is too many for halves of the"
                 f" {count} {ev.split} images; at most {count // 2 - 1} can be used"
             )
-        steps = sorted(self.config.student.steps)
-        check_keep_best(self.config.student.keep_best, ("fd", "distance"), steps)
 
     # -- conditioning and data
 

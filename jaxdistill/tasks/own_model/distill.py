@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from jaxdistill import partition
 from jaxdistill.errors import UserError
-from jaxdistill.run.loop import NonFiniteError, Seconds, StopSignal, Trained, read_curve
+from jaxdistill.run.loop import NonFiniteError, Seconds, StopSignal, Trained
 from jaxdistill.run.phase import Training, programs
+from jaxdistill.run.records import read_curve
 from jaxdistill.run.run import Run
 from jaxdistill.run.workdir import prepare_workdir
 from jaxdistill.tasks.own_model.problem import Options, Problem

@@ -35,6 +35,8 @@ from jaxdistill.tasks.settings import adversarial_settings, check_config, studen
 class OwnModel:
     """See `run.task.Task`. Raises UserError."""
 
+    ranks: Sequence[str] = ()
+
     def __init__(
         self, problem: Problem, method: str, settings: Mapping[str, Any], options: Options
     ) -> None:

@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 from jaxdistill.errors import UserError, choose
 from jaxdistill.interop import sentence_encoder
 from jaxdistill.run import checkpoint, compilation, inputs
-from jaxdistill.run.distillation import check_keep_best
 from jaxdistill.run.loop import tqdm
 from jaxdistill.run.run import Run
 from jaxdistill.run.workdir import flatten, say
@@ -289,11 +288,6 @@ class Scenes(SmallTask):
             text=self.data.text,
             share=share,
         )
-
-    def check(self) -> None:
-        """Raise ValueError for a name of config.student.keep_best."""
-        steps = sorted(self.config.student.steps)
-        check_keep_best(self.config.student.keep_best, ("fd", "distance"), steps)
 
     @property
     def teacher_path(self) -> str:

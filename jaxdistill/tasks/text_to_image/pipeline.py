@@ -406,6 +406,13 @@ class TextToImage:
         check_finite(images, "the VAE's decoder", self.vae.dtype)  # to_unit would hide infinity
         return np.asarray(card.to_unit(images))
 
+    def decoded(self, latents: np.ndarray, *, batch_size: int = 4) -> np.ndarray:
+        """As `decode` of latents on the host, so many at once on each device."""
+        count = len(latents)
+        block = min(batch_size, count) * self.parts
+        rows = (np.arange(i, i + block) % count for i in range(0, count, block))
+        return np.concatenate([self.decode(self.place(latents[part])) for part in rows])[:count]
+
     def draw(self, seed: int, start: int, count: int, height: int, width: int) -> np.ndarray:
         """Standard normal latents [count, h, w, c]; the one of image i is a function of (seed,
         start + i).

@@ -30,7 +30,7 @@ from jaxdistill.models.attention import ATTENTION
 from jaxdistill.models.blocks import REMAT_POLICIES
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.prediction import as_denoiser, flow_prediction, v_prediction
-from jaxdistill.run.distillation import Distillation, check_keep_best
+from jaxdistill.run.distillation import Distillation
 from jaxdistill.run.seeds import key_of
 from jaxdistill.sampling import TimeGrid
 from jaxdistill.tasks.settings import adversarial_settings, check_config, student_settings
@@ -98,6 +98,8 @@ class TextSetup:
     `devices` may be those of a TPU topology that is not here.
     """
 
+    ranks: Sequence[str] = ("distance",)
+
     def __init__(
         self, config: ConfigDict, folder: Folder, *, devices: Sequence[Any] | None = None
     ) -> None:
@@ -140,7 +142,6 @@ class TextSetup:
         self.distillation = Distillation(self, build)
         self.recipe = self.distillation.recipe
         self.distillation.check_batch()
-        check_keep_best(student.keep_best, ("distance",), self.kit({}).steps)
         # For v or flow prediction from zero terminal SNR the corrected noise is the network's own.
         ends = float(self.schedule.alpha(self.schedule.T)) < 1e-6
         exact = self.parameterization in (v_prediction, flow_prediction) and ends

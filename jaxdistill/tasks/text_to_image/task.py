@@ -30,7 +30,7 @@ from jaxdistill.run.distillation import Student
 from jaxdistill.run.record_cache import Cache, key_of
 from jaxdistill.run.run import Run
 from jaxdistill.run.seeds import seed_of
-from jaxdistill.tasks.health import Health, mend
+from jaxdistill.tasks.health import Health
 from jaxdistill.tasks.text_to_image import pipeline, take_away
 from jaxdistill.tasks.text_to_image.checksums import Checksums, weights_of
 from jaxdistill.tasks.text_to_image.data import captioned_images, prompts_of
@@ -326,15 +326,16 @@ class TextToImageTask(TextSetup):
                 student_pipe,
                 {"steps": self.recipe.learns_from, "guidance": self.student_guidance},
             )
-        reference = source(prompts, **teacher, **options)
+        latents = source(prompts, **teacher, **options, decode=False)
+        reference = source.decoded(latents, batch_size=config.log.batch_size)
         path = run.workdir / "samples" / "teacher.png"
         report.save_grid(path, reference, columns=len(prompts), scale=1)
         return Health(
             reference=reference,
+            latents=latents,
             groups=np.repeat(np.arange(count), 2),
             draw=Drawn(self, pipe, student_pipe, prompts, options),
             folder=run.workdir / "samples",
-            mend=mend(self.config),
             columns=len(prompts),
             scale=1,
         )
@@ -536,20 +537,24 @@ class Drawn:
         self.pipe.params = None
         self.pipe.text.params, self.pipe.vae_params = self.rest
 
-    def __call__(self, trained: Any, steps: Sequence[int]) -> dict[int, np.ndarray]:
-        """{steps: images}."""
+    def __call__(
+        self, trained: Any, steps: Sequence[int]
+    ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """{steps: (images, latents)}."""
         self.pipe.text.params, self.pipe.vae_params = jax.device_put(self.rest)
         layout, low = self.pipe.layout, bool(self.task.config.student.lora_rank)
         assert layout is not None
         base = layout.place(self.params) if low else None
         self.pipe.params = self.task.weights.variables(trained, base) if low else trained
         try:
-            return {
-                n: self.pipe(
-                    self.prompts, steps=n, guidance=self.task.student_guidance, **self.options
+            scale, found = self.task.student_guidance, {}
+            for n in steps:
+                latents = self.pipe(
+                    self.prompts, steps=n, guidance=scale, **self.options, decode=False
                 )
-                for n in steps
-            }
+                rows = self.options["batch_size"]
+                found[n] = self.pipe.decoded(latents, batch_size=rows), latents
+            return found
         except NotFinite as error:  # the teacher has drawn with the same text, VAE and types
             name = self.task.config.method.name
             raise NotFinite(

@@ -1,0 +1,200 @@
+"""Does the guard see what goes wrong, in time, and nothing where nothing does?
+
+    python tests/benchmarks/guard.py --workdir=runs/guard --out=docs/results
+
+Imagine Flash on digits, scenes and a tiny random 1.x folder, with four planted failures: a learning
+rate 30 times too high, fresh noise in the shifted reconstruction, a discriminator 20 times too
+strong, and three times the guidance. Then the shipped configs as they are, three seeds each, in
+which nothing may be found. Started again it goes on where it was. About two hours on two cores.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from ml_collections import ConfigDict  # noqa: E402
+
+from configs import digits, fashion, scenes, smoke  # noqa: E402
+from jaxdistill import main as run  # noqa: E402
+from jaxdistill.run import checkpoint, records, report  # noqa: E402
+
+COLUMNS = {
+    "task": ("task", "{}"),
+    "run": ("run", "{}"),
+    "seed": ("seed", "{}"),
+    "lines": ("health lines", "{}"),
+    "failed": ("line that was worse than the best by half", "{}"),
+    "found": ("line of the guard's event", "{}"),
+    "number": ("its number", "{}"),
+    "best": ("best line", "{:.3g}"),
+    "exported": ("exported", "{:.3g}"),
+    "last": ("without a guard", "{:.3g}"),
+    "by": ("by", "{}"),
+}
+FASHION = "/usr/share/datasets/fashion-mnist"
+
+
+def failures(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """{name: changes} of the method's settings."""
+    block = config.methods.imagine_flash
+    guidance = max(block.guidance, 1.0)
+    return {
+        "rate x 30": {"learning_rate": 30 * block.learning_rate},
+        "fresh noise": {"noise": "fresh"},
+        "adversary x 20": {"adversarial_weight": 20 * block.adversarial_weight},
+        "guidance x 3": {"guidance": 3 * guidance},
+    }
+
+
+def tiny_sd(root: Path) -> ConfigDict:
+    """A random folder; its teacher draws noise, but a student of it can go wrong like any."""
+    import folders
+    import text_config
+
+    config = text_config.get_config()
+    config.teacher.folder = str(folders.folder("sd"))
+    prompts = root / "prompts.txt"
+    prompts.write_text("a cat\na dog at a cat\nphoto\nphoto of a dog\n")
+    config.data.prompts = str(prompts)
+    config.student.update({"iterations": 60, "health_every": 10})
+    config.log.health_prompts = 4
+    return config
+
+
+def task_config(task: str, root: Path) -> ConfigDict:
+    """Imagine Flash with ten health lines."""
+    if task == "digits":
+        config = digits.get_config()
+        config.student.health_every = 110
+        teacher = root / "digits-clean-0" / "teacher"
+        config.teacher.path = str(teacher) if teacher.is_dir() else ""
+    elif task == "scenes":
+        config = scenes.get_config("imagine_flash")
+        config.student.health_every = 20
+    else:
+        config = tiny_sd(root)
+    return config
+
+
+def shipped(root: Path, fashion_folder: str) -> dict[str, ConfigDict]:
+    """The configs as they are."""
+    found = {"smoke": smoke.get_config(), "digits": digits.get_config()}
+    found["scenes"] = scenes.get_config()
+    if Path(fashion_folder).is_dir():
+        found["fashion"] = fashion.get_config()
+        found["fashion"].data.folder = fashion_folder
+    for name in ("digits", "fashion"):
+        teacher = root / f"{name}-shipped-0" / "teacher"
+        if name in found and teacher.is_dir():
+            found[name].teacher.path = str(teacher)
+    return found
+
+
+def curve_of(folder: Path) -> list[dict[str, float]]:
+    """All health lines of a run's student, of every stage."""
+    lines = []
+    for path in sorted((folder / "curves").glob("student*.jsonl")):
+        lines += [r for r in records.read_curve(path) if "health/drift" in r]
+    return lines
+
+
+def measured(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """What a run's files say of it."""
+    lines = curve_of(folder)
+    keys = [k for k in lines[0] if k.startswith("health/fd_") and not k.endswith("_error")]
+    key = max(keys, default="health/drift")
+    events = [event for found in results["guard"].values() for event in found]
+    values = [line[key] for line in lines]
+    best = min(values)
+    failed = [i for i, value in enumerate(values) if value > 1.5 * best and i > values.index(best)]
+    steps = [line["step"] for line in lines]
+    found = steps.index(events[0]["step"]) if events else None
+    return {
+        "lines": len(lines),
+        "failed": failed[0] if failed else None,
+        "found": found,
+        "number": events[0]["number"] if events else None,
+        "action": events[0]["action"] if events else None,
+        "best": best,
+        "last": values[-1],
+        "by": key.removeprefix("health/"),
+    }
+
+
+def case(root: Path, name: str, config: ConfigDict) -> tuple[Path, dict[str, Any]]:
+    """A run, or its results where it is finished."""
+    folder = root / name
+    if (folder / "results.json").exists():
+        return folder, json.loads((folder / "results.json").read_text())
+    return folder, run.run(config, folder)
+
+
+def planted(task: str, root: Path) -> list[dict[str, Any]]:
+    """Rows of a task: as it is, and each failure with and without the guard."""
+    rows = []
+    plain = task_config(task, root)
+    for name, changes in {"clean": {}, **failures(plain)}.items():
+        short = name.replace(" ", "").replace("x", "")
+        row: dict[str, Any] = {"task": task, "run": name, "seed": plain.seed}
+        for action in ("warn", "stop"):
+            config = task_config(task, root)
+            config.methods.imagine_flash.update(changes)
+            config.guard.action = action
+            if action == "warn" and name == "clean":
+                short = "clean-0"
+            folder, results = case(
+                root, f"{task}-{short}-{action}".replace("-0-warn", "-0"), config
+            )
+            found = measured(folder, results)
+            if action == "warn":
+                row |= found
+            else:
+                row["exported"] = found["best"] if found["action"] == "stop" else found["last"]
+        rows.append(row)
+    return rows
+
+
+def alarms(root: Path, fashion_folder: str) -> list[dict[str, Any]]:
+    """Rows of the shipped configs."""
+    rows = []
+    for seed in (0, 1, 2):
+        for name, config in shipped(root, fashion_folder).items():
+            config.seed = seed
+            folder, results = case(root, f"{name}-shipped-{seed}", config)
+            found = measured(folder, results)
+            rows.append({"task": name, "run": "as shipped", "seed": seed, **found})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--parts", default="sd,digits,scenes,shipped")
+    parser.add_argument("--fashion", default=FASHION, help="folder of Fashion-MNIST's idx files")
+    args = parser.parse_args()
+    root = Path(args.workdir).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for part in args.parts.split(","):
+        rows += alarms(root, args.fashion) if part == "shipped" else planted(part, root)
+        command = shlex.join(["python", *sys.argv])
+        machine = f"{os.cpu_count()} CPU cores"
+        out = Path(args.out)
+        checkpoint.write_json(
+            out / "guard.json", {"command": command, "machine": machine, "rows": rows}
+        )
+        about = str(__doc__).split("\n\n")[2]
+        text = f"# The guard on planted failures and on the shipped configs\n\n{about}\n\n"
+        (out / "guard.md").write_text(text + report.markdown_table(rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
