@@ -254,6 +254,7 @@ def flow() -> ConfigDict:
         "gamma_50": cosine | flat(0.5),
         "gamma_65": cosine | flat(0.65),
         "gamma_90": cosine | flat(0.9),
+        "snr_190": cosine | {"reference_snr": 1.9},
         "shift_3": cosine | {"times": grids_of_shift(3.0)},
         "trailing": cosine | {"times": grids_of_shift(1.0)},
         "rate_half": cosine | {"learning_rate": rate / 2},

@@ -6,14 +6,14 @@
 As configs/sdxl.py: low-rank updates over one copy of the teacher's twelve billion weights, its
 blocks as a loop. The guidance scale is an input of dev's network: teacher and student both get
 config.teacher.guidance, and the student keeps the input, of that one scale. schnell has no such
-input. γ, tuned for Stable Diffusion's betas, is carried over by equal signal-to-noise ratio. Stock
+input. γ is carried over from the 1.x schedule (`sd15.flow`). Stock
 diffusers draws the student by a plain call: its scheduler has the shift of the size that it was
 trained for. Not run at full size yet.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base, sdxl
+from configs import base, sd15, sdxl
 
 TARGETS = (
     r"attn\.to_[qkv]",
@@ -38,7 +38,6 @@ def whole() -> ConfigDict:
     config = sdxl.whole()
     config.teacher.update({"guidance": 3.5, "steps": 28})
     config.student.update({"batch_size": 8, "lora_targets": TARGETS})
-    for flash in (config.methods.imagine_flash, config.methods.matched.flash):
-        flash.reference = "scaled_linear"
+    sd15.flow(config)
     config.export.dtype = "bfloat16"
     return config

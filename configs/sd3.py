@@ -4,14 +4,14 @@
         --config.teacher.folder=FOLDER --config.data.prompts=prompts.txt
 
 As configs/sdxl.py: low-rank updates over one copy of the teacher, its blocks as a loop. FOLDER is a
-StableDiffusion3Pipeline, with T5 or without. γ, tuned for Stable Diffusion's betas, is carried over
-by equal signal-to-noise ratio. Stock diffusers draws the student in N steps when it is called with
-sigmas=linspace(1, 1/N, N). Not run at full size yet.
+StableDiffusion3Pipeline, with T5 or without. γ is carried over from the 1.x schedule (`sd15.flow`).
+Stock diffusers draws the student in N steps when it is called with sigmas=linspace(1, 1/N, N). Not
+run at full size yet.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base, sdxl
+from configs import base, sd15, sdxl
 
 TARGETS = (
     r"attn2?\.to_[qkv]",
@@ -34,7 +34,6 @@ def whole() -> ConfigDict:
     config = sdxl.whole()
     config.teacher.update({"guidance": 7.0, "steps": 28})
     config.student.lora_targets = TARGETS
-    for flash in (config.methods.imagine_flash, config.methods.matched.flash):
-        flash.reference = "scaled_linear"
+    sd15.flow(config)
     config.export.dtype = "bfloat16"
     return config

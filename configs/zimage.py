@@ -27,6 +27,7 @@ def whole() -> ConfigDict:
     targets = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w[123]")
     config.student.update({"batch_size": 8, "lora_rank": 64, "lora_targets": targets})
     sd15.rates(config, 10.0)
+    sd15.flow(config)
     config.data.update({"height": 1024, "width": 1024})
     config.export.dtype = "bfloat16"
     return config
