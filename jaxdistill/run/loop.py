@@ -368,9 +368,15 @@ class _Running:
             try:
                 self.after(self.done)
             except NonFiniteError as error:
-                if self.guard is None or not self.guard.acts or error.step == 0:
+                if error.step == 0 or not self.can_mend():
                     raise
                 self.act([Event.of_loss(error.step)])
+
+    def can_mend(self) -> bool:
+        """Whether the guard has something to go back to, or to end with."""
+        if self.guard is None or not self.guard.acts or self.best is None:
+            return False
+        return bool(self.best.step) or self.guard.settings.action == "rollback"
 
     def step_now(self) -> Callable[..., Any]:
         """The step at the guard's rate."""
@@ -409,6 +415,7 @@ class _Running:
         self.step, self.done = self.step_now(), int(self.state.step)
         self.checkpoints.drop(self.done)
         self.save(self.done)
+        self.writer.close()
         self.curve, self.writer = self.records(self.done)
         self.bar.n = self.done
 

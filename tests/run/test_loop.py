@@ -754,6 +754,11 @@ def test_a_loss_that_is_no_number_is_an_event_where_a_guard_acts(tmp_path):
     made = Drifting("stop")
     found = run(tmp_path, batches=broken, **made.given)
     assert [(e.step, e.number, e.action) for e in found.events] == [(12, "loss", "stop")]
+    early = {"batches": lambda i: np.full(8, np.nan, np.float32) if i == 3 else batch(i)}
+    with pytest.raises(NonFiniteError):  # there is nothing but the untrained student
+        run(tmp_path / "early", **early, **Drifting("stop").given)
+    back = run(tmp_path / "back", **early, **Drifting("rollback").given)
+    assert [e.action for e in back.events] == ["rollback", "rollback", "stop"]
     assert_same_bits(found.state.ema_params, made.averages[10])
     with pytest.raises(NonFiniteError):
         run(tmp_path / "warn", batches=broken, **Drifting("warn").given)
