@@ -510,7 +510,7 @@ class _Running:
         self.curve.add(done, {f"health/{k}": v for k, v in self.health.items()})
         for key, value in self.health.items():
             self.writer.add_scalar(f"health/{key}", value, done)
-        if self.best is not None:
+        if self.best is not None and (done or not self.loop.keep_best):  # none asked for step 0
             whole = self.guard is not None and self.guard.acts
             with self.meter.spent("save"):
                 kept = self.state if whole else self.state.ema_params
