@@ -29,14 +29,12 @@ def of_images(student: np.ndarray, teacher: np.ndarray, groups: np.ndarray) -> d
     are three; detail, the energy that a blur over 3 pixels takes away; diversity, the distance of
     two images of one group.
     """
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     both = student, teacher
 
     def sums(measure: Callable[[np.ndarray], Any]) -> list[np.ndarray]:
-        values = (np.asarray(measure(images), np.float64) for images in both)
-        return [np.array([v[rows].sum(0) for rows in members]) for v in values]
+        return [by_group(measure(images), groups) for images in both]
 
-    counts = np.array([float(len(rows)) for rows in members])
+    counts = by_group(np.ones(len(groups)), groups)
     found = {
         "brightness": jackknife(
             lambda s, t, n: (s - t) / n, [*sums(lambda a: a.mean((1, 2, 3))), counts]
@@ -46,6 +44,7 @@ def of_images(student: np.ndarray, teacher: np.ndarray, groups: np.ndarray) -> d
     }
     if student.shape[-1] == 3:
         found["colour"] = jackknife(ratio, sums(lambda a: np.ptp(a, axis=3).mean((1, 2))))
+    members = (np.flatnonzero(groups == group) for group in np.unique(groups))
     several = [rows for rows in members if len(rows) > 1]
     if several:
         spreads = [np.array([spread(a[rows]) for rows in several]) for a in both]
@@ -58,14 +57,12 @@ def of_channels(student: np.ndarray, teacher: np.ndarray, groups: np.ndarray) ->
     its mean in the teacher's standard deviations, and channel_spread, the ratio of its standard
     deviations.
     """
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    moments = []
-    for latents in (student, teacher):
-        values = np.asarray(latents, np.float64)
-        for power in (1, 2):
-            means = (values**power).mean((1, 2))
-            moments.append(np.array([means[rows].sum(0) for rows in members]))
-    counts = np.array([[float(len(rows))] for rows in members])
+    moments = [
+        by_group((np.asarray(latents, np.float64) ** power).mean((1, 2)), groups)
+        for latents in (student, teacher)
+        for power in (1, 2)
+    ]
+    counts = by_group(np.ones((len(groups), 1)), groups)
 
     def of_both(sums: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
         s, s2, t, t2 = (a / sums[4] for a in sums[:4])
@@ -82,6 +79,12 @@ def of_channels(student: np.ndarray, teacher: np.ndarray, groups: np.ndarray) ->
 
     inputs = [*moments, counts]
     return {"channel_mean": jackknife(mean, inputs), "channel_spread": jackknife(spread_of, inputs)}
+
+
+def by_group(values: Any, groups: np.ndarray) -> np.ndarray:
+    """Sums [groups, ...] of values [n, ...] over the members of each group."""
+    rows = np.asarray(values, np.float64)
+    return np.array([rows[groups == group].sum(0) for group in np.unique(groups)])
 
 
 def ratio(student: Any, teacher: Any) -> float:

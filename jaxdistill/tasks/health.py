@@ -20,7 +20,8 @@ class Health(NamedTuple):
     Attributes:
       reference: the teacher's images [n, h, w, c] in [0, 1].
       groups: int [n], of which those of one group differ by their noise alone, or should differ.
-      draw: (trainable weights, step counts) -> {steps: images} of the same noises.
+      draw: (trainable weights, step counts) -> {steps: (images, their latents or None)} of the same
+        noises.
       folder: of the pictures.
       latents: of the reference, where there are some.
       quick: images -> further numbers, as a Fréchet distance on validation.
