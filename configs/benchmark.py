@@ -8,8 +8,8 @@ minutes, on little data. On that benchmark's teacher, with `--config.base=runs/b
 tries settings of ours and scores them on validation, `:search` the competitors' learning rates,
 `:updates` how many fake-score updates DMD2 and TDM want, `:ablation` takes Imagine Flash apart, and
 `:leakage` trains it forward and backward at times of more and less signal. `:digits` compares the
-methods on the digits, without FOLDER; `:flow` tries settings of Imagine Flash there, on a
-flow-matching teacher, scored on validation.
+methods on the digits, without FOLDER. `:flow` and `:flow_scenes` try settings of Imagine Flash on a
+flow-matching teacher, scored on validation: on the digits, and on scenes with FOLDER.
 """
 
 import math
@@ -36,8 +36,8 @@ COMPARED = (
 
 
 def get_config(size: str = "") -> ConfigDict:
-    """The config; `size` is a key of SIZES, or "digits"."""
-    names = (*SIZES, "digits", "flow")
+    """The config; `size` is a key of SIZES or FLOWS, or "digits"."""
+    names = (*SIZES, "digits", *FLOWS)
     if size not in names:
         known = ", ".join("configs/benchmark.py" + (f":{name}" if name else "") for name in names)
         raise ValueError(f"configs/benchmark.py:{size} is not known; choose one of {known}")
@@ -46,8 +46,8 @@ def get_config(size: str = "") -> ConfigDict:
         config.student.update({"iterations": 0, "budget": 28_000})  # some 1,090 of Imagine Flash
         base.compared(config, [name for name in METHODS if name != "endpoint"])
         return config
-    if size == "flow":
-        return flow()
+    if size in FLOWS:
+        return FLOWS[size]()
     config = scenes.whole()
     # The paper's five updates of fake score and discriminator for one of the student, at the rate
     # that validation chose (`updates`).
@@ -233,44 +233,59 @@ def at_snr(scale: float, steps: int = 3) -> tuple[float, ...]:
     return (1.0, *(2 / math.pi * math.atan(math.tan(math.pi / 2 * t) / scale) for t in even))
 
 
-def flow() -> ConfigDict:
-    """What of the digits' settings carries over to a flow-matching teacher? At half of the budget.
+def flow(config: ConfigDict) -> None:
+    """What of a task's settings carries over to a flow-matching teacher? At half of the budget.
 
     γ and the k teacher steps at the cosine schedule's log-SNR or at the same shares of T, other γ,
     grids and rates.
     """
-    config = digits.whole()
     config.schedule.name, config.prediction = "flow", "flow"
-    config.eval.update({"split": "validation", "samples": 10_000})
-    config.student.update({"iterations": 550, "health_every": 550, "grid": "listed"})
+    config.student.grid = "listed"
     nested = config.student.times
-    carried = listed((1.0, *(as_flow(t) for t in nested[1:])))
-    config.student.times = carried
-    rate = config.methods.imagine_flash.learning_rate
-    cosine = {"reference": "cosine"}
+    config.student.times = listed((1.0, *(as_flow(t) for t in nested[1:])))
+    block = config.methods.imagine_flash
+    guidance, rate = block.guidance, block.learning_rate
+    cosine, counts = {"reference": "cosine"}, len(nested)
+
+    def flat(share: float) -> dict[str, Any]:
+        """A constant γ."""
+        return {"shifts.table.values": (share,) * len(block.shifts.table.times)}
+
     changes: dict[str, Mapping[str, Any]] = {
         "same_times": {"times": listed(nested)},
         "same_snr": cosine,
-        "gamma_50": cosine | flat(0.5),
-        "gamma_65": cosine | flat(0.65),
-        "gamma_90": cosine | flat(0.9),
+        **{f"gamma_{round(100 * share)}": cosine | flat(share) for share in (0.5, 0.65, 0.9)},
         "snr_190": cosine | {"reference_snr": 1.9},
-        "shift_3": cosine | {"times": grids_of_shift(3.0)},
-        "trailing": cosine | {"times": grids_of_shift(1.0)},
+        "snr_360": cosine | {"reference_snr": 3.6},
+        "shift_3": cosine | {"times": grids_of_shift(3.0, counts)},
+        "trailing": cosine | {"times": grids_of_shift(1.0, counts)},
         "rate_half": cosine | {"learning_rate": rate / 2},
         "rate_double": cosine | {"learning_rate": rate * 2},
     }
-    guidance = config.methods.imagine_flash.guidance
     for name, change in changes.items():
         variant(config, name, "imagine_flash", {"guidance": guidance} | change)
     base.compared(config, list(changes))
     config.benchmark.chart.kind = "variants"
+
+
+def flow_digits() -> ConfigDict:
+    """`flow` on the digits."""
+    config = digits.whole()
+    config.eval.update({"split": "validation", "samples": 10_000})
+    config.student.update({"iterations": 550, "health_every": 550})
+    flow(config)
     return config
 
 
-def flat(share: float) -> dict[str, Any]:
-    """A constant γ."""
-    return {"shifts.table.values": (share,) * 3}
+def flow_scenes() -> ConfigDict:
+    """`flow` on scenes, at a quarter of the budget; fewer settings, by what the digits said."""
+    config = scenes.whole()
+    flow(config)
+    on_validation(config)
+    config.student.budget //= 4
+    config.benchmark.seeds = (0, 1, 2)
+    config.benchmark.methods = ("same_times", "same_snr", "snr_190", "snr_360", "rate_half")
+    return config
 
 
 def as_flow(t: float) -> float:
@@ -284,11 +299,11 @@ def listed(times: Sequence[float]) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(times[:n]) for n in range(1, len(times) + 1))
 
 
-def grids_of_shift(shift: float) -> tuple[tuple[float, ...], ...]:
-    """The times of 1, 2 and 3 steps of a flow-matching scheduler with a static shift."""
+def grids_of_shift(shift: float, counts: int) -> tuple[tuple[float, ...], ...]:
+    """The times of 1 to `counts` steps of a flow-matching scheduler with a static shift."""
     return tuple(
         tuple(shift * s / (1 + (shift - 1) * s) for s in (1 - i / n for i in range(n)))
-        for n in (1, 2, 3)
+        for n in range(1, counts + 1)
     )
 
 
@@ -311,6 +326,7 @@ def smoke(config: ConfigDict) -> None:
     config.log.update({"health_samples": 50, "teacher_steps": 4})
 
 
+FLOWS = {"flow": flow_digits, "flow_scenes": flow_scenes}
 SIZES = {
     "": lambda config: None,
     "smoke": smoke,

@@ -289,7 +289,7 @@ def test_every_variant_of_the_studies_can_be_built(size):
         assert size == "leakage" or len(changes) == (name != "full"), (name, changes)
 
 
-@pytest.mark.parametrize("size", ["", "tuning", "updates", "digits", "flow"])
+@pytest.mark.parametrize("size", ["", "tuning", "updates", "digits", "flow", "flow_scenes"])
 def test_every_size_can_be_opened(size):
     own = size in ("digits", "flow")
     config = config_file.get_config(size) if own else config_of(size)
