@@ -81,6 +81,16 @@ def unstacked(path: Sequence[str]) -> list[tuple[str, ...]] | None:
 
 # -------------------------------------------------------------------------------- trainable weights
 
+_BUFFERS = ("pos_embed.pos_embed",)
+"""Ends of the names of arrays that checkpoints hold and nobody trains."""
+
+
+def trained(params: Any) -> Any:
+    """Whether each array is trained: a tree of bools, False for a checkpoint's buffers."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: getattr(path[-1], "key", "") not in _BUFFERS, params
+    )
+
 
 class Weights(NamedTuple):
     """How a trainable copy of a network is stored beside the frozen one it starts from.

@@ -10,7 +10,7 @@ import optax
 from jaxdistill import adversarial
 from jaxdistill.adversarial import Adversary, FeatureFn, HeadsFn
 from jaxdistill.errors import choose
-from jaxdistill.model import Model
+from jaxdistill.model import Model, trained
 from jaxdistill.prediction import LossFn
 from jaxdistill.sampling import Constrain, SamplerSpec, TimeGrid, unconstrained
 
@@ -258,7 +258,8 @@ def adamw(
         0.0, learning_rate, warmup, length, decay_to * learning_rate
     )
     return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=b2, weight_decay=weight_decay)
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b2=b2, weight_decay=weight_decay, mask=trained),
     )
 
 

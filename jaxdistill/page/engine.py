@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdistill import sampling
 from jaxdistill.errors import NotFinite
 from jaxdistill.interop import card
+from jaxdistill.interop.families.family import FlowFamily
 from jaxdistill.interop.text_export import TextExport
 from jaxdistill.tasks.text_to_image.pipeline import Inputs, TextToImage, served
 
@@ -50,6 +51,7 @@ class Painter(Protocol):
     offered: tuple[int, ...]  # those of the page
     guidance: float
     correct: bool
+    choice: bool  # whether noise correction changes anything
 
     def encode(self, caption: str) -> Any:
         """The conditioning of one caption, as host arrays [1, ...].
@@ -153,6 +155,7 @@ class ExportPainter:
         settings = export.card["sampler"]
         self.steps, self.guidance = int(settings["steps"]), float(settings["guidance"])
         self.correct, self.max_steps = bool(settings["noise_correction"]), max_steps
+        self.choice = True
         self.counts: tuple[int, ...] = ()
         self.offered: tuple[int, ...] = OFFERED
         self.size = (export.shape[0], export.shape[1])
@@ -240,9 +243,12 @@ class PipelinePainter:
         self.correct = pipe.scheduler.noise_correction
         self.max_steps, self.counts = pipe.scheduler.run.most, pipe.scheduler.run.counts
         self.offered = self.counts or served(pipe.settings) or OFFERED
-        other = pipe.scheduler._replace(noise_correction=not self.correct)
-        twin = TextToImage(pipe.folder, pipe.params, other, settings=pipe.settings, share=pipe)
-        self.pipes = {self.correct: pipe, not self.correct: twin}
+        self.choice = not isinstance(pipe.folder.family, FlowFamily)  # there it is the identity
+        self.pipes = {self.correct: pipe, not self.correct: pipe}
+        if self.choice:
+            other = pipe.scheduler._replace(noise_correction=not self.correct)
+            twin = TextToImage(pipe.folder, pipe.params, other, settings=pipe.settings, share=pipe)
+            self.pipes[not self.correct] = twin
         self.null = pipe.text.negative(None) if pipe.guides(self.guidance) else {}
         self.encode = lru_cache(maxsize=1024)(self._encode)
         for count in self.sizes:  # compiles

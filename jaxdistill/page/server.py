@@ -481,7 +481,7 @@ def describe(folder: str, painters: dict[str, Painter]) -> dict[str, Any]:
         "version": jaxdistill.__version__,
         "steps": list(student.offered),
         "default_steps": min(student.steps, max(student.offered)),
-        "noise_correction": {"default": student.correct, "choice": True},
+        "noise_correction": {"default": student.correct, "choice": student.choice},
         "image": {"height": student.size[0], "width": student.size[1]},
         "examples": examples,
         "hint": hint,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.interop import torch_weights
+from jaxdistill.methods.recipe import adamw
 from jaxdistill.models.transformers.layers import taps
 from jaxdistill.models.transformers.mmdit import MMDiT
 
@@ -192,6 +193,11 @@ def test_the_table_is_the_formulas_and_is_never_trained():
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(module.apply(p, *given) ** 2)))(params)["params"]
     assert not gradient["pos_embed.pos_embed"].any()
     assert gradient["pos_embed.proj"]["kernel"].any()
+    optimizer = adamw(1e-2, 2, warmup=0, weight_decay=0.5)
+    params = params["params"]
+    update, _ = optimizer.update(gradient, optimizer.init(params), params)
+    assert not update["pos_embed.pos_embed"].any()
+    assert update["pos_embed.proj"]["kernel"].any()
 
 
 def test_the_checkpoint_comes_back_tensor_for_tensor():

@@ -238,7 +238,7 @@ class Slow:
     """A painter whose images take their time."""
 
     sizes, size, steps, max_steps, guidance, correct = (1,), (2, 2), 1, 3, 1.0, False
-    counts, offered = (), (1, 2, 3)
+    counts, offered, choice = (), (1, 2, 3), True
 
     def __init__(self) -> None:
         self.go = threading.Event()

@@ -261,7 +261,7 @@ def test_an_eps_teacher_with_zero_terminal_snr_is_refused_before_its_weights_are
         (["--negative_prompt=b"], "a negative prompt has no effect"),
         (["--steps=1001"], "steps must be in 1..1000, got 1001"),
         (["--guidance=-1"], "guidance must be a number of at least 0"),
-        (["--latents={dir}/z.npy"], "latents must be float32 of shape [1, 4, 4, 4]"),
+        (["--latents={dir}/z.npy"], "packed latents must be of shape [1, 4, 16], got [1, 4, 9]"),
     ],
 )
 def test_a_call_is_refused_before_any_weights_are_read(
@@ -350,7 +350,7 @@ def test_the_servers_painter_draws_what_the_pipeline_draws():
         {},
     )  # a teacher's, as its student's
     assert painter.max_steps == 1000  # the scheduler's own limit
-    assert (painter.counts, painter.offered) == ((), (1, 2, 3))
+    assert (painter.counts, painter.offered, painter.choice) == ((), (1, 2, 3), True)
     for correct in (False, True):
         run = painter.start(
             np.array([3]), [painter.encode("a cat")], 3, correct
@@ -382,6 +382,7 @@ def test_the_server_draws_a_student_of_a_transformer_at_its_own_steps(name):
     pipe.settings = {"steps": 4, "height": side, "width": 2 * side, key: {"1": [], "4": []}}
     painter = PipelinePainter(pipe, (2,))
     assert (painter.offered, painter.size) == ((1, 4), (side, 2 * side))
+    assert painter.choice == (name == "pixart")  # flow starts from noise alone
     run = painter.start(np.array([3]), [painter.encode("a cat")], 2, painter.correct)
     while run.done < run.of:
         run.advance()

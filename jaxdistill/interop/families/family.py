@@ -149,7 +149,7 @@ class Family:
 
     def unpacked(self, latents: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
         """Starts as the stock pipeline's `latents=` takes them, as [n, c, h, w], which is `shape`;
-        what is of neither form is left to the caller.
+        an array of four axes is left to the caller.
         """
         del shape
         return latents

@@ -178,10 +178,18 @@ class Flux(FlowFamily):
         return dict(folder.network.config)
 
     def unpacked(self, latents: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
-        """See `Family`: packed [n, h/2 w/2, 4 c], or [n, c, h, w]."""
+        """See `Family`: packed [n, h/2 w/2, 4 c], or [n, c, h, w]. Raises ValueError for a packed
+        array of another shape.
+        """
         n, c, h, w = shape
-        if latents.shape != (n, h * w // PATCH**2, c * PATCH**2):
+        if latents.ndim != 3:
             return latents
+        packed = [n, h * w // PATCH**2, c * PATCH**2]
+        if list(latents.shape) != packed:
+            raise ValueError(
+                f"packed latents must be of shape {packed}, got {list(latents.shape)};"
+                f" {list(shape)} [n, c, h, w] is taken, too"
+            )
         parts = latents.reshape(n, h // PATCH, w // PATCH, c, PATCH, PATCH)
         return parts.transpose(0, 3, 1, 4, 2, 5).reshape(shape)
 
