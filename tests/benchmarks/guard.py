@@ -148,6 +148,9 @@ def planted(task: str, root: Path) -> list[dict[str, Any]]:
         short = name.replace(" ", "").replace("x", "")
         row: dict[str, Any] = {"task": task, "run": name, "seed": plain.seed}
         for action in ("warn", "stop"):
+            if action == "stop" and not row["action"]:
+                row["exported"] = row["last"]  # nothing was found: the same run
+                continue
             config = task_config(task, root)
             config.methods.imagine_flash.update(changes)
             config.guard.action = action
