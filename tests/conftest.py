@@ -20,7 +20,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-os.environ.update(quick.VARIABLES)
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.update(quick.VARIABLES)
 
 # Two workers whose XLA has threads on both cores get in each other's way: each has its own share of
 # the cores, as have its commands.
@@ -40,7 +41,7 @@ from jaxtyping import install_import_hook
 
 jax.devices()  # has read them; commands that want them ask (shell.quick)
 for name in quick.VARIABLES:
-    del os.environ[name]
+    os.environ.pop(name, None)
 
 install_import_hook("jaxdistill", "beartype.beartype")
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=25)
@@ -52,8 +53,13 @@ import pytest  # noqa: E402
 @pytest.hookimpl(trylast=True)  # of what is left
 def pytest_collection_modifyitems(items):
     """Files with the most slow tests first: a worker that begins one of them last leaves the other
-    idle.
+    idle. What needs a GPU is skipped where JAX has none.
     """
+    if jax.default_backend() != "gpu":
+        why = "JAX has no GPU here; with one: JAX_PLATFORMS=cuda,cpu pytest -m gpu -n 0"
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=why))
     slow = Counter(
         item.path
         for item in items

@@ -1,6 +1,7 @@
 """Kernels of attention: one function each, chosen by name."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,11 @@ HIDDEN = -0.7 * float(np.finfo(np.float32).max)
 
 LANES = 128
 """Of a TPU's vectors: what its kernels tile lengths by."""
+
+FEW = 2**16
+"""Scores of a head up to which XLA's own attention is as good as any."""
+FEW_ON_GPU = 2**21
+"""The same on a GPU that has no fused kernel for them: 4,096 queries and 512 keys."""
 
 
 def plain_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
@@ -136,10 +142,90 @@ def looped_attention(
 
 
 def auto_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    """`looped_attention` for many positions on a CPU, XLA's own elsewhere."""
-    if q.shape[1] * k.shape[1] < 2**16:
+    """For many positions `looped_attention` on a CPU and what `gpu_kernel` names on an NVIDIA GPU;
+    XLA's own elsewhere.
+    """
+    if q.shape[1] * k.shape[1] < FEW:
         return plain_attention(q, k, v, mask)
-    return jax.lax.platform_dependent(q, k, v, mask, cpu=looped_attention, default=plain_attention)
+    capability = gpu_capability()
+    # Where a gradient is taken each branch gives what all of them keep for it, as zeros. So a
+    # program of a GPU has no branch that keeps all scores.
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        mask,
+        cpu=looped_attention,
+        cuda=ATTENTION[gpu_kernel(q, k, masked=mask is not None, capability=capability)],
+        default=plain_attention if capability is None else chunked_attention,
+    )
+
+
+def gpu_capability() -> tuple[int, int] | None:
+    """Compute capability of this process's GPU, (0, 0) of one that is no NVIDIA; None without."""
+    if jax.default_backend() != "gpu":
+        return None
+    text = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+
+
+def gpu_kernel(q: Any, k: Any, *, masked: bool, capability: tuple[int, int] | None) -> str:
+    """Of ATTENTION for arrays (or their shapes) on a GPU: cuDNN's where it takes them; else
+    "plain" where the scores are few, "chunked" where they are many.
+
+    cuDNN takes bfloat16 and float16, heads of whole eights up to 128, from Ampere on. JAX gives it
+    a mask as one number a score, which must not be held, and up to 0.10.2 no odd length where a
+    gradient is taken.
+    """
+    lengths = q.shape[1], k.shape[1]
+    head, even = q.shape[3], not any(length % 2 for length in lengths)
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and head <= 128 and head % 8 == 0 and even
+    if fits and not masked and capability is not None and capability >= (8, 0):
+        return "cudnn"
+    return "plain" if math.prod(lengths) <= FEW_ON_GPU else "chunked"
+
+
+def _fused_attention(q: Array, k: Array, v: Array, mask: None) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def cudnn_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """cuDNN's fused kernel, and what `gpu_kernel` names for what it does not take.
+
+    Raises ValueError where the process has no GPU: JAX asks it while the program is traced.
+    """
+    capability = gpu_capability()
+    if capability is None:
+        raise ValueError("attention = 'cudnn' needs an NVIDIA GPU, and JAX has none here; take auto")
+    name = gpu_kernel(q, k, masked=mask is not None, capability=capability)
+    if name != "cudnn":
+        return ATTENTION[name](q, k, v, mask)
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    heads = mesh.pop("tensor", 1)
+    if q.shape[0] % math.prod(mesh.values()) or q.shape[2] % heads:  # a part for each device
+        return chunked_attention(q, k, v, mask)
+    return _on_mesh(_fused_attention)(q, k, v, None)
+
+
+def _on_mesh(attend: Callable[..., Array]) -> Callable[..., Array]:
+    """A kernel on each device's part, where the program has a mesh: XLA cannot divide one. Rows by
+    the batch's axes, heads by "tensor".
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attend
+    rows = tuple(name for name in mesh.axis_names if name != "tensor")
+    heads = "tensor" if "tensor" in mesh.axis_names else None
+    spec = jax.sharding.PartitionSpec(rows, None, heads)
+
+    def divided(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+        of_mask = None if mask is None else jax.sharding.PartitionSpec(rows)
+        return jax.shard_map(
+            attend, in_specs=(spec, spec, spec, of_mask), out_specs=spec, check_vma=False
+        )(q, k, v, mask)
+
+    return divided
 
 
 def _tiles(length: int) -> tuple[int, int, int]:
@@ -194,18 +280,7 @@ def flash_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> 
         return plain_attention(q, k, v, mask)
     if q.shape[3] > LANES and q.shape[3] % LANES:
         return chunked_attention(q, k, v, mask)
-    attend: Any = _tiled_attention
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        # XLA cannot divide a kernel of its own: rows by the batch's axes, heads by "tensor".
-        rows = tuple(name for name in mesh.axis_names if name != "tensor")
-        heads = "tensor" if "tensor" in mesh.axis_names else None
-        spec = jax.sharding.PartitionSpec(rows, None, heads)
-        of_mask = None if mask is None else jax.sharding.PartitionSpec(rows)
-        attend = jax.shard_map(
-            attend, in_specs=(spec, spec, spec, of_mask), out_specs=spec, check_vma=False
-        )
-    return attend(q, k, v, mask)
+    return _on_mesh(_tiled_attention)(q, k, v, mask)
 
 
 def chunked_attention(
@@ -214,8 +289,7 @@ def chunked_attention(
     """All heads, at most `queries` positions at a time; the scores are computed again for the
     gradient.
 
-    For a TPU where the flash kernel does not fit: memory grows with the length, not with its
-    square.
+    Where no fused kernel takes the arrays: memory grows with the length, not with its square.
     """
     b, length, h, d = q.shape
     if length <= queries:
@@ -233,4 +307,5 @@ ATTENTION: dict[str, AttentionFn] = {
     "looped": looped_attention,
     "chunked": chunked_attention,
     "flash": flash_attention,
+    "cudnn": cudnn_attention,
 }
