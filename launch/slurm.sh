@@ -10,6 +10,12 @@
 #
 #   launch/slurm.sh --nodes=2 -- --config=configs/sd15.py --workdir=runs/sd15
 #
+# With NVIDIA GPUs one process a GPU, or one process for all of a node's; the processes of a node
+# divide its GPUs among them:
+#
+#   launch/slurm.sh --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8 -- --config=...
+#   launch/slurm.sh --nodes=2 --gpus-per-node=8 --cpus-per-task=64 -- --config=...
+#
 # usage: launch/slurm.sh --nodes=N [OPTIONS OF SBATCH] [--dry-run] --
 #        --config=FILE --workdir=FOLDER [--config.KEY=VALUE ...]
 #
@@ -57,7 +63,8 @@ fi
 
 # In the job.
 check_flags "$@"
-step=(srun --kill-on-bad-exit=1 python -m jaxdistill.main "$@" --distributed)
+# srun does not ask for the cores that sbatch got for a task.
+step=(srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} python -m jaxdistill.main "$@" --distributed)
 if [ -n "$dry" ]; then
   show "${step[@]}"
   exit

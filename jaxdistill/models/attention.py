@@ -191,13 +191,15 @@ def _fused_attention(q: Array, k: Array, v: Array, mask: None) -> Array:
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    """cuDNN's fused kernel, and what `gpu_kernel` names for what it does not take.
+    """CuDNN's fused kernel, and what `gpu_kernel` names for what it does not take.
 
     Raises ValueError where the process has no GPU: JAX asks it while the program is traced.
     """
     capability = gpu_capability()
     if capability is None:
-        raise ValueError("attention = 'cudnn' needs an NVIDIA GPU, and JAX has none here; take auto")
+        raise ValueError(
+            "attention = 'cudnn' needs an NVIDIA GPU, and JAX has none here; take auto"
+        )
     name = gpu_kernel(q, k, masked=mask is not None, capability=capability)
     if name != "cudnn":
         return ATTENTION[name](q, k, v, mask)

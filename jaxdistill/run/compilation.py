@@ -10,6 +10,7 @@ from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxdistill.errors import UserError
+from jaxdistill.run import cuda
 
 KEEP_ALL = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -31,15 +32,22 @@ def user_cache() -> Path:
 
 
 def check_devices() -> None:
-    """Start JAX's devices. Raises UserError where JAX_PLATFORMS asks for some that are not here."""
+    """Start JAX's devices. Raises UserError where those are not here that JAX_PLATFORMS asks for,
+    or that JAX has a plugin for.
+    """
+    cuda.choose()
     try:
-        jax.devices()
+        with cuda.quiet_plugins() as said:
+            jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter where JAX has no such plug-in
-        said = (str(error).splitlines() or [""])[0][:200]
-        raise UserError(
-            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no such device here"
-            f"{f' ({said})' if said else ''}; install jax for it, or leave JAX_PLATFORMS out"
-        ) from None
+        why = (said or str(error).splitlines() or [""])[0][:200]
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        start = f"JAX_PLATFORMS={asked}: JAX finds no such device here"
+        mend = "install jax for it, or leave JAX_PLATFORMS out"
+        if not asked:
+            start = "JAX cannot start the devices that it is installed for"
+            mend = "see docs/gpu.md, or set JAX_PLATFORMS=cpu to compute on the CPU"
+        raise UserError(f"{start}{f' ({why})' if why else ''}; {mend}") from None
 
 
 def use_cache(folder: str = "") -> None:

@@ -61,6 +61,8 @@ def start(
         "initialization_timeout": timeout,
         "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
     }
+    if detect and (gpus := slurm_gpus(os.environ)) is not None:
+        options["local_device_ids"] = gpus
     if not detect:
         if missing:
             raise DistributedError(
@@ -93,6 +95,34 @@ def start(
         raise DistributedError(
             f"{found} could not be joined within {timeout} s ({str(error).splitlines()[0]}){mend}"
         ) from None
+
+
+def slurm_gpus(environ: Mapping[str, str]) -> list[int] | None:
+    """Which of the GPUs that it sees a process of SLURM takes: its part of its node's, or all where
+    SLURM has bound it to some. None where there are none, or JAX_LOCAL_DEVICE_IDS says it.
+
+    JAX would give each process one, and leave the others idle. Raises DistributedError where the
+    parts are not equal.
+    """
+    count, rank = environ.get("SLURM_GPUS_ON_NODE", ""), environ.get("SLURM_LOCALID", "")
+    if not (count.isdigit() and rank.isdigit()) or "JAX_LOCAL_DEVICE_IDS" in environ:
+        return None
+    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    visible = len(listed.split(",")) if listed else int(count)
+    tasks: list[int] = []  # of each node, written as 8(x2),4
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        number, _, times = part.rstrip(")").partition("(x")
+        tasks += [int(number)] * int(times or 1)
+    node = int(environ.get("SLURM_NODEID", "0"))
+    share, left = divmod(visible, tasks[min(node, len(tasks) - 1)])
+    if visible < int(count):
+        return list(range(visible))
+    if left or not share:
+        raise DistributedError(
+            f"{tasks[node]} processes of this node cannot have equal parts of its {visible} GPUs;"
+            f" start one a GPU (--ntasks-per-node={visible}) or one for all (--ntasks-per-node=1)"
+        )
+    return list(range(int(rank) * share, (int(rank) + 1) * share))
 
 
 def _address(coordinator: str, processes: int, process: int) -> tuple[str, int]:

@@ -1210,6 +1210,22 @@ def test_slurm_dry(scene):
     ) == [words]
 
 
+@pytest.mark.parametrize("tasks", [[], ["--ntasks-per-node=8"]])
+def test_slurm_with_gpus(scene, tasks):
+    """One process for all of a node's, or one a GPU: SLURM's own options, which win over the
+    script's; the cores of a task reach srun.
+    """
+    options = ["--nodes=2", "--gpus-per-node=8", *tasks, "--cpus-per-task=8"]
+    (words,) = commands(scene.run("slurm.sh", *options, "--dry-run", "--", *RUN))
+    assert words == ["sbatch", f"--chdir={ROOT}", *options, str(LAUNCH / "slurm.sh"), *RUN]
+    (words,) = commands(
+        scene.run(
+            "slurm.sh", "--dry-run", *RUN, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="8", cwd=ROOT
+        )
+    )
+    assert words[:4] == ["srun", "--kill-on-bad-exit=1", "--cpus-per-task=8", "python"]
+
+
 def test_slurm_is_told_to_queue_again():
     lines = re.findall(r"^#SBATCH (.*)$", (LAUNCH / "slurm.sh").read_text(), re.M)
     assert {"--requeue", "--signal=B:USR1@120", "--ntasks-per-node=1", "--open-mode=append"} <= set(
