@@ -159,18 +159,30 @@ def compared(config: ConfigDict, methods: Sequence[str]) -> None:
     )
 
 
-def chosen(config: ConfigDict, name: str, *, file: str) -> ConfigDict:
+def chosen(config: ConfigDict, name: str, *, file: str, sizes: Sequence[str] = ()) -> ConfigDict:
     """The config with the method of that name; "one" is endpoint: a student of one step from a
     finished one of several, whose folder takes the teacher's place.
 
-    Raises ValueError for a name that is none.
+    Raises ValueError for a name that is none; `sizes` are what else the file knows.
     """
     name = {"": config.method.name, "one": "endpoint"}.get(name, name)
     if name not in config.methods:
-        known = ", ".join((f"configs/{file}.py", *(f":{key}" for key in (*METHODS, "one"))))
+        known = ", ".join((f"configs/{file}.py", *(f":{key}" for key in (*sizes, *METHODS, "one"))))
         raise ValueError(f"configs/{file}.py:{name} is not known; choose one of {known}")
     config.method.name = name
     if name == "endpoint":
         config.student.steps = (1,)
         config.student.decay_to = 0.02  # its target stands still
+    return config
+
+
+def divided(config: ConfigDict, rows: int, devices: int) -> ConfigDict:
+    """The config with a batch of about so many rows a device: of each grid that shares a
+    micro-batch a device must have rows.
+    """
+    student, matching = config.student, config.methods.matched.matching
+    grids = {"matched": len(matching.counts), "tdm": len(student.steps)}.get(config.method.name, 1)
+    parts = max(1, rows // grids)
+    student.batch_size = parts * grids * devices
+    student.accumulate = min(student.accumulate, parts)
     return config

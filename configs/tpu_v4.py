@@ -30,14 +30,8 @@ def get_config(name: str = "") -> ConfigDict:
     """The config; `name` is one of SIZES, a method's, or both joined by "-"."""
     first, _, rest = name.partition("-")
     size, method = (first, rest) if first in SIZES else ("", name)
-    config = base.chosen(whole(size), method, file="tpu_v4")
-    student, matching = config.student, config.methods.matched.matching
-    # That share a micro-batch: a chip must have rows of each.
-    grids = {"matched": len(matching.counts), "tdm": len(student.steps)}.get(config.method.name, 1)
-    parts = max(1, student.batch_size // CHIPS // grids)
-    student.batch_size = parts * grids * CHIPS
-    student.accumulate = min(student.accumulate, parts)
-    return config
+    config = base.chosen(whole(size), method, file="tpu_v4", sizes=SIZES)
+    return base.divided(config, config.student.batch_size // CHIPS, CHIPS)
 
 
 def whole(size: str) -> ConfigDict:

@@ -114,7 +114,7 @@ def slurm_gpus(environ: Mapping[str, str]) -> list[int] | None:
         number, _, times = part.rstrip(")").partition("(x")
         tasks += [int(number)] * int(times or 1)
     node = int(environ.get("SLURM_NODEID", "0"))
-    share, left = divmod(visible, tasks[min(node, len(tasks) - 1)])
+    share, left = divmod(visible, tasks[node])
     if visible < int(count):
         return list(range(visible))
     if left or not share:

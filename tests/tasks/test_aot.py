@@ -12,7 +12,7 @@ import pytest
 import text_config
 from shell import assert_one_error_line, run_command
 
-from configs import base, tpu_v4
+from configs import base, gpu, tpu_v4
 from jaxdistill import partition
 from jaxdistill.costs import chips, hlo
 from jaxdistill.costs.flops import flops_of
@@ -358,3 +358,23 @@ def test_each_chip_has_rows_of_each_grid_that_shares_a_batch(size, method):
     counts = {"matched": config.methods.matched.matching.counts, "tdm": config.student.steps}
     rows, left = divmod(config.student.batch_size, config.student.accumulate * tpu_v4.CHIPS)
     assert left == 0 and rows > 0 and rows % len(counts.get(method, [1])) == 0
+
+
+@pytest.mark.parametrize("method", ["imagine_flash", "matched", "tdm"])
+@pytest.mark.parametrize("cards", [1, 8])
+@pytest.mark.parametrize("size", gpu.ROWS)
+def test_each_card_has_rows_of_each_grid_that_shares_a_batch(size, cards, method):
+    config = gpu.get_config(f"{size}_x{cards}-{method}" if cards > 1 else f"{size}-{method}")
+    counts = {"matched": config.methods.matched.matching.counts, "tdm": config.student.steps}
+    grids = len(counts.get(method, [1]))
+    rows, left = divmod(config.student.batch_size, config.student.accumulate * cards)
+    assert left == 0 and rows % grids == 0 and gpu.ROWS[size] - grids < rows <= gpu.ROWS[size]
+    assert config.teacher.architecture in architectures.PIPELINES
+    assert bool(config.student.lora_rank) == size.endswith("_lora")
+
+
+def test_a_size_of_the_gpu_config_that_is_none_is_refused():
+    for name in ("sd15lora", "sd15_x0", "sd15_xmany", "sdxl_lora_x8-other"):
+        with pytest.raises(ValueError, match=r"gpu\.py:\S+ is not known; .* :sdxl_lora, "):
+            gpu.get_config(name)
+    assert gpu.get_config("tdm").student.lora_rank == 64  # of the first size
