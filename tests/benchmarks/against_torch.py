@@ -70,11 +70,13 @@ class Setup:
             where.parent,
             "",
         )
-        state, self.apply = self.torch.state_dict(), part.module.apply
+        state = {name: a.cpu().numpy() for name, a in self.torch.state_dict().items()}
+        self.apply = part.module.apply
         self.params = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jnp.asarray(
                 from_torch(
-                    [k.key for k in path][1:], state[torch_name([k.key for k in path][1:])].numpy()
+                    [k.key for k in path][1:],
+                    state[torch_name([k.key for k in path][1:])].cpu().numpy(),
                 )
             ),
             diffusers_folder.abstract_params(part),
@@ -104,7 +106,7 @@ def torch_sampler(setup: Setup, unet: Callable) -> Callable[[], np.ndarray]:
             eps = unconditional + 3.0 * (conditional - unconditional)
             a, b = alphas[int(t)], alphas[int(t_next)]
             x = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
-        return x.numpy().transpose(0, 2, 3, 1)
+        return x.cpu().numpy().transpose(0, 2, 3, 1)
 
     return run
 
