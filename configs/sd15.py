@@ -71,7 +71,8 @@ def whole() -> ConfigDict:
         {
             "dtype": "bfloat16",  # of the networks; norms and the student's parameters are float32
             "teacher_dtype": "bfloat16",  # of the teacher's parameters
-            # auto (looped on CPU, else plain) | plain | looped | chunked, flash (TPU).
+            # auto (CPU: looped, GPU: cuDNN or chunked, TPU: plain) | plain | looped | chunked |
+            # flash (TPU) | cudnn (GPU).
             "attention": "auto",
             "remat": "full",  # none | dots | full: what is computed again in the backward pass
             "scan": False,  # loop over the blocks of a level: compiles sooner (XL)

@@ -87,7 +87,7 @@ def add_computing(flags: Any) -> None:
     add("--tile", type=int, default=0, metavar="N", help=about)
     types = ("float32", "bfloat16")
     add("--dtype", **named(types), default=types[0], help=f"of computation: {', '.join(types)}")
-    about = f"{', '.join(ATTENTION)}; flash needs a TPU"
+    about = f"{', '.join(ATTENTION)}; flash needs a TPU, cudnn an NVIDIA GPU"
     add("--attention", **named(tuple(ATTENTION)), default="auto", help=about)
 
 

@@ -85,6 +85,8 @@ SMALL = (
     (r"\bconfigs/scenes\.py(?!:)", "configs/scenes.py:imagine_flash"),  # one stage, not three
     (r"\bconfigs/(sd15|sd21|sdxl)\.py", "tests/text_config.py"),
     (r"\bconfigs/tpu_v4\.py(:v5e|:v6e|:sdxl)?", "tests/text_config.py"),
+    (r"\bconfigs/gpu\.py(:\w+)?", "tests/text_config.py"),
+    (r"(/accelerator\.py) ", r"\1 --quick --parts=attention,parity "),
     (r"--topology=(v4|v5p):\S+", r"--topology=\1:2x2x1"),
     (r"--topology=(v5e|v6e):\S+", r"--topology=\1:2x2"),
     (r"--teacher_steps=\d+", "--teacher_steps=4"),

@@ -434,7 +434,8 @@ def obstacle(part: Part, about: dict[str, Any], quick: bool) -> str:
 def in_a_process(name: str, quick: bool, seconds: float) -> dict[str, Any]:
     """A part's numbers, or {"failed": why}."""
     command = [sys.executable, __file__, f"--part={name}", *["--quick"] * quick]
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **os.environ}
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, paths))}
     if PARTS.get(name, Part(device)).torch:  # which needs memory, too
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     try:

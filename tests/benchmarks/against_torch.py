@@ -74,10 +74,7 @@ class Setup:
         self.apply = part.module.apply
         self.params = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jnp.asarray(
-                from_torch(
-                    [k.key for k in path][1:],
-                    state[torch_name([k.key for k in path][1:])].cpu().numpy(),
-                )
+                from_torch([k.key for k in path][1:], state[torch_name([k.key for k in path][1:])])
             ),
             diffusers_folder.abstract_params(part),
         )
