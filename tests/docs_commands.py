@@ -141,7 +141,8 @@ FLAGS = (
 IS_SMALL = r"configs/(smoke|scenes|fashion)\.py|configs/benchmark\.py:smoke|tests/text_config\.py"
 """The configs that may run."""
 QUICK = (
-    r"\.benchmark |\.teacher_states |configs/scenes|(main|local_pod).*tests/text_config|\.compare "
+    r"\.benchmark |\.teacher_states |configs/scenes|(main|local_pod).*tests/text_config|\.compare |"
+    r"/accelerator\.py "
 )
 """Commands that compile for longer than they run: without XLA's costly passes."""
 ADDRESS = r"\b(127\.0\.0\.1|localhost):8000\b"
