@@ -267,7 +267,7 @@ def parity(quick: bool) -> dict[str, Any]:
         for name, found in places.items():
             step = training_step(of_network(TINY, **settings), found[:1])
             losses[name] = [float(step.run()["loss"]) for _ in range(3)]
-    here, there = list(losses.values())[0], losses["cpu"]
+    here, there = next(iter(losses.values())), losses["cpu"]
     errors = [abs(a - b) / abs(b) for a, b in zip(here, there, strict=True)]
     return {"losses": losses, "relative_error": max(errors) if len(losses) > 1 else None}
 

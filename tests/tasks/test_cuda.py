@@ -35,7 +35,7 @@ def test_attention_lowers_for_cuda_without_a_gpu(kernel):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_the_training_step_lowers_for_cuda(monkeypatch, lora_rank):
+def test_the_training_step_lowers_for_cuda_and_writes_over_its_state(monkeypatch, lora_rank):
     monkeypatch.setattr(architectures, "PIPELINES", {"tiny": TINY})
     config = text_config.get_config()
     config.teacher.architecture = "tiny"
@@ -44,4 +44,9 @@ def test_the_training_step_lowers_for_cuda(monkeypatch, lora_rank):
     setup = TextSetup(config, open_teacher(config))
     made = programs(setup.distillation.planned(0), setup.layout)
     arguments = (made.state, setup.batch_shapes(setup.recipe.stages[0]), made.given)
-    assert "stablehlo" in made.step.trace(*arguments).lower(**CUDA).as_text()
+    text = made.step.trace(*arguments).lower(**CUDA).as_text()
+    (head,) = (line for line in text.splitlines() if "func public @main" in line)
+    given = [part for part in head.split("%arg")[1:] if "->" not in part]
+    written = [("tf.aliasing_output" in part or "jax.buffer_donor" in part) for part in given]
+    states = len(jax.tree.leaves(made.state))
+    assert all(written[:states]) and not any(written[states:])
