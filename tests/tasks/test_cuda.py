@@ -8,6 +8,7 @@ import pytest
 import text_config
 from test_aot import TINY
 
+from jaxdistill.errors import UserError
 from jaxdistill.interop import architectures
 from jaxdistill.models.attention import ATTENTION
 from jaxdistill.run.phase import programs
@@ -31,6 +32,17 @@ def test_attention_lowers_for_cuda_without_a_gpu(kernel):
     text = lowered(kernel)
     assert "custom_call" not in text
     assert ("stablehlo.while" in text) == (kernel in ("chunked", "looped"))
+
+
+def test_cudnn_in_a_config_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(architectures, "PIPELINES", {"tiny": TINY})
+    config = text_config.get_config()
+    config.teacher.architecture, config.compute.attention = "tiny", "cudnn"
+    if jax.default_backend() != "gpu":
+        with pytest.raises(UserError, match="attention = 'cudnn' needs an NVIDIA GPU"):
+            open_teacher(config)
+    monkeypatch.setattr("jaxdistill.tasks.text_to_image.setup.gpu_capability", lambda: (8, 0))
+    open_teacher(config)
 
 
 @pytest.mark.slow

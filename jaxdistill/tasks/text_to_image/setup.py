@@ -26,7 +26,7 @@ from jaxdistill.interop.diffusers_folder import Folder
 from jaxdistill.interop.diffusers_scheduler import Scheduler
 from jaxdistill.methods.recipe import Kit, SamplerSpec, Stage
 from jaxdistill.model import Model, full_weights, low_rank
-from jaxdistill.models.attention import ATTENTION
+from jaxdistill.models.attention import ATTENTION, gpu_capability
 from jaxdistill.models.blocks import REMAT_POLICIES
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.prediction import as_denoiser, flow_prediction, v_prediction
@@ -61,6 +61,11 @@ def open_teacher(config: ConfigDict) -> Folder:
     }
     for key, table in tables.items():
         choose(table, compute[key], f"config.compute.{key}")
+    if compute.attention == "cudnn" and gpu_capability() is None:
+        raise UserError(
+            "config.compute.attention = 'cudnn' needs an NVIDIA GPU, and JAX has none here; auto"
+            " takes it where there is one"
+        )
     options: dict[str, Any] = {
         "attention": compute.attention,
         "remat": compute.remat,
