@@ -39,7 +39,7 @@ from jaxdistill.interop.families import stable_diffusion
 from jaxdistill.interop.torch_weights import from_torch, torch_name
 from jaxdistill.methods.imagine_flash import Model, Reconstruction, imagine_flash
 from jaxdistill.prediction import as_denoiser, eps_prediction
-from jaxdistill.train import init_state, train_step
+from jaxdistill.train import Objective, init_state, train_step
 
 WIDE = {"block_out_channels": (128, 256, 448, 448), "cross_attention_dim": 512, "sample_size": 64}
 TINY = {
@@ -199,7 +199,7 @@ def jax_step(
     )
     step = jax.jit(
         lambda state, batch, teacher: train_step(
-            state, batch, teacher, loss_fn=loss_fn, tx=tx, ema_decay=0.0
+            state, batch, teacher, objective=Objective(loss_fn, tx), ema_decay=0.0
         ),
         donate_argnums=0,
     )
