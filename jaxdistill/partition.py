@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +46,15 @@ RULES: tuple[Rule, ...] = (
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | int | None = None
 ) -> Mesh:
-    """Devices as [data, fsdp, tensor]; one size may be -1: what the others leave.
+    """Devices as [data, fsdp, tensor]; one size may be -1: what the others leave. A number of
+    devices makes a mesh without any, to count on.
 
     Raises ValueError where the sizes do not make up the number of devices.
     """
-    found = jax.devices() if devices is None else list(devices)
+    given = range(devices) if isinstance(devices, int) else devices
+    found: list[Any] = list(jax.devices() if given is None else given)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
@@ -67,6 +69,9 @@ def make_mesh(
         )
         raise ValueError(f"the mesh ({shown}) does not divide the {len(found)} devices; {mend}")
     sizes |= {name: len(found) // fixed for name in free}
+    types = (AxisType.Auto,) * 3
+    if isinstance(devices, int):
+        return cast(Mesh, AbstractMesh(tuple(sizes.values()), AXES, axis_types=types))
     # Not every kind of chip says its slice where there is only one.
     slices = (
         len({getattr(device, "slice_index", 0) for device in found})
@@ -90,7 +95,7 @@ def make_mesh(
             allow_split_physical_axes=True,
         )
     arranged = arrange(devices=found)
-    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(arranged, AXES, axis_types=types)
 
 
 def data_mesh() -> Mesh:
@@ -302,7 +307,7 @@ class Layout:
 
 
 def layout(
-    block: Mapping[str, Any] | None = None, *, devices: Sequence[Any] | None = None
+    block: Mapping[str, Any] | None = None, *, devices: Sequence[Any] | int | None = None
 ) -> Layout:
     """{"data", "fsdp", "tensor", "smallest", "rules"}, config.mesh, as a Layout; None is data
     parallel. Raises ValueError.

@@ -106,6 +106,11 @@ class OwnModel:
 
     # -- what a method asks for (`run.task.Task`)
 
+    @property
+    def as_written(self) -> "OwnModel":
+        """Itself: nothing is computed twice."""
+        return self
+
     def kit(self, null: Any) -> Kit:
         """The network and what the methods share."""
         problem = self.problem
