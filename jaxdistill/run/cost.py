@@ -67,7 +67,7 @@ class Cost(NamedTuple):
         """Likewise."""
         return total(part.calls for part in self.work)
 
-    def needed(self, temporaries: float | None) -> float:
+    def needed(self, temporaries: int | None) -> int:
         """Bytes a device: what is kept, and what comes for a time, a step's temporaries or the
         networks of drawing. A lower bound where the temporaries are not known.
         """
@@ -97,7 +97,7 @@ class Place(NamedTuple):
     devices: int
     kind: str
     chip: Chip | None
-    memory: float | None
+    memory: int | None
     compiles: bool = False
 
 
@@ -105,12 +105,12 @@ def here() -> Place:
     """The devices of this run."""
     device = jax.local_devices()[0]
     chip, stats = chips.of_device(device), device.memory_stats() or {}
-    memory: float | None = stats.get("bytes_limit")
+    memory: int | None = stats.get("bytes_limit")
     if memory is None and chip:
-        memory = chip.hbm * (1 - RESERVED)
+        memory = int(chip.hbm * (1 - RESERVED))
     if memory is None and device.platform == "cpu":
         pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        memory = pages / jax.local_device_count()
+        memory = pages // jax.local_device_count()
     name = chip.name if chip else device.device_kind
     return Place(jax.device_count(), name, chip, memory, device.platform != "cpu")
 
@@ -124,7 +124,7 @@ def elsewhere(name: str) -> Place:
             " as v5e:16"
         )
     chip = CHIPS[kind]
-    return Place(int(count), chip.name, chip, chip.hbm * (1 - RESERVED))
+    return Place(int(count), chip.name, chip, int(chip.hbm * (1 - RESERVED)))
 
 
 def bytes_a_device(tree: Any) -> int:
@@ -232,7 +232,7 @@ def mends(config: ConfigDict, devices: int, kept: Callable[[ConfigDict], Mapping
     return ", ".join(told) or "a smaller network or larger devices"
 
 
-def excess(cost: Cost, place: Place, temporaries: float | None) -> str:
+def excess(cost: Cost, place: Place, temporaries: int | None) -> str:
     """Why a run does not fit, "" where it does."""
     needed = cost.needed(temporaries)
     if place.memory is None or needed <= place.memory:
@@ -267,7 +267,7 @@ class Rates(NamedTuple):
         return self
 
 
-def lines(cost: Cost, place: Place, temporaries: float | None, rates: Rates) -> list[str]:
+def lines(cost: Cost, place: Place, temporaries: int | None, rates: Rates) -> list[str]:
     """All, for a reader."""
     networks = ", ".join(f"{name} {short(count)}" for name, count in cost.networks.items())
     of = f" of {gib(place.memory)}" if place.memory is not None else ""
@@ -290,7 +290,7 @@ def run_lines(cost: Cost, place: Place, rates: Rates) -> list[str]:
     return [f"{name:9} {text}" for name, text in found.items() if text]
 
 
-def _parts(cost: Cost, temporaries: float | None) -> str:
+def _parts(cost: Cost, temporaries: int | None) -> str:
     kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in cost.kept.items())
     found = [f"kept {gib(sum(cost.kept.values()))} ({kinds})"]
     if temporaries is not None:
@@ -335,19 +335,19 @@ def _stored(records: Records) -> str:
     return f"{records.name} {records.number:,} x {size_of(records.record)} = {whole}"
 
 
-def gib(size: float) -> str:
+def gib(size: int) -> str:
     """Memory for people."""
     scale, unit = next((s, u) for s, u in MEMORY if size >= s / 10 or s == 1)
     return f"{size / scale:.3g} {unit}"
 
 
-def size_of(count: float) -> str:
+def size_of(count: int) -> str:
     """Bytes on disk for people."""
     scale, unit = next((s, u) for s, u in SIZES if count >= s or s == 1)
     return f"{count / scale:.3g} {unit}"
 
 
-def short(count: float) -> str:
+def short(count: int) -> str:
     """A number of parameters for people."""
     scale, unit = next((s, u) for s, u in NUMBERS if count >= s or s == 1)
     return f"{count / scale:.4g}{unit}"

@@ -26,7 +26,12 @@ def estimate(
     """
     found = task.cost(plan=plan)
     temporaries, report = None, ""
-    compiles = place.compiles and (plan or bool(jax.config.read("jax_compilation_cache_dir")))
+    compiles = place.compiles and (
+        plan
+        or bool(
+            jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+        )
+    )
     if compiles and not cost.excess(found, place, None):
         try:
             temporaries = task.distillation.temporaries()
