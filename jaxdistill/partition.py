@@ -443,7 +443,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def jit_train_step(
-    step: Callable[..., Any], mesh: Mesh, state: Any = None, teacher: Any = None
+    step: Callable[..., Any], mesh: Mesh | AbstractMesh, state: Any = None, teacher: Any = None
 ) -> Callable[..., Any]:
     """Jit (state, batch, teacher_params) -> (state, metrics) on the mesh; the state is donated, the
     teacher never.

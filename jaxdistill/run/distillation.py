@@ -228,7 +228,7 @@ class Distillation:
         nothing computed twice.
         """
         if i not in self._flops:
-            self._flops[i] = self.task.as_written.distillation.counted(i)
+            self._flops[i] = self.task.written().counted(i)
         return self._flops[i]
 
     def counted(self, i: int) -> float:
@@ -246,7 +246,7 @@ class Distillation:
     @cached_property
     def flops_of_a_call(self) -> float:
         """Of one network call on a batch of the student's."""
-        task = self.task.as_written
+        task = self.task.written().task
         batch = task.batch_shapes(self.recipe.stages[0])
         network = task.kit({}).network
 

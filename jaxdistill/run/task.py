@@ -19,7 +19,6 @@ class Task(Protocol):
       layout: the mesh and where arrays live on it.
       weights: how a trainable copy of its network is stored.
       abstract: shapes of the network's parameters, float32.
-      distillation: its method's stages (`run.distillation.Distillation`).
       ranks: the health numbers that are lower for a better student.
     """
 
@@ -27,12 +26,10 @@ class Task(Protocol):
     layout: Layout
     weights: Weights
     abstract: Any
-    distillation: Any
     ranks: Sequence[str]
 
-    @property
-    def as_written(self) -> Any:
-        """The same task with nothing computed twice, whose programs are counted."""
+    def written(self) -> Any:
+        """Its `Distillation` with nothing computed twice, whose programs are counted."""
 
     def kit(self, null: Any) -> Kit:
         """What it offers to a method, with this null conditioning (`given["null"]`)."""

@@ -178,10 +178,9 @@ class SmallTask:
 
     # -- what a method asks for (`run.task.Task`)
 
-    @property
-    def as_written(self) -> "SmallTask":
-        """Itself: nothing is computed twice."""
-        return self
+    def written(self) -> Distillation:
+        """Its own: nothing is computed twice."""
+        return self.distillation
 
     def kit(self, null: Any) -> Kit:
         """The network and what the methods share; it has its null conditioning in itself."""

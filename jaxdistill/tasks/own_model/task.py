@@ -106,10 +106,9 @@ class OwnModel:
 
     # -- what a method asks for (`run.task.Task`)
 
-    @property
-    def as_written(self) -> "OwnModel":
-        """Itself: nothing is computed twice."""
-        return self
+    def written(self) -> Distillation:
+        """Its own: nothing is computed twice."""
+        return self.distillation
 
     def kit(self, null: Any) -> Kit:
         """The network and what the methods share."""

@@ -320,6 +320,10 @@ class TextSetup:
 
     # -- cost
 
+    def written(self) -> Distillation:
+        """That of `as_written`."""
+        return self.as_written.distillation
+
     @cached_property
     def as_written(self) -> "TextSetup":
         """The same, with nothing computed twice and attention as matrix products: what counts."""
