@@ -140,7 +140,7 @@ def test_the_knobs_are_those_that_are_left():
 
 @pytest.mark.parametrize(("devices", "tensor"), list(itertools.product((1, 2, 8), (1, 2))))
 def test_no_knob_leaves_a_device_without_a_row(devices, tensor):
-    config = tiny_config(**{"student.batch_size": 16})
+    config = tiny_config(**{"student.batch_size": 24})
     config.mesh.tensor = min(devices, tensor)
     for knob in cost.knobs(config, devices):
         changed = config.copy_and_resolve_references()
