@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 
 from jaxdistill.errors import UserError
 from jaxdistill.run import checkpoint
-from jaxdistill.run.cli import Command, one_line_errors
+from jaxdistill.run.cli import Command, define_rates, one_line_errors
+from jaxdistill.tasks.estimate import knobs_of
 from jaxdistill.tasks.text_to_image import plan
 
 NEEDED = "--topology=CHIP:SHAPE"
@@ -42,6 +43,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("stage", "", about, flag_values=values)
     about = "find the largest batch per chip that fits; compiles several times"
     flags.DEFINE_bool("search", False, about, flag_values=values)
+    define_rates(values)
 
 
 def check_flags(command: Command) -> None:
@@ -66,6 +68,7 @@ def main() -> None:
     with one_line_errors():
         command = Command(__doc__, workdir=False, needed=NEEDED, define=define).parse()
         check_flags(command)
+        rates = command.rates()
         config = command.given_config()
         jax.config.update("jax_platforms", "cpu")  # the devices of this machine play no part
         options = {"find": command.search, "slices": command.slices, "stage": command.stage}
@@ -74,27 +77,35 @@ def main() -> None:
             report = plan.plan(config, command.topology, program=command.program, **options)
         except plan.DoesNotFit as error:
             lines = plan.largest_buffers(error.report)
-            print(f"error: {error}; try {plan.knobs(config)}", *lines, sep="\n", file=sys.stderr)
+            tried = knobs(config, command)
+            print(f"error: {error}; try {tried}", *lines, sep="\n", file=sys.stderr)
             sys.exit(1)
         finally:
             signal.signal(signal.SIGINT, before)
         show(report, config, command.json)
+        if command.program == "step":
+            print(*plan.run_lines(config, command.topology, command.slices, rates), sep="\n")
+        if not report["fits"]:
+            memory = report["memory_gib"]
+            largest = sorted(plan.kinds_of(report), key=lambda kind: -memory[kind])
+            lines = [f"  {kind}: {memory[kind]:.2f} GiB" for kind in largest]
+            needed = f"error: {memory['needed']} GiB per chip do not fit"
+            print(*lines, f"{needed}; try {knobs(config, command)}", sep="\n", file=sys.stderr)
+            sys.exit(1)
+
+
+def knobs(config: ConfigDict, command: Command) -> str:
+    """What would make a step smaller."""
+    return knobs_of(config, plan.topology(command.topology, slices=command.slices)[1])
 
 
 def show(report: dict[str, Any], config: ConfigDict, path: str | None) -> None:
-    """Print the report and write it; exit code 1 where the job does not fit."""
+    """Print the report and write it."""
     print(plan.text_of(report))
     if path:
         command = shlex.join(["python", "-m", "jaxdistill.aot", *sys.argv[1:]])
         whole = {"command": command, **report, "config": json.loads(config.to_json())}
         checkpoint.write_json(Path(path), whole)
-    if not report["fits"]:
-        memory = report["memory_gib"]
-        largest = sorted(plan.kinds_of(report), key=lambda kind: -memory[kind])
-        lines = [f"  {kind}: {memory[kind]:.2f} GiB" for kind in largest]
-        needed = f"error: {memory['needed']} GiB per chip do not fit; try {plan.knobs(config)}"
-        print(*lines, needed, sep="\n", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

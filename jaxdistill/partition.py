@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,28 +45,32 @@ RULES: tuple[Rule, ...] = (
 """For the networks of this package, their optimizer states and averages."""
 
 
-def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
-) -> Mesh:
-    """Devices as [data, fsdp, tensor]; one size may be -1: what the others leave.
+def mesh_sizes(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> dict[str, int]:
+    """{"data", "fsdp", "tensor"} of a mesh of so many devices; one size may be -1: what the others
+    leave.
 
     Raises ValueError where the sizes do not make up the number of devices.
     """
-    found = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"the mesh ({shown}) must have positive sizes, and -1 at most once")
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(found) % fixed or (not free and fixed != len(found)):
+    if devices % fixed or (not free and fixed != devices):
         mend = (
-            f"make {free[0]} x {fixed} = {len(found)}"
-            if free
-            else f"their product must be {len(found)}"
+            f"make {free[0]} x {fixed} = {devices}" if free else f"their product must be {devices}"
         )
-        raise ValueError(f"the mesh ({shown}) does not divide the {len(found)} devices; {mend}")
-    sizes |= {name: len(found) // fixed for name in free}
+        raise ValueError(f"the mesh ({shown}) does not divide the {devices} devices; {mend}")
+    return sizes | {name: devices // fixed for name in free}
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Devices as [data, fsdp, tensor]; see `mesh_sizes`. Raises ValueError."""
+    found = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes(len(found), data, fsdp, tensor)
     # Not every kind of chip says its slice where there is only one.
     slices = (
         len({getattr(device, "slice_index", 0) for device in found})
@@ -74,6 +78,7 @@ def make_mesh(
         else 1
     )
     if sizes["data"] % slices:
+        shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
             f"the mesh ({shown}) must divide data over the {slices} slices: only gradients should"
             " travel between them"
@@ -198,7 +203,7 @@ def _free(axes: Sequence[str | None], j: int, mesh: Mesh | AbstractMesh) -> bool
 
 
 def shardings(
-    tree: Any, mesh: Mesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536
+    tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536
 ) -> Any:
     """A tree of `sharding_of` for arrays or ShapeDtypeStructs. Raises ValueError."""
     return jax.tree_util.tree_map_with_path(
@@ -237,8 +242,11 @@ def _exchanged(
 class Layout:
     """A mesh with the rules of the parameters on it."""
 
-    def __init__(self, mesh: Mesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536) -> None:
-        self.mesh, self.rules, self.smallest = mesh, tuple(rules), smallest
+    def __init__(
+        self, mesh: Mesh | AbstractMesh, rules: Sequence[Rule] = RULES, *, smallest: int = 65536
+    ) -> None:
+        """On an abstract mesh arrays are described and programs traced, and no more."""
+        self.mesh, self.rules, self.smallest = cast(Mesh, mesh), tuple(rules), smallest
 
     def of(self, tree: Any) -> Any:
         """The shardings of a tree of parameters, or of anything with the same paths in it.
@@ -302,10 +310,10 @@ class Layout:
 
 
 def layout(
-    block: Mapping[str, Any] | None = None, *, devices: Sequence[Any] | None = None
+    block: Mapping[str, Any] | None = None, *, devices: Sequence[Any] | int | None = None
 ) -> Layout:
     """{"data", "fsdp", "tensor", "smallest", "rules"}, config.mesh, as a Layout; None is data
-    parallel. Raises ValueError.
+    parallel. A number of devices makes an abstract mesh. Raises ValueError.
     """
     given = dict(block or {})
     rules, smallest = tuple(given.pop("rules", ())), int(given.pop("smallest", 65536))
@@ -322,7 +330,13 @@ def layout(
             raise ValueError(
                 f"config.mesh.rules: {expression!r} is not a regular expression ({error})"
             ) from None
-    return Layout(make_mesh(**given, devices=devices), (*rules, *RULES), smallest=smallest)
+    mesh: Mesh | AbstractMesh
+    if isinstance(devices, int):
+        sizes = tuple(mesh_sizes(devices, **given).values())
+        mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    else:
+        mesh = make_mesh(**given, devices=devices)
+    return Layout(mesh, (*rules, *RULES), smallest=smallest)
 
 
 # ------------------------------------------------------------------------------------- arrays on it
@@ -429,7 +443,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def jit_train_step(
-    step: Callable[..., Any], mesh: Mesh, state: Any = None, teacher: Any = None
+    step: Callable[..., Any], mesh: Mesh | AbstractMesh, state: Any = None, teacher: Any = None
 ) -> Callable[..., Any]:
     """Jit (state, batch, teacher_params) -> (state, metrics) on the mesh; the state is donated, the
     teacher never.
@@ -446,7 +460,7 @@ def jit_train_step(
     )
 
 
-def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, name: str) -> None:
     """Raise ValueError where a batch does not divide over the mesh's "data" and "fsdp"."""
     count = parts(mesh)
     if batch_size < 1 or batch_size % count:

@@ -119,6 +119,10 @@ FLAGS = (
     ),
     (r"configs/benchmark\.py:smoke", "--config.text.folder=tests/golden/bert"),
     (
+        r"\.main .*tests/text_config\.py .*--plan_for",
+        "--config.teacher.folder=stable-diffusion-v1-5 --config.student.batch_size=16",
+    ),
+    (
         r"\.aot .*tests/text_config\.py",
         "--config.teacher.folder=stable-diffusion-v1-5 --config.compute.dtype=bfloat16"
         " --config.compute.attention=flash",

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxdistill.errors import UserError, cannot_be_used, missing_extra
 from jaxdistill.run import checkpoint, distributed
+from jaxdistill.run.cost import Rates
 from jaxdistill.run.help import Parser, unknown
 from jaxdistill.run.loop import NonFiniteError, Stopped
 from jaxdistill.run.workdir import say
@@ -149,11 +150,12 @@ class Command:
             raise AttributeError(name)
         return values[name].value
 
-    def given_config(self) -> ConfigDict:
-        """The config of the flags. Raises UserError where it (or the workdir) is missing or the
-        file cannot be loaded.
+    def given_config(self, *, writes: bool = True) -> ConfigDict:
+        """The config of the flags. Raises UserError where it (or the workdir of a command that
+        `writes`) is missing or the file cannot be loaded.
         """
-        if "workdir" in self.values and (not self.values["config"].present or not self.workdir):
+        workdir = writes and "workdir" in self.values
+        if workdir and (not self.values["config"].present or not self.workdir):
             raise UserError(
                 "--config and --workdir are needed: --config=configs/digits.py"
                 " --workdir=runs/digits"
@@ -170,9 +172,21 @@ class Command:
             raise UserError(f"--config cannot be loaded: {text}") from None
         return config
 
+    def rates(self) -> Rates:
+        """Of `define_rates`. Raises UserError."""
+        return Rates(self.mfu, self.price_per_hour).check()
+
     def folder(self) -> Path:
         """The workdir."""
         return Path(self.workdir)
+
+
+def define_rates(values: flags.FlagValues) -> None:
+    """The flags of a plan's hours and money."""
+    about = "price of one device an hour: the plan then tells the money"
+    flags.DEFINE_float("price_per_hour", None, about, flag_values=values)
+    about = "share of the devices' peak that the plan's hours assume, up to 1"
+    flags.DEFINE_float("mfu", Rates().mfu, about, flag_values=values)
 
 
 def renamed(word: str) -> str:

@@ -13,11 +13,13 @@ from jaxdistill import partition
 from jaxdistill.costs.flops import flops_of
 from jaxdistill.errors import UserError
 from jaxdistill.methods.recipe import Kit, Recipe, Stage
+from jaxdistill.partition import Layout
 from jaxdistill.prediction import LossFn
 from jaxdistill.run import distributed
+from jaxdistill.run.cost import Work, bytes_a_device, compiled, parameters, temporaries_of
 from jaxdistill.run.guard import DRIFT, guard_settings
 from jaxdistill.run.loop import HealthFn, Trained
-from jaxdistill.run.phase import Training
+from jaxdistill.run.phase import Training, programs
 from jaxdistill.run.seeds import key_of
 from jaxdistill.run.task import Task
 from jaxdistill.run.workdir import flatten, say
@@ -60,6 +62,7 @@ class Distillation:
         self.guard = found if found and found.action != "off" else None
         self._losses: dict[tuple[int, str], LossFn] = {}
         self._iterations: dict[int, int] = {}
+        self._flops: dict[int, float] = {}
 
     # -- programs
 
@@ -175,10 +178,61 @@ class Distillation:
             teacher: Any = {"original": {}, "previous": {}} if stage.teacher == "both" else {}
             jax.eval_shape(stage.loss, networks, teacher, shapes, jax.random.key(0))
 
-    # -- budget
+    # -- cost
+
+    @cached_property
+    def networks(self) -> dict[str, int]:
+        """Parameters of the teacher and of all that is trained."""
+        found = {"teacher": parameters(self.task.abstract)}
+        for i in range(len(self.recipe.stages)):
+            found |= {name: parameters(tree) for name, tree in self.shapes(i).items()}
+        return found
+
+    def kinds(self, i: int) -> dict[str, Any]:
+        """What the devices hold while a stage is trained, by kind: arrays without values."""
+        return kinds_of(
+            self.planned(i), self.task.batch_shapes(self.recipe.stages[i]), self.task.layout
+        )
+
+    @cached_property
+    def largest(self) -> int:
+        """The stage that keeps most."""
+        return max(range(len(self.recipe.stages)), key=lambda i: (sum(self.kept(i).values()), i))
+
+    def kept(self, i: int) -> dict[str, int]:
+        """{kind: bytes a device} of a stage."""
+        return {kind: bytes_a_device(tree) for kind, tree in self.kinds(i).items()}
+
+    def temporaries(self) -> int:
+        """Bytes a device of the largest stage's step beside what is kept, from the compiler.
+        Training compiles the same program, so that a cache of programs has it then. Raises
+        DoesNotFit.
+        """
+        i = self.largest
+        made = programs(self.planned(i, self.iterations(i)), self.task.layout)
+        batch = self.task.batch_shapes(self.recipe.stages[i])
+        step: Any = made.step
+        return temporaries_of(compiled(step.lower(made.state, batch, made.given)))
+
+    def work(self, *, count: bool = True) -> list[Work]:
+        """Of the stages; `count` network calls and FLOPs, which traces their losses."""
+        found = []
+        for i in range(len(self.recipe.stages)):
+            n = self.iterations(i)
+            calls, flops = (n * self.calls(i), n * self.flops(i)) if count else (None, None)
+            found.append(Work(self.phase(i), n, calls, flops))
+        return found
 
     def flops(self, i: int) -> float:
-        """Of one iteration: dots and convolutions of all losses and gradients, as written."""
+        """Of one iteration: dots and convolutions of all losses and gradients, as written, with
+        nothing computed twice.
+        """
+        if i not in self._flops:
+            self._flops[i] = self.task.written().counted(i)
+        return self._flops[i]
+
+    def counted(self, i: int) -> float:
+        """As `flops`, of this task's own programs."""
         stage = self.recipe.stages[i]
         key = jax.eval_shape(jax.random.key, 0)
         params, batch = self.shapes(i), self.task.batch_shapes(stage)
@@ -189,16 +243,21 @@ class Distillation:
             found += stage.critic_updates * flops_of(critic, *inputs)
         return found
 
-    def calls(self, i: int) -> float:
-        """An iteration's cost in network calls on its batch (a gradient costs two more)."""
-        task = self.task
-        batch = task.batch_shapes(self.recipe.stages[i])
+    @cached_property
+    def flops_of_a_call(self) -> float:
+        """Of one network call on a batch of the student's."""
+        task = self.task.written().task
+        batch = task.batch_shapes(self.recipe.stages[0])
         network = task.kit({}).network
 
         def call(params: Any, x: Any, cond: Any) -> Any:
             return network.apply(params, x, jax.numpy.zeros(x.shape[:1]), cond)
 
-        return self.flops(i) / flops_of(call, task.abstract, batch["x0"], batch["cond"])
+        return flops_of(call, task.abstract, batch["x0"], batch["cond"])
+
+    def calls(self, i: int) -> float:
+        """An iteration's cost in network calls on its batch (a gradient costs two more)."""
+        return self.flops(i) / self.flops_of_a_call
 
     def iterations(self, i: int) -> int:
         """Of a stage: its share of config.student.iterations, or of the budget in network calls."""
@@ -286,19 +345,19 @@ class Distillation:
             examples=student.batch_size,
         )
 
-    def planned(self, i: int) -> Training:
+    def planned(self, i: int, iterations: int = 1) -> Training:
         """A stage as a training without data or weights, for its programs."""
         student = self.task.config.student
         return Training(
             name=self.phase(i),
-            objective=self.objective(i, max(student.iterations, 1)),
+            objective=self.objective(i, iterations),
             params=dict,
             shapes=self.shapes(i),
             key=jax.random.key(0),
             batches=lambda i: None,
             given=self.given_shapes(i),
             health=lambda averages, step: {},
-            steps=student.iterations,
+            steps=iterations,
             health_every=1,
             ema_decay=student.ema_decay,
             ema_of=student_of,
@@ -332,6 +391,24 @@ class Distillation:
                 found.append(Student(stage, current, trained.health, training.steps))
         distributed.barrier("students are trained")
         return sorted(found, key=lambda student: -max(student.stage.serves))
+
+
+def kinds_of(training: Training, batch: Any, layout: Layout) -> dict[str, Any]:
+    """What the devices hold during a training, by kind: arrays without values, with their
+    places.
+    """
+    made = programs(training, layout)
+    state = made.state
+    trained = (
+        state.params if isinstance(training.objective.tx, Mapping) else {"teacher": state.params}
+    )
+    return {
+        **trained,
+        "average": state.ema_params,
+        "optimizer": state.opt_state,
+        "frozen": made.given,
+        "batch": batch,
+    }
 
 
 def _checked(found: Any, name: str) -> Any:

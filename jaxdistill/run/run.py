@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from jaxdistill.errors import UserError
 from jaxdistill.partition import Layout
 from jaxdistill.run import checkpoint, distributed, inputs, report
+from jaxdistill.run.cost import size_of
 from jaxdistill.run.guard import Event
 from jaxdistill.run.loop import Place, StopSignal, Trained, prepare
 from jaxdistill.run.phase import Training, train
@@ -204,23 +205,14 @@ def check_space(folder: Path, what: str, values: Mapping[str, np.ndarray], count
     there. All processes must call it. Raises UserError where there is not as much.
     """
     record = sum(rows[0].nbytes for rows in values.values())
-    say(f"{what}: {count} x {_size(record)} = {_size(count * record)} in {folder}")
+    say(f"{what}: {count} x {size_of(record)} = {size_of(count * record)} in {folder}")
     free = shutil.disk_usage(folder.parent).free if distributed.writes() else None
     if not distributed.everyone(free is None or free > count * record):
-        left = "too little" if free is None else _size(free)
+        left = "too little" if free is None else size_of(free)
         raise UserError(
-            f"{what} take {_size(count * record)} in {folder.parent}, where {left} is free; make"
+            f"{what} take {size_of(count * record)} in {folder.parent}, where {left} is free; make"
             " room, give fewer prompts, or set config.data.cache to another disk"
         )
-
-
-def _size(count: int) -> str:
-    """Bytes for people."""
-    scale, unit = next((s, u) for s, u in SIZES if count >= s or s == 1)
-    return f"{count / scale:.3g} {unit}"
-
-
-SIZES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "B"))
 
 
 class Progress:

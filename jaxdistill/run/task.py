@@ -28,6 +28,9 @@ class Task(Protocol):
     abstract: Any
     ranks: Sequence[str]
 
+    def written(self) -> Any:
+        """Its `Distillation` with nothing computed twice, whose programs are counted."""
+
     def kit(self, null: Any) -> Kit:
         """What it offers to a method, with this null conditioning (`given["null"]`)."""
 

@@ -22,6 +22,18 @@ def open_task(config: ConfigDict, *, share: Any = None) -> Any:
     Raises ValueError in one line for what cannot be, ModuleNotFoundError where an extra is not
     installed.
     """
-    module, name = choose(TASKS, config.get("task", ""), "config.task")
-    make = getattr(importlib.import_module(module), name)
+    make = _class_of(config)
     return make(config) if share is None else make(config, share=share)
+
+
+def plan_task(config: ConfigDict, devices: Any = None) -> Any:
+    """The same for its cost alone, as if on other devices: so many, or those.
+
+    Raises as `open_task`.
+    """
+    return _class_of(config).planned(config, devices)
+
+
+def _class_of(config: ConfigDict) -> Any:
+    module, name = choose(TASKS, config.get("task", ""), "config.task")
+    return getattr(importlib.import_module(module), name)

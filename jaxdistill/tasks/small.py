@@ -4,9 +4,10 @@ A subclass says what its data, its conditioning and its scores are.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill import methods, partition
+from jaxdistill.costs.flops import flops_of
 from jaxdistill.errors import choose
 from jaxdistill.interop import card
 from jaxdistill.methods.denoising import denoising
@@ -23,9 +25,10 @@ from jaxdistill.methods.recipe import Kit, SamplerSpec, Stage, adamw
 from jaxdistill.methods.trajectories import unique_grids
 from jaxdistill.model import Model, full_weights, low_rank
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
-from jaxdistill.prediction import check_pair
+from jaxdistill.prediction import LossFn, check_pair
 from jaxdistill.run import checkpoint, distributed, inputs, report
-from jaxdistill.run.distillation import Distillation, Student
+from jaxdistill.run.cost import Cost, Records, Work, bytes_a_device
+from jaxdistill.run.distillation import Distillation, Student, kinds_of
 from jaxdistill.run.loop import HealthFn
 from jaxdistill.run.phase import Training
 from jaxdistill.run.run import Run
@@ -39,7 +42,7 @@ from jaxdistill.tasks.settings import (
     check_grids,
     student_settings,
 )
-from jaxdistill.train import Objective
+from jaxdistill.train import Objective, gradient_of
 
 Batches = Callable[[int], Any]
 
@@ -74,6 +77,7 @@ class SmallTask:
       about: the card's "data": {"name", "image_shape", "range", ...}.
       cond: shapes of one row of conditioning, a pytree.
       text: the card's "text", for networks that read captions.
+      devices: how many, to count on; those of this run by default.
       share: a task of the same data. If its network is the same its compiled programs serve as
         well, and losses are not traced in advance.
 
@@ -103,6 +107,7 @@ class SmallTask:
         cond: Any,
         text: Mapping[str, Any] | None = None,
         share: "SmallTask | None" = None,
+        devices: int | None = None,
     ) -> None:
         check_config(config)
         check_grids(config)
@@ -121,7 +126,7 @@ class SmallTask:
         found = choose(card.PREDICTIONS, config.prediction, "config.prediction")
         self.parameterization, self.target = found
         check_pair(self.schedule, self.parameterization)
-        self.layout = partition.layout(config.mesh.to_dict())
+        self.layout = partition.layout(config.mesh.to_dict(), devices=devices)
         for phase in ("teacher", "student"):
             name = f"config.{phase}.batch_size"
             partition.check_batch(config[phase].batch_size, self.layout.mesh, name)
@@ -166,7 +171,16 @@ class SmallTask:
         self.teacher_sampler.grid(self.teacher_sampler.card["sampler"]["steps"])
         self.grids = {n: self.student_sampler.grid(n) for n in self.kit({}).steps}
 
+    @classmethod
+    def planned(cls, config: ConfigDict, devices: int | None = None) -> "SmallTask":
+        """For its cost, on so many devices. Raises ValueError."""
+        return cls(config, devices=devices)  # type: ignore[call-arg]
+
     # -- what a method asks for (`run.task.Task`)
+
+    def written(self) -> Distillation:
+        """Its own: nothing is computed twice."""
+        return self.distillation
 
     def kit(self, null: Any) -> Kit:
         """The network and what the methods share; it has its null conditioning in itself."""
@@ -351,6 +365,11 @@ class SmallTask:
         """The sets of images that are scored, the pictured ones first, and images a second."""
         raise NotImplementedError
 
+    @property
+    def scored(self) -> int:
+        """How many images those are."""
+        return int(self.config.eval.samples)
+
     def scores(self, *images: np.ndarray) -> Any:
         """Of `drawn`: a NamedTuple with at least "fd"."""
         raise NotImplementedError
@@ -399,25 +418,70 @@ class SmallTask:
 
     def prepare(self, run: Run, teacher: Any) -> None:
         """The caches that the method's stages need, made where they are missing."""
-        config, stages = self.config, self.recipe.stages
-        wanted = any(stage.reals or stage.data == "images" for stage in stages)
+        made = {
+            name: self._teacher_cache(run, name, what, sampled._replace(params=teacher), count)
+            for name, (what, sampled, count) in self.caches.items()
+        }
+        self._pool, self._pairs = made.get("pool"), made.get("pairs")
+
+    @property
+    def caches(self) -> dict[str, tuple[str, Sampled, int]]:
+        """The teacher's images that the method's stages need: {name: (what they are, who draws
+        them, how many)}.
+        """
+        config, found = self.config, dict[str, tuple[str, Sampled, int]]()
+        guidance = config.teacher.guidance
+        wanted = any(stage.reals or stage.data == "images" for stage in self.recipe.stages)
         if config.adversarial.reals == "teacher" and wanted:
+            sampled = Sampled("teacher", config.teacher.steps, guidance, self.teacher_sampler)
             what = "the teacher's images for the discriminator"
-            count, guidance = config.adversarial.pool, config.teacher.guidance
-            sampled = Sampled(
-                "teacher", config.teacher.steps, guidance, self.teacher_sampler, teacher
-            )
-            self._pool = self._teacher_cache(run, "pool", what, sampled, count)
-        if self.recipe.pairs:
-            pairs = self.recipe.pairs
-            spec = SamplerSpec(
-                choose(card.SOLVERS, pairs.solver, "pairs_solver") and pairs.solver,
-                config.teacher.grid,
-            )
+            found["pool"] = (what, sampled, config.adversarial.pool)
+        if pairs := self.recipe.pairs:
+            choose(card.SOLVERS, pairs.solver, "pairs_solver")
+            spec = SamplerSpec(pairs.solver, config.teacher.grid)
             sampler = self.sampler("teacher", spec, steps=pairs.steps)
-            sampled = Sampled("teacher", pairs.steps, config.teacher.guidance, sampler, teacher)
-            count = self.distillation.pair_count(config.teacher.guidance != 1.0)
-            self._pairs = self._teacher_cache(run, "pairs", "pairs", sampled, count)
+            sampled = Sampled("teacher", pairs.steps, guidance, sampler)
+            found["pairs"] = ("pairs", sampled, self.distillation.pair_count(guidance != 1.0))
+        return found
+
+    # -- cost
+
+    def cost(self, *, plan: bool = False) -> Cost:
+        """Of a run or, the same, for a plan; but for health lines and the networks of the scores.
+        Most of what is traced for it serves the training as well.
+        """
+        del plan
+        work, found = self.distillation, list[Work]()
+        rows, kept = self.config.student.batch_size, work.kept(work.largest)
+        if not self.teacher_path:
+            teacher = self._teacher_training(lambda i: None, lambda params, step: {})
+            batch = self._teacher_batch()
+            kinds = kinds_of(teacher, batch, self.layout)
+            held = {kind: bytes_a_device(tree) for kind, tree in kinds.items()}
+            kept = max(kept, held, key=lambda kinds: sum(kinds.values()))
+            key = jax.eval_shape(jax.random.key, 0)
+            step = gradient_of(teacher.objective.loss)
+            flops = teacher.steps * flops_of(step, self.abstract, None, batch, key)
+            found.append(Work("teacher", teacher.steps, flops / work.flops_of_a_call, flops))
+
+        def drawing(name: str, images: int, sampled: Sequence[Sampled]) -> Work:
+            one = [len(s.grid) * (2 if s.guidance != 1.0 else 1) for s in sampled]
+            calls = images * sum(one) / rows
+            return Work(name, 0, calls, calls * work.flops_of_a_call)
+
+        found += [drawing(what, n, [sampled]) for what, sampled, n in self.caches.values()]
+        found += work.work()
+        found.append(drawing("evaluation", self.scored, self.sampled()))
+        record = 2 * 4 * math.prod(self.image_shape) + 8
+        records = [Records(what, n, record) for what, _, n in self.caches.values()]
+        return Cost(work.networks, kept, {}, found, records, rows)
+
+    def _teacher_batch(self) -> dict[str, Any]:
+        """Shapes of a batch of the teacher's training, on the mesh."""
+        rows = self.config.teacher.batch_size
+        images = jax.ShapeDtypeStruct((rows, *self.image_shape), jnp.float32)
+        found = {"x0": images, "cond": self.cond_shapes(rows)}
+        return partition.described(found, partition.batch_sharding(self.layout.mesh))
 
     def _teacher_cache(self, run: Run, name: str, what: str, sampled: Sampled, count: int) -> Any:
         """Records {"noise", "target", "number"} of the teacher's images in [-1, 1]."""
@@ -490,8 +554,17 @@ class SmallTask:
             params = self.given_teacher(Path(given))
             checkpoint.export(folder, params, self.teacher_sampler.card)
             return params
+        size = self.config.teacher.batch_size
+        rows = partition.process_rows(self.layout.mesh, size)
+        batches = self.image_batches(size, seed_of(self.config.seed, "teacher"), rows)
+        state = run.train(self._teacher_training(batches, self.teacher_health(run))).state
+        checkpoint.export(folder, state.ema_params, self.teacher_sampler.card)
+        return jax.tree.map(np.asarray, state.ema_params)
+
+    @cached_property
+    def _teacher_loss(self) -> LossFn:
         config = self.config.teacher
-        loss = denoising(
+        return denoising(
             self.model.apply,
             schedule=self.schedule,
             target=self.target,
@@ -500,8 +573,9 @@ class SmallTask:
             time_skew=config.time_skew,
             constrain=partition.constrain_batch(self.layout.mesh),
         )
-        rows = partition.process_rows(self.layout.mesh, config.batch_size)
-        batches = self.image_batches(config.batch_size, seed_of(self.config.seed, "teacher"), rows)
+
+    def _teacher_training(self, batches: Batches, health: HealthFn) -> Training:
+        config = self.config.teacher
         optimizer = adamw(
             config.learning_rate,
             config.iterations,
@@ -509,24 +583,21 @@ class SmallTask:
             b2=config.adam_b2,
             weight_decay=config.weight_decay,
         )
-        training = Training(
+        return Training(
             name="teacher",
-            objective=Objective(loss, optimizer),
+            objective=Objective(self._teacher_loss, optimizer),
             params=self.first_params,
             shapes=self.abstract,
             key=key_of(self.config.seed, "teacher"),
             batches=batches,
             given=None,
-            health=self.teacher_health(run),
+            health=health,
             steps=config.iterations,
             health_every=config.health_every,
             ema_decay=config.ema_decay,
             advice="lower config.teacher.learning_rate and start in a new workdir",
             examples=config.batch_size,
         )
-        state = run.train(training).state
-        checkpoint.export(folder, state.ema_params, self.teacher_sampler.card)
-        return jax.tree.map(np.asarray, state.ema_params)
 
     def first_params(self) -> Any:
         """A fresh network."""

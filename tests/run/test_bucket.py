@@ -25,6 +25,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.methods.recipe import Recipe, SamplerSpec
 from jaxdistill.run import checkpoint, loop
 from jaxdistill.run.checkpoint import CheckpointError, Checkpoints
+from jaxdistill.tasks.estimate import Estimate
 from jaxdistill.tasks.text_to_image.task import TextToImageTask
 from jaxdistill.train import init_state
 
@@ -324,6 +325,7 @@ def test_a_run_names_its_bucket_before_it_reads_weights(
     bucket, tmp_path, monkeypatch, key, message
 ):
     monkeypatch.setattr(main, "open_task", Bare)
+    monkeypatch.setattr(main, "estimate", lambda *arguments: Estimate([], ""))
     config = text_config.get_config()
     config.update_from_flattened_dict({key: "gs://typo/x"})
     with pytest.raises(UserError, match=message):
@@ -335,6 +337,7 @@ import collections, sys
 import jax, jax.numpy as jnp, text_config
 from jaxdistill import main, partition
 from jaxdistill.methods.recipe import Recipe, SamplerSpec
+from jaxdistill.tasks.estimate import Estimate
 found = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: found.update([event.rpartition("/")[2]]))
 class Task:
@@ -343,7 +346,7 @@ class Task:
         pass
     def execute(self, run):
         jax.jit(lambda x: jnp.tanh(x @ x.T))(jnp.ones((8, 8))).block_until_ready()
-main.open_task = Task
+main.open_task, main.estimate = Task, lambda *arguments: Estimate([], "")
 config = text_config.get_config()
 config.compute.compilation_cache = "gs://bucket/xla"
 main.run(config, sys.argv[1])

@@ -12,6 +12,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.methods.recipe import Recipe, SamplerSpec
 from jaxdistill.run import cli
 from jaxdistill.run.loop import NonFiniteError, Stopped
+from jaxdistill.tasks.estimate import Estimate
 
 ONE_PROCESS = {"benchmark": benchmark, "ablate": ablate, "aot": aot}
 PROCESS_FLAGS = {
@@ -227,6 +228,7 @@ def ends_with(call, monkeypatch, tmp_path):
     def run(error):
         monkeypatch.setattr(main, "Run", lambda *arguments: None)
         monkeypatch.setattr(main, "open_task", lambda config: Failing(error))
+        monkeypatch.setattr(main, "estimate", lambda *arguments: Estimate([], ""))
         return call(main, f"--config={TINY}", f"--workdir={tmp_path / 'run'}")
 
     return run

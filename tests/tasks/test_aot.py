@@ -17,7 +17,10 @@ from jaxdistill import partition
 from jaxdistill.costs import chips, hlo
 from jaxdistill.costs.flops import flops_of
 from jaxdistill.interop import architectures, card, diffusers_scheduler
+from jaxdistill.run import cost
+from jaxdistill.run.cost import Rates, elsewhere, run_lines
 from jaxdistill.run.phase import programs
+from jaxdistill.tasks.estimate import knobs_of
 from jaxdistill.tasks.text_to_image import pipeline, plan
 from jaxdistill.tasks.text_to_image.setup import TextSetup, open_teacher
 
@@ -161,7 +164,7 @@ def test_the_sum_of_the_kinds_is_what_the_arguments_weigh():
             "key": jax.eval_shape(lambda: jax.random.key(0)),
         }
     )
-    assert plan.bytes_a_device(tree) == 64 * 32 * 2 + 8
+    assert cost.bytes_a_device(tree) == 64 * 32 * 2 + 8
 
 
 def fake(limit, calls):
@@ -233,22 +236,24 @@ OOM = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 
 """
 
 
-def test_a_job_that_does_not_fit_names_its_buffers_and_the_knobs():
+def test_a_job_that_does_not_fit_names_its_buffers():
     lines = plan.largest_buffers(OOM.replace("1. ", ""))
     assert lines == [
         '  Size: 4.00G  Shape: bf16[48,8,4096,4096]  Operator: op_name="jit(train_step)/dot"'
     ]
     assert plan.largest_buffers("first\nsecond\n\nthird") == ["  second", "  third"]
-    text = plan.knobs(make_config())
-    for knob in (
-        "compute.remat=full",
-        "student.batch_size below 16",
-        "mesh.fsdp above 1",
-        "attention=flash",
-        "lora_rank=64",
-    ):
-        assert knob in text
-    assert "lora_rank" not in plan.knobs(make_config(**{"student.lora_rank": 4}))
+
+
+def test_a_report_ends_with_the_whole_run(tiny):
+    """Of the slice's chips; a plan of as many that are not here says the same."""
+    config = make_config(**{"mesh.fsdp": 2})
+    found = plan.run_lines(config, "v5e:2x2", 1, Rates(0.4, 2.0))
+    place = elsewhere("v5e:4")
+    assert found == run_lines(TextSetup.planned(config, 4).cost(plan=True), place, Rates(0.4, 2.0))
+    assert any("hours on 4 x v5e at an MFU of 0.4" in line for line in found)
+    devices = plan.topology("v5e:2x2")[1]
+    there, as_many = (TextSetup.planned(config, d).cost() for d in (devices, 4))
+    assert there == as_many and knobs_of(config, devices) == knobs_of(config, 4)
 
 
 @pytest.mark.parametrize(

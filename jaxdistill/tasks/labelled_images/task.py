@@ -116,7 +116,13 @@ class LabelledImages(SmallTask):
     columns, shown = COLUMNS, PICTURED
     charted = MappingProxyType({"fd": "Fréchet distance ↓", "accuracy": "accuracy ↑"})
 
-    def __init__(self, config: ConfigDict, *, share: "LabelledImages | None" = None) -> None:
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        share: "LabelledImages | None" = None,
+        devices: int | None = None,
+    ) -> None:
         self.data = share.data if share else LabelledData(config)
         self.dataset = self.data.dataset
         names = list(self.dataset.class_names)
@@ -131,6 +137,7 @@ class LabelledImages(SmallTask):
             model={**config.model.to_dict(), "num_classes": len(names)},
             cond=jax.ShapeDtypeStruct((1,), jnp.int32),
             share=share,
+            devices=devices,
         )
 
     def check(self) -> None:

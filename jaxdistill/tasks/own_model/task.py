@@ -106,6 +106,10 @@ class OwnModel:
 
     # -- what a method asks for (`run.task.Task`)
 
+    def written(self) -> Distillation:
+        """Its own: nothing is computed twice."""
+        return self.distillation
+
     def kit(self, null: Any) -> Kit:
         """The network and what the methods share."""
         problem = self.problem

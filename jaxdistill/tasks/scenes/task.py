@@ -276,7 +276,12 @@ class Scenes(SmallTask):
     charted = MappingProxyType({"fd": "Fréchet distance ↓", "all_right": "caption all right ↑"})
 
     def __init__(
-        self, config: ConfigDict, *, data: SceneData | None = None, share: "Scenes | None" = None
+        self,
+        config: ConfigDict,
+        *,
+        data: SceneData | None = None,
+        share: "Scenes | None" = None,
+        devices: int | None = None,
     ) -> None:
         check(config)
         self.data = data or (share.data if share else SceneData(config))
@@ -287,6 +292,7 @@ class Scenes(SmallTask):
             cond=self.data.cond,
             text=self.data.text,
             share=share,
+            devices=devices,
         )
 
     @property
@@ -350,6 +356,12 @@ class Scenes(SmallTask):
             self.draw(sampled, conds(repeated), len(repeated), ev.seed + 2),
         )
         return (images, *more), rate
+
+    @property
+    def scored(self) -> int:
+        """As many as are asked for; of some there may be fewer."""
+        ev = self.config.eval
+        return int(ev.samples + ev.unseen + ev.diversity_captions * ev.repeats)
 
     def scores(self, *images: np.ndarray) -> SceneScores:
         """Against real scenes."""

@@ -58,6 +58,11 @@ def check_finite(values: Array | np.ndarray, component: str, dtype: Any) -> None
     raise NotFinite(f"{component} gives values that are not finite (NaN or infinite); {mend}")
 
 
+def dtype_of(encoder: diffusers_folder.Part, dtype: Any = np.float32) -> Any:
+    """Of the parameters of a text encoder: see `TextEncoders`."""
+    return dtype if isinstance(encoder.module, CLIPText) else encoder.module.dtype
+
+
 class TextEncoders:
     """The frozen text side of a folder: prompts -> the network's conditioning.
 
@@ -70,9 +75,7 @@ class TextEncoders:
         self.tokenizers = folder.family.open_tokenizers(folder)
         self.dtype = folder.text_encoders[0].module.dtype
         self.params = [
-            diffusers_folder.load_params(
-                part, dtype=dtype if isinstance(part.module, CLIPText) else self.dtype
-            )
+            diffusers_folder.load_params(part, dtype=dtype_of(part, dtype))
             for part in folder.text_encoders
         ]
         self._said: set[tuple[int, str]] = set()

@@ -25,6 +25,8 @@ from jaxdistill import partition
 from jaxdistill.costs import hlo
 from jaxdistill.costs.chips import CHIPS, Chip
 from jaxdistill.errors import UserError
+from jaxdistill.run import cost
+from jaxdistill.run.cost import RESERVED, DoesNotFit, bytes_a_device, first_line
 
 KNOWN = (
     "v4:2x2x1, v4:2x2x2, v4:2x2x4, v4:4x4x4, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v5p:2x2x1,"
@@ -32,23 +34,12 @@ KNOWN = (
 )
 """Topologies that the compiler describes; others of these chips work alike."""
 
-RESERVED = 0.03
-"""Share of a chip's memory that the runtime keeps, as an allowance."""
-
 WRITTEN = "*after_optimizations.txt"
 """Of the files that the compiler writes when told to dump: the text of what it made."""
 
 
 class AotError(UserError):
     """What cannot be planned, in one line."""
-
-
-class DoesNotFit(AotError):
-    """The program needs more memory than a chip has; `report` is what the compiler said."""
-
-    def __init__(self, line: str, report: str) -> None:
-        super().__init__(line)
-        self.report = report
 
 
 def topology(name: str, *, slices: int = 1) -> tuple[Chip, list[Any]]:
@@ -79,13 +70,9 @@ def topology(name: str, *, slices: int = 1) -> tuple[Chip, list[Any]]:
         found = topologies.get_topology_desc(platform="tpu", **options)
     except Exception as error:  # the library has several
         raise AotError(
-            f"--topology={name} cannot be described ({_first(error)}); choose one of {KNOWN}"
+            f"--topology={name} cannot be described ({first_line(error)}); choose one of {KNOWN}"
         ) from None
     return CHIPS[kind], list(found.devices)
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class Program(NamedTuple):
@@ -116,17 +103,10 @@ def text_program(config: ConfigDict, devices: Sequence[Any], stage: str = "") ->
     most = max(range(len(stages)), key=lambda i: (len(stages[i].networks), i))
     i = names[stage] if stage else most
     made = programs(setup.distillation.planned(i), setup.layout)
-    state, batch = made.state, setup.batch_shapes(stages[i])
-    kinds = {
-        **state.params,
-        "average": state.ema_params,
-        "optimizer": state.opt_state,
-        "frozen": made.given,
-        "batch": batch,
-    }
+    kinds = setup.distillation.kinds(i)
     flops, again = (setup.step_flops(i, remat=remat) for remat in ("none", config.compute.remat))
     rows = config.student.batch_size
-    return Program(made.step, (state, batch, made.given), kinds, flops, rows, again)
+    return Program(made.step, (made.state, kinds["batch"], made.given), kinds, flops, rows, again)
 
 
 def sampler_program(config: ConfigDict, devices: Sequence[Any]) -> Program:
@@ -211,17 +191,6 @@ PROGRAMS: Mapping[str, Callable[[ConfigDict, Sequence[Any]], Program]] = {
 """What can be planned: the train step, the student's sampler, or a step of the teacher's images."""
 
 
-def bytes_a_device(tree: Any) -> int:
-    """Of abstract arrays with shardings."""
-
-    def one(leaf: Any) -> int:
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        width = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-        return int(np.prod(shape)) * width
-
-    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
-
-
 class Compiled(NamedTuple):
     """A program for a slice, compiled."""
 
@@ -250,17 +219,14 @@ def compiled(program: Program) -> Compiled:
             # write what it does not know. The compiler's own text needs no parser.
             found = [path.read_text() for path in Path(folder).glob(WRITTEN)]
             text = max(found, key=len, default="")
-            return Compiled(executable, text, "" if text else _first(error), seconds)
+            return Compiled(executable, text, "" if text else first_line(error), seconds)
 
 
 def _compile(lowered: Any, options: Mapping[str, Any]) -> Any:
     try:
-        return lowered.compile(compiler_options=dict(options))
+        return cost.compiled(lowered, options)
     except jax.errors.JaxRuntimeError as error:
-        text = str(error)
-        if "RESOURCE_EXHAUSTED" not in text and "memory" not in text.lower():
-            raise AotError(f"the compiler refused the program: {_first(error)}") from None
-        raise DoesNotFit(f"the program does not fit: {_first(error)}", text) from None
+        raise AotError(f"the compiler refused the program: {first_line(error)}") from None
 
 
 def measure(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
@@ -271,14 +237,7 @@ def measure(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
     executable, text, unread, seconds = compiled(program)
     memory = executable.memory_analysis()
     arguments = {kind: bytes_a_device(tree) for kind, tree in program.kinds.items()}
-    # Results that are written over donated arguments cost nothing.
-    needed = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    needed = memory.argument_size_in_bytes + cost.temporaries_of(executable)
     return {
         "chip": chip.name,
         "chips": devices,
@@ -407,23 +366,6 @@ def _uncounted_lines(report: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def knobs(config: ConfigDict) -> str:
-    """What makes the program smaller, in the order to try it."""
-    found = []
-    if config.compute.remat != "full":
-        found.append("config.compute.remat=full")
-    found.append(
-        f"config.student.batch_size below {config.student.batch_size}, or config.student.accumulate"
-        f" above {config.student.accumulate}"
-    )
-    found.append("config.mesh.fsdp above " + str(config.mesh.fsdp))
-    if config.compute.attention in ("auto", "plain"):
-        found.append("config.compute.attention=flash")
-    if not config.student.lora_rank:
-        found.append("config.student.lora_rank=64")
-    return "; ".join(found)
-
-
 def search(
     make: Callable[[int], Program], chip: Chip, devices: int, step: int, limit: int = 1024
 ) -> tuple[int, dict[str, Any] | None]:
@@ -502,6 +444,15 @@ def plan(
         "compiled": program,
         **report,
     }
+
+
+def run_lines(config: ConfigDict, name: str, slices: int, rates: cost.Rates) -> list[str]:
+    """Work, time, money and disk of the whole run on a topology. Raises ValueError."""
+    from jaxdistill.tasks.text_to_image.setup import TextSetup
+
+    chip, devices = topology(name, slices=slices)
+    place = cost.Place(len(devices), chip.name, chip, None)
+    return cost.run_lines(TextSetup.planned(config, devices).cost(plan=True), place, rates)
 
 
 def largest_buffers(report: str, count: int = 8) -> list[str]:

@@ -2,6 +2,7 @@
 weights, no data, no files.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill import methods, partition
+from jaxdistill.costs import chips
 from jaxdistill.costs.flops import flops_of
 from jaxdistill.errors import UserError, choose
 from jaxdistill.interop import (
@@ -30,11 +32,16 @@ from jaxdistill.models.attention import ATTENTION, gpu_capability
 from jaxdistill.models.blocks import REMAT_POLICIES
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.prediction import as_denoiser, flow_prediction, v_prediction
+from jaxdistill.run.cost import Cost, Records, Work, parameters
 from jaxdistill.run.distillation import Distillation
 from jaxdistill.run.seeds import key_of
 from jaxdistill.sampling import TimeGrid
 from jaxdistill.tasks.settings import adversarial_settings, check_config, student_settings
 from jaxdistill.tasks.text_to_image import pipeline
+from jaxdistill.tasks.text_to_image.data import captioned_images, prompts_of
+from jaxdistill.tasks.text_to_image.images import Captioned
+
+REALS = "the teacher's images for the discriminator"
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -100,13 +107,15 @@ class TextSetup:
     """What a method asks for (`run.task.Task`) on a pipeline folder. Making it checks the config
     and computes nothing heavy.
 
-    `devices` may be those of a TPU topology that is not here.
+    `devices` may be those of a TPU topology that is not here, or as many as a number says.
     """
 
     ranks: Sequence[str] = ("distance",)
+    prompts: Sequence[str] = ()
+    images: Sequence[Captioned] = ()
 
     def __init__(
-        self, config: ConfigDict, folder: Folder, *, devices: Sequence[Any] | None = None
+        self, config: ConfigDict, folder: Folder, *, devices: Sequence[Any] | int | None = None
     ) -> None:
         check_config(config)
         self.config, self.folder = config, folder
@@ -156,6 +165,19 @@ class TextSetup:
         self.grids: dict[int, TimeGrid] = {n: self.grid(spec, n) for n in self.kit({}).steps}
         if self.recipe.learns_from:
             self.check_student(config.teacher.folder)
+
+    @classmethod
+    def planned(cls, config: ConfigDict, devices: Sequence[Any] | int | None = None) -> "TextSetup":
+        """For its cost: a teacher may be named by its architecture, and prompts may be missing.
+
+        Raises ValueError.
+        """
+        made = TextSetup(config, open_teacher(config), devices=devices)
+        if config.data.prompts:
+            made.prompts = prompts_of(config.data.prompts, config.data.tfds_dir)
+        if config.data.images:
+            made.images = captioned_images(config.data.images, config.data.tfds_dir)
+        return made
 
     # -- what a method asks for
 
@@ -303,6 +325,10 @@ class TextSetup:
 
     # -- cost
 
+    def written(self) -> Distillation:
+        """That of `as_written`."""
+        return self.as_written.distillation
+
     @cached_property
     def as_written(self) -> "TextSetup":
         """The same, with nothing computed twice and attention as matrix products: what counts."""
@@ -317,14 +343,17 @@ class TextSetup:
         config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
         module = self.network.clone(scan=scan, remat=remat, attention="plain")
         folder = self.folder._replace(network=self.folder.network._replace(module=module))
-        return TextSetup(config, folder, devices=jax.devices()[:1])
+        made = TextSetup(config, folder, devices=jax.devices()[:1])
+        made.as_written = made
+        return made
 
     def step_flops(self, stage: int = 0, *, remat: str = "none") -> float:
         """FLOPs of one step of a stage on all devices: with nothing computed twice, or with what
         this `remat` computes again.
         """
-        made = self.as_written if remat == "none" else self._written(remat)
-        return made.distillation.flops(stage)
+        if remat == "none":
+            return self.distillation.flops(stage)
+        return self._written(remat).distillation.counted(stage)
 
     def call_flops(self, *, copies: int = 1) -> float:
         """FLOPs of one call on one example, with `copies` rows of conditioning."""
@@ -332,6 +361,69 @@ class TextSetup:
         x = jax.ShapeDtypeStruct((1, *self.latent_shape), np.float32)
         t = jax.ShapeDtypeStruct((1,), np.float32)
         return flops_of(plain.network.apply, plain.abstract, x, t, self.cond_shapes(copies))
+
+    def cost(self, *, plan: bool = False) -> Cost:
+        """Of a run, but for its health lines. FLOPs are counted for a `plan`, and where a run asks
+        for its MFU: that takes seconds.
+        """
+        count = plan or chips.of_device(jax.local_devices()[0]) is not None
+        work, config, mesh = self.distillation, self.config, self.layout.mesh
+        beside = {
+            name: parameters(diffusers_folder.abstract_params(part))
+            for name, part in {**self.folder.encoders, "vae": self.folder.vae}.items()
+        }
+        drawing = {name: 4 * size for name, size in beside.items()}
+        for name, part in self.folder.encoders.items():
+            drawing[name] = np.dtype(pipeline.dtype_of(part)).itemsize * beside[name]
+        if jax.process_count() > 1 and mesh.size > mesh.shape["data"]:  # each draws by itself
+            drawing["the student, gathered"] = 4 * parameters(work.trained_shapes)
+            if config.student.lora_rank:
+                width = np.dtype(DTYPES[config.compute.teacher_dtype]).itemsize
+                drawing["the teacher, gathered"] = width * parameters(self.abstract)
+        parts = []
+        for records, steps in self.caches:
+            if steps and records.number:
+                images = records.number * steps
+                copies = 2 if self.guided else 1
+                calls = images * copies / config.student.batch_size
+                flops = images * self.call_flops(copies=copies) if count else None
+                parts.append(Work(records.name, 0, calls, flops))
+        return Cost(
+            networks=work.networks | beside,
+            kept=work.kept(work.largest),
+            drawing=drawing,
+            work=[*parts, *work.work(count=count)],
+            records=[records for records, _ in self.caches],
+            rows=config.student.batch_size,
+        )
+
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher's images take two rows of conditioning a call."""
+        return self.folder.family.guides(self.folder, self.config.teacher.guidance)
+
+    @property
+    def needs_reals(self) -> bool:
+        """Whether some stage wants images."""
+        return any(stage.reals or stage.data == "images" for stage in self.recipe.stages)
+
+    @property
+    def caches(self) -> list[tuple[Records, int]]:
+        """What a run keeps on disk, and the teacher's steps that an image of it takes."""
+        config, pairs = self.config, self.recipe.pairs
+        width = np.dtype(self.folder.family.text_dtype).itemsize
+        text = width * parameters(self.null_shapes())
+        latents = 4 * math.prod(self.latent_shape)
+        found = [(Records("prompts", len(self.prompts) or None, text), 0)]
+        if self.needs_reals and config.adversarial.reals == "data":
+            found.append((Records("images", len(self.images) or None, text + latents), 0))
+        elif self.needs_reals:
+            images = Records(REALS, config.adversarial.pool, text + 2 * latents)
+            found.append((images, config.teacher.steps))
+        if pairs:
+            count = self.distillation.pair_count(self.guided)
+            found.append((Records("pairs", count, text + 2 * latents), pairs.steps))
+        return found
 
     def decode_flops(self) -> float:
         """FLOPs of decoding one image."""

@@ -35,7 +35,13 @@ from jaxdistill.tasks.text_to_image import pipeline, take_away
 from jaxdistill.tasks.text_to_image.checksums import Checksums, weights_of
 from jaxdistill.tasks.text_to_image.data import captioned_images, prompts_of
 from jaxdistill.tasks.text_to_image.images import READING, Captioned, fit_image
-from jaxdistill.tasks.text_to_image.setup import DTYPES, SINGLE_FILE, TextSetup, open_teacher
+from jaxdistill.tasks.text_to_image.setup import (
+    DTYPES,
+    REALS,
+    SINGLE_FILE,
+    TextSetup,
+    open_teacher,
+)
 
 NUMBERS = ("diversity", "contrast", "saturation", "distance")
 COLUMNS = {"steps": ("steps", "{}"), **{name: (name, "{:.3f}") for name in NUMBERS}}
@@ -78,11 +84,6 @@ class TextToImageTask(TextSetup):
     def single_file(self) -> bool:
         """Whether the student is written as one file, too."""
         return SINGLE_FILE[self.config.export.single_file](self.folder)
-
-    @property
-    def needs_reals(self) -> bool:
-        """Whether some stage wants images."""
-        return any(stage.reals or stage.data == "images" for stage in self.recipe.stages)
 
     # -- weights
 
@@ -195,9 +196,8 @@ class TextToImageTask(TextSetup):
             rows = 4 * pipe.parts
             cache("images", about, captions, read, "encoding images", rows=rows)
         elif self.needs_reals:
-            what = "the teacher's images for the discriminator"
             sampler = {"steps": config.teacher.steps, "solver": config.teacher.solver}
-            self.teacher_cache(cache, pipe, "teacher", what, config.adversarial.pool, sampler)
+            self.teacher_cache(cache, pipe, "teacher", REALS, config.adversarial.pool, sampler)
         if self.recipe.pairs:
             pairs = self.recipe.pairs
             solver = choose_solver(pairs.solver)
@@ -211,7 +211,7 @@ class TextToImageTask(TextSetup):
                 drawn,
                 "pairs",
                 "pairs",
-                self.distillation.pair_count(pipe.guides(config.teacher.guidance)),
+                self.distillation.pair_count(self.guided),
                 sampler,
             )
 
