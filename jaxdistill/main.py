@@ -3,9 +3,10 @@
     python -m jaxdistill.main --config=configs/digits.py --workdir=runs/digits
 
 The config names the task, the teacher and the method. configs/ has smoke (under a minute), digits,
-fashion and scenes (small models, trained from scratch), and sd15, sd21, sdxl and tpu_v4 (your
-checkpoint). The same command resumes a run that was stopped, and evaluates a finished run again;
-with more config.student.iterations it goes on. --plan tells what a run will cost.
+fashion and scenes (small models, trained from scratch), and sd15, sdxl, sd3, flux and their like
+(your checkpoint), tpu_v4 and gpu (the same on such machines). The same command resumes a run that
+was stopped, and evaluates a finished run again; with more config.student.iterations it goes on.
+--plan tells what a run will cost.
 """
 
 import json

@@ -57,7 +57,10 @@ CARDS = {
 """NVIDIA GPUs whose peaks are known here; links are NVLink, or PCIe where there is none."""
 
 
+KNOWN = {name.lower().replace(" ", "-"): chip for name, chip in {**CHIPS, **CARDS}.items()}
+"""All, by names for a command line: v5e, h100, a100-80gb."""
+
+
 def of_device(device: Any) -> Chip | None:
     """The chip that a device of JAX is, or None where it is not known here."""
-    known = (*CHIPS.values(), *CARDS.values())
-    return next((chip for chip in known if device.device_kind in chip.kinds), None)
+    return next((chip for chip in KNOWN.values() if device.device_kind in chip.kinds), None)

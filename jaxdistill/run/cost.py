@@ -12,11 +12,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill.costs import chips
-from jaxdistill.costs.chips import CHIPS, Chip
+from jaxdistill.costs.chips import CARDS, KNOWN, Chip
 from jaxdistill.errors import UserError
 
 RESERVED = 0.03
 """Share of a chip's memory that the runtime keeps, as an allowance."""
+
+
+TAKEN = 0.75
+"""Share of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 
 
 class Work(NamedTuple):
@@ -118,13 +122,14 @@ def here() -> Place:
 def elsewhere(name: str) -> Place:
     """CHIP:COUNT: so many chips of the table, which are not here. Raises UserError."""
     kind, _, count = name.partition(":")
-    if kind not in CHIPS or not count.isdigit() or int(count) < 1:
+    if kind not in KNOWN or not count.isdigit() or int(count) < 1:
         raise UserError(
-            f"--plan_for={name} is not known; give CHIP:COUNT, with one of {', '.join(CHIPS)}, such"
+            f"--plan_for={name} is not known; give CHIP:COUNT, with one of {', '.join(KNOWN)}, such"
             " as v5e:16"
         )
-    chip = CHIPS[kind]
-    return Place(int(count), chip.name, chip, int(chip.hbm * (1 - RESERVED)))
+    chip = KNOWN[kind]
+    share = TAKEN if chip.name in CARDS else 1 - RESERVED
+    return Place(int(count), chip.name, chip, int(chip.hbm * share))
 
 
 def bytes_a_device(tree: Any) -> int:

@@ -427,8 +427,8 @@ def mend(config: ConfigDict) -> str:
     flat = {f"config.methods.{name}.{k}": v for k, v in settings.items()}
     found = [f"{k}=trajectory" for k, v in flat.items() if k.endswith(".noise") and v == "fresh"]
     found += [f"a lower {k}" for k, v in flat.items() if k.endswith("adversarial_weight") and v]
-    found = found or [f"a lower {k}" for k in flat if k.endswith(".learning_rate")]
-    return " or ".join(found) or "a lower learning rate"
+    rates = [f"a lower {k}" for k in flat if k.endswith(".learning_rate")]
+    return " or ".join([*found, "a lower learning rate"] if found or not rates else rates)
 
 
 def keep_best_of(name: str, steps: Sequence[int]) -> str:

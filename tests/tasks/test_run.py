@@ -411,13 +411,13 @@ def test_a_health_line_has_each_number_with_its_error(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("method", "changes", "wanted"),
     [
-        ("add", {}, "a lower {}adversarial_weight"),
-        ("matched", {}, "a lower {}flash.adversarial_weight"),
+        ("add", {}, "a lower {}adversarial_weight or a lower learning rate"),
+        ("matched", {}, "a lower {}flash.adversarial_weight or a lower learning rate"),
         ("tdm", {}, "a lower {}learning_rate"),
         (
             "imagine_flash",
             {"methods.imagine_flash.noise": "fresh"},
-            "{0}noise=trajectory or a lower {0}adversarial_weight",
+            "{0}noise=trajectory or a lower {0}adversarial_weight or a lower learning rate",
         ),
     ],
 )
