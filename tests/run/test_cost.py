@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from shell import tiny_config
 
-from jaxdistill.costs.chips import CHIPS
+from jaxdistill.costs.chips import CARDS, CHIPS
 from jaxdistill.errors import UserError
 from jaxdistill.run import cost
 from jaxdistill.run.cost import Cost, Place, Rates, Records, Work
@@ -82,8 +82,15 @@ def test_rates_that_cannot_be_are_one_line(rates, words):
 def test_devices_that_nobody_knows_are_one_line(name):
     with pytest.raises(UserError, match=rf"^--plan_for={name} is not known; give CHIP:COUNT"):
         cost.elsewhere(name)
-    place = cost.elsewhere("v4:8")
-    assert (place.devices, place.chip) == (8, CHIPS["v4"]) and place.memory < CHIPS["v4"].hbm
+
+
+@pytest.mark.parametrize(
+    ("name", "chip", "share"),
+    [("v4:8", CHIPS["v4"], 0.97), ("a100-80gb:8", CARDS["A100 80GB"], 0.75)],
+)
+def test_devices_elsewhere_have_what_a_run_gets_of_their_memory(name, chip, share):
+    place = cost.elsewhere(name)
+    assert (place.devices, place.chip, place.memory) == (8, chip, int(chip.hbm * share))
 
 
 def test_what_comes_for_a_time_counts_once():
