@@ -120,11 +120,11 @@ def whole() -> ConfigDict:
 
 
 def flow(config: ConfigDict) -> None:
-    """γ and the k teacher steps of a flow-matching teacher: at 1.9 times the α/σ that they have on
-    the 1.x schedule. On digits that was the best (docs/results/flow.md).
+    """γ and the k teacher steps of a flow-matching teacher: at the noise levels that they have on
+    the 1.x schedule, which was the best on scenes (docs/results/flow_scenes.md).
     """
     for flash in (config.methods.imagine_flash, config.methods.matched.flash):
-        flash.update({"reference": "scaled_linear", "reference_snr": 1.9})
+        flash.reference = "scaled_linear"
 
 
 def rates(config: ConfigDict, factor: float) -> None:
