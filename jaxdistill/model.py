@@ -88,7 +88,7 @@ _BUFFERS = ("pos_embed.pos_embed",)
 def trained(params: Any) -> Any:
     """Whether each array is trained: a tree of bools, False for a checkpoint's buffers."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: getattr(path[-1], "key", "") not in _BUFFERS, params
+        lambda path, _: not any(getattr(key, "key", "") in _BUFFERS for key in path[-1:]), params
     )
 
 
