@@ -10,11 +10,9 @@
 #
 #   launch/slurm.sh --nodes=2 -- --config=configs/sd15.py --workdir=runs/sd15
 #
-# With NVIDIA GPUs one process a GPU, or one process for all of a node's; the processes of a node
-# divide its GPUs among them:
-#
-#   launch/slurm.sh --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8 -- --config=...
-#   launch/slurm.sh --nodes=2 --gpus-per-node=8 --cpus-per-task=64 -- --config=...
+# With NVIDIA GPUs give --gpus-per-node=8, and --ntasks-per-node=8 for one process a GPU; without the
+# latter one process has all of a node's. The processes of a node divide its GPUs among them, and
+# --cpus-per-task are the cores of each.
 #
 # usage: launch/slurm.sh --nodes=N [OPTIONS OF SBATCH] [--dry-run] --
 #        --config=FILE --workdir=FOLDER [--config.KEY=VALUE ...]
