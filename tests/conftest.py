@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections import Counter
 
@@ -99,3 +100,19 @@ def finished(tmp_path_factory):
             main.run(tiny.get_config(), shared / "finished")
     folder = shutil.copytree(shared / "finished", tmp_path_factory.mktemp("copy") / "finished")
     return folder, json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """(command, its arguments) -> (exit code, stdout, stderr)."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return run

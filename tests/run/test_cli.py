@@ -25,22 +25,6 @@ PROCESS_FLAGS = {
 """A flag -> as it is named."""
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """(command, its arguments) -> (exit code, stdout, stderr)."""
-
-    def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        code = 0
-        try:
-            module.main()
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def assert_refused(found, *words):
     code, out, err = found
     assert code == 2 and out == "", found

@@ -275,28 +275,12 @@ def test_a_step_that_the_compiler_cannot_place_is_refused(monkeypatch):
 # -------------------------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """The flags of `main` -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        code = 0
-        try:
-            main.main()
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
 @pytest.mark.parametrize("more", [[], ["--plan_for=v5e:4", "--price_per_hour=2"]])
 def test_a_plan_is_printed_without_a_workdir_and_nothing_is_written(
     call, monkeypatch, tmp_path, more
 ):
     monkeypatch.chdir(tmp_path)
-    code, out, err = call("--plan", f"--config={TINY}", *more)
+    code, out, err = call(main, "--plan", f"--config={TINY}", *more)
     assert (code, err) == (0, "") and len(out.splitlines()) <= 6
     names = [line.split()[0] for line in out.splitlines()]
     assert names == ["networks", "memory", "work", "time"]
@@ -306,7 +290,7 @@ def test_a_plan_is_printed_without_a_workdir_and_nothing_is_written(
 
 def test_a_plan_that_does_not_fit_ends_with_one(call, monkeypatch):
     small_machine(monkeypatch, 1000)
-    code, out, err = call("--plan", f"--config={TINY}")
+    code, out, err = call(main, "--plan", f"--config={TINY}")
     assert code == 1 and out.startswith("networks") and err.startswith("error: the run needs ")
     assert err.count("\n") == 1
 
@@ -342,7 +326,7 @@ def test_a_teacher_may_be_named_by_its_architecture(family):
     ],
 )
 def test_a_mistake_is_one_line(call, flags, words):
-    code, out, err = call(f"--config={TINY}", *flags)
+    code, out, err = call(main, f"--config={TINY}", *flags)
     assert code == 2 and out == "" and err.count("\n") == 1
     assert words in err
 
