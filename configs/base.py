@@ -48,11 +48,15 @@ def base(task: str, *, guidance: float) -> ConfigDict:
     config.guard = ConfigDict(
         {
             # off | warn | stop, with the best line's weights | rollback to them, at a lower rate.
-            "action": "warn",
+            "action": "stop",
+            "lines": 2,  # wrong ones in a row before it stops or rolls back
             "rollbacks": 2,  # at most; then it stops
             "rate": 0.3,  # factor on the learning rates at each
-            # How far a number may be: a difference, or for a ratio r the x of 1/(1+x) < r < 1+x.
+            # How far a number may be: a difference; of a ratio r the x of 1/(1+x) < r < 1+x; of fd
+            # and distance the rise from their lowest, as a share of it.
             "limits": {
+                "fd": 0.5,  # on validation, where the task has it
+                "distance": 0.5,  # of pixels to the teacher's
                 "brightness": 0.1,  # the mean, of [0, 1]
                 "contrast": 0.35,  # the standard deviation within an image
                 "colour": 0.5,  # the largest less the smallest channel

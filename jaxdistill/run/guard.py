@@ -17,11 +17,17 @@ RATIOS = ("contrast", "colour", "detail", "diversity", "channel_spread")
 DIFFERENCES = ("brightness", "channel_mean")
 """Of a health line: 0 where the student is as its teacher."""
 
+RISES = ("fd", "distance")
+"""Of a health line: falls as the student learns, and rises from its lowest where that goes wrong.
+"""
+
 DRIFT = "drift"
-"""The farthest number of a line, as a share of its limit."""
+"""The farthest from its teacher's of a line's numbers, as a share of its limit."""
 
 ERROR = "_error"
 """Ends the name of a number's standard error."""
+
+TINY = 1e-9
 
 NEWS = 0.25
 """A number has become worse where it is farther than it was by this share of that, or of its limit
@@ -31,11 +37,13 @@ where it was within.
 
 @dataclasses.dataclass(frozen=True)
 class GuardSettings:
-    """config.guard. limits: number -> how far it may be: a difference, or of a ratio r the x of
-    1/(1 + x) < r < 1 + x. rollbacks: at most. rate: each one's factor on the learning rate.
+    """config.guard. limits: number -> how far it may be: a difference, of a ratio r the x of
+    1/(1 + x) < r < 1 + x, of one of RISES its rise as a share of its lowest. lines: wrong ones in a
+    row before it acts. rollbacks: at most. rate: each one's factor on the learning rate.
     """
 
-    action: str = "warn"
+    action: str = "stop"
+    lines: int = 2
     rollbacks: int = 2
     rate: float = 0.3
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -46,15 +54,16 @@ def guard_settings(block: Mapping[str, Any]) -> GuardSettings:
     found = GuardSettings(**{**block, "limits": dict(block["limits"])})
     choose(dict.fromkeys(ACTIONS), found.action, "config.guard.action")
     for name, limit in found.limits.items():
-        if name not in (*RATIOS, *DIFFERENCES):
+        if name not in (*RATIOS, *DIFFERENCES, *RISES):
             raise ValueError(
                 f"config.guard.limits.{name}: no health line has such a number; choose of"
-                f" {', '.join((*RATIOS, *DIFFERENCES))}"
+                f" {', '.join((*RATIOS, *DIFFERENCES, *RISES))}"
             )
         if not limit > 0:
             raise ValueError(f"config.guard.limits.{name} must be above 0, got {limit:g}")
-    if found.rollbacks < 1:
-        raise ValueError(f"config.guard.rollbacks must be at least 1, got {found.rollbacks}")
+    for name in ("lines", "rollbacks"):
+        if getattr(found, name) < 1:
+            raise ValueError(f"config.guard.{name} must be at least 1, got {getattr(found, name)}")
     if not 0 < found.rate < 1:
         raise ValueError(
             f"config.guard.rate must be above 0 and below 1, got {found.rate:g}: it lowers the"
@@ -80,9 +89,12 @@ class Event(NamedTuple):
     action: str
 
     @property
-    def worse(self) -> bool:
-        """Whether it has been better before."""
-        return not self.far - self.least <= max(NEWS * max(self.least, 1.0), 2 * self.spread)
+    def wrong(self) -> bool:
+        """Whether it is beyond its limit by two errors, and farther than it was: a student of few
+        steps starts blurred, and recovers.
+        """
+        news = max(NEWS * max(self.least, 1.0), 2 * self.spread)
+        return self.far - 2 * self.spread > 1 and not self.far - self.least <= news
 
     @classmethod
     def of_loss(cls, step: int) -> "Event":
@@ -97,9 +109,12 @@ class Event(NamedTuple):
     def __str__(self) -> str:
         if self.number == "loss":
             return f"step {self.step}: the loss is no number"
+        told = f"step {self.step}: {self.number} = {self.value:.3g}"
+        if name_of(self.number) in RISES:
+            return f"{told} has risen from its lowest by {self.far:.2f} of its limit"
         return (
-            f"step {self.step}: {self.number} = {self.value:.3g} ± {self.error:.2g} is"
-            f" {self.far:.2f} of its limit from the teacher's; it was {self.least:.2f}"
+            f"{told} ± {self.error:.2g} is {self.far:.2f} of its limit from the teacher's; it was"
+            f" {self.least:.2f}"
         )
 
 
@@ -107,9 +122,10 @@ class Guard:
     """What the health lines of one training have said so far."""
 
     def __init__(self, settings: GuardSettings) -> None:
-        self.settings, self.least = settings, dict[str, float]()
+        self.settings = settings
+        self.least, self.lowest = dict[str, float](), dict[str, float]()  # far, and of RISES
         self.events: list[Event] = []
-        self.rollbacks = 0
+        self.rollbacks = self.wrong = 0  # wrong: lines in a row, by now
 
     @property
     def rate(self) -> float:
@@ -122,17 +138,20 @@ class Guard:
         return self.settings.action in ("stop", "rollback")
 
     def far(self, numbers: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-        """{key: (distance from the teacher's, its error)} of a line's numbers name_steps, as shares
-        of the limits.
+        """{key: (distance from the teacher's or its lowest, its error)} of a line's numbers
+        name_steps, as shares of the limits.
         """
         found = {}
         for key, value in numbers.items():
-            name = key.rpartition("_")[0]
+            name = name_of(key)
             if name not in self.settings.limits:
                 continue
             limit, error = self.settings.limits[name], numbers.get(key + ERROR, 0.0)
             if name in DIFFERENCES:
                 found[key] = abs(value) / limit, error / limit
+            elif name in RISES:
+                unit = limit * max(self.lowest.get(key, value), TINY)
+                found[key] = (value - self.lowest.get(key, value)) / unit, error / unit
             else:
                 scale = math.log1p(limit)
                 ratio = value if value > 0 else math.nan
@@ -143,32 +162,38 @@ class Guard:
         }
 
     def drift(self, numbers: Mapping[str, float]) -> float:
-        """How far the farthest number is, as a share of its limit."""
-        return max((far for far, _ in self.far(numbers).values()), default=0.0)
+        """How far from its teacher's the farthest number is, as a share of its limit."""
+        found = self.far(numbers).items()
+        return max((far for key, (far, _) in found if name_of(key) not in RISES), default=0.0)
 
-    def judge(self, step: int, numbers: Mapping[str, float], *, last: bool) -> list[Event]:
-        """What has gone wrong since the line before.
-
-        A number has where it is beyond its limit by two errors and has become worse, or where it is
-        there at the `last` line: a student of few steps starts blurred, and recovers.
-        """
+    def judge(self, step: int, numbers: Mapping[str, float]) -> list[Event]:
+        """What is wrong at this line."""
         found = []
         for key, (far, error) in self.far(numbers).items():
             least = self.least.setdefault(key, far)
             line = numbers[key], numbers.get(key + ERROR, math.nan)
             event = Event(step, key, *line, far, error, least, "")
-            if far - 2 * error > 1 and (last or event.worse):
+            if event.wrong:
                 found.append(event)
             self.least[key] = min(least, far)
+            if name_of(key) in RISES:
+                self.lowest[key] = min(self.lowest.get(key, math.inf), numbers[key])
+        self.wrong = self.wrong + 1 if found else 0
         return found
 
-    def act(self, found: list[Event], action: str) -> str:
-        """Remember the events, of which so much is to be done; what is done, of ACTIONS: after so
-        many rollbacks training stops.
+    def act(self, found: list[Event], best: int | None, *, at_once: bool) -> str:
+        """Remember the events; what is to be done, of ACTIONS. It is a warning before so many wrong
+        lines in a row, unless there is no time for more, and where there is no best line. After the
+        last rollback training stops.
         """
-        if action == "rollback":
-            action = "rollback" if self.rollbacks < self.settings.rollbacks else "stop"
+        settings, action = self.settings, self.settings.action
+        if best is None or (self.wrong < settings.lines and not at_once):
+            action = "warn"
+        elif self.acts:
+            if action == "rollback" and self.rollbacks == settings.rollbacks:
+                action = "stop"
             self.rollbacks += action == "rollback"
+            self.wrong = 0
         self.events += [event._replace(action=action) for event in found]
         return action
 
@@ -177,16 +202,24 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """All that it remembers, for a checkpoint's JSON."""
         events = [list(map(str, event)) for event in self.events]
-        return {"least": texts_of(self.least), "events": events, "rollbacks": self.rollbacks}
+        counts = {"rollbacks": self.rollbacks, "wrong": self.wrong}
+        numbers = {"least": texts_of(self.least), "lowest": texts_of(self.lowest)}
+        return {**numbers, "events": events, **counts}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Remember what an earlier start did."""
-        self.least, self.rollbacks = numbers_of(state["least"]), int(state["rollbacks"])
+        self.least, self.lowest = numbers_of(state["least"]), numbers_of(state["lowest"])
+        self.rollbacks, self.wrong = int(state["rollbacks"]), int(state["wrong"])
         kinds = Event.__annotations__.values()
         self.events = [
             Event(*(kind(text) for kind, text in zip(kinds, event, strict=True)))
             for event in state["events"]
         ]
+
+
+def name_of(key: str) -> str:
+    """Of a line's number name_steps."""
+    return key.rpartition("_")[0]
 
 
 def texts_of(numbers: Mapping[str, float]) -> dict[str, str]:

@@ -308,6 +308,7 @@ class _Running:
         self.before, self.health = Seconds(0.0, 0.0), dict[str, float]()
         self.guard, self.ended = Guard(loop.guard) if loop.guard else None, False
         acts = self.guard is not None and self.guard.acts
+        self.returns = loop.guard is not None and loop.guard.action == "rollback"
         if self.checkpoints.latest is None:
             self.state = loop.first()
         else:
@@ -321,7 +322,7 @@ class _Running:
                 print(f"{loop.name}: resumes at step {int(self.state.step)} of {loop.steps}")
         self.best: Best | None = None
         if loop.keep_best or acts:
-            like = loop.like if acts else loop.like.ema_params
+            like = loop.like if self.returns else loop.like.ema_params
             self.best = Best(f"{folder}-best", loop.keep_best or loop.rank, like)
         self.step = self.step_now()
         self.start, self.began = int(self.state.step), time.perf_counter()
@@ -370,13 +371,23 @@ class _Running:
             except NonFiniteError as error:
                 if error.step == 0 or not self.can_mend():
                     raise
-                self.act([Event.of_loss(error.step)])
+                self.last_finite()
+                self.act([Event.of_loss(error.step)], at_once=True)
 
     def can_mend(self) -> bool:
         """Whether the guard has something to go back to, or to end with."""
         if self.guard is None or not self.guard.acts or self.best is None:
             return False
         return bool(self.best.step) or self.guard.settings.action == "rollback"
+
+    def last_finite(self) -> None:
+        """Back to the last checkpoint: what is here is never saved."""
+        self.pending.clear()
+        self.checkpoints.wait()
+        del self.state
+        restored = self.checkpoints.latest is not None
+        self.state = self.checkpoints.restore(self.loop.like)[0] if restored else self.loop.first()
+        self.done = int(self.state.step)
 
     def step_now(self) -> Callable[..., Any]:
         """The step at the guard's rate."""
@@ -386,17 +397,19 @@ class _Running:
         assert slower is not None
         return slower(rate)
 
-    def act(self, events: list[Event]) -> None:
+    def act(self, events: list[Event], *, at_once: bool) -> None:
         """What the guard does about these: tell, end, or go back."""
         assert self.guard is not None
         best = self.best.step if self.best is not None else None
-        helps = best is not None and any(event.worse for event in events)
-        action = self.guard.act(events, self.guard.settings.action if helps else "warn")
+        action = self.guard.act(events, best, at_once=at_once)
         then = {
             "warn": f"try {self.loop.mend}",
-            "stop": f"training ends, with what step {best} had",
+            "stop": f"training ends, with what step {best} had; try {self.loop.mend}",
             "rollback": f"training goes on from step {best}, at {self.guard.rate:.2g} of its rate",
         }[action]
+        if action == "warn" and self.guard.acts:
+            left = self.guard.settings.lines - self.guard.wrong
+            then = f"{self.guard.settings.action} after {left} more such line{'s' * (left > 1)}"
         for event in events:
             self.writer.add_text("guard", str(event), event.step)
         if distributed.is_main():
@@ -406,24 +419,26 @@ class _Running:
         if action == "warn":
             return
         self.rest()
-        self.pending.clear()
-        self.take_best()
-        if action == "stop":
-            self.ended = True
-            self.save(self.done)
-            return
-        self.step, self.done = self.step_now(), int(self.state.step)
+        if action == "rollback":
+            self.take_best()
+            self.step, self.done = self.step_now(), int(self.state.step)
+        self.ended = action == "stop"
         self.checkpoints.drop(self.done)
         self.save(self.done)
+        if self.ended:
+            return
         self.writer.close()
         self.curve, self.writer = self.records(self.done)
         self.bar.n = self.done
 
     def take_best(self) -> None:
-        """The state that was kept takes the place of this one: the devices never hold both."""
+        """What was kept takes the place of this: the devices never hold two whole states."""
         assert self.best is not None
-        del self.state
-        self.state = self.best.restore()
+        if self.returns:
+            del self.state
+            self.state = self.best.restore()
+        else:
+            self.state = self.state._replace(ema_params=self.best.restore())
 
     def records(self, start: int) -> tuple[Curve, Any]:
         """The curve and TensorBoard's writer, without what they hold of later steps."""
@@ -511,14 +526,11 @@ class _Running:
         for key, value in self.health.items():
             self.writer.add_scalar(f"health/{key}", value, done)
         if self.best is not None and (done or not self.loop.keep_best):  # none asked for step 0
-            whole = self.guard is not None and self.guard.acts
             with self.meter.spent("save"):
-                kept = self.state if whole else self.state.ema_params
+                kept = self.state if self.returns else self.state.ema_params
                 self.best.offer(done, kept, self.health)
-        if self.guard is not None and (
-            events := self.guard.judge(done, self.health, last=done == self.loop.steps)
-        ):
-            self.act(events)
+        if self.guard is not None and (events := self.guard.judge(done, self.health)):
+            self.act(events, at_once=done == self.loop.steps)
 
     def rest(self) -> None:
         """What comes now may take its time."""
@@ -546,10 +558,7 @@ class _Running:
         health, best, events = self.health, self.best, self.guard.events if self.guard else ()
         if best is not None and best.step is not None and (self.ended or self.loop.keep_best):
             with self.meter.spent("save"):
-                if self.guard is not None and self.guard.acts:
-                    self.take_best()
-                else:
-                    self.state = self.state._replace(ema_params=best.restore())
+                self.take_best()
             health = best.health
             if distributed.is_main():
                 where = f"step {best.step} ({best.key} {best.value:g})"

@@ -4,19 +4,26 @@ import math
 
 import pytest
 
-from jaxdistill.run.guard import DIFFERENCES, RATIOS, Guard, GuardSettings, guard_settings
+from jaxdistill.run.guard import (
+    DIFFERENCES,
+    RATIOS,
+    RISES,
+    Guard,
+    GuardSettings,
+    guard_settings,
+)
 
-LIMITS = {"contrast": 0.5, "brightness": 0.1}
+LIMITS = {"contrast": 0.5, "brightness": 0.1, "fd": 0.5}
 
 
 def guard(**changes):
     return Guard(GuardSettings(limits=LIMITS, **changes))
 
 
-def judged(made, *lines, last=False):
+def judged(made, *lines):
     """The numbers that are found at each line of contrast_1."""
     return [
-        [event.number for event in made.judge(i, {"contrast_1": value}, last=last)]
+        [event.number for event in made.judge(i, {"contrast_1": value})]
         for i, value in enumerate(lines)
     ]
 
@@ -33,25 +40,54 @@ def test_a_student_that_starts_far_off_may_recover_and_may_not_fall_again():
     assert judged(guard(), 0.1, 0.05, 0.01) == [[], ["contrast_1"], ["contrast_1"]]
 
 
-def test_far_off_at_the_end_is_told_though_it_was_never_nearer():
-    made = guard()
-    assert judged(made, 0.1) == [[]]
-    (event,) = made.judge(1, {"contrast_1": 0.2}, last=True)
-    assert not event.worse
+@pytest.mark.parametrize("lines", [1, 2, 3])
+def test_it_acts_after_so_many_wrong_lines_in_a_row(lines):
+    """A right line between them counts anew, and so does what follows a rollback."""
+    wrong, right = 2.0, 1.0
+    made = guard(action="rollback", lines=lines)
+
+    def acts(values):
+        found = []
+        for value in values:
+            events = made.judge(0, {"contrast_1": value})
+            found.append(made.act(events, 0, at_once=False) if events else "")
+        return found
+
+    row = ["warn"] * (lines - 1)
+    assert acts([right, *[wrong] * (lines - 1), right]) == ["", *row, ""]
+    assert acts([wrong] * lines) == [*row, "rollback"]
+    assert acts([wrong] * 2 * lines) == [*row, "rollback", *row, "stop"]
+
+
+def test_it_acts_at_once_where_no_line_follows_and_never_without_a_best_line():
+    made = guard(action="stop", lines=3)
+    assert judged(made, 1.0, 2.0) == [[], ["contrast_1"]]
+    assert made.act([], 0, at_once=True) == "stop"
+    assert made.act([], None, at_once=True) == "warn"
+
+
+def test_what_should_fall_may_not_rise_by_more_than_its_limit():
+    """However it compares with the teacher's, and whatever it was in between."""
+    made, found = guard(), []
+    for value in (8.0, 2.0, 2.9, 3.1, 2.9, 1.0, 1.6, math.nan):
+        found.append([str(event) for event in made.judge(0, {"fd_3": value})])
+    assert [len(events) for events in found] == [0, 0, 0, 1, 0, 0, 1, 1]
+    assert "has risen from its lowest by 1.10 of its limit" in found[3][0]
+    assert made.drift({"fd_3": 9.0}) == 0  # it says nothing of the teacher's
 
 
 def test_two_errors_are_no_event():
     made = guard()
-    made.judge(0, {"contrast_1": 1.0, "contrast_1_error": 0.3}, last=False)
-    assert not made.judge(1, {"contrast_1": 2.0, "contrast_1_error": 0.3}, last=False)
-    assert made.judge(2, {"contrast_1": 2.0, "contrast_1_error": 0.1}, last=False)
+    made.judge(0, {"contrast_1": 1.0, "contrast_1_error": 0.3})
+    assert not made.judge(1, {"contrast_1": 2.0, "contrast_1_error": 0.3})
+    assert made.judge(2, {"contrast_1": 2.0, "contrast_1_error": 0.1})
 
 
 def test_differences_have_their_limit_on_both_sides():
     for value, found in ((0.09, 0), (-0.09, 0), (0.15, 1), (-0.15, 1)):
         made = guard()
-        made.judge(0, {"brightness_2": 0.0}, last=False)
-        assert len(made.judge(1, {"brightness_2": value}, last=False)) == found
+        made.judge(0, {"brightness_2": 0.0})
+        assert len(made.judge(1, {"brightness_2": value})) == found
     assert guard().drift({"brightness_2": -0.05, "contrast_2": 1.0, "fd_2": 9.0}) == 0.5
 
 
@@ -62,14 +98,20 @@ def test_no_number_is_infinitely_far(value):
 
 
 def test_what_it_remembers_survives_a_restart():
-    made = guard(action="rollback", rollbacks=2, rate=0.5)
-    made.judge(0, {"contrast_1": 1.0}, last=False)
-    assert made.act(made.judge(5, {"contrast_1": math.nan}, last=False), "rollback") == "rollback"
-    again = guard(action="rollback", rollbacks=2, rate=0.5)
+    settings = {"action": "rollback", "lines": 2, "rollbacks": 2, "rate": 0.5}
+    made = guard(**settings)
+    made.judge(0, {"contrast_1": 1.0, "fd_1": 2.0})
+    assert made.act(made.judge(5, {"contrast_1": math.nan}), 0, at_once=True) == "rollback"
+    made.judge(6, {"contrast_1": math.nan})
+    again = guard(**settings)
     again.resume(made.state())
     assert str(again.events) == str(made.events) and again.least == made.least
+    assert again.lowest == made.lowest == {"fd_1": 2.0}
     assert again.rate == made.rate == 0.5
-    assert [again.act([], "rollback") for _ in range(2)] == ["rollback", "stop"]
+    assert again.act([], 0, at_once=False) == "warn"
+    again.judge(7, {"contrast_1": math.nan})
+    assert again.act([], 0, at_once=False) == "rollback"
+    assert again.act([], 0, at_once=True) == "stop"
 
 
 @pytest.mark.parametrize(
@@ -79,11 +121,12 @@ def test_what_it_remembers_survives_a_restart():
         ({"limits": {"sharpness": 0.1}}, "limits.sharpness: no health line has such a number"),
         ({"limits": {"contrast": 0.0}}, "limits.contrast must be above 0, got 0"),
         ({"rollbacks": 0}, "rollbacks must be at least 1, got 0"),
+        ({"lines": 0}, "lines must be at least 1, got 0"),
         ({"rate": 1.0}, "rate must be above 0 and below 1, got 1"),
     ],
 )
 def test_settings_that_cannot_be_are_named(changes, message):
-    whole = {"action": "stop", "rollbacks": 2, "rate": 0.3, "limits": LIMITS, **changes}
+    whole = {"action": "stop", "lines": 2, "rollbacks": 2, "rate": 0.3, "limits": LIMITS, **changes}
     with pytest.raises(ValueError, match=message) as told:
         guard_settings(whole)
     assert "\n" not in str(told.value)
@@ -93,4 +136,4 @@ def test_every_number_of_the_config_can_be_judged():
     from configs import base
 
     limits = base.base("labelled_images", guidance=1.0).guard.limits
-    assert {*limits} == {*RATIOS, *DIFFERENCES}
+    assert {*limits} == {*RATIOS, *DIFFERENCES, *RISES}

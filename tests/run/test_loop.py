@@ -668,11 +668,11 @@ class Drifting:
     told of the guard.
     """
 
-    def __init__(self, action, **settings):
+    def __init__(self, action, *, lines=1, **settings):
         self.rate, self.averages = 1.0, {}
         self.given = {
             "health": self.line,
-            "guard": GuardSettings(action=action, rate=0.5, limits=LIMITS, **settings),
+            "guard": GuardSettings(action=action, lines=lines, rate=0.5, limits=LIMITS, **settings),
             "slower": self.slower,
             "mend": "MEND",
         }
@@ -706,7 +706,7 @@ def test_a_guard_that_stops_leaves_what_the_best_line_had(tmp_path, stopped, cap
     kept = made.averages.get(10)
     if kept is not None:  # else of the start before
         assert_same_bits(first.state.ema_params, kept)
-    assert int(first.state.step) == 10 and first.health["contrast_1"] == pytest.approx(1.2)
+    assert int(first.state.step) == 15 and first.health["contrast_1"] == pytest.approx(1.2)
     (event,) = first.events
     assert (event.step, event.number, event.action) == (15, "contrast_1", "stop")
     again = run(tmp_path, batches=killed_at(0), **Drifting("stop").given)  # no step is left
