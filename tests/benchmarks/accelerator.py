@@ -117,17 +117,14 @@ def measured(step: Step, rounds: int) -> dict[str, Any]:
     import numpy as np
 
     from jaxdistill.costs import chips
+    from jaxdistill.run.cost import temporaries_of
 
     device, count = jax.local_devices()[0], jax.device_count()
     first = float(step.run()["loss"])
     seconds = seconds_of(step.run, rounds)
-    memory, stats = step.compiled.memory_analysis(), device.memory_stats() or {}
-    planned = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
+    stats = device.memory_stats() or {}
+    arguments = step.compiled.memory_analysis().argument_size_in_bytes
+    planned = arguments + temporaries_of(step.compiled)
     found = {
         "rows": step.rows,
         "seconds": round(seconds, 4),

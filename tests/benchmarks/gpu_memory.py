@@ -103,6 +103,7 @@ def of_attention(devices: list[Any]) -> dict[str, Any]:
 def of_step(size: str, devices: list[Any]) -> dict[str, Any]:
     """GiB of the training step of a size of configs/gpu.py."""
     from configs import gpu
+    from jaxdistill.run.cost import temporaries_of
     from jaxdistill.tasks.text_to_image import plan
 
     config = gpu.get_config(size)
@@ -110,12 +111,7 @@ def of_step(size: str, devices: list[Any]) -> dict[str, Any]:
     began = time.perf_counter()
     compiled = program.function.lower(*program.arguments).compile()
     seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
-    needed = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
+    needed = memory.argument_size_in_bytes + temporaries_of(compiled)
     text = compiled.as_text()
     kinds = {name: plan.bytes_a_device(tree) for name, tree in program.kinds.items()}
     return {

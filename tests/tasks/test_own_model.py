@@ -9,6 +9,7 @@ import own_model
 import pytest
 
 import jaxdistill as jd
+from jaxdistill.run import cost
 from jaxdistill.run.loop import NonFiniteError
 from jaxdistill.tasks.own_model.problem import following
 
@@ -227,3 +228,18 @@ def test_a_loss_that_is_no_number_is_told():
     broken = {**own_model.PARAMS, "means": own_model.MEANS * 1e30}
     with pytest.raises(NonFiniteError, match=r"student step 0: .*loss = (nan|inf)"):
         distilled("tdm", dataclasses.replace(problem, params=broken), iterations=4)
+
+
+def test_what_it_costs_is_told_before_the_teacher_draws(capsys):
+    distilled("direct", iterations=4, pool=64)
+    told = capsys.readouterr().out
+    kept, work, drawn = (told.index(word) for word in ("memory ", "work ", "the teacher draws"))
+    assert kept < work < drawn and "student 4 iterations, 8 calls" in told
+
+
+def test_a_training_that_does_not_fit_is_refused_before_any_work(monkeypatch, capsys):
+    here = cost.here()._replace(memory=100)
+    monkeypatch.setattr(cost, "here", lambda: here)
+    with pytest.raises(jd.UserError, match=r"needs .* a device .*, and .* has 100 B") as told:
+        distilled("direct", iterations=4)
+    assert "\n" not in str(told.value) and not capsys.readouterr().out

@@ -10,11 +10,12 @@ from tqdm import tqdm
 
 from jaxdistill import partition
 from jaxdistill.errors import UserError
+from jaxdistill.run import cost
 from jaxdistill.run.loop import NonFiniteError, Seconds, StopSignal, Trained
 from jaxdistill.run.phase import Training, programs
 from jaxdistill.run.records import read_curve
 from jaxdistill.run.run import Run
-from jaxdistill.run.workdir import prepare_workdir
+from jaxdistill.run.workdir import prepare_workdir, say
 from jaxdistill.tasks.own_model.problem import Options, Problem
 from jaxdistill.tasks.own_model.task import OwnModel
 
@@ -64,13 +65,20 @@ def distill(
       options: of training.
       workdir: folder of checkpoints and curves: the same call resumes there. None trains in memory.
 
+    What it will cost is printed first.
+
     Raises:
-      UserError: in one line, for what cannot be.
+      UserError: in one line, for what cannot be, as a training that does not fit the device.
       NonFiniteError: a loss is no finite number.
     """
     task = OwnModel(problem, method, settings or {}, options or Options())
     work = task.distillation
     work.check()
+    found, place = task.cost, cost.here()
+    if excess := cost.excess(found, place, None):
+        raise UserError(excess)
+    for line in cost.lines(found, place, None, cost.Rates()):
+        say(line)
     teacher = task.params
     task.prepare()
     if workdir is None:

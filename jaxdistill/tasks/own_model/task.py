@@ -24,6 +24,7 @@ from jaxdistill.model import Model, full_weights, low_rank
 from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.prediction import check_pair
 from jaxdistill.run import checkpoint
+from jaxdistill.run.cost import Cost
 from jaxdistill.run.distillation import HEADS, Distillation
 from jaxdistill.run.loop import HealthFn
 from jaxdistill.run.seeds import key_of, seed_of
@@ -103,6 +104,13 @@ class OwnModel:
             )
         self.distillation.check_batch()
         self.grids = {n: self.grid(self.recipe.sampler, n) for n in self.kit({}).steps}
+
+    @property
+    def cost(self) -> Cost:
+        """Of its trainings; without the teacher's images and the health numbers."""
+        work = self.distillation
+        kept = work.kept(work.largest)
+        return Cost(work.networks, kept, {}, work.work(), [], self.rows)
 
     # -- what a method asks for (`run.task.Task`)
 
