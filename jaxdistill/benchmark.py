@@ -35,6 +35,9 @@ LEFT_OUT = ("model", "steps", "guidance", "fd_noise", "fd_validation", "images_p
 """Columns of a run's table that a table of means has not, or not as a score."""
 
 
+TO_THE_END = {"guard.action": "warn"}
+"""Of every run: what is compared has equal lengths."""
+
 SCORED = {"eval.models": ("student",)}
 """Of a run whose teacher is another's."""
 
@@ -97,7 +100,7 @@ class Study:
 
     def opened(self, entry: Entry) -> SmallTask:
         """Its task; all share the first one's data and programs."""
-        changes = {**entry.changes, "seed": entry.seed}
+        changes = {**TO_THE_END, **entry.changes, "seed": entry.seed}
         if entry.origin:
             changes["teacher.path"] = str(self.workdir / entry.origin.folder / entry.given)
         share = next(iter(self.tasks.values()), None)

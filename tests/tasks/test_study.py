@@ -11,6 +11,7 @@ from configs import base
 from jaxdistill import ablate, benchmark
 from jaxdistill.run import checkpoint
 from jaxdistill.run.loop import Stopped, StopSignal
+from jaxdistill.run.records import read_curve
 from jaxdistill.tasks.small import SmallTask
 
 METHODS = ("imagine_flash", "step_distillation")
@@ -22,6 +23,8 @@ def tiny_list():
     config.student.iterations, config.methods.step_distillation.first = 12, 4
     base.compared(config, METHODS)
     config.benchmark.seeds = (0, 1)
+    config.guard.lines, config.student.health_every = 1, 4
+    config.guard.limits.update({name: 1e-9 for name in config.guard.limits})
     return config
 
 
@@ -71,6 +74,13 @@ def test_a_benchmark_runs_a_list_of_methods_on_labelled_images(finished_list):
     )
     assert of[0]["ratio"] == pytest.approx(of[0]["fd"] / results["reference"]["fd"], abs=1e-4)
     assert (study.workdir / "results.png").stat().st_size > 5000
+
+
+def test_no_guard_ends_a_run_of_a_list(finished_list):
+    for seed in (0, 1):
+        folder = finished_list[0].workdir / "students" / f"imagine_flash-{seed}"
+        curve = read_curve(folder / "curves" / "student.jsonl")
+        assert curve[-1]["step"] == 12 and curve[-1]["health/drift"] > 1
 
 
 def test_a_run_of_a_list_is_that_of_the_same_config_alone(finished, finished_list):
