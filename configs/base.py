@@ -49,7 +49,7 @@ def base(task: str, *, guidance: float) -> ConfigDict:
         {
             # off | warn | stop, with the best line's weights | rollback to them, at a lower rate.
             "action": "stop",
-            "lines": 2,  # wrong ones in a row before it stops or rolls back
+            "lines": 2,  # wrong ones in a row before it acts
             "rollbacks": 2,  # at most; then it stops
             "rate": 0.3,  # factor on the learning rates at each
             # How far a number may be: a difference; of a ratio r the x of 1/(1+x) < r < 1+x; of fd

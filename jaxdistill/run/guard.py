@@ -39,7 +39,7 @@ where it was within.
 class GuardSettings:
     """config.guard. limits: number -> how far it may be: a difference, of a ratio r the x of
     1/(1 + x) < r < 1 + x, of one of RISES its rise as a share of its lowest. lines: wrong ones in a
-    row before it acts. rollbacks: at most. rate: each one's factor on the learning rate.
+    row that are events. rollbacks: at most. rate: each one's factor on the learning rate.
     """
 
     action: str = "stop"
@@ -166,8 +166,8 @@ class Guard:
         found = self.far(numbers).items()
         return max((far for key, (far, _) in found if name_of(key) not in RISES), default=0.0)
 
-    def judge(self, step: int, numbers: Mapping[str, float]) -> list[Event]:
-        """What is wrong at this line."""
+    def judge(self, step: int, numbers: Mapping[str, float], *, last: bool) -> list[Event]:
+        """What is wrong, once so many lines in a row have been, or this is the last one."""
         found = []
         for key, (far, error) in self.far(numbers).items():
             least = self.least.setdefault(key, far)
@@ -179,19 +179,15 @@ class Guard:
             if name_of(key) in RISES:
                 self.lowest[key] = min(self.lowest.get(key, math.inf), numbers[key])
         self.wrong = self.wrong + 1 if found else 0
-        return found
+        return found if last or self.wrong >= self.settings.lines else []
 
-    def act(self, found: list[Event], best: int | None, *, at_once: bool) -> str:
-        """Remember the events; what is to be done, of ACTIONS. It is a warning before so many wrong
-        lines in a row, unless there is no time for more, and where there is no best line. After the
-        last rollback training stops.
+    def act(self, found: list[Event], best: int | None) -> str:
+        """Remember the events; what is to be done, of ACTIONS. Without a best line it is a warning,
+        and after the last rollback training stops.
         """
-        settings, action = self.settings, self.settings.action
-        if best is None or (self.wrong < settings.lines and not at_once):
-            action = "warn"
-        elif self.acts:
-            if action == "rollback" and self.rollbacks == settings.rollbacks:
-                action = "stop"
+        action = self.settings.action if best is not None else "warn"
+        if action == "rollback":
+            action = "rollback" if self.rollbacks < self.settings.rollbacks else "stop"
             self.rollbacks += action == "rollback"
             self.wrong = 0
         self.events += [event._replace(action=action) for event in found]

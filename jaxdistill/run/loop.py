@@ -372,7 +372,7 @@ class _Running:
                 if error.step == 0 or not self.can_mend():
                     raise
                 self.last_finite()
-                self.act([Event.of_loss(error.step)], at_once=True)
+                self.act([Event.of_loss(error.step)])
 
     def can_mend(self) -> bool:
         """Whether the guard has something to go back to, or to end with."""
@@ -397,19 +397,16 @@ class _Running:
         assert slower is not None
         return slower(rate)
 
-    def act(self, events: list[Event], *, at_once: bool) -> None:
+    def act(self, events: list[Event]) -> None:
         """What the guard does about these: tell, end, or go back."""
         assert self.guard is not None
         best = self.best.step if self.best is not None else None
-        action = self.guard.act(events, best, at_once=at_once)
+        action = self.guard.act(events, best)
         then = {
             "warn": f"try {self.loop.mend}",
             "stop": f"training ends, with what step {best} had; try {self.loop.mend}",
             "rollback": f"training goes on from step {best}, at {self.guard.rate:.2g} of its rate",
         }[action]
-        if action == "warn" and self.guard.acts:
-            left = self.guard.settings.lines - self.guard.wrong
-            then = f"{self.guard.settings.action} after {left} more such line{'s' * (left > 1)}"
         for event in events:
             self.writer.add_text("guard", str(event), event.step)
         if distributed.is_main():
@@ -529,8 +526,10 @@ class _Running:
             with self.meter.spent("save"):
                 kept = self.state if self.returns else self.state.ema_params
                 self.best.offer(done, kept, self.health)
-        if self.guard is not None and (events := self.guard.judge(done, self.health)):
-            self.act(events, at_once=done == self.loop.steps)
+        if self.guard is not None and (
+            events := self.guard.judge(done, self.health, last=done == self.loop.steps)
+        ):
+            self.act(events)
 
     def rest(self) -> None:
         """What comes now may take its time."""

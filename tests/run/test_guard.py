@@ -17,13 +17,13 @@ LIMITS = {"contrast": 0.5, "brightness": 0.1, "fd": 0.5}
 
 
 def guard(**changes):
-    return Guard(GuardSettings(limits=LIMITS, **changes))
+    return Guard(GuardSettings(limits=LIMITS, **{"lines": 1, **changes}))
 
 
 def judged(made, *lines):
     """The numbers that are found at each line of contrast_1."""
     return [
-        [event.number for event in made.judge(i, {"contrast_1": value})]
+        [event.number for event in made.judge(i, {"contrast_1": value}, last=False)]
         for i, value in enumerate(lines)
     ]
 
@@ -41,36 +41,37 @@ def test_a_student_that_starts_far_off_may_recover_and_may_not_fall_again():
 
 
 @pytest.mark.parametrize("lines", [1, 2, 3])
-def test_it_acts_after_so_many_wrong_lines_in_a_row(lines):
+def test_so_many_wrong_lines_in_a_row_are_an_event(lines):
     """A right line between them counts anew, and so does what follows a rollback."""
     wrong, right = 2.0, 1.0
     made = guard(action="rollback", lines=lines)
 
-    def acts(values):
-        found = []
-        for value in values:
-            events = made.judge(0, {"contrast_1": value})
-            found.append(made.act(events, 0, at_once=False) if events else "")
-        return found
+    def acts(*values):
+        found = [made.judge(0, {"contrast_1": value}, last=False) for value in values]
+        return [made.act(events, 0) if events else "" for events in found]
 
-    row = ["warn"] * (lines - 1)
-    assert acts([right, *[wrong] * (lines - 1), right]) == ["", *row, ""]
-    assert acts([wrong] * lines) == [*row, "rollback"]
-    assert acts([wrong] * 2 * lines) == [*row, "rollback", *row, "stop"]
+    quiet = [""] * (lines - 1)
+    assert acts(right, *[wrong] * (lines - 1), right) == ["", *quiet, ""]
+    assert acts(*[wrong] * lines) == [*quiet, "rollback"]
+    assert acts(*[wrong] * lines) == [*quiet, "rollback"]
+    assert acts(*[wrong] * lines) == [*quiet, "stop"]
 
 
-def test_it_acts_at_once_where_no_line_follows_and_never_without_a_best_line():
-    made = guard(action="stop", lines=3)
-    assert judged(made, 1.0, 2.0) == [[], ["contrast_1"]]
-    assert made.act([], 0, at_once=True) == "stop"
-    assert made.act([], None, at_once=True) == "warn"
+def test_at_the_last_line_one_is_enough():
+    made = guard(lines=3)
+    assert judged(made, 1.0, 2.0) == [[], []]
+    assert made.judge(2, {"contrast_1": 2.0}, last=True)
+
+
+def test_without_a_best_line_it_can_only_warn():
+    assert [guard(action="stop").act([], best) for best in (None, 0)] == ["warn", "stop"]
 
 
 def test_what_should_fall_may_not_rise_by_more_than_its_limit():
     """However it compares with the teacher's, and whatever it was in between."""
     made, found = guard(), []
     for value in (8.0, 2.0, 2.9, 3.1, 2.9, 1.0, 1.6, math.nan):
-        found.append([str(event) for event in made.judge(0, {"fd_3": value})])
+        found.append([str(event) for event in made.judge(0, {"fd_3": value}, last=False)])
     assert [len(events) for events in found] == [0, 0, 0, 1, 0, 0, 1, 1]
     assert "has risen from its lowest by 1.10 of its limit" in found[3][0]
     assert made.drift({"fd_3": 9.0}) == 0  # it says nothing of the teacher's
@@ -78,16 +79,16 @@ def test_what_should_fall_may_not_rise_by_more_than_its_limit():
 
 def test_two_errors_are_no_event():
     made = guard()
-    made.judge(0, {"contrast_1": 1.0, "contrast_1_error": 0.3})
-    assert not made.judge(1, {"contrast_1": 2.0, "contrast_1_error": 0.3})
-    assert made.judge(2, {"contrast_1": 2.0, "contrast_1_error": 0.1})
+    made.judge(0, {"contrast_1": 1.0, "contrast_1_error": 0.3}, last=False)
+    assert not made.judge(1, {"contrast_1": 2.0, "contrast_1_error": 0.3}, last=False)
+    assert made.judge(2, {"contrast_1": 2.0, "contrast_1_error": 0.1}, last=False)
 
 
 def test_differences_have_their_limit_on_both_sides():
     for value, found in ((0.09, 0), (-0.09, 0), (0.15, 1), (-0.15, 1)):
         made = guard()
-        made.judge(0, {"brightness_2": 0.0})
-        assert len(made.judge(1, {"brightness_2": value})) == found
+        made.judge(0, {"brightness_2": 0.0}, last=False)
+        assert len(made.judge(1, {"brightness_2": value}, last=False)) == found
     assert guard().drift({"brightness_2": -0.05, "contrast_2": 1.0, "fd_2": 9.0}) == 0.5
 
 
@@ -100,18 +101,17 @@ def test_no_number_is_infinitely_far(value):
 def test_what_it_remembers_survives_a_restart():
     settings = {"action": "rollback", "lines": 2, "rollbacks": 2, "rate": 0.5}
     made = guard(**settings)
-    made.judge(0, {"contrast_1": 1.0, "fd_1": 2.0})
-    assert made.act(made.judge(5, {"contrast_1": math.nan}), 0, at_once=True) == "rollback"
-    made.judge(6, {"contrast_1": math.nan})
+    nan = {"contrast_1": math.nan}
+    made.judge(0, {"contrast_1": 1.0, "fd_1": 2.0}, last=False)
+    assert made.act(made.judge(5, nan, last=True), 0) == "rollback"
+    assert not made.judge(6, nan, last=False)
     again = guard(**settings)
     again.resume(made.state())
     assert str(again.events) == str(made.events) and again.least == made.least
     assert again.lowest == made.lowest == {"fd_1": 2.0}
     assert again.rate == made.rate == 0.5
-    assert again.act([], 0, at_once=False) == "warn"
-    again.judge(7, {"contrast_1": math.nan})
-    assert again.act([], 0, at_once=False) == "rollback"
-    assert again.act([], 0, at_once=True) == "stop"
+    assert again.act(again.judge(7, nan, last=False), 0) == "rollback"
+    assert again.act([], 0) == "stop"
 
 
 @pytest.mark.parametrize(
