@@ -111,10 +111,10 @@ class Event(NamedTuple):
             return f"step {self.step}: the loss is no number"
         told = f"step {self.step}: {self.number} = {self.value:.3g}"
         if name_of(self.number) in RISES:
-            return f"{told} has risen from its lowest by {self.far:.2f} of its limit"
+            return f"{told} has risen from its lowest {self.far:.2f} times as far as it may"
         return (
-            f"{told} ± {self.error:.2g} is {self.far:.2f} of its limit from the teacher's; it was"
-            f" {self.least:.2f}"
+            f"{told} ± {self.error:.2g} is {self.far:.2f} times as far from the teacher's as it may"
+            f" be; it was {self.least:.2f}"
         )
 
 
@@ -176,8 +176,8 @@ class Guard:
             if event.wrong:
                 found.append(event)
             self.least[key] = min(least, far)
-            if name_of(key) in RISES:
-                self.lowest[key] = min(self.lowest.get(key, math.inf), numbers[key])
+            if name_of(key) in RISES and numbers[key] < self.lowest.get(key, math.inf):
+                self.lowest[key] = numbers[key]
         self.wrong = self.wrong + 1 if found else 0
         return found if last or self.wrong >= self.settings.lines else []
 

@@ -70,10 +70,13 @@ def test_without_a_best_line_it_can_only_warn():
 def test_what_should_fall_may_not_rise_by_more_than_its_limit():
     """However it compares with the teacher's, and whatever it was in between."""
     made, found = guard(), []
-    for value in (8.0, 2.0, 2.9, 3.1, 2.9, 1.0, 1.6, math.nan):
+    for value in (8.0, 2.0, 2.9, 3.1, 2.9, 1.0, 1.6, math.nan, 1.4):
         found.append([str(event) for event in made.judge(0, {"fd_3": value}, last=False)])
-    assert [len(events) for events in found] == [0, 0, 0, 1, 0, 0, 1, 1]
-    assert "has risen from its lowest by 1.10 of its limit" in found[3][0]
+    assert [len(events) for events in found] == [0, 0, 0, 1, 0, 0, 1, 1, 0]
+    assert "has risen from its lowest 1.10 times as far as it may" in found[3][0]
+    late = guard()
+    found = [len(late.judge(0, {"fd_3": value}, last=False)) for value in (math.nan, 2.0, 4.0)]
+    assert found == [1, 0, 1]
     assert made.drift({"fd_3": 9.0}) == 0  # it says nothing of the teacher's
 
 
