@@ -113,7 +113,7 @@ def test_what_it_remembers_survives_a_restart():
     assert str(again.events) == str(made.events) and again.least == made.least
     assert again.lowest == made.lowest == {"fd_1": 2.0}
     assert again.rate == made.rate == 0.5
-    assert again.act(again.judge(7, nan, last=False), 0) == "rollback"
+    assert (events := again.judge(7, nan, last=False)) and again.act(events, 0) == "rollback"
     assert again.act([], 0) == "stop"
 
 
