@@ -664,12 +664,12 @@ LIMITS = {"contrast": 0.35}
 
 
 class Drifting:
-    """Health lines of a training that goes wrong at step 15 at its whole rate, and what the loop is
+    """Health lines of a training that goes wrong at a step at its whole rate, and what the loop is
     told of the guard.
     """
 
-    def __init__(self, action, *, lines=1, **settings):
-        self.rate, self.averages = 1.0, {}
+    def __init__(self, action, *, at=15, lines=1, **settings):
+        self.at, self.rate, self.averages = at, 1.0, {}
         self.given = {
             "health": self.line,
             "guard": GuardSettings(action=action, lines=lines, rate=0.5, limits=LIMITS, **settings),
@@ -690,7 +690,7 @@ class Drifting:
 
     def line(self, params, step):
         self.averages[step] = jax.tree.map(np.asarray, params)
-        wrong = step == 15 and self.rate > 0.3
+        wrong = step == self.at and self.rate > 0.3
         return {"contrast_1": 2.0 if wrong else 1.3 - 0.01 * step, "contrast_1_error": 0.01}
 
 
@@ -732,6 +732,15 @@ def test_a_guard_goes_back_to_the_best_line_and_on_more_slowly(tmp_path, stopped
     assert curves[0] == curves[1]
     steps = [record["step"] for record in curves[0] if "loss" in record]
     assert steps == sorted(set(steps))  # nothing of what was left
+
+
+def test_one_wrong_line_at_the_end_is_enough(tmp_path):
+    """In between it is not, where two in a row are asked for."""
+    made = Drifting("stop", at=STEPS, lines=2)
+    found = run(tmp_path / "end", **made.given)
+    assert [(e.step, e.action) for e in found.events] == [(STEPS, "stop")]
+    assert_same_bits(found.state.ema_params, made.averages[STEPS - 5])
+    assert not run(tmp_path / "between", **Drifting("stop", lines=2).given).events
 
 
 def test_after_the_last_rollback_it_stops(tmp_path):
