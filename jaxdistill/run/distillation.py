@@ -388,7 +388,7 @@ class Distillation:
             trained = run.train(training)
             current = jax.tree.map(np.asarray, trained.state.ema_params)
             if stage.serves:
-                found.append(Student(stage, current, trained.health, training.steps))
+                found.append(Student(stage, current, trained.health, int(trained.state.step)))
         distributed.barrier("students are trained")
         return sorted(found, key=lambda student: -max(student.stage.serves))
 

@@ -17,17 +17,19 @@ RATIOS = ("contrast", "colour", "detail", "diversity", "channel_spread")
 DIFFERENCES = ("brightness", "channel_mean")
 """Of a health line: 0 where the student is as its teacher."""
 
-RISES = ("fd", "distance")
-"""Of a health line: falls as the student learns, and rises from its lowest where that goes wrong.
+RISES = {"fd": 1e-9, "distance": 0.02}
+"""Of a health line: falls as the student learns, and rises from its lowest where that goes wrong;
+below this it is low enough.
 """
+
+LOSS = "loss"
+"""Of an event: a loss or a gradient that is no number."""
 
 DRIFT = "drift"
 """The farthest from its teacher's of a line's numbers, as a share of its limit."""
 
 ERROR = "_error"
 """Ends the name of a number's standard error."""
-
-TINY = 1e-9
 
 NEWS = 0.25
 """A number has become worse where it is farther than it was by this share of that, or of its limit
@@ -73,7 +75,7 @@ def guard_settings(block: Mapping[str, Any]) -> GuardSettings:
 
 
 class Event(NamedTuple):
-    """A number (or "loss") that has gone wrong.
+    """A number (or LOSS) that has gone wrong.
 
     value, error: of the line, as it stands there. As shares of the limit: far, how far it is;
     spread, the error of that; least, how far it was at its best. action: what was done, of ACTIONS.
@@ -98,16 +100,22 @@ class Event(NamedTuple):
 
     @classmethod
     def of_loss(cls, step: int) -> "Event":
-        """A loss or a gradient that is no number."""
-        return cls(step, "loss", math.nan, math.nan, math.inf, 0.0, 0.0, "")
+        """At this step."""
+        return cls(step, LOSS, math.nan, math.nan, math.inf, 0.0, 0.0, "")
 
     def record(self) -> dict[str, Any]:
         """As JSON values: None is no number."""
         pairs = self._asdict().items()
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in pairs}
 
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "Event":
+        """`record` undone."""
+        values: dict[str, Any] = {k: math.nan if v is None else v for k, v in record.items()}
+        return cls(**values)
+
     def __str__(self) -> str:
-        if self.number == "loss":
+        if self.number == LOSS:
             return f"step {self.step}: the loss is no number"
         told = f"step {self.step}: {self.number} = {self.value:.3g}"
         if name_of(self.number) in RISES:
@@ -150,8 +158,8 @@ class Guard:
             if name in DIFFERENCES:
                 found[key] = abs(value) / limit, error / limit
             elif name in RISES:
-                unit = limit * max(self.lowest.get(key, value), TINY)
-                found[key] = (value - self.lowest.get(key, value)) / unit, error / unit
+                lowest = max(self.lowest.get(key, value), RISES[name])
+                found[key] = max(value - lowest, 0.0) / lowest / limit, error / lowest / limit
             else:
                 scale = math.log1p(limit)
                 ratio = value if value > 0 else math.nan

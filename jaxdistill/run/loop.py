@@ -23,7 +23,7 @@ from tqdm import tqdm
 from jaxdistill.partition import Layout
 from jaxdistill.run import distributed
 from jaxdistill.run.checkpoint import Checkpoints
-from jaxdistill.run.guard import DRIFT, Event, Guard, GuardSettings, numbers_of, texts_of
+from jaxdistill.run.guard import DRIFT, LOSS, Event, Guard, GuardSettings, numbers_of, texts_of
 from jaxdistill.run.records import Curve, Meter, Trace, summary_writer
 from jaxdistill.train import TrainState
 
@@ -177,8 +177,12 @@ class Best:
 
     def restore(self) -> Any:
         """What is kept, or None where no number was ever finite."""
-        self._checkpoints.wait()
+        self.wait()
         return None if self.step is None else self._checkpoints.restore(self._like)[0]
+
+    def wait(self) -> None:
+        """Until it is on disk."""
+        self._checkpoints.wait()
 
     def close(self) -> None:
         """Wait until all is on disk."""
@@ -317,18 +321,18 @@ class _Running:
             self.health = numbers_of(meta["health"])
             if self.guard is not None:
                 self.guard.resume(meta["guard"])
-                self.ended = bool(meta["ended"])
+                self.ended = loop.steps <= int(meta["ended"])
             if distributed.is_main() and not self.ended:
                 print(f"{loop.name}: resumes at step {int(self.state.step)} of {loop.steps}")
         self.best: Best | None = None
         if loop.keep_best or acts:
             like = loop.like if self.returns else loop.like.ema_params
             self.best = Best(f"{folder}-best", loop.keep_best or loop.rank, like)
-        self.step = self.step_now()
+        self.step, self.fresh = self.step_now(), self.checkpoints.latest is None
         self.start, self.began = int(self.state.step), time.perf_counter()
         self.done = self.start
         self.board = place.workdir / "tensorboard" / loop.name
-        self.curve, self.writer = self.records(self.start)
+        self.curve, self.writer = self.records(loop.steps if self.ended else self.start)
         self.meter = Meter(loop.examples, loop.flops, saving=self.before.saving)
         self.trace = Trace(self.board, self.start + 10, place.profile)
         self.watchdog = distributed.Watchdog() if jax.process_count() > 1 else None
@@ -354,7 +358,7 @@ class _Running:
                 f"{loop.name} stopped by {self.stop.received} at step {start} of {loop.steps};"
                 " the same command resumes it"
             )
-        if start == 0 and self.guard is not None:
+        if self.fresh and self.guard is not None:
             self.look(0)  # what comes is measured against it
         while self.done < loop.steps and not self.ended:
             i = self.done
@@ -371,23 +375,20 @@ class _Running:
             except NonFiniteError as error:
                 if error.step == 0 or not self.can_mend():
                     raise
-                self.last_finite()
                 self.act([Event.of_loss(error.step)])
 
     def can_mend(self) -> bool:
         """Whether the guard has something to go back to, or to end with."""
         if self.guard is None or not self.guard.acts or self.best is None:
             return False
-        return bool(self.best.step) or self.guard.settings.action == "rollback"
+        return bool(self.best.step) or (self.best.step == 0 and self.returns)
 
     def last_finite(self) -> None:
-        """Back to the last checkpoint: what is here is never saved."""
-        self.pending.clear()
+        """The state of the last checkpoint, or the first one: this one is never saved."""
         self.checkpoints.wait()
         del self.state
         restored = self.checkpoints.latest is not None
         self.state = self.checkpoints.restore(self.loop.like)[0] if restored else self.loop.first()
-        self.done = int(self.state.step)
 
     def step_now(self) -> Callable[..., Any]:
         """The step at the guard's rate."""
@@ -402,9 +403,10 @@ class _Running:
         assert self.guard is not None
         best = self.best.step if self.best is not None else None
         action = self.guard.act(events, best)
+        kept = f"what step {best} had" if best else "the untrained student"
         then = {
             "warn": f"try {self.loop.mend}",
-            "stop": f"training ends, with what step {best} had; try {self.loop.mend}",
+            "stop": f"training ends, with {kept}; try {self.loop.mend}",
             "rollback": f"training goes on from step {best}, at {self.guard.rate:.2g} of its rate",
         }[action]
         for event in events:
@@ -415,15 +417,20 @@ class _Running:
             print(f"guard: {self.loop.name}, {worst}{more}; {then}", file=sys.stderr, flush=True)
         if action == "warn":
             return
+        assert self.best is not None
         self.rest()
-        if action == "rollback":
+        self.pending.clear()
+        self.best.wait()
+        if self.returns:
             self.take_best()
-            self.step, self.done = self.step_now(), int(self.state.step)
-        self.ended = action == "stop"
+        elif any(event.number == LOSS for event in events):
+            self.last_finite()
+        self.done, self.ended = int(self.state.step), action == "stop"
         self.checkpoints.drop(self.done)
         self.save(self.done)
         if self.ended:
             return
+        self.step = self.step_now()
         self.writer.close()
         self.curve, self.writer = self.records(self.done)
         self.bar.n = self.done
@@ -524,8 +531,10 @@ class _Running:
             self.writer.add_scalar(f"health/{key}", value, done)
         if self.best is not None and (done or not self.loop.keep_best):  # none asked for step 0
             with self.meter.spent("save"):
-                kept = self.state if self.returns else self.state.ema_params
-                self.best.offer(done, kept, self.health)
+                # No name of its own: it would hold the state while another one is restored.
+                self.best.offer(
+                    done, self.state if self.returns else self.state.ema_params, self.health
+                )
         if self.guard is not None and (
             events := self.guard.judge(done, self.health, last=done == self.loop.steps)
         ):
@@ -544,7 +553,8 @@ class _Running:
         meta: dict[str, Any] = {"seconds": seconds.total, "save_seconds": seconds.saving}
         meta["health"] = texts_of(self.health)
         if self.guard is not None:
-            meta |= {"guard": self.guard.state(), "ended": self.ended}
+            ended = self.loop.steps if self.ended else -1  # more steps go on
+            meta |= {"guard": self.guard.state(), "ended": ended}
         self.checkpoints.save(step, self.state, meta)
         self.last_saved = step
 

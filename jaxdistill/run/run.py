@@ -175,7 +175,13 @@ class Run:
           notes: below its table.
           columns: {key of a row: (title, format)}.
         """
-        events = {name: found for name, found in self.events.items() if found}
+        path = self.workdir / "results.json"
+        # What is not trained again keeps what it had.
+        before = json.loads(path.read_text()).get("guard", {}) if path.exists() else {}
+        there = {
+            name: [Event.of_record(record) for record in found] for name, found in before.items()
+        }
+        events = {name: found for name, found in {**there, **self.events}.items() if found}
         whole = {
             **results,
             "guard": {k: [event.record() for event in found] for k, found in events.items()},
@@ -185,7 +191,7 @@ class Run:
             "config": json.loads(self.config.to_json()),
             "versions": versions(),
         }
-        checkpoint.write_json(self.workdir / "results.json", whole)
+        checkpoint.write_json(path, whole)
         table = report.markdown_table(whole["rows"], columns)
         seconds = ", ".join(f"{k} {v:.0f} s" for k, v in self.seconds.items())
         machine = whole["versions"]["machine"]

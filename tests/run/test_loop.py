@@ -100,6 +100,10 @@ def killed_at(n):
     return batches
 
 
+def no_batch(i):
+    raise Killed
+
+
 def newest(folder):
     return Checkpoints(folder / "checkpoints" / "toy").latest
 
@@ -694,13 +698,12 @@ class Drifting:
         return {"contrast_1": 2.0 if wrong else 1.3 - 0.01 * step, "contrast_1_error": 0.01}
 
 
-@pytest.mark.parametrize("stopped", [[], [12], [16]], ids=str)
+@pytest.mark.parametrize("stopped", [[], [12]], ids=str)
 def test_a_guard_that_stops_leaves_what_the_best_line_had(tmp_path, stopped, capsys):
     made = Drifting("stop")
     for n in stopped:
-        if n < 15:
-            with pytest.raises(Killed):
-                run(tmp_path, batches=killed_at(n), **Drifting("stop").given)
+        with pytest.raises(Killed):
+            run(tmp_path, batches=killed_at(n), **Drifting("stop").given)
     first = run(tmp_path, **made.given)
     assert "training ends, with what step 10 had" in capsys.readouterr().err
     kept = made.averages.get(10)
@@ -709,9 +712,24 @@ def test_a_guard_that_stops_leaves_what_the_best_line_had(tmp_path, stopped, cap
     assert int(first.state.step) == 15 and first.health["contrast_1"] == pytest.approx(1.2)
     (event,) = first.events
     assert (event.step, event.number, event.action) == (15, "contrast_1", "stop")
-    again = run(tmp_path, batches=killed_at(0), **Drifting("stop").given)  # no step is left
+    assert_a_rerun_changes_nothing(tmp_path, first)
+
+
+def assert_a_rerun_changes_nothing(workdir, first):
+    """No step is left, and no line is lost or made twice."""
+    curve = read_curve(workdir / "curves" / "toy.jsonl")
+    again = run(workdir, batches=no_batch, **Drifting("stop").given)
     assert_same_bits(again.state, first.state)
-    assert again.events == first.events and again.health == first.health
+    assert str(again.events) == str(first.events) and again.health == first.health
+    assert read_curve(workdir / "curves" / "toy.jsonl") == curve
+
+
+def test_more_steps_go_on_after_a_guards_stop(tmp_path):
+    """From where it stopped, and with the guard."""
+    first = run(tmp_path, **Drifting("stop").given)
+    more = run(tmp_path, steps=STEPS + 5, **Drifting("stop", at=0).given)
+    assert int(first.state.step) == 15 and int(more.state.step) == STEPS + 5
+    assert more.events == first.events
 
 
 @pytest.mark.parametrize("stopped", [[12], [15], [16, 18]], ids=str)
@@ -769,5 +787,11 @@ def test_a_loss_that_is_no_number_is_an_event_where_a_guard_acts(tmp_path):
     back = run(tmp_path / "back", **early, **Drifting("rollback").given)
     assert [e.action for e in back.events] == ["rollback", "rollback", "stop"]
     assert_same_bits(found.state.ema_params, made.averages[10])
+    assert_a_rerun_changes_nothing(tmp_path, found)
+    seldom = {"checkpoint_every": 100, "batches": broken, **Drifting("stop").given}
+    assert_a_rerun_changes_nothing(tmp_path / "seldom", run(tmp_path / "seldom", **seldom))
+    unranked = Drifting("rollback").given | {"keep_best": "contrast_1"}
+    with pytest.raises(NonFiniteError):  # there is no best line
+        run(tmp_path / "unranked", **early, **unranked)
     with pytest.raises(NonFiniteError):
         run(tmp_path / "warn", batches=broken, **Drifting("warn").given)

@@ -3,6 +3,7 @@ every flag has an effect.
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from jaxdistill.methods import METHODS, Method
 from jaxdistill.methods.recipe import Recipe, SamplerSpec, Stage, adamw
 from jaxdistill.run import checkpoint, distillation, loop, phase, records, report
 from jaxdistill.run.distillation import Distillation
+from jaxdistill.run.guard import Event
 from jaxdistill.run.run import Run
 from jaxdistill.run.seeds import seed_of
 from jaxdistill.tasks import open_task
@@ -154,6 +156,19 @@ def test_results_md_is_the_same_table_with_its_protocol(results, folder):
             title = next(h for h in head if h.lower().startswith(key))
             assert float(shown[title]) == pytest.approx(row[key], abs=6e-4)
     assert results["protocol"]["extractor_sha256"] in text and f"{results['floor_fd']:.3f}" in text
+
+
+def test_results_keep_the_guards_events_until_the_training_is_made_again(config, tmp_path):
+    wrong = Event(10, "contrast_1", 2.0, math.nan, 1.5, 0.0, 0.2, "stop")
+    found = []
+    for events in ({"student": [Event.of_loss(3), wrong]}, {}, {"student": []}):
+        run = job(config, tmp_path / "run")[1]
+        run.events = events
+        results = run.write_results({"rows": []}, title="T", notes="", columns={})
+        found.append((results["guard"], (run.workdir / "results.md").read_text()))
+    assert len(found[0][0]["student"]) == 2 and found[0][0] == found[1][0]
+    assert "Guard, student, step 10: contrast_1" in found[0][1]
+    assert found[0][1] == found[1][1] and found[2][0] == {}
 
 
 def test_pictures_show_something(folder):
