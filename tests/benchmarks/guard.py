@@ -26,6 +26,7 @@ from configs import digits, fashion, scenes, smoke  # noqa: E402
 from jaxdistill import main as run  # noqa: E402
 from jaxdistill.methods import METHODS  # noqa: E402
 from jaxdistill.run import checkpoint, records, report  # noqa: E402
+from jaxdistill.run.loop import NonFiniteError  # noqa: E402
 
 COLUMNS = {
     "task": ("task", "{}"),
@@ -117,17 +118,18 @@ def short(config: ConfigDict) -> None:
 
 
 def lines_of(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """The health lines of each training of a run's student."""
+    """The health lines of each training of a run's student, in their order."""
+    files = (folder / "curves").glob("student*.jsonl")
     return {
         path.stem: [r for r in records.read_curve(path) if "health/drift" in r]
-        for path in sorted((folder / "curves").glob("student*.jsonl"))
+        for path in sorted(files, key=lambda path: path.stat().st_mtime)
     }
 
 
 def measured(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """What a run's files say of it: of its last training, or of the first that has an event."""
     trainings = lines_of(folder)
-    name = next(iter(results["guard"]), max(trainings))
+    name = next(iter(results["guard"]), list(trainings)[-1])
     lines, events = trainings[name], results["guard"].get(name, [])
     keys = [k for k in lines[0] if k.startswith("health/fd_") and not k.endswith("_error")]
     key = max(keys, default="health/drift")
@@ -136,29 +138,37 @@ def measured(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     values = [line[key] for line in lines]
     best = min(values)
     failed = [i for i, value in enumerate(values) if value > 1.5 * best and i > values.index(best)]
-    steps = [line["step"] for line in lines]
+
+    def index(step: int) -> int:
+        """Of the first line that there could be after it."""
+        return sum(line["step"] < step for line in lines)
+
     first = [event for event in events if event["step"] == events[0]["step"]]
     worst = max(first, key=lambda event: event["far"] or float("inf"), default={"number": None})
     return {
         # The first of each is that of the untrained student.
         "lines": sum(len(found) - 1 for found in trainings.values()),
         "failed": failed[0] if failed else None,
-        "found": steps.index(events[0]["step"]) if events else None,
+        "found": index(events[0]["step"]) if events else None,
         "number": worst["number"],
-        "ended": steps.index(ends[0]) if ends else None,
+        "ended": index(ends[0]) if ends else None,
         "by": key.removeprefix("health/"),
         "best": best,
-        "last": values[-1],
+        "last": values[-1] if results["rows"] else float("nan"),
         "test_last": max(student, key=lambda row: row["steps"], default={}).get("fd"),
     }
 
 
 def case(root: Path, name: str, config: ConfigDict) -> tuple[Path, dict[str, Any]]:
-    """A run, or its results where it is finished."""
+    """A run, or its results where it is finished; no rows where its loss is no number."""
     folder = root / name
     if (folder / "results.json").exists():
         return folder, json.loads((folder / "results.json").read_text())
-    return folder, run.run(config, folder)
+    try:
+        return folder, run.run(config, folder)
+    except NonFiniteError as error:
+        print(error, file=sys.stderr)
+        return folder, {"guard": {}, "rows": []}
 
 
 def planted(task: str, root: Path) -> list[dict[str, Any]]:
@@ -169,7 +179,8 @@ def planted(task: str, root: Path) -> list[dict[str, Any]]:
         short = name.replace(" ", "").replace("x", "")
         row: dict[str, Any] = {"task": task, "run": name, "seed": plain.seed}
         for action in ("warn", "stop"):
-            if action == "stop" and row["found"] is None:  # the same run
+            if action == "stop" and row["found"] is None and row["last"] == row["last"]:
+                # Nothing was found, and all were numbers: the same run.
                 row |= {"exported": row["last"], "test_exported": row["test_last"]}
                 continue
             config = task_config(task, root)
@@ -184,7 +195,8 @@ def planted(task: str, root: Path) -> list[dict[str, Any]]:
             if action == "warn":
                 row |= found
             else:
-                row |= {"ended": found["ended"], "test_exported": found["test_last"]}
+                row |= {key: found[key] for key in ("found", "number", "ended")}
+                row["test_exported"] = found["test_last"]
                 row["exported"] = found["last" if found["ended"] is None else "best"]
         rows.append(row)
     return rows
@@ -224,7 +236,8 @@ def main() -> None:
     parser.add_argument("--fashion", default=FASHION, help="folder of Fashion-MNIST's idx files")
     args = parser.parse_args()
     root = Path(args.workdir).resolve()
-    root.mkdir(parents=True, exist_ok=True)
+    for folder in (root, Path(args.out)):
+        folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for part in args.parts.split(","):
         task, _, every = part.partition("-")
