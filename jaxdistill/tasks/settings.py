@@ -18,6 +18,8 @@ COUNTS = (
     "student.accumulate",
     "eval.samples",
     "eval.batch_size",
+    "eval.unseen",
+    "eval.diversity_captions",
     "log.every",
     "teacher.health_every",
     "log.checkpoint_every",
@@ -56,6 +58,11 @@ def check_config(config: ConfigDict) -> None:
     for name in COUNTS:
         if name in flat and flat[name] < 1:
             raise ValueError(f"config.{name} must be at least 1, got {flat[name]}")
+    if flat.get("eval.repeats", 2) < 2:
+        raise ValueError(
+            f"config.eval.repeats must be at least 2, got {flat['eval.repeats']}: diversity is the"
+            " distance of two images of one caption"
+        )
     for name in RATES:
         if name in flat and not flat[name] > 0:
             raise ValueError(f"config.{name} must be above 0, got {flat[name]}")

@@ -87,7 +87,7 @@ def task_config(task: str, root: Path) -> ConfigDict:
     elif task == "scenes":
         config = scenes.get_config("imagine_flash")
         config.student.health_every = 10
-        config.eval.update({"samples": 100, "unseen": 0, "diversity_captions": 4})
+        config.eval.update({"samples": 100, "unseen": 20, "diversity_captions": 4})
     else:
         config = tiny_sd(root)
     return config
@@ -114,7 +114,7 @@ def short(config: ConfigDict) -> None:
     config.eval.samples = min(config.eval.samples, 500)
     config.eval.guidances = ()
     if "unseen" in config.eval:
-        config.eval.update({"unseen": 0, "diversity_captions": 4, "samples": 100})
+        config.eval.update({"unseen": 20, "diversity_captions": 4, "samples": 100})
 
 
 def lines_of(folder: Path) -> dict[str, list[dict[str, float]]]:
