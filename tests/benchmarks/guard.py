@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,10 @@ def tiny_sd(root: Path) -> ConfigDict:
     import text_config
 
     config = text_config.get_config()
-    config.teacher.folder = str(folders.folder("sd"))
+    teacher = root / "sd"
+    if not teacher.is_dir():
+        shutil.copytree(folders.folder("sd"), teacher)
+    config.teacher.folder = str(teacher)
     prompts = root / "prompts.txt"
     prompts.write_text("a cat\na dog at a cat\nphoto\nphoto of a dog\n")
     config.data.prompts = str(prompts)
