@@ -332,7 +332,8 @@ class _Running:
         self.start, self.began = int(self.state.step), time.perf_counter()
         self.done = self.start
         self.board = place.workdir / "tensorboard" / loop.name
-        self.curve, self.writer = self.records(loop.steps if self.ended else self.start)
+        there = -1 if self.fresh else self.start
+        self.curve, self.writer = self.records(loop.steps if self.ended else there)
         self.meter = Meter(loop.examples, loop.flops, saving=self.before.saving)
         self.trace = Trace(self.board, self.start + 10, place.profile)
         self.watchdog = distributed.Watchdog() if jax.process_count() > 1 else None
