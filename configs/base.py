@@ -56,7 +56,7 @@ def base(task: str, *, guidance: float) -> ConfigDict:
             # and distance the rise from their lowest, as a share of it.
             "limits": {
                 "fd": 0.5,  # on validation, where the task has it
-                "distance": 0.5,  # of pixels to the teacher's
+                "distance": 1.0,  # of pixels to the teacher's
                 "brightness": 0.1,  # the mean, of [0, 1]
                 "contrast": 0.35,  # the standard deviation within an image
                 "colour": 0.5,  # the largest less the smallest channel

@@ -119,7 +119,7 @@ def recipe(kit: Kit, settings: Settings) -> Recipe:
         at_start = imagine_flash.loss_of(kit, flash, sampler, [1])
         loss = added(loss, at_start, weight=matching.flash_weight)
     stages = [
-        first._replace(name="flash", share=1 - matching.share - one.share, serves=()),
+        first._replace(name="flash", share=1 - matching.share - one.share, serves=(), judged=True),
         Stage(
             "matching",
             loss,

@@ -32,6 +32,8 @@ class Stage(NamedTuple):
       optimizers: of the networks that it trains: "student", "fake", "discriminator".
       share: of the budget that is left for training, in (0, 1].
       serves: the step counts that its result is for.
+      judged: whether its health lines, at the most steps, say how good its result is, though that
+        serves none: it may end, or be taken, by them.
       teacher: what the loss gets as teacher_params: "teacher", "previous" (the student of the stage
         before) or "both" ({"original", "previous"}).
       data: "noise" ("x0" gives the shape alone), "images" ("x0" is data) or "pairs" ("noise" and
@@ -47,6 +49,7 @@ class Stage(NamedTuple):
     optimizers: Optimizers
     share: float = 1.0
     serves: Sequence[int] = ()
+    judged: bool = False
     teacher: str = "teacher"
     data: str = "noise"
     critic: LossFn | None = None

@@ -318,6 +318,7 @@ class Distillation:
         """One stage as a training; `current` is the student before it, None at the first."""
         task, stage, config = self.task, self.recipe.stages[i], self.task.config
         student, name, iterations = config.student, self.phase(i), self.iterations(i)
+        judged = bool(stage.serves) or stage.judged
         given = {"teacher": teacher, "null": null}
         if stage.teacher != "teacher":
             dtype = jax.tree.leaves(task.frozen(self.trained_shapes))[0].dtype
@@ -337,8 +338,8 @@ class Distillation:
             ema_decay=student.ema_decay,
             ema_of=student_of,
             accumulate=student.accumulate,
-            keep_best=keep_best_of(student.keep_best, self.watched(i)),
-            guard=self.guard,
+            keep_best=keep_best_of(student.keep_best, self.watched(i)) if judged else "",
+            guard=self.guard if judged else None,
             rank=f"fd_{max(self.watched(i))}" if "fd" in task.ranks else DRIFT,
             mend=mend(config) if self.guard else "",
             advice=f"lower config.methods.{method}'s learning rate and start in a new workdir",

@@ -155,7 +155,7 @@ def measured(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     worst = max(first, key=lambda event: event["far"] or float("inf"), default={"number": None})
     return {
         # The first of each is that of the untrained student.
-        "lines": sum(len(found) - 1 for found in trainings.values()),
+        "lines": sum(max(len(found) - 1, 0) for found in trainings.values()),
         "failed": failed[0] if failed else None,
         "found": index(events[0]["step"]) if events else None,
         "number": worst["number"],

@@ -28,6 +28,7 @@ from jaxdistill.tasks import open_task
 from jaxdistill.tasks.health import Health
 from jaxdistill.tasks.labelled_images import data
 from jaxdistill.tasks.settings import changed
+from jaxdistill.tasks.small import SmallTask
 
 ROW_KEYS = {
     "model",
@@ -439,6 +440,23 @@ def test_a_health_line_has_each_number_with_its_error(tmp_path, capsys):
 def test_a_guards_advice_names_settings_that_the_method_has(method, changes, wanted):
     found = distillation.mend(changed(tiny_config(), {"method.name": method, **changes}))
     assert found == wanted.format(f"config.methods.{method}.")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "endpoint"])
+def test_a_stage_ends_by_numbers_of_what_its_student_is_for(method, monkeypatch):
+    """One for eight steps, or half of one for a single step, is no worse for its three steps."""
+    unlike = {"step_distillation": {"8"}, "lightning": {"4", "2-flow", "1-flow"}}
+    changes = {"method.name": method, "student.keep_best": "fd_3"}
+    changes |= {"methods.step_distillation.first": 8}
+    monkeypatch.setattr(SmallTask, "batches", lambda *given: lambda i: None)
+    work = open_task(changed(tiny_config(), changes)).distillation
+    trainings = [
+        (stage.name, work.training(i, {}, {}, {}, lambda trained, step: {}))
+        for i, stage in enumerate(work.recipe.stages)
+    ]
+    assert {name for name, made in trainings if made.guard is None} == unlike.get(method, set())
+    assert not any(made.keep_best for name, made in trainings if made.guard is None)
+    assert any(made.keep_best for name, made in trainings)
 
 
 def test_an_export_of_fewer_iterations_is_not_taken_for_a_longer_run(folder):
