@@ -107,10 +107,12 @@ class OwnModel:
 
     @property
     def cost(self) -> Cost:
-        """Of its trainings; without the teacher's images and the health numbers."""
+        """Of its trainings; without the teacher's images and the health numbers. Calls and FLOPs
+        are those of dots and convolutions, and not counted for a network that has none.
+        """
         work = self.distillation
-        kept = work.kept(work.largest)
-        return Cost(work.networks, kept, {}, work.work(), [], self.rows)
+        kept, counts = work.kept(work.largest), work.flops_of_a_call > 0
+        return Cost(work.networks, kept, {}, work.work(count=counts), [], self.rows)
 
     # -- what a method asks for (`run.task.Task`)
 
