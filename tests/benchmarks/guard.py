@@ -13,6 +13,7 @@ and started again it goes on where it was.
 import argparse
 import itertools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -183,10 +184,10 @@ def planted(task: str, root: Path) -> Iterator[dict[str, Any]]:
     """Rows of a task: as it is, and each failure with and without the guard."""
     plain = task_config(task, root)
     for name, changes in {"clean": {}, **failures(plain)}.items():
-        short = name.replace(" ", "").replace("x", "")
+        label = name.replace(" ", "").replace("x", "")
         row: dict[str, Any] = {"task": task, "run": name, "seed": plain.seed}
         for action in ("warn", "stop"):
-            if action == "stop" and row["found"] is None and row["last"] == row["last"]:
+            if action == "stop" and row["found"] is None and not math.isnan(row["last"]):
                 # Nothing was found, and all were numbers: the same run.
                 row |= {"exported": row["last"], "test_exported": row["test_last"]}
                 continue
@@ -194,9 +195,9 @@ def planted(task: str, root: Path) -> Iterator[dict[str, Any]]:
             config.methods.imagine_flash.update(changes)
             config.guard.action = action
             if action == "warn" and name == "clean":
-                short = "clean-0"
+                label = "clean-0"
             folder, results = case(
-                root, f"{task}-{short}-{action}".replace("-0-warn", "-0"), config
+                root, f"{task}-{label}-{action}".replace("-0-warn", "-0"), config
             )
             found = measured(folder, results)
             if action == "warn":
