@@ -1,7 +1,8 @@
 """How far a student's images have drifted from the teacher's of the same noises, with the sampling
 error of each number.
 
-Images are in [0, 1]. The error is a jackknife's over groups, as prompts (Efron & Stein 1981).
+Images are in [0, 1]. The error is a jackknife's over groups, as prompts (Efron & Stein 1981); over
+the images themselves, where all are of one group.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ def of_images(student: np.ndarray, teacher: np.ndarray, groups: np.ndarray) -> d
     brightness: the difference of the means. As ratios to the teacher's: contrast, the standard
     deviation within an image; colour, the largest less the smallest channel of a pixel, where there
     are three; detail, the energy that a blur over 3 pixels takes away; diversity, the distance of
-    two images of one group.
+    two images of one group, where several groups have them.
     """
     both = student, teacher
 
@@ -46,7 +47,7 @@ def of_images(student: np.ndarray, teacher: np.ndarray, groups: np.ndarray) -> d
         found["colour"] = jackknife(ratio, sums(lambda a: np.ptp(a, axis=3).mean((1, 2))))
     members = (np.flatnonzero(groups == group) for group in np.unique(groups))
     several = [rows for rows in members if len(rows) > 1]
-    if several:
+    if len(several) > 1:
         spreads = [np.array([spread(a[rows]) for rows in several]) for a in both]
         found["diversity"] = jackknife(ratio, spreads)
     return found
@@ -82,9 +83,11 @@ def of_channels(student: np.ndarray, teacher: np.ndarray, groups: np.ndarray) ->
 
 
 def by_group(values: Any, groups: np.ndarray) -> np.ndarray:
-    """Sums [groups, ...] of values [n, ...] over the members of each group."""
-    rows = np.asarray(values, np.float64)
-    return np.array([rows[groups == group].sum(0) for group in np.unique(groups)])
+    """Sums [groups, ...] of values [n, ...] over the members of each group. Of a single one: the
+    values, which tell more of the error.
+    """
+    rows, kinds = np.asarray(values, np.float64), np.unique(groups)
+    return rows if len(kinds) == 1 else np.array([rows[groups == kind].sum(0) for kind in kinds])
 
 
 def ratio(student: Any, teacher: Any) -> float:

@@ -146,15 +146,18 @@ def all_finite(tree: Any) -> jax.Array:
 
 class Best:
     """What was kept at the step where the health number `key` was the lowest, the averages or the
-    whole state, with all numbers of that line. Survives restarts.
+    whole state, with all numbers of that line. Survives restarts; a fresh training forgets what an
+    earlier one left.
 
     Raises CheckpointError where what is there does not fit `like`.
     """
 
-    def __init__(self, folder: str, key: str, like: Any) -> None:
+    def __init__(self, folder: str, key: str, like: Any, *, fresh: bool) -> None:
         self.key, self.value = key, math.inf
         self.health: dict[str, float] = {}
         self._like, self._checkpoints = like, Checkpoints(folder, keep=1)
+        if fresh:
+            self._checkpoints.drop(0)
         if self._checkpoints.latest is not None:
             meta = self._checkpoints.restore(like)[1]
             self.value, self.health = float(meta["value"]), numbers_of(meta["health"])
@@ -309,11 +312,12 @@ class _Running:
         self.loop, self.place, self.stop = loop, place, place.stop
         folder = f"{place.checkpoints or place.workdir / 'checkpoints'}/{loop.name}"
         self.checkpoints = Checkpoints(folder)
+        self.fresh = self.checkpoints.latest is None
         self.before, self.health = Seconds(0.0, 0.0), dict[str, float]()
         self.guard, self.ended = Guard(loop.guard) if loop.guard else None, False
         acts = self.guard is not None and self.guard.acts
         self.returns = loop.guard is not None and loop.guard.action == "rollback"
-        if self.checkpoints.latest is None:
+        if self.fresh:
             self.state = loop.first()
         else:
             self.state, meta = self.checkpoints.restore(loop.like)
@@ -327,8 +331,8 @@ class _Running:
         self.best: Best | None = None
         if loop.keep_best or acts:
             like = loop.like if self.returns else loop.like.ema_params
-            self.best = Best(f"{folder}-best", loop.keep_best or loop.rank, like)
-        self.step, self.fresh = self.step_now(), self.checkpoints.latest is None
+            self.best = Best(f"{folder}-best", loop.keep_best or loop.rank, like, fresh=self.fresh)
+        self.step = self.step_now()
         self.start, self.began = int(self.state.step), time.perf_counter()
         self.done = self.start
         self.board = place.workdir / "tensorboard" / loop.name

@@ -67,6 +67,15 @@ def test_grey_images_have_no_colour_and_single_ones_no_diversity():
     assert "diversity" not in single
 
 
+def test_one_prompt_alone_has_the_error_of_its_images():
+    """It is no number's that no error is known: a guard would take every line for exact."""
+    a, b, one = images(), images(seed=1), np.zeros(len(GROUPS), int)
+    for measure in (drift.of_images, drift.of_channels):
+        alone, single = measure(a, b, one), measure(a, b, np.arange(len(GROUPS)))
+        assert "diversity" not in alone and alone == single
+        assert all(0 < number.error < 0.1 for number in alone.values())
+
+
 def test_the_error_is_that_of_a_mean_over_groups():
     values = np.random.default_rng(0).normal(3.0, 1.0, 40)
     found = drift.jackknife(lambda total, n: total / n, [values, np.ones(40)])

@@ -574,6 +574,26 @@ def test_the_best_averages_and_their_numbers_are_returned_also_after_a_kill(
         assert_same_bits(state.params, uninterrupted[0].params)
 
 
+def test_a_training_that_begins_anew_forgets_the_best_of_an_earlier_one(tmp_path):
+    """Its checkpoints were removed, and what it had kept as the best was not."""
+    lines = []
+
+    def health(params, step):
+        lines.append(jax.tree.map(np.asarray, params))
+        return {"fd_1": 1.0 if len(lines) < 4 else 2.0}
+
+    for _ in range(2):
+        found = run(tmp_path, health=health, keep_best="fd_1")
+        shutil.rmtree(tmp_path / "checkpoints" / "toy")
+    assert found.health == {"fd_1": 2.0}
+    with pytest.raises(NonFiniteError):  # a guard has nothing to end with, either
+        run(
+            tmp_path,
+            batches=lambda i: np.full(8, np.nan, np.float32) if i == 3 else batch(i),
+            **Drifting("stop").given,
+        )
+
+
 def test_numbers_that_are_no_numbers_are_never_the_best(tmp_path, uninterrupted):
     found = run(tmp_path, health=lambda params, step: {"fd_1": float("nan")}, keep_best="fd_1")
     assert_same_bits(found.state, uninterrupted[0])

@@ -175,7 +175,6 @@ def test_a_run_that_loses_its_workdir_ends_in_the_same_rows(tmp_path, keep_best)
         "student.steps": (1,),
         "student.keep_best": keep_best,
         "methods.imagine_flash.learning_rate": 0.1,  # so large that the last is not the best
-        "guard.action": "warn",  # it would end here
         "log.checkpoint_every": 6,
     }
     config, lost = make_config(tmp_path, **changes), tmp_path / "lost"
