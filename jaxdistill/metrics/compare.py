@@ -145,9 +145,10 @@ def mean_score(scores: np.ndarray) -> dict[str, Any]:
 
 
 def health(row: Row, teacher: Row, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`distances.health` of a row against its teacher's, from files, one prompt's images in memory.
+    """A row against its teacher's, from files, one prompt's images in memory: as ratios contrast,
+    saturation and, where a prompt has several images, diversity; the distance.
 
-    Without diversity where each prompt has one image. Raises MetricError.
+    Raises MetricError.
     """
     values: dict[str, list[np.ndarray]] = {}
     start = 0
@@ -166,7 +167,7 @@ def health(row: Row, teacher: Row, items: Sequence[Mapping[str, Any]]) -> dict[s
         pair, labels = (ours, theirs), np.zeros(len(ours))
         measured = {
             "contrast": np.stack([x.std(axis=(1, 2, 3)) for x in pair], axis=1),
-            "saturation": np.asarray([[distances.saturation(x) for x in pair]] * len(ours)),
+            "saturation": np.stack([distances.saturation(x) for x in pair], axis=1),
             "distance": np.square(ours - theirs).mean(axis=(1, 2, 3), dtype=np.float64)[:, None],
         }
         if len(ours) > 1:

@@ -135,21 +135,6 @@ def nearest_neighbour_distance(images: np.ndarray, train: np.ndarray) -> float:
     return float(np.median(tree.kneighbors(images.reshape(len(images), -1))[0]))
 
 
-def saturation(images: np.ndarray) -> float:
-    """Share of values within 1/255 of either end of [0, 1]."""
-    return float(((images < 1 / 255) | (images > 254 / 255)).mean())
-
-
-def health(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The student's images against the teacher's from the same noises, both [n, h, w, c] in [0, 1].
-
-    diversity, contrast (standard deviation within an image) and saturation as ratios to the
-    teacher's, where 1 is as the teacher; distance is the root-mean-square pixel difference.
-    """
-    contrast = student.std(axis=(1, 2, 3)).mean() / max(teacher.std(axis=(1, 2, 3)).mean(), 1e-6)
-    return {
-        "diversity": class_spread(student, labels) / max(class_spread(teacher, labels), 1e-6),
-        "contrast": float(contrast),
-        "saturation": saturation(student) / max(saturation(teacher), 1e-6),
-        "distance": float(np.sqrt(((student - teacher) ** 2).mean())),
-    }
+def saturation(images: np.ndarray) -> np.ndarray:
+    """Share [n] of an image's values within 1/255 of either end of [0, 1]."""
+    return ((images < 1 / 255) | (images > 254 / 255)).mean((1, 2, 3))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdistill.metrics.distances import spread
+from jaxdistill.metrics.distances import saturation, spread
 
 TINY = 1e-6
 
@@ -26,9 +26,9 @@ def of_images(student: np.ndarray, teacher: np.ndarray, groups: np.ndarray) -> d
     """Images [n, h, w, c] of both, and the group of each, int [n] -> numbers by name.
 
     brightness: the difference of the means. As ratios to the teacher's: contrast, the standard
-    deviation within an image; colour, the largest less the smallest channel of a pixel, where there
-    are three; detail, the energy that a blur over 3 pixels takes away; diversity, the distance of
-    two images of one group, where several groups have them.
+    deviation within an image; saturation, the share of values at either end; colour, the largest
+    less the smallest channel of a pixel, where there are three; detail, the energy that a blur over
+    3 pixels takes away; diversity, the distance of two images of one group.
     """
     both = student, teacher
 
@@ -41,13 +41,14 @@ def of_images(student: np.ndarray, teacher: np.ndarray, groups: np.ndarray) -> d
             lambda s, t, n: (s - t) / n, [*sums(lambda a: a.mean((1, 2, 3))), counts]
         ),
         "contrast": jackknife(ratio, sums(lambda a: a.std((1, 2, 3)))),
+        "saturation": jackknife(ratio, sums(saturation)),
         "detail": jackknife(ratio, sums(detail)),
     }
     if student.shape[-1] == 3:
         found["colour"] = jackknife(ratio, sums(lambda a: np.ptp(a, axis=3).mean((1, 2))))
     members = (np.flatnonzero(groups == group) for group in np.unique(groups))
     several = [rows for rows in members if len(rows) > 1]
-    if len(several) > 1:
+    if several:
         spreads = [np.array([spread(a[rows]) for rows in several]) for a in both]
         found["diversity"] = jackknife(ratio, spreads)
     return found

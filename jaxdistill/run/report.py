@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from jaxdistill.run import distributed
+from jaxdistill.run.guard import ERROR
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -405,7 +406,7 @@ def curves_picture(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]
     figure = new_figure(4.2 * len(PANELS), 4.2 * len(curves))
     axes = figure.subplots(len(curves), len(PANELS), squeeze=False)
     for row, (phase, records) in enumerate(curves.items()):
-        keys = sorted({k for r in records for k in r})
+        keys = sorted({k for r in records for k in r if not k.endswith(ERROR)})
         for axis, (title, prefixes) in zip(axes[row], PANELS.items(), strict=True):
             shown = [k for k in keys if k.startswith(prefixes)]
             if not shown:

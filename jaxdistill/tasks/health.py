@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdistill.metrics import distances, drift
+from jaxdistill.metrics import drift
 from jaxdistill.run import report
 from jaxdistill.run.guard import ERROR
 from jaxdistill.run.loop import HealthFn
 from jaxdistill.run.report import counted
 from jaxdistill.run.workdir import say
+
+SHOWN = ("diversity", "contrast", "saturation")
+"""Of the numbers of `drift`, those that are printed."""
 
 
 class Health(NamedTuple):
@@ -48,12 +51,13 @@ class Health(NamedTuple):
             pairs = self.draw(trained, steps)
             images = {n: drawn for n, (drawn, _) in pairs.items()}
             for n, (drawn, latents) in pairs.items():
-                found = distances.health(drawn, self.reference, self.groups)
+                drifted = drift.of_images(drawn, self.reference, self.groups)
+                found = {name: drifted[name].value for name in SHOWN if name in drifted}
+                found["distance"] = float(np.sqrt(((drawn - self.reference) ** 2).mean()))
                 found |= self.quick(drawn)
                 text = ", ".join(f"{k} {v:.3f}" for k, v in found.items())
                 say(f"health  {phase} {step}/{last}, {counted(n)}: {text}")
                 numbers |= {f"{k}_{n}": v for k, v in found.items()}
-                drifted = drift.of_images(drawn, self.reference, self.groups)
                 if latents is not None and self.latents is not None:
                     drifted |= drift.of_channels(latents, self.latents, self.groups)
                 for name, number in drifted.items():

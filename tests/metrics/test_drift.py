@@ -10,7 +10,7 @@ GROUPS = np.repeat(np.arange(12), 4)
 
 def images(channels=3, size=8, seed=0):
     random = np.random.default_rng(seed)
-    return random.uniform(0.2, 0.8, (len(GROUPS), size, size, channels))
+    return random.uniform(-0.1, 1.1, (len(GROUPS), size, size, channels)).clip(0.0, 1.0)
 
 
 def test_the_teachers_own_images_have_not_drifted():
@@ -38,6 +38,15 @@ def test_each_number_sees_its_own_change():
     moved = drift.of_images(a - 0.1, a, GROUPS)
     for name in ("contrast", "colour", "detail", "diversity"):
         assert moved[name].value == pytest.approx(1.0, rel=1e-6)
+
+
+def test_saturation_is_of_either_end():
+    a = 0.5 * images() + 0.25
+    a[:, 0] = 1.0
+    burnt = a.copy()
+    burnt[:, 1:3] = 0.0
+    assert drift.of_images(burnt, a, GROUPS)["saturation"].value == pytest.approx(3.0)
+    assert drift.of_images(a, burnt, GROUPS)["saturation"].value == pytest.approx(1 / 3)
 
 
 def test_detail_is_of_specks_and_not_of_large_shapes():
@@ -72,8 +81,8 @@ def test_one_prompt_alone_has_the_error_of_its_images():
     a, b, one = images(), images(seed=1), np.zeros(len(GROUPS), int)
     for measure in (drift.of_images, drift.of_channels):
         alone, single = measure(a, b, one), measure(a, b, np.arange(len(GROUPS)))
-        assert "diversity" not in alone and alone == single
-        assert all(0 < number.error < 0.1 for number in alone.values())
+        assert np.isnan(alone.pop("diversity", drift.Number(1.0, np.nan)).error)
+        assert alone == single and all(0 < number.error < 0.1 for number in alone.values())
 
 
 def test_the_error_is_that_of_a_mean_over_groups():
