@@ -22,6 +22,8 @@ from jaxdistill.errors import UserError
 from jaxdistill.run import distributed
 
 FULL = "the disk is full"
+KEPT = 2
+"""Checkpoints of a training."""
 
 T = TypeVar("T")
 
@@ -70,7 +72,7 @@ class Checkpoints:
     is.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
+    def __init__(self, folder: str | Path, *, keep: int = KEPT) -> None:
         import orbax.checkpoint as ocp  # takes long, and who reads an export needs none of it
 
         options = ocp.CheckpointManagerOptions(

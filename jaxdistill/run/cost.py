@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill.costs import chips
@@ -35,7 +34,7 @@ class Work(NamedTuple):
 
 
 class Records(NamedTuple):
-    """A cache on disk: how many records (None: nobody knows), and the bytes of one."""
+    """On disk: how many (None: nobody knows), and the bytes of one."""
 
     name: str
     number: int | None
@@ -52,6 +51,7 @@ class Cost(NamedTuple):
       work: its parts, in order.
       records: its caches.
       rows: of the student's batch.
+      checkpoints: of its trainings.
     """
 
     networks: Mapping[str, int]
@@ -60,6 +60,7 @@ class Cost(NamedTuple):
     work: Sequence[Work]
     records: Sequence[Records]
     rows: int
+    checkpoints: Sequence[Records] = ()
 
     @property
     def flops(self) -> float | None:
@@ -135,17 +136,25 @@ def elsewhere(name: str) -> Place:
 def bytes_a_device(tree: Any) -> int:
     """Of abstract arrays with shardings."""
 
-    def one(leaf: Any) -> int:
+    def here(leaf: Any) -> int:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        width = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-        return int(np.prod(shape)) * width
+        return math.prod(shape) * _width(leaf.dtype)
 
-    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(map(here, jax.tree.leaves(tree)))
+
+
+def bytes_of(tree: Any) -> int:
+    """Of whole abstract arrays."""
+    return sum(leaf.size * _width(leaf.dtype) for leaf in jax.tree.leaves(tree))
+
+
+def _width(dtype: Any) -> int:
+    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
 
 
 def parameters(tree: Any) -> int:
     """How many a network has."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 # ----------------------------------------------------------------------------------------- programs
@@ -290,7 +299,7 @@ def run_lines(cost: Cost, place: Place, rates: Rates) -> list[str]:
     found = {
         "work": _work(cost),
         "time": _time(cost, place, rates),
-        "disk": ", ".join(map(_stored, cost.records)),
+        "disk": ", ".join(map(_stored, [*cost.records, *cost.checkpoints])),
     }
     return [f"{name:9} {text}" for name, text in found.items() if text]
 
@@ -337,6 +346,8 @@ def _stored(records: Records) -> str:
     if records.number is None:
         return f"{records.name} {size_of(records.record)} each"
     whole = size_of(records.number * records.record)
+    if records.number == 1:
+        return f"{records.name} {whole}"
     return f"{records.name} {records.number:,} x {size_of(records.record)} = {whole}"
 
 

@@ -16,7 +16,16 @@ from jaxdistill.methods.recipe import Kit, Recipe, Stage
 from jaxdistill.partition import Layout
 from jaxdistill.prediction import LossFn
 from jaxdistill.run import distributed
-from jaxdistill.run.cost import Work, bytes_a_device, compiled, parameters, temporaries_of
+from jaxdistill.run.checkpoint import KEPT
+from jaxdistill.run.cost import (
+    Records,
+    Work,
+    bytes_a_device,
+    bytes_of,
+    compiled,
+    parameters,
+    temporaries_of,
+)
 from jaxdistill.run.guard import DRIFT, guard_settings
 from jaxdistill.run.loop import HealthFn, Trained
 from jaxdistill.run.phase import Training, programs
@@ -203,6 +212,11 @@ class Distillation:
         """{kind: bytes a device} of a stage."""
         return {kind: bytes_a_device(tree) for kind, tree in self.kinds(i).items()}
 
+    def checkpoints(self) -> list[Records]:
+        """Of all stages."""
+        stages, layout = range(len(self.recipe.stages)), self.task.layout
+        return [kept for i in stages for kept in checkpoints_of(self.planned(i), layout)]
+
     def temporaries(self) -> int:
         """Bytes a device of the largest stage's step beside what is kept, from the compiler.
         Training compiles the same program, so that a cache of programs has it then. Raises
@@ -317,38 +331,30 @@ class Distillation:
     def training(self, i: int, teacher: Any, null: Any, current: Any, health: HealthFn) -> Training:
         """One stage as a training; `current` is the student before it, None at the first."""
         task, stage, config = self.task, self.recipe.stages[i], self.task.config
-        student, name, iterations = config.student, self.phase(i), self.iterations(i)
-        judged = bool(stage.serves) or stage.judged
+        name, iterations = self.phase(i), self.iterations(i)
         given = {"teacher": teacher, "null": null}
         if stage.teacher != "teacher":
             dtype = jax.tree.leaves(task.frozen(self.trained_shapes))[0].dtype
             given["previous"] = jax.tree.map(lambda a: np.asarray(a).astype(dtype), current)
         method = config.method.name
-        return Training(
-            name=name,
-            objective=self.objective(i, iterations),
+        return dataclasses.replace(
+            self.planned(i, iterations),
             params=lambda: self.first_params(i, teacher, current),
-            shapes=self.shapes(i),
             key=key_of(config.seed, name),
             batches=task.batches(stage, name),
             given=given,
             health=health,
-            steps=iterations,
-            health_every=min(student.health_every, max(1, iterations)),
-            ema_decay=student.ema_decay,
-            ema_of=student_of,
-            accumulate=student.accumulate,
-            keep_best=keep_best_of(student.keep_best, self.watched(i)) if judged else "",
-            guard=self.guard if judged else None,
+            health_every=min(config.student.health_every, max(1, iterations)),
             rank=f"fd_{max(self.watched(i))}" if "fd" in task.ranks else DRIFT,
             mend=mend(config) if self.guard else "",
             advice=f"lower config.methods.{method}'s learning rate and start in a new workdir",
-            examples=student.batch_size,
+            examples=config.student.batch_size,
         )
 
     def planned(self, i: int, iterations: int = 1) -> Training:
-        """A stage as a training without data or weights, for its programs."""
-        student = self.task.config.student
+        """A stage as a training without data or weights, for its programs and what it keeps."""
+        student, stage = self.task.config.student, self.recipe.stages[i]
+        judged = bool(stage.serves) or stage.judged
         return Training(
             name=self.phase(i),
             objective=self.objective(i, iterations),
@@ -363,6 +369,8 @@ class Distillation:
             ema_decay=student.ema_decay,
             ema_of=student_of,
             accumulate=student.accumulate,
+            keep_best=keep_best_of(student.keep_best, self.watched(i)) if judged else "",
+            guard=self.guard if judged else None,
         )
 
     def watched(self, i: int) -> Sequence[int]:
@@ -410,6 +418,17 @@ def kinds_of(training: Training, batch: Any, layout: Layout) -> dict[str, Any]:
         "frozen": made.given,
         "batch": batch,
     }
+
+
+def checkpoints_of(training: Training, layout: Layout) -> list[Records]:
+    """What a training leaves on disk: the newest states, and its best line where it keeps one."""
+    state, name = programs(training, layout).state, training.name
+    found = [Records(f"checkpoints of {name}", KEPT, bytes_of(state))]
+    guard = training.guard
+    if training.keep_best or (guard and guard.acts):
+        best = state if guard and guard.returns else state.ema_params
+        found.append(Records(f"best line of {name}", 1, bytes_of(best)))
+    return found
 
 
 def _checked(found: Any, name: str) -> Any:

@@ -5,7 +5,7 @@ Knows nothing of images: a number is far from its teacher's, or it is not.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxdistill.errors import choose
@@ -49,6 +49,16 @@ class GuardSettings:
     rollbacks: int = 2
     rate: float = 0.3
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it does more than tell."""
+        return self.action in ("stop", "rollback")
+
+    @property
+    def returns(self) -> bool:
+        """Whether it goes back to a whole state."""
+        return self.action == "rollback"
 
 
 def guard_settings(block: Mapping[str, Any]) -> GuardSettings:
@@ -126,6 +136,12 @@ class Event(NamedTuple):
         )
 
 
+def summary(events: Sequence[Event]) -> str:
+    """Those of one health line: the farthest, and how many more there are."""
+    more = f" (and {len(events) - 1} more)" if len(events) > 1 else ""
+    return f"{max(events, key=lambda event: event.far)}{more}"
+
+
 class Guard:
     """What the health lines of one training have said so far."""
 
@@ -140,14 +156,10 @@ class Guard:
         """The factor on the learning rate by now."""
         return self.settings.rate**self.rollbacks
 
-    @property
-    def acts(self) -> bool:
-        """Whether it does more than tell."""
-        return self.settings.action in ("stop", "rollback")
-
     def far(self, numbers: Mapping[str, float]) -> dict[str, tuple[float, float]]:
         """{key: (distance from the teacher's or its lowest, its error)} of a line's numbers
-        name_steps, as shares of the limits.
+        name_steps, as shares of the limits. A number without an error is exact; an error that
+        nobody knows is infinite, as that of one prompt's diversity.
         """
         found = {}
         for key, value in numbers.items():
@@ -165,7 +177,9 @@ class Guard:
                 ratio = value if value > 0 else math.nan
                 found[key] = abs(math.log(ratio)) / scale, error / ratio / scale
         return {
-            key: (far if math.isfinite(far) else math.inf, error if math.isfinite(error) else 0.0)
+            key: (far, math.inf if math.isnan(error) else error)
+            if math.isfinite(far)
+            else (math.inf, 0.0)
             for key, (far, error) in found.items()
         }
 

@@ -23,7 +23,16 @@ from tqdm import tqdm
 from jaxdistill.partition import Layout
 from jaxdistill.run import distributed
 from jaxdistill.run.checkpoint import Checkpoints
-from jaxdistill.run.guard import DRIFT, LOSS, Event, Guard, GuardSettings, numbers_of, texts_of
+from jaxdistill.run.guard import (
+    DRIFT,
+    LOSS,
+    Event,
+    Guard,
+    GuardSettings,
+    numbers_of,
+    summary,
+    texts_of,
+)
 from jaxdistill.run.records import Curve, Meter, Trace, summary_writer
 from jaxdistill.train import TrainState
 
@@ -315,8 +324,8 @@ class _Running:
         self.fresh = self.checkpoints.latest is None
         self.before, self.health = Seconds(0.0, 0.0), dict[str, float]()
         self.guard, self.ended = Guard(loop.guard) if loop.guard else None, False
-        acts = self.guard is not None and self.guard.acts
-        self.returns = loop.guard is not None and loop.guard.action == "rollback"
+        acts = loop.guard is not None and loop.guard.acts
+        self.returns = loop.guard is not None and loop.guard.returns
         if self.fresh:
             self.state = loop.first()
         else:
@@ -384,7 +393,7 @@ class _Running:
 
     def can_mend(self) -> bool:
         """Whether the guard has something to go back to, or to end with."""
-        if self.guard is None or not self.guard.acts or self.best is None:
+        if self.guard is None or not self.guard.settings.acts or self.best is None:
             return False
         return bool(self.best.step) or (self.best.step == 0 and self.returns)
 
@@ -417,9 +426,9 @@ class _Running:
         for event in events:
             self.writer.add_text("guard", str(event), event.step)
         if distributed.is_main():
-            worst = max(events, key=lambda event: event.far)
-            more = f" (and {len(events) - 1} more)" if len(events) > 1 else ""
-            print(f"guard: {self.loop.name}, {worst}{more}; {then}", file=sys.stderr, flush=True)
+            print(
+                f"guard: {self.loop.name}, {summary(events)}; {then}", file=sys.stderr, flush=True
+            )
         if action == "warn":
             return
         assert self.best is not None

@@ -1,6 +1,7 @@
 """A run: a task and a method in a workdir. Phases, caches, seconds, files of results."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import time
@@ -16,7 +17,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.partition import Layout
 from jaxdistill.run import checkpoint, distributed, inputs, report
 from jaxdistill.run.cost import size_of
-from jaxdistill.run.guard import Event
+from jaxdistill.run.guard import Event, summary
 from jaxdistill.run.loop import Place, StopSignal, Trained, prepare
 from jaxdistill.run.phase import Training, train
 from jaxdistill.run.records import read_curve
@@ -195,8 +196,12 @@ class Run:
         table = report.markdown_table(whole["rows"], columns)
         seconds = ", ".join(f"{k} {v:.0f} s" for k, v in self.seconds.items())
         machine = whole["versions"]["machine"]
-        told = [f"Guard, {k}, {event}: {event.action}." for k, e in events.items() for event in e]
-        end = "\n\n".join([*told, f"Wall time: {seconds}; {machine}."])
+        found = [
+            f"Guard, {name}, {summary(line := list(group))}: {line[0].action}."
+            for name, listed in events.items()
+            for _, group in itertools.groupby(listed, key=lambda event: event.step)
+        ]
+        end = "\n\n".join([*found, f"Wall time: {seconds}; {machine}."])
         text = f"# {title}\n\n{table}\n{notes}\n\n{end}\n"
         (self.workdir / "results.md").write_text(text)
         files = sorted((self.workdir / "curves").glob("*.jsonl"), reverse=True)

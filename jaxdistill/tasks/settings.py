@@ -32,6 +32,9 @@ COUNTS = (
 )
 """Keys whose values must be at least 1."""
 
+REALS = "the teacher's images for the discriminator"
+"""A cache that some tasks have, by its name for people."""
+
 RATES = ("teacher.learning_rate", "adversarial.learning_rate")
 
 

@@ -28,7 +28,7 @@ from jaxdistill.models.discriminator import FeatureHeads, fresh_heads
 from jaxdistill.prediction import LossFn, check_pair
 from jaxdistill.run import checkpoint, distributed, inputs, report
 from jaxdistill.run.cost import Cost, Records, Work, bytes_a_device
-from jaxdistill.run.distillation import Distillation, Student, kinds_of
+from jaxdistill.run.distillation import Distillation, Student, checkpoints_of, kinds_of
 from jaxdistill.run.loop import HealthFn
 from jaxdistill.run.phase import Training
 from jaxdistill.run.run import Run
@@ -37,6 +37,7 @@ from jaxdistill.run.workdir import UserError, say
 from jaxdistill.sampling import TimeGrid, check_grid
 from jaxdistill.tasks.health import Health
 from jaxdistill.tasks.settings import (
+    REALS,
     adversarial_settings,
     check_config,
     check_grids,
@@ -434,8 +435,7 @@ class SmallTask:
         wanted = any(stage.reals or stage.data == "images" for stage in self.recipe.stages)
         if config.adversarial.reals == "teacher" and wanted:
             sampled = Sampled("teacher", config.teacher.steps, guidance, self.teacher_sampler)
-            what = "the teacher's images for the discriminator"
-            found["pool"] = (what, sampled, config.adversarial.pool)
+            found["pool"] = (REALS, sampled, config.adversarial.pool)
         if pairs := self.recipe.pairs:
             choose(card.SOLVERS, pairs.solver, "pairs_solver")
             spec = SamplerSpec(pairs.solver, config.teacher.grid)
@@ -453,12 +453,14 @@ class SmallTask:
         del plan
         work, found = self.distillation, list[Work]()
         rows, kept = self.config.student.batch_size, work.kept(work.largest)
+        checkpoints = work.checkpoints()
         if not self.teacher_path:
             teacher = self._teacher_training(lambda i: None, lambda params, step: {})
             batch = self._teacher_batch()
             kinds = kinds_of(teacher, batch, self.layout)
             held = {kind: bytes_a_device(tree) for kind, tree in kinds.items()}
             kept = max(kept, held, key=lambda kinds: sum(kinds.values()))
+            checkpoints = [*checkpoints_of(teacher, self.layout), *checkpoints]
             key = jax.eval_shape(jax.random.key, 0)
             step = gradient_of(teacher.objective.loss)
             flops = teacher.steps * flops_of(step, self.abstract, None, batch, key)
@@ -474,7 +476,7 @@ class SmallTask:
         found.append(drawing("evaluation", self.scored, self.sampled()))
         record = 2 * 4 * math.prod(self.image_shape) + 8
         records = [Records(what, n, record) for what, _, n in self.caches.values()]
-        return Cost(work.networks, kept, {}, found, records, rows)
+        return Cost(work.networks, kept, {}, found, records, rows, checkpoints)
 
     def _teacher_batch(self) -> dict[str, Any]:
         """Shapes of a batch of the teacher's training, on the mesh."""

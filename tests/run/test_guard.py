@@ -87,6 +87,15 @@ def test_two_errors_are_no_event():
     assert made.judge(2, {"contrast_1": 2.0, "contrast_1_error": 0.1}, last=False)
 
 
+def test_a_number_of_unknown_error_is_no_event_unless_it_is_none():
+    for value, found in ((9.0, 0), (math.nan, 1), (0.0, 1)):
+        made = guard()
+        made.judge(0, {"contrast_1": 1.0, "contrast_1_error": math.nan}, last=False)
+        line = {"contrast_1": value, "contrast_1_error": math.nan}
+        assert len(made.judge(1, line, last=True)) == found
+        assert made.drift(line) == guard().drift({"contrast_1": value})
+
+
 def test_differences_have_their_limit_on_both_sides():
     for value, found in ((0.09, 0), (-0.09, 0), (0.15, 1), (-0.15, 1)):
         made = guard()

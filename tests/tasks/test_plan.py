@@ -19,6 +19,7 @@ from jaxdistill.costs import chips
 from jaxdistill.errors import UserError
 from jaxdistill.interop import diffusers_folder
 from jaxdistill.run import compilation, cost, phase
+from jaxdistill.run.cost import bytes_of
 from jaxdistill.tasks import estimate, open_task, plan_task
 from jaxdistill.tasks.small import SmallTask
 
@@ -157,6 +158,37 @@ def test_the_pool_of_a_small_task_takes_what_its_files_hold(loops, tmp_path):
     meta = json.loads(path.read_text())
     sizes = [np.dtype(f["dtype"]).itemsize * np.prod(f["shape"]) for f in meta["fields"].values()]
     assert (records.number, records.record) == (meta["count"], sum(sizes))
+
+
+def test_the_checkpoints_of_a_plan_are_those_that_a_run_leaves(finished):
+    """Compressed, with some files that describe them."""
+    told = plan_task(tiny_config()).cost(plan=True).checkpoints
+    left = {"checkpoints of teacher", "checkpoints of student", "best line of student"}
+    assert {records.name for records in told} == left
+    for name, number, size in told:
+        what, _, phase = name.rpartition(" of ")
+        folder = finished[0] / "checkpoints" / (phase + ("-best" if what == "best line" else ""))
+        steps = [path for path in folder.iterdir() if path.name.isdigit()]
+        assert len(steps) == number
+        for step in steps:
+            found = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
+            assert 0.8 * size < found < size + 100_000, (name, size, found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, "average"),
+        ({"guard.action": "rollback"}, "state"),
+        ({"guard.action": "warn"}, None),
+        ({"guard.action": "warn", "student.keep_best": "fd_1"}, "average"),
+    ],
+)
+def test_the_best_line_is_kept_of_what_the_guard_goes_back_to(changes, wanted):
+    task = plan_task(tiny_config(**changes))
+    state, *best = (records.record for records in task.distillation.checkpoints())
+    average = bytes_of(task.distillation.kinds(0)["average"])
+    assert best == ([] if wanted is None else [{"state": state, "average": average}[wanted]])
 
 
 MESH = """

@@ -161,14 +161,15 @@ def test_results_md_is_the_same_table_with_its_protocol(results, folder):
 
 def test_results_keep_the_guards_events_until_the_training_is_made_again(config, tmp_path):
     wrong = Event(10, "contrast_1", 2.0, math.nan, 1.5, 0.0, 0.2, "stop")
-    found = []
-    for events in ({"student": [Event.of_loss(3), wrong]}, {}, {"student": []}):
+    worse, found = wrong._replace(number="diversity_2", value=3.0, far=4.0), []
+    for events in ({"student": [Event.of_loss(3), wrong, worse]}, {}, {"student": []}):
         run = job(config, tmp_path / "run")[1]
         run.events = events
         results = run.write_results({"rows": []}, title="T", notes="", columns={})
         found.append((results["guard"], (run.workdir / "results.md").read_text()))
-    assert len(found[0][0]["student"]) == 2 and found[0][0] == found[1][0]
-    assert "Guard, student, step 10: contrast_1" in found[0][1]
+    assert len(found[0][0]["student"]) == 3 and found[0][0] == found[1][0]
+    assert "Guard, student, step 10: diversity_2 = 3 ± nan is 4.00 times" in found[0][1]
+    assert found[0][1].count("Guard, ") == 2 and "(and 1 more): stop." in found[0][1]
     assert found[0][1] == found[1][1] and found[2][0] == {}
 
 
@@ -190,6 +191,15 @@ def test_the_chart_names_the_split_that_was_scored(split):
     axes = report.new_figure(4.0, 3.0).subplots()
     report.fd_curve(axes, {"rows": rows, "reference": None, "config": {"eval": {"split": split}}})
     assert axes.get_ylabel() == f"Fréchet distance ({split})"
+
+
+def test_the_curves_picture_shows_numbers_without_their_errors(tmp_path, monkeypatch):
+    figure = report.new_figure(8.0, 4.0)
+    monkeypatch.setattr(report, "new_figure", lambda width, height: figure)
+    line = {"step": 1, "health/contrast_1": 1.0, "health/contrast_1_error": 0.1}
+    report.curves_picture(tmp_path / "curves.png", {"student": [line]})
+    shown = [line.get_label() for axes in figure.axes for line in axes.lines]
+    assert shown == ["contrast_1"]
 
 
 def test_health_and_losses_are_in_the_curves(folder):

@@ -74,7 +74,7 @@ def distill(
     task = OwnModel(problem, method, settings or {}, options or Options())
     work = task.distillation
     work.check()
-    found, place = task.cost, cost.here()
+    found, place = task.cost(on_disk=workdir is not None), cost.here()
     if excess := cost.excess(found, place, None):
         raise UserError(excess)
     for line in cost.lines(found, place, None, cost.Rates()):

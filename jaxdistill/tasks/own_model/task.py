@@ -105,14 +105,16 @@ class OwnModel:
         self.distillation.check_batch()
         self.grids = {n: self.grid(self.recipe.sampler, n) for n in self.kit({}).steps}
 
-    @property
-    def cost(self) -> Cost:
-        """Of its trainings; without the teacher's images and the health numbers. Calls and FLOPs
-        are those of dots and convolutions, and not counted for a network that has none.
+    def cost(self, *, on_disk: bool) -> Cost:
+        """Of its trainings, which are in memory or on disk; without the teacher's images and the
+        health numbers. Calls and FLOPs are those of dots and convolutions, and not counted for a
+        network that has none.
         """
         work = self.distillation
         kept, counts = work.kept(work.largest), work.flops_of_a_call > 0
-        return Cost(work.networks, kept, {}, work.work(count=counts), [], self.rows)
+        checkpoints = work.checkpoints() if on_disk else []
+        done = work.work(count=counts)
+        return Cost(work.networks, kept, {}, done, [], self.rows, checkpoints)
 
     # -- what a method asks for (`run.task.Task`)
 

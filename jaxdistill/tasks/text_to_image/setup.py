@@ -36,12 +36,15 @@ from jaxdistill.run.cost import Cost, Records, Work, parameters
 from jaxdistill.run.distillation import Distillation
 from jaxdistill.run.seeds import key_of
 from jaxdistill.sampling import TimeGrid
-from jaxdistill.tasks.settings import adversarial_settings, check_config, student_settings
+from jaxdistill.tasks.settings import (
+    REALS,
+    adversarial_settings,
+    check_config,
+    student_settings,
+)
 from jaxdistill.tasks.text_to_image import pipeline
 from jaxdistill.tasks.text_to_image.data import captioned_images, prompts_of
 from jaxdistill.tasks.text_to_image.images import Captioned
-
-REALS = "the teacher's images for the discriminator"
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -395,6 +398,7 @@ class TextSetup:
             work=[*parts, *work.work(count=count)],
             records=[records for records, _ in self.caches],
             rows=config.student.batch_size,
+            checkpoints=work.checkpoints(),
         )
 
     @property

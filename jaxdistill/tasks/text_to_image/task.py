@@ -31,13 +31,13 @@ from jaxdistill.run.record_cache import Cache, key_of
 from jaxdistill.run.run import Run
 from jaxdistill.run.seeds import seed_of
 from jaxdistill.tasks.health import Health
+from jaxdistill.tasks.settings import REALS
 from jaxdistill.tasks.text_to_image import pipeline, take_away
 from jaxdistill.tasks.text_to_image.checksums import Checksums, weights_of
 from jaxdistill.tasks.text_to_image.data import captioned_images, prompts_of
 from jaxdistill.tasks.text_to_image.images import READING, Captioned, fit_image
 from jaxdistill.tasks.text_to_image.setup import (
     DTYPES,
-    REALS,
     SINGLE_FILE,
     TextSetup,
     open_teacher,
