@@ -50,23 +50,33 @@ settings.load_profile("tests")
 
 import pytest  # noqa: E402
 
+_tried = set()
+
+
+def pytest_itemcollected(item):
+    """Of a costly law the first case is for every run, and the others are long."""
+    law = item.parent.nodeid, item.originalname
+    if item.get_closest_marker("costly") and law in _tried:
+        item.add_marker(pytest.mark.long)
+    _tried.add(law)
+
 
 @pytest.hookimpl(trylast=True)  # of what is left
 def pytest_collection_modifyitems(items):
-    """Files with the most slow tests first: a worker that begins one of them last leaves the other
-    idle. What needs a GPU is skipped where JAX has none.
+    """Files with the most costly tests first: a worker that begins one of them last leaves the
+    other idle. What needs a GPU is skipped where JAX has none.
     """
     if jax.default_backend() != "gpu":
         why = "JAX has no GPU here; with one: JAX_PLATFORMS=cuda,cpu pytest -m gpu -n 0"
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=why))
-    slow = Counter(
+    costly = Counter(
         item.path
         for item in items
-        if item.get_closest_marker("slow") or item.get_closest_marker("long")
+        if item.get_closest_marker("costly") or item.get_closest_marker("long")
     )
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: -costly[item.path])
 
 
 def pytest_collection_finish():

@@ -119,6 +119,11 @@ FLAGS = (
     ),
     (r"configs/benchmark\.py:smoke", "--config.text.folder=tests/golden/bert"),
     (
+        r"configs/benchmark\.py:smoke(?!.*benchmark\.methods)",  # the tests run all
+        "--config.benchmark.methods=\"('imagine_flash', 'direct', 'lcm')\"",
+    ),
+    (r"local_pod.*smoke\.py", "--config.student.iterations=12 --config.student.health_every=12"),
+    (
         r"\.main .*tests/text_config\.py .*--plan_for",
         "--config.teacher.folder=stable-diffusion-v1-5 --config.student.batch_size=16",
     ),

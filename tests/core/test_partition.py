@@ -92,7 +92,6 @@ def eight():
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "mixed"])
 def test_eight_devices_compute_an_eighth_each_and_the_same_values(eight, mesh):
     cost, losses, total, _ = eight[mesh]
@@ -102,7 +101,6 @@ def test_eight_devices_compute_an_eighth_each_and_the_same_values(eight, mesh):
     assert cost * 8 == pytest.approx(cost_one, rel=0.05)
 
 
-@pytest.mark.slow
 def test_micro_batches_on_a_mesh_keep_their_rows(eight):
     """Another draw of the noise, so another loss; but each device still computes an eighth."""
     assert eight["micro"][0] * 8 * 2 == pytest.approx(
@@ -110,7 +108,6 @@ def test_micro_batches_on_a_mesh_keep_their_rows(eight):
     )  # the loop's body is counted once
 
 
-@pytest.mark.slow
 def test_fsdp_holds_an_eighth_of_the_state(eight):
     assert eight["fsdp"][3] < 0.2 * eight["one"][3] and eight["data"][3] == eight["one"][3]
 
@@ -286,7 +283,6 @@ print(json.dumps(out))
 """
 
 
-@pytest.mark.slow
 def test_stacked_blocks_are_gathered_one_at_a_time():
     """Their values, gradients and cost are those of one device, and no more than one block is
     whole: a network of 12B does not fit a chip.

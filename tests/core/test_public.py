@@ -77,6 +77,7 @@ def test_the_import_alone_brings_no_library():
     assert found.stdout == "[]\n"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", sorted(set(jd.METHODS) - {"add", "lightning"}))
 def test_each_method_leaves_a_student_for_all_its_steps(method):
     steps = (1,) if method == "endpoint" else (1, 2, 3)

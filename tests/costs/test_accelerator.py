@@ -57,7 +57,7 @@ def test_a_process_that_fails_or_takes_too_long_is_a_line():
     assert "not finished after 0 s" in found["failed"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_exception_of_a_part_is_its_line():
     pytest.importorskip("diffusers")
     if pytest.importorskip("torch").cuda.is_available():

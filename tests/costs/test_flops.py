@@ -47,6 +47,7 @@ def units(model, params):
     return forward, flops(jax.grad(call), params, x, x)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 @pytest.mark.parametrize("with_adversary", [False, True])
 def test_whole_trajectory_costs_what_it_must(unrolled, scale, with_adversary):

@@ -538,7 +538,7 @@ def tpu(programs):
     return json.loads(done.stdout.split("FOUND")[1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_tpu_chip():
     found = tpu("one_chip")
     for name in WITHOUT_LOOPS:

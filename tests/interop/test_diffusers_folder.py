@@ -77,6 +77,7 @@ def torch_unet(variant, x, t, cond, added):
     return folders.nhwc(folders.torch_pipe(variant).unet(x, t, context, **added).sample)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("variant", ["deep", "sd", "sdxl", "ssd", "small", "lcm"])
 def test_unet_is_torchs(variant):
     part = families.open_folder(folders.folder(variant)).network
@@ -92,6 +93,7 @@ def test_unet_takes_sides_that_do_not_halve():
     assert error(found, torch_unet("sd2", x, t, cond, added)) < 1e-4
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("variant", "layer"),
     [("sdxl", "mid_block.attentions.0"), ("ssd", "down_blocks.1.attentions.1")],
@@ -145,6 +147,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters():
     assert 1e-4 < error(out, torch_unet("sd", x, t, cond, added)) < 5e-2
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_autoencoder_and_text_encoders_are_torchs(variant):
     found, pipe, r = (

@@ -147,6 +147,7 @@ def same_noise(monkeypatch):
     return give
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("name", "changes"), CASES)
 def test_a_run_is_diffusers(name, changes, same_noise):
     scheduler, config = config_of(name, changes)

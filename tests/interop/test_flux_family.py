@@ -38,6 +38,7 @@ def change(folder, file, **values):
     where.write_text(json.dumps(json.loads(where.read_text()) | values))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("variant", flux_folders.NETWORKS)
 def test_images_are_the_stock_pipelines(variant):
     """Of another shift at each size, at several scales, from packed latents and others."""

@@ -80,6 +80,7 @@ def test_ranks_that_no_layer_has_and_equal_weights_are_refused():
         lora.truncated(teacher, teacher, folder, 2)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("form", lora.FORMATS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stock_diffusers_adds_either_form_to_every_layer(variant, form, tmp_path):
@@ -185,6 +186,7 @@ def a1111(stem, modules):
     return modules.get(name)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", UNETS)
 def test_uis_find_the_layer_of_every_key_at_full_size(name):
     folder = architectures.folder(architectures.PIPELINES[name])

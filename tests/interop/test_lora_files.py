@@ -106,6 +106,7 @@ def forms(folder, pipe, root):
     return files
 
 
+@pytest.mark.costly
 def test_every_form_of_a_lora_is_merged_as_peft_does(style, tmp_path):
     folder, pipe = style
     wanted = loras.merged(pipe)
@@ -117,6 +118,7 @@ def test_every_form_of_a_lora_is_merged_as_peft_does(style, tmp_path):
     assert len(changed) == len(loras.alphas(pipe))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_images_are_those_of_stock_diffusers(variant, tmp_path):
     """One file, read by both: Kohya's of 1.x; of XL with the original layout's block names."""
@@ -239,6 +241,7 @@ MODULES = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", TEXTS)
 def test_at_full_size_each_layer_has_one_stem(name):
     plan = architectures.folder(architectures.PIPELINES[name])

@@ -83,6 +83,7 @@ def with_lora(name, path):
     return pipe
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", FOLDERS)
 def test_what_is_written_is_loaded_into_every_layer(name, scan, tmp_path):
@@ -153,6 +154,7 @@ def forms(name, pipe, root):
     return files
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_form_is_merged_as_peft_does(name, tmp_path):
     pipe = adapted(name)
@@ -190,10 +192,8 @@ STOCK = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3", "pixart", "zimage"))],
-)
+@pytest.mark.costly
+@pytest.mark.parametrize("name", ["flux", "sd3", "pixart", "zimage"])
 def test_images_are_those_of_the_stock_pipeline_with_the_lora(name, tmp_path):
     folder = families.open_folder(FOLDERS[name](), scan=True)
     _, updates = updated(folder, TARGETS[name])
@@ -210,6 +210,7 @@ def test_images_are_those_of_the_stock_pipeline_with_the_lora(name, tmp_path):
     assert np.abs(found - wanted).max() < 1 / 255 < 0.02 < np.abs(plain - wanted).max()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["flux", "pixart"])
 def test_the_nearest_lora_of_a_student_of_all_weights_is_loaded(name, tmp_path):
     folder = families.open_folder(FOLDERS[name]())

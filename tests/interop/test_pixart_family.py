@@ -44,6 +44,7 @@ def assert_tensors(part, expected):
         np.testing.assert_array_equal(found[name], value)
 
 
+@pytest.mark.costly
 @VARIANTS
 def test_images_are_the_stock_pipelines(variant):
     stock = folders.load_torch(pixart_folders.folder(variant))

@@ -52,6 +52,7 @@ def assert_same_weights(found, wanted):
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *loaded)))
 
 
+@pytest.mark.costly
 def test_every_weight_of_the_file_is_the_folders(pair):
     folder, path = pair
     ours, theirs = open_checkpoint(path, Beside(like=folder)), open_checkpoint(folder)
@@ -89,6 +90,7 @@ def test_stock_converters_make_the_folders_weights_of_the_file(pair):
             np.testing.assert_array_equal(state[name].numpy(), weights.read(name), err_msg=name)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("variant", ["ssd", "small", "lcm"])
 def test_networks_of_another_shape_have_their_places(variant, tmp_path):
     """A depth for each layer and a short middle, no middle, and a guidance scale as an input."""
@@ -156,6 +158,7 @@ def write_header(path, shapes, metadata=None, dtype="F16"):
     return path
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", FULL)
 def test_at_full_size_a_file_is_told_by_itself_and_each_tensor_has_one_place(
     tmp_path, capsys, name
@@ -383,6 +386,7 @@ def test_a_tensor_that_is_missing_is_named(tmp_path):
         diffusers_folder.load_params(open_checkpoint(path, Beside(like=like)).network)
 
 
+@pytest.mark.long
 def test_commands_and_configs_take_a_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = folders.folder("sd")
@@ -465,6 +469,7 @@ WAYS_OF = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("variant, way", [(v, w) for v, ways in WAYS_OF.items() for w in ways])
 def test_other_ways_to_write_a_checkpoint_are_read(tmp_path, variant, way):
     folder = folders.folder(variant)
@@ -500,6 +505,7 @@ def loose(folder, tmp_path, kind):
     return tmp_path / "vae.safetensors"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "kind", ["folder", "whole", "prefix", "bare", "diffusers", "older diffusers"]
 )
@@ -539,6 +545,7 @@ def test_text_encoders_beside_a_checkpoint_are_told_by_their_width(tmp_path):
             assert_same_weights(ours, theirs_)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("names", ["bare", "diffusers"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_unet_alone_is_read_under_other_names(tmp_path, variant, names):
@@ -582,6 +589,7 @@ def test_noise_is_never_predicted_at_zero_snr(tmp_path):
     assert diffusers_scheduler.of_folder(found).schedule.alpha(1000.0) > 0.01
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_published_schedulers_draw_from_zero_snr_where_a_file_is_marked_so(tmp_path, name):
     shapes, _ = full_size(name)

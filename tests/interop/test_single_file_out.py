@@ -67,6 +67,7 @@ def test_a_file_that_nothing_was_done_to_comes_out_bit_for_bit(pair, tmp_path):
     assert [name for name in made if not same_bits(made[name], wanted[name])] == []
 
 
+@pytest.mark.costly
 def test_only_the_unet_of_a_students_file_differs_from_its_teachers(pair, tmp_path):
     """The rest is the teacher's, not what the student's folder made of it."""
     folder, path = pair
@@ -84,6 +85,7 @@ def test_only_the_unet_of_a_students_file_differs_from_its_teachers(pair, tmp_pa
             assert same_bits(value, given[name]), name
 
 
+@pytest.mark.costly
 def test_what_is_cast_of_a_file_keeps_the_tensors_that_no_module_has(pair, tmp_path):
     folder, path = pair
     teacher = open_checkpoint(path, Beside(like=folder))
@@ -97,6 +99,7 @@ def test_what_is_cast_of_a_file_keeps_the_tensors_that_no_module_has(pair, tmp_p
         assert same_bits(made[name], given[name]), name
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_our_reader_finds_the_folder_in_its_file(pair, tmp_path, dtype):
     folder, _ = pair
@@ -135,6 +138,7 @@ def stock(path, folder, **options):
     return folders.torch_images(pipe, latents=latents, steps=2, guidance=3.0, **options)
 
 
+@pytest.mark.costly
 def test_stock_diffusers_draws_the_file_as_the_folder(wide, tmp_path):
     folder, path = wide, tmp_path / "out.safetensors"
     source = open_checkpoint(folder)

@@ -16,7 +16,7 @@ from jaxdistill.tasks.text_to_image import pipeline
 START = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
 
 
-@pytest.mark.slow
+@pytest.mark.costly
 @pytest.mark.parametrize("solver", diffusers_scheduler.STUDENT_SOLVERS)
 @pytest.mark.parametrize("variant", ["sd", "sd2", "sdxl"])
 def test_stock_diffusers_draws_a_students_images(variant, solver, tmp_path, monkeypatch):
@@ -72,6 +72,7 @@ def written(target, variant="sd", size=(48, 80), **settings):
     return target
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("variant", "size", "default"),
     [
@@ -98,7 +99,7 @@ def test_a_size_of_the_checkpoint_leaves_its_config(tmp_path):
     assert json.loads(configs[0].read_text()) == json.loads(configs[1].read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_diffusers_saves_again_draws_as_before(tmp_path, monkeypatch):
     """In half precision, too, and nothing of the package is in the way."""
     target, again = written(tmp_path / "student"), tmp_path / "again"
@@ -125,7 +126,7 @@ def test_what_diffusers_saves_again_draws_as_before(tmp_path, monkeypatch):
     assert np.abs(found - theirs).max() < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigmas_give_stock_diffusers_the_noise_correction(tmp_path):
     """As docs/your_ui.md says it: within 1/255 of ours at 1, 2 and 3 steps."""
     target = written(tmp_path / "student", size=(64, 64), noise_correction=True)
@@ -153,6 +154,7 @@ def test_sigmas_give_stock_diffusers_the_noise_correction(tmp_path):
             assert np.abs(other - expected).max() > 1 / 255
 
 
+@pytest.mark.long
 def test_a_call_that_a_student_was_not_made_for_is_said(tmp_path, capsys):
     target = written(tmp_path / "student")
     settings = pipeline.made_for(target)

@@ -705,6 +705,7 @@ def test_install_puts_the_commit_on_every_worker(pod):
     assert all((home / "jaxdistill/later").exists() for home in pod.homes)
 
 
+@pytest.mark.long
 def test_a_run_outlives_the_connection_and_stops_with_a_save(pod):
     pids = pod.started(*NASTY[2:])
     for home, pid in zip(pod.homes, pids, strict=True):
@@ -789,6 +790,7 @@ def test_status_tells_how_a_run_ended(pod):
     assert pod.states() == ["w-0: lost", "w-1: failed 134"]
 
 
+@pytest.mark.long
 def test_resume_brings_a_preempted_pod_back(pod):
     pod.started()
     found = pod.ok("resume", "--", *RUN)
@@ -817,6 +819,7 @@ def test_resume_brings_a_preempted_pod_back(pod):
     assert pod.calls() == [["tpu-vm", "ssh"]]
 
 
+@pytest.mark.long
 def test_a_tpu_without_a_request_is_made_again(pod):
     pod.ok("create")
     pod.set("node", "TERMINATED")
@@ -850,6 +853,7 @@ def test_resume_gives_up_where_it_cannot_help(pod, request_state, node, words):
     )
 
 
+@pytest.mark.long
 def test_resume_waits_for_the_queue(pod):
     pod.set("request", "WAITING_FOR_RESOURCES")
     process = pod.scene.start(pod.checkout.script, "resume", *pod.options, "--", *RUN)
@@ -920,6 +924,7 @@ def test_watch_goes_on_to_the_end(pod):
     assert sorted(out.splitlines()[-2:]) == ["worker w-0: finished", "worker w-1: finished"]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("end", "code"), [("stop", 0), (3, 1)])
 def test_watch_ends_at_a_stop_and_at_a_failure(pod, end, code):
     pod.started()

@@ -80,6 +80,7 @@ def loss_by_hand(model, student, teacher, data, *, grid, shift, source, k, scale
     return sum(losses) / len(losses)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("source", [None, "trajectory", "initial", "fresh"])
 @pytest.mark.parametrize(("k", "scale"), [(1, 1.0), (3, 1.0), (2, 1.5)])
 def test_loss_and_gradient_equal_the_equations_written_out(source, k, scale):
@@ -117,6 +118,7 @@ def as_flow(model, flow):
     return Model(apply, flow, flow_prediction)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_same_prediction_at_the_same_log_snr_has_the_same_target_on_any_schedule(shift):
     model, teacher = make()
@@ -448,6 +450,7 @@ def test_the_adversary_may_judge_one_state_of_each_row():
         flash(model, adversary_states="some")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "grids",
     [[(1.0, 0.5)], [(1.0, 0.7, 0.2), (1.0, 0.5), (1.0,)], [(1.0, 0.7, 0.5, 0.2), (1.0, 0.3)]],
@@ -530,6 +533,7 @@ def states_of(model, student, size, **options):
     return metrics["x0"], gradient["student"]
 
 
+@pytest.mark.costly
 @every_solver
 def test_grids_that_share_a_batch_are_each_rolled_out_as_alone(solver):
     """Also by a solver with a history: a row that starts anew has none, and no gradient of the
@@ -565,6 +569,7 @@ def test_grids_that_share_a_batch_are_each_rolled_out_as_alone(solver):
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()) + 1e-6)
 
 
+@pytest.mark.costly
 @every_solver
 def test_one_random_state_is_one_of_the_whole_trajectorys(solver):
     model, size = make()[0], 12
@@ -577,6 +582,7 @@ def test_one_random_state_is_one_of_the_whole_trajectorys(solver):
     assert len(set(np.argmin(apart, 1).tolist())) > 2
 
 
+@pytest.mark.costly
 @every_solver
 def test_the_teachers_answer_is_its_own_rollout_from_each_state(solver):
     model, teacher = make()

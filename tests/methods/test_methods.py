@@ -498,6 +498,7 @@ def tdm_gradient(student_mean, fake_mean, grids=(2,), **options):
     )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("grids", [(1,), (2,), (4,), (1, 2, 4, 4)])
 def test_tdm_pulls_the_students_mean_to_the_teachers(grids):
     assert float(tdm_gradient(0.5, 0.5, grids)["student"]["mean"]) > 0.01
@@ -565,6 +566,7 @@ def test_tdm_never_looks_at_data():
     assert float(loss(params, None, batch, KEY)[0]) == float(loss(params, None, other, KEY)[0])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("grids", [(2,), (1, 2), (2, 2, 1, 1)])
 def test_tdms_shortcut_pulls_the_first_state_to_the_end_of_its_trajectory(grids):
     """x̂0 = p x at T and 0.3 x after: the end of two steps is 0.3 (α p + σ) x_T, and p = 0.3 σ / (1
@@ -814,6 +816,7 @@ ON_INTEGERS = {
 BETWEEN = {"imagine_flash": flash_of, "forward": partial(flash_of, backward=False)}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", [*ON_INTEGERS, *BETWEEN])
 def test_no_method_asks_a_discrete_network_at_times_it_was_not_trained_at(name):
     """The network is told t - 1, its training step. Imagine Flash's teacher alone is also asked

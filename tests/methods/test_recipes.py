@@ -194,6 +194,7 @@ NETWORKS = {"student": jnp.float32(0.4), "fake": jnp.float32(0.6)}
 REAL = jnp.float32(0.7)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["dmd2", "tdm"])
 def test_a_critic_learns_of_the_student_and_never_pulls_on_it(name):
     critic = critics()[name].critic
@@ -208,6 +209,7 @@ def test_a_critic_learns_of_the_student_and_never_pulls_on_it(name):
     assert float(value(moved, REAL)) != float(value(NETWORKS, REAL))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["dmd2", "tdm"])
 def test_a_critics_gradient_is_the_one_that_the_loss_gives_to_the_fake_score(name):
     """In expectation: each draws a trajectory of its own. Low noise would weigh single rows."""
@@ -222,6 +224,7 @@ def test_a_critics_gradient_is_the_one_that_the_loss_gives_to_the_fake_score(nam
     np.testing.assert_allclose(*both, rtol=0.02)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["dmd2", "tdm"])
 def test_the_fake_scores_loss_pulls_on_the_fake_score_alone(name):
     """Whatever its weight, the student's gradient is the matching's."""

@@ -592,6 +592,7 @@ def test_images_that_do_not_fit_the_prompts_are_refused(place, capsys):
     )
 
 
+@pytest.mark.long
 def test_the_real_clip_is_wired_in(place, monkeypatch):
     monkeypatch.undo()
     folder, _ = place

@@ -472,12 +472,14 @@ def near(found, wanted, share=1e-4):
     assert np.abs(found - wanted).max() < share * np.linalg.norm(wanted, axis=-1).max()
 
 
+@pytest.mark.long
 def test_inception_features_are_torch_fidelitys_whatever_the_batch(pooled):
     assert pooled.shape == (3, 2048)
     near(pooled[:2] @ directions(2048), GOLDEN["pooled"], 2e-5)
     np.testing.assert_allclose(pooled[2], pooled[0], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_inception_protocol_names_weights_and_pixels(extractor, inception_file, tmp_path):
     said = extractor.protocol
     assert (
@@ -651,7 +653,7 @@ def their_arrays():
     return theirs()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_golden_numbers_are_those_of_the_programs(their_arrays):
     fresh = short(their_arrays)
     assert fresh.keys() == GOLDEN.keys()

@@ -108,6 +108,7 @@ def relative(ours: Any, theirs: Any) -> float:
     return float(np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_as_diffusers(name: str, scan: bool) -> None:
@@ -187,7 +188,7 @@ def test_bfloat16() -> None:
     assert relative(ours, torch_output(net.bfloat16(), *args, dtype=torch.bfloat16)) < 0.03
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["double", "single"])
 def test_real_width(kind: str, dtype: str) -> None:

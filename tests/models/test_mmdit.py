@@ -125,6 +125,7 @@ def error(a, b):
     return np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_output_is_diffusers(name):
     model = stock(**CONFIGS[name])
@@ -139,6 +140,7 @@ def test_other_sizes_are_the_centre_of_the_table(size):
     assert error(apply(module, params_of(model, module), given), reference(model, *given)) < 5e-5
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["medium35", "odd"])
 def test_a_loop_over_blocks_is_the_blocks_in_a_row(name):
     model = stock(**CONFIGS[name])
@@ -184,6 +186,7 @@ def test_half_precision_is_near():
     assert error(out, reference(model, x, t, cond)) < 0.05
 
 
+@pytest.mark.long
 def test_the_table_is_the_formulas_and_is_never_trained():
     model = stock(**CONFIGS["large35"])
     module, given = ours(model), batch(model)
@@ -218,13 +221,8 @@ def test_latents_that_do_not_fit_are_refused(size):
         jax.eval_shape(ours(model).init, jax.random.key(0), x, t, cond)
 
 
-@pytest.mark.parametrize(
-    ("heads", "dual"),
-    [
-        pytest.param(24, (0,), marks=pytest.mark.slow),
-        pytest.param(38, (), marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("heads", "dual"), [(24, (0,)), (38, ())])
 def test_one_block_at_its_real_width(heads, dual):
     """SD 3.5 medium's and large's, with the last one after it."""
     model = stock(layers=2, heads=heads, head_dim=64, dual=dual, qk_norm=True, text=64)

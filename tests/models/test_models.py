@@ -8,6 +8,7 @@ from jaxdistill.models.small.text_unet import AttentionPool, CrossAttention, Tex
 from jaxdistill.models.small.unet import SmallUNet
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("model", [ResidualMLP(32, 2), SmallUNet((16, 16), 1, 2)])
 def test_a_fresh_model_is_zero_and_a_trained_one_sees_image_time_and_class(model):
     x, t, cond = jnp.ones((2, 8, 8, 1)), jnp.asarray([0.3, 0.3]), jnp.asarray([1, 1])
@@ -53,6 +54,7 @@ def text_unet():
     return model, params, x, t, cond
 
 
+@pytest.mark.long
 def test_text_unet_reads_the_tokens_that_its_mask_shows_and_no_others(text_unet):
     model, params, x, t, cond = text_unet
     base = model.apply(params, x, t, cond)

@@ -185,6 +185,7 @@ def test_a_convolution_of_doubled_states_takes_four_ninths_of_the_multiplication
     )  # the padding's rows are computed as well
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shape", [(1, 5, 7, 4), (2, 4, 4, 4)])
 def test_a_layer_resizes_before_it_convolves_with_low_rank_updates_too(shape):
     layer, x = Conv(6), jax.random.normal(jax.random.key(0), shape)
@@ -215,6 +216,7 @@ UNETS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", UNETS)
 def test_rows_of_conditioning_for_one_state_share_what_does_not_depend_on_them(name):
     unet, r = UNETS[name], np.random.default_rng(0)

@@ -137,6 +137,7 @@ def case(config, scan=False):
     return _case(tuple(config.items()), scan)
 
 
+@pytest.mark.costly
 @CONFIGS
 def test_the_network_is_diffusers_own(config):
     network, module, params = case(config)
@@ -147,6 +148,7 @@ def test_the_network_is_diffusers_own(config):
         assert error(got, expected(module, *args)) < 1e-4
 
 
+@pytest.mark.costly
 @CONFIGS
 def test_a_loop_over_blocks_is_the_blocks(config):
     network, module, params = case(config, scan=True)
@@ -184,6 +186,7 @@ def test_a_discriminator_sees_the_image_after_the_blocks_it_asks_for(config):
         assert error(state.reshape(other.shape), other) < 1e-4
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_states_that_are_computed_again_give_the_same_gradient(remat):
     network, _, params = case(SIGMA, scan=True)
@@ -197,6 +200,7 @@ def test_states_that_are_computed_again_give_the_same_gradient(remat):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.costly
 @CONFIGS
 def test_bf16_is_near(config):
     network, module, params = case(config)
@@ -206,6 +210,7 @@ def test_bf16_is_near(config):
     assert error(got, expected(module, *args)) < 0.05
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-4), (jnp.bfloat16, 0.02)])
 def test_one_block_at_its_real_width(dtype, bound):
     """PixArt-XL: 16 heads of 72."""

@@ -98,6 +98,7 @@ def test_buckets_are_transformers(buckets, far):
     np.testing.assert_array_equal(distance_buckets(600, buckets, far), expected.numpy())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", SIZES)
 def test_states_are_transformers_with_and_without_a_mask(name):
     model = stock(**SIZES[name])
@@ -128,7 +129,7 @@ def test_half_precision_is_near_and_does_not_overflow(dtype):
     assert error(module.apply(params_of(model, module), ids, mask), wide) < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_block_at_the_width_of_xxl():
     model = stock(d_model=4096, num_heads=64, d_kv=64, num_layers=1, d_ff=10240)
     ids, _ = batch(model, 12)

@@ -134,6 +134,7 @@ def run(network, params, *args, features=False):
     return _compiled(network, features)(params, *args)
 
 
+@pytest.mark.costly
 @CONFIGS
 def test_the_network_is_diffusers_own(config):
     network, module, params = case(config, scan=True)
@@ -145,6 +146,7 @@ def test_the_network_is_diffusers_own(config):
         assert error(got, expected(module, *args)) < 1e-4
 
 
+@pytest.mark.costly
 @CONFIGS
 def test_a_loop_over_the_blocks_gives_the_same(config):
     network, _, params = case(config)
@@ -156,6 +158,7 @@ def test_a_loop_over_the_blocks_gives_the_same(config):
     assert f"{many}.1" not in stacked["params"]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("side", [(8, 16), (4, 6)], ids=["no pads", "pads"])
 def test_guidance_has_two_captions_for_one_image_and_each_its_own_length(side):
     network, module, params = case(SMALL, scan=True)
@@ -229,7 +232,7 @@ def test_the_published_size_has_diffusers_tensors():
     assert count == sum(value.numel() for value in theirs.values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_block_of_the_published_width():
     from diffusers.models.transformers.transformer_z_image import RopeEmbedder
     from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock as Stock
@@ -286,6 +289,7 @@ TEXTS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.costly
 @TEXTS
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_text_encoder_is_transformers_own(sizes, scan):

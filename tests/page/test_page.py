@@ -17,7 +17,7 @@ expect = sync_api.expect
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(
         BROWSER is None, reason="no Chromium: install Debian's `chromium`, or set CHROMIUM"
     ),

@@ -162,6 +162,7 @@ def train(folder, workdir, *, steps=6, stop_at=0):
     return small.train(teacher, flash(model), optax.adam(1e-3), batch, steps=steps, place=place)
 
 
+@pytest.mark.long
 def test_a_stop_does_not_show_where_checkpoints_are_in_a_bucket(bucket, tmp_path, capsys):
     expected = train(tmp_path / "checkpoints", tmp_path / "whole")
     with pytest.raises(loop.Stopped, match="saved at step 3 of 6"):
@@ -201,6 +202,7 @@ def test_what_two_processes_save_in_a_bucket_one_restores_in_the_same_bits(bucke
 OBJECTS, NAMES = "/upload/storage/v1/b/bucket/o", "/storage/v1/b/bucket?"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("status", "refused", "words"),
     [
@@ -250,6 +252,7 @@ def test_nobody_waits_for_a_server_that_is_not_there(bucket, monkeypatch):
         Checkpoints("gs://bucket/run")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("status", [403, 400])
 def test_a_save_that_the_bucket_refuses_is_one_line(bucket, monkeypatch, status):
     """Rights can go while a run is going on.
@@ -354,7 +357,7 @@ print(found["cache_hits"], found["cache_misses"])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_start_finds_its_programs_in_the_bucket(bucket, tmp_path):
     environment = {
         k: v

@@ -69,6 +69,7 @@ def compile_one(factor):
     jax.jit(lambda x: x * factor)(np.ones(7, np.float32)).block_until_ready()
 
 
+@pytest.mark.long
 def test_the_second_sample_compiles_nothing_and_imports_little(tmp_path):
     model = card.build_model(CARD["model"])
     inputs = jnp.zeros((1, 4, 4, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32)

@@ -151,7 +151,7 @@ def test_layouts_of_processes_and_devices_train_alike(tmp_path):
             np.testing.assert_allclose(theirs[name], weights[name], atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_of_different_configs_do_not_start(tmp_path):
     workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
     flags = (
@@ -193,7 +193,7 @@ print("shared", distributed.share_folder(folder), distributed.writes(), flush=Tr
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_folder_that_shows_files_late_is_shared_and_all_agree_on_it(tmp_path):
     workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
     workdir.mkdir()
@@ -251,7 +251,7 @@ with loop.StopSignal().installed() as stop:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_to_one_process_ends_the_preparation_of_all(tmp_path):
     """Both are at work together, and one of them is told to stop: they do after the same block."""
     workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
@@ -281,7 +281,7 @@ loop.prepare("drawing", work(), loop.StopSignal())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_hangs_in_the_preparation_ends_all(tmp_path):
     workdir, coordinator = tmp_path / "run", f"127.0.0.1:{free_port()}"
     processes = [begin(workdir, i, 1, "-c", STUCK, coordinator, i) for i in range(2)]

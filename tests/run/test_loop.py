@@ -752,6 +752,7 @@ def test_more_steps_go_on_after_a_guards_stop(tmp_path):
     assert more.events == first.events
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("stopped", [[2], [12], [15], [16, 18]], ids=str)
 def test_a_guard_goes_back_to_the_best_line_and_on_more_slowly(tmp_path, stopped):
     """Twice at half the rate each time; a kill before or after changes no bit."""

@@ -58,6 +58,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(architectures, "PIPELINES", {"tiny": TINY})
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("variant", "remat"), [("", "none"), ("one", "none"), ("", "full")])
 def test_the_analytic_count_is_that_of_the_step_as_it_is_written(tiny, variant, remat):
     """N states of 3 student and k c teacher calls each; what is computed again counts by itself."""
@@ -74,7 +75,7 @@ def test_the_analytic_count_is_that_of_the_step_as_it_is_written(tiny, variant, 
     assert setup.step_flops() / (16 * setup.call_flops()) == pytest.approx(calls, rel=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_planned_sampler_draws_the_pipelines_images():
     folders = pytest.importorskip("folders")
     pipe = pipeline.load(folders.folder("sd"))
@@ -105,6 +106,7 @@ def test_the_planned_sampler_draws_the_pipelines_images():
     assert expected.std() > 0.05
 
 
+@pytest.mark.long
 def test_the_sampler_is_counted_as_it_is_written(tiny):
     config = make_config(**{"student.batch_size": 6, "student.steps": (1, 3)})
     program = plan.sampler_program(config, jax.devices())
@@ -117,6 +119,7 @@ def test_the_sampler_is_counted_as_it_is_written(tiny):
     assert set(program.kinds) == {"student", "decoder", "batch"}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_the_teachers_step_is_counted_as_it_is_written(tiny, guidance):
     """Of one host's chips, each with config.log.batch_size images; under guidance with two rows of
@@ -244,6 +247,7 @@ def test_a_job_that_does_not_fit_names_its_buffers():
     assert plan.largest_buffers("first\nsecond\n\nthird") == ["  second", "  third"]
 
 
+@pytest.mark.long
 def test_a_report_ends_with_the_whole_run(tiny):
     """Of the slice's chips; a plan of as many that are not here says the same."""
     config = make_config(**{"mesh.fsdp": 2})
@@ -256,6 +260,7 @@ def test_a_report_ends_with_the_whole_run(tiny):
     assert there == as_many and knobs_of(config, devices) == knobs_of(config, 4)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -332,6 +337,7 @@ PUBLISHED = {
 """Millions of parameters, a table of positions among them."""
 
 
+@pytest.mark.long
 def test_published_architectures_have_their_published_size():
     for name, millions in PUBLISHED.items():
         part = architectures.folder(architectures.PIPELINES[name]).network

@@ -194,7 +194,7 @@ def test_a_dataset_of_other_ranges_or_shapes_is_refused(monkeypatch, split, chan
     assert message in str(refused.value)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_answers_a_mistake_in_one_line(tmp_path):
     """Of the process itself; which mistakes, tests/run/test_cli.py says."""
     flags = ["--config=tests/tiny.py", f"--workdir={tmp_path}", "--config.studnt.steps=1"]

@@ -281,6 +281,7 @@ def test_teacher_is_scored_on_real_and_on_the_students_states(smoke, tmp_path):
     )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("size", ["ablation", "leakage"])
 def test_every_variant_of_the_studies_can_be_built(size):
     config = config_of(size)
@@ -292,6 +293,7 @@ def test_every_variant_of_the_studies_can_be_built(size):
         assert size == "leakage" or len(changes) == (name != "full"), (name, changes)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("size", ["", "tuning", "updates", "digits", "flow", "flow_scenes"])
 def test_every_size_can_be_opened(size):
     own = size in ("digits", "flow")
@@ -315,6 +317,7 @@ def test_a_method_that_needs_a_student_is_refused_before_any_work():
         study_of(config)
 
 
+@pytest.mark.long
 def test_processes_below_none_are_refused(tmp_path):
     flags = [
         "--config=configs/benchmark.py:smoke",
@@ -341,6 +344,7 @@ def test_methods_follow_the_teachers_guidance_and_steps_until_they_have_their_ow
     assert (less, more) == (2.5, 5.5)
 
 
+@pytest.mark.long
 def test_the_search_changes_a_competitors_rates_or_its_guidance_and_nothing_else():
     config, shipped = config_of("search"), config_of().methods
     study_of(config)
@@ -594,6 +598,7 @@ def test_stored_rows_of_another_recogniser_or_method_are_never_mixed(tmp_path):
     assert set(made.stored()) == {"mine-0-student-1-1", "imagine_flash-0-student-1-1"}
 
 
+@pytest.mark.long
 def test_rows_stand_in_the_order_of_the_config_whoever_finished_first(tmp_path):
     made = known(tmp_path, methods=("tdm", "add"), seeds=(0, 1))
     made.first.config.eval.guidances = (5.0,)
@@ -666,6 +671,7 @@ def first():
     return Scenes(config_of("smoke"))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", [*METHODS, "matched", "direct", "dmd2_faithful"])
 def test_methods_spend_the_same_budget(first, method):
     """In network calls: FLOPs of the losses and gradients over those of one call."""

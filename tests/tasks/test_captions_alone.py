@@ -22,6 +22,8 @@ from jaxdistill.tasks.scenes import measure, reference
 from jaxdistill.tasks.scenes.task import SceneData, Scenes
 from jaxdistill.tasks.small import Sampled
 
+pytestmark = pytest.mark.long
+
 GOLDEN = TESTS / "golden" / "bert"
 
 
@@ -184,7 +186,6 @@ def test_images_a_second_cost_no_block_but_a_second_one_of_a_single(task, monkey
         np.testing.assert_array_equal(images, task.draw(sampled, lambda rows: None, count, 0))
 
 
-@pytest.mark.long
 def test_a_run_from_captions_alone_ends_with_a_table_and_students(real, tmp_path):
     config = alone(real[1], tmp_path / "cache", "matched")
     results = main.run(config, tmp_path / "run")

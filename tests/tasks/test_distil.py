@@ -133,38 +133,15 @@ def health_lines(folder):
 
 
 @pytest.mark.long
-def test_the_loss_of_a_student_falls(tmp_path):
-    main.run(make_config(tmp_path, "sd", **LEARNING), tmp_path / "run")
+@pytest.mark.parametrize("variant", ["sd", "sdxl"])
+def test_the_loss_of_a_student_falls(tmp_path, variant):
+    main.run(make_config(tmp_path, variant, **LEARNING), tmp_path / "run")
     found = losses(tmp_path / "run")
     assert len(found) == 12 and np.mean(found[-4:]) < 0.7 * np.mean(found[:2])
 
 
 @pytest.mark.long
-def test_the_loss_of_an_xl_student_falls_and_a_resumed_run_ends_in_its_bits(tmp_path):
-    config = make_config(tmp_path, "sdxl", **LEARNING)
-    main.run(config, tmp_path / "whole")
-    # As a start leaves it that is killed behind its checkpoint of step 8.
-    shutil.copytree(
-        tmp_path / "whole",
-        tmp_path / "parts",
-        ignore=shutil.ignore_patterns("student", "diffusers", "results.*"),
-    )
-    shutil.copytree(
-        tmp_path / "whole" / "checkpoints", tmp_path / "parts" / "checkpoints", dirs_exist_ok=True
-    )
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "student" / "12")
-    main.run(config, tmp_path / "parts")
-    curves = [losses(tmp_path / name) for name in ("parts", "whole")]
-    assert curves[0] == curves[1] and len(curves[0]) == 12
-    assert_same_bits(
-        *(checkpoint.load_export(tmp_path / name / "student")[0] for name in ("parts", "whole"))
-    )
-    assert np.mean(curves[0][-4:]) < 0.7 * np.mean(curves[0][:2])
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("keep_best", ["", "distance_1"])
-def test_a_run_that_loses_its_workdir_ends_in_the_same_rows(tmp_path, keep_best):
+def test_a_run_that_loses_its_workdir_ends_in_the_same_rows(tmp_path):
     """Checkpoints are elsewhere and hold what results need, the best averages' numbers too: after a
     stop, and again when all training is done.
     """
@@ -173,7 +150,7 @@ def test_a_run_that_loses_its_workdir_ends_in_the_same_rows(tmp_path, keep_best)
         "student.iterations": 6,
         "student.health_every": 2,
         "student.steps": (1,),
-        "student.keep_best": keep_best,
+        "student.keep_best": "distance_1",
         "methods.imagine_flash.learning_rate": 0.1,  # so large that the last is not the best
         "log.checkpoint_every": 6,
     }
@@ -190,8 +167,7 @@ def test_a_run_that_loses_its_workdir_ends_in_the_same_rows(tmp_path, keep_best)
     assert len(numbers) == 4 and numbers[0] < numbers[-1]  # before any step: never the best
     numbers = numbers[1:]
     assert numbers[-1] > min(numbers)
-    best = min(numbers) if keep_best else numbers[-1]
-    assert expected[0]["distance"] == round(best, 5)
+    assert expected[0]["distance"] == round(min(numbers), 5)
 
 
 @pytest.mark.long
@@ -321,6 +297,7 @@ def test_low_rank_updates_load_in_diffusers_and_fuse(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_merging_is_the_layers_own_update():
     """W + down up, for a linear layer, a convolution and a stack, is what the layers compute beside
     their kernels.
@@ -429,6 +406,7 @@ def test_a_signal_while_prompts_are_encoded_is_heeded_and_what_is_encoded_is_kep
     np.testing.assert_allclose(texts[20]["context"], text(["a cat 20"])["context"][0], atol=2e-3)
 
 
+@pytest.mark.long
 def test_images_are_cropped_encoded_and_kept_with_their_captions(tmp_path):
     """For the adversarial term's reals: an image of another size and shape, and its caption, as the
     discriminator will see them.
@@ -507,6 +485,7 @@ def test_a_bad_config_is_refused_before_anything_is_written(changes, words, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_the_command_gives_one_line(tmp_path):
     found = run_command(
         "jaxdistill.main",
@@ -525,6 +504,7 @@ def test_a_students_export_that_was_copied_alone_says_what_it_lacks(tmp_path):
         pipeline.load(tmp_path / "student")
 
 
+@pytest.mark.long
 def test_a_student_that_draws_no_numbers_in_training_is_not_laid_on_its_teacher(tmp_path):
     task = TextToImageTask(make_config(tmp_path))
     pipe = pipeline.load(folders.folder("sd"), layout=partition.own_layout(task.layout))
@@ -534,6 +514,7 @@ def test_a_student_that_draws_no_numbers_in_training_is_not_laid_on_its_teacher(
         drawn(bad, [1])
 
 
+@pytest.mark.long
 def test_the_exports_are_rehearsed_before_any_weight_is_read(tmp_path, monkeypatch):
     def full(*given):
         raise UserError("no space")
@@ -547,6 +528,7 @@ def test_the_exports_are_rehearsed_before_any_weight_is_read(tmp_path, monkeypat
         main.run(make_config(tmp_path), tmp_path / "run")
 
 
+@pytest.mark.long
 def test_an_export_of_scanned_blocks_is_read_as_such(tmp_path):
     """configs/sdxl.py trains with stacked blocks; its Orbax export draws what the folder draws."""
     source = families.open_folder(folders.folder("sdxl"), scan=True)

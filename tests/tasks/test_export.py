@@ -91,6 +91,7 @@ def test_a_run_knows_what_its_student_was_made_from(run, tmp_path):
     assert told["modelspec.resolution"] == "64x64"
 
 
+@pytest.mark.long
 def test_a_lora_of_full_rank_makes_the_teacher_the_student(run, tmp_path, capsys):
     path = tmp_path / "lora.safetensors"
     options = ("format=kohya", "dtype=float32", "num=2")
@@ -112,6 +113,7 @@ def test_a_lora_of_full_rank_makes_the_teacher_the_student(run, tmp_path, capsys
     assert 10 < float(kept) < 90
 
 
+@pytest.mark.long
 def test_a_student_that_was_trained_as_a_lora_gives_that(tmp_path, capsys):
     params = teacher_params()
     updates = lora_init(jax.random.key(0), params, ("to_q", "conv1"), 3)

@@ -83,6 +83,7 @@ def test_a_run_leaves_what_it_promises(finished):
     )
 
 
+@pytest.mark.long
 def test_the_program_runs_without_this_package_and_draws_our_images(finished):
     folder, _ = finished
     noise = np.asarray(card.draw_noise(0, 0, 5, (8, 8, 1)))
@@ -112,6 +113,7 @@ def test_another_configs_workdir_is_refused(finished):
         main.run(config, finished[0])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "changes",
     [

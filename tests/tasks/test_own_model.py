@@ -51,6 +51,7 @@ SOLVED = {"step_distillation": 8, "endpoint": 3, "lcm": 10}
 """Methods whose student ends where so many of the teacher's steps do, which spread less."""
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", SETTINGS)
 def test_a_student_of_one_step_spreads_as_what_it_learns_from(method):
     """The teacher's own single step draws the classes' means: no spread at all."""
@@ -80,6 +81,7 @@ def test_endpoint_ends_where_three_steps_do():
     np.testing.assert_allclose(images, teacher_images(noise, labels, 3), atol=0.02)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["add", "lightning", "dmd2"])
 def test_a_discriminator_on_the_teachers_images_trains(method):
     settings = {"lightning": {"first": 2, "counts": (2, 1)}}.get(method, {})

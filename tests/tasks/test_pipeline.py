@@ -47,7 +47,7 @@ def ours(pipe, **options):
     return pipe(folders.PROMPTS, height=SIZE, width=SIZE, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.costly
 @pytest.mark.parametrize("variant", ["sd", "sd2", "sdxl"])
 def test_images_are_diffusers(variant, pipes):
     """20 steps of the folder's own scheduler with guidance: PNDM for 1.x, DDIM with v and zero SNR
@@ -68,7 +68,7 @@ MEAN, STD = [0.1, -0.2, 0.3, 0.05], [1.5, 0.7, 1.1, 2.0]
 MOVED = {"shift_factor": 0.5, "latents_mean": MEAN, "latents_std": STD}
 
 
-@pytest.mark.slow
+@pytest.mark.costly
 @pytest.mark.parametrize("variant", ["sd", "sdxl"])
 def test_of_an_autoencoders_shifts_those_count_that_its_pipeline_looks_at(variant, tmp_path):
     """Neither pipeline looks at shift_factor, and XL's alone at the mean and std."""
@@ -98,7 +98,7 @@ SCHEDULERS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.costly
 @pytest.mark.parametrize(("variant", "name", "settings"), SCHEDULERS)
 def test_twenty_steps_of_other_schedulers_are_diffusers(
     variant, name, settings, tmp_path, monkeypatch
@@ -141,6 +141,7 @@ def test_guidance_of_one_or_less_is_none_and_prompts_matter(pipes):
     assert np.abs(found - ours(pipes("sd"), steps=4, guidance=6.0, latents=start)).max() > 2 / 255
 
 
+@pytest.mark.long
 def test_an_image_depends_on_its_seed_number_and_prompt_alone(pipes):
     options = {"height": SIZE, "width": SIZE, "steps": 2, "guidance": 6.0, "seed": 3}
     five = pipes("sd")(["a", "b", "c", "d", "e"], batch_size=2, **options)
@@ -175,6 +176,7 @@ def test_a_long_prompt_is_cut_and_said(pipes, capsys):
 # ------------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.long
 def test_command_draws_from_given_latents_as_diffusers_does(tmp_path, capsys):
     np.save(tmp_path / "noise.npy", latents())
     folder = folders.folder("sd")
@@ -280,6 +282,7 @@ def test_a_call_is_refused_before_any_weights_are_read(
     assert stop.value.code == 2 and message in text and text.count("error: ") == 1
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("damage", ["missing", "left over", "bin"])
 @pytest.mark.parametrize("of", ["sample", "run"])
 def test_a_damaged_text_encoder_is_named_before_any_weights_are_read(
@@ -340,7 +343,7 @@ def test_sizes_default_to_the_checkpoints():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_servers_painter_draws_what_the_pipeline_draws():
     load = partial(
         pipeline.load, folders.folder("sd"), grid="trailing", solver="ddim"
@@ -372,7 +375,7 @@ TRANSFORMERS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.costly
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_server_draws_a_student_of_a_transformer_at_its_own_steps(name):
     """As `sample` does, with what the network is told of sizes and guidance."""

@@ -56,6 +56,7 @@ def loops(monkeypatch):
     return found
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("rank", [0, 2])
 def test_what_is_kept_is_what_a_run_holds(loops, tmp_path, rank):
     config = tiny_config(**{"student.lora_rank": rank, "teacher.batch_size": 8})
@@ -72,6 +73,7 @@ def parameters_of(params):
     return sum(np.size(a) for a in jax.tree.leaves(params))
 
 
+@pytest.mark.long
 def test_a_text_run_holds_keeps_and_counts_what_its_plan_told(loops, monkeypatch, tmp_path, capsys):
     folders = pytest.importorskip("folders")
     (tmp_path / "prompts.txt").write_text("a cat\na dog at a cat\nphoto\n")
@@ -115,6 +117,7 @@ def test_a_text_run_holds_keeps_and_counts_what_its_plan_told(loops, monkeypatch
     assert told.work[0].calls == drawn
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["imagine_flash", "direct", "matched", "lcm"])
 def test_the_calls_of_the_stages_and_pairs_are_the_budget(method):
     """As much of it as whole iterations and pairs come to."""
@@ -149,6 +152,7 @@ def test_the_calls_of_a_table_are_those_that_draw_it(monkeypatch):
     assert told.name == "evaluation" and told.calls * config.student.batch_size == sum(rows)
 
 
+@pytest.mark.long
 def test_the_pool_of_a_small_task_takes_what_its_files_hold(loops, tmp_path):
     config = tiny_config(**{"adversarial.reals": "teacher", "adversarial.pool": 7})
     with pytest.raises(Enough):
@@ -210,7 +214,7 @@ assert away.kept["student"] == held < 4 * away.networks["student"], (away.kept, 
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_devices_that_are_not_here_keep_what_they_would_here():
     env = quick("--xla_force_host_platform_device_count=4", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     ended = subprocess.run([sys.executable, "-c", MESH], env=env, capture_output=True, text=True)
@@ -270,6 +274,7 @@ def test_a_small_run_that_does_not_fit_is_refused_and_one_that_does_is_not(monke
     assert main.run(config, tmp_path / "run") == {}
 
 
+@pytest.mark.long
 def test_the_program_that_is_compiled_beforehand_is_the_trainings(loops, monkeypatch, tmp_path):
     """A cache of programs has the step then: training does not compile it again."""
     config = tiny_config(**{"compute.compilation_cache": str(tmp_path / "programs")})
@@ -293,6 +298,7 @@ def test_the_program_that_is_compiled_beforehand_is_the_trainings(loops, monkeyp
     assert re.search(r"a step's temporaries [\d.]+ \wiB", found.lines[1])
 
 
+@pytest.mark.long
 def test_a_step_that_the_compiler_cannot_place_is_refused(monkeypatch):
     def refuse(self):
         raise cost.DoesNotFit("the program does not fit: RESOURCE_EXHAUSTED", "report")
@@ -307,6 +313,7 @@ def test_a_step_that_the_compiler_cannot_place_is_refused(monkeypatch):
 # -------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("more", [[], ["--plan_for=v5e:4", "--price_per_hour=2"]])
 def test_a_plan_is_printed_without_a_workdir_and_nothing_is_written(
     call, monkeypatch, tmp_path, more
@@ -327,6 +334,7 @@ def test_a_plan_that_does_not_fit_ends_with_one(call, monkeypatch):
     assert err.count("\n") == 1
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("family", ["sd15", "sd3-medium", "pixart-sigma", "flux-dev", "zimage"])
 def test_a_teacher_may_be_named_by_its_architecture(family):
     """Without counting: at full size that takes seconds."""

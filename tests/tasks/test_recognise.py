@@ -65,6 +65,7 @@ def trained():
     )
 
 
+@pytest.mark.long
 def test_recogniser_learns_colours_places_and_axis(trained):
     recogniser, images, labels = trained
     scores = compare(recogniser(images)[0], labels)

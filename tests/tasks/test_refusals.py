@@ -167,6 +167,7 @@ def test_pair_of_prediction_and_schedule_that_fits_is_accepted(changes):
     open_task(tiny_config(**changes))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", ["absent", "extractor", "other images", "other schedule"])
 def test_given_teacher_that_does_not_fit_is_refused_before_any_work(finished, tmp_path, kind):
     path = tmp_path / "teacher"
@@ -203,6 +204,7 @@ def test_second_config_leaves_the_folder_of_the_first_untouched(finished, tmp_pa
     assert folder_bytes(folder) == before
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["teacher", "student", "extractor"])
 def test_bit_flipped_in_an_export_of_a_run_stops_the_second_start(finished, tmp_path, name):
     folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
@@ -300,6 +302,7 @@ def test_sample_answers_a_bad_flag_in_one_line(finished, tmp_path, capsys, flags
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "call",
     [

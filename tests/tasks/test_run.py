@@ -120,6 +120,7 @@ def test_results_and_protocol_say_what_the_numbers_depend_on(results, folder, co
     )
 
 
+@pytest.mark.long
 def test_the_other_split_is_scored_on_request(results, folder, tmp_path):
     """One run on both splits: its distances to validation are known from the table on test."""
     shutil.copytree(folder, tmp_path / "run")
@@ -452,6 +453,7 @@ def test_a_guards_advice_names_settings_that_the_method_has(method, changes, wan
     assert found == wanted.format(f"config.methods.{method}.")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "endpoint"])
 def test_a_stage_ends_by_numbers_of_what_its_student_is_for(method, monkeypatch):
     """One for eight steps, or half of one for a single step, is no worse for its three steps."""
@@ -518,7 +520,7 @@ def one_step(folder, **changes):
     return config
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_student_of_one_step_learns_from_a_finished_one(folder, results, tmp_path):
     found = main.run(
         one_step(folder / "student", **{"student.iterations": 60, "log.every": 10}),

@@ -13,14 +13,12 @@ import pytest
 import sd3_folders
 import text_config
 from safetensors.numpy import load_file
-from shell import assert_same_bits
 
 from configs import sd3
 from jaxdistill import main
 from jaxdistill.interop import diffusers_folder, families, lora, torch_weights
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.model import lora_init, lora_merge
-from jaxdistill.run import checkpoint
 from jaxdistill.tasks.text_to_image import pipeline
 
 
@@ -29,7 +27,7 @@ def latents(pipe, size=(32, 32), count=2):
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-@pytest.mark.slow
+@pytest.mark.costly
 @pytest.mark.parametrize("variant", sd3_folders.VARIANTS)
 def test_images_are_diffusers(variant):
     """With and without guidance, square and not, one step and several."""
@@ -62,7 +60,7 @@ def assert_tensors(part, expected):
         np.testing.assert_array_equal(found[name], value)
 
 
-@pytest.mark.slow
+@pytest.mark.costly
 @pytest.mark.parametrize("variant", ["medium35", "no_t5"])
 def test_a_students_folder_is_drawn_by_the_stock_pipeline(variant, tmp_path):
     """Its tensors are those that were saved, with one block after the other or as a loop; sigmas
@@ -167,7 +165,7 @@ def test_a_long_prompt_is_cut_where_t5_ends(capsys):
     assert "more than 256 tokens" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_lora_is_read_by_the_stock_pipeline(tmp_path):
     """Updates of the config's layers, of blocks that are stacked."""
     path = sd3_folders.folder("medium35")
@@ -189,9 +187,7 @@ def test_a_lora_is_read_by_the_stock_pipeline(tmp_path):
 
 @pytest.mark.long
 def test_a_run_gives_a_folder_and_a_lora_that_stock_diffusers_draws(tmp_path):
-    """From prompts to a student: the config's layers, blocks as a loop, γ carried over; a run that
-    is stopped and given again ends in the bits of one that was not.
-    """
+    """From prompts to a student: the config's layers, blocks as a loop, γ carried over."""
     config = text_config.get_config()
     (tmp_path / "prompts.txt").write_text("a cat\na dog at a cat\nphoto\nphoto of a dog\n")
     config.teacher.folder = str(sd3_folders.folder("medium35"))
@@ -200,15 +196,8 @@ def test_a_run_gives_a_folder_and_a_lora_that_stock_diffusers_draws(tmp_path):
     config.student.update({"iterations": 2, "batch_size": 2, "steps": (1, 2), "health_every": 2})
     config.student.update({"lora_rank": 3, "lora_targets": sd3.TARGETS})
     config.methods.imagine_flash.reference = "scaled_linear"
-    config.log.checkpoint_every = 1
     run = tmp_path / "run"
     main.run(config, run)
-    expected = checkpoint.load_export(run / "student")[0]
-    shutil.rmtree(run / "student")
-    shutil.rmtree(run / "checkpoints" / "student" / "2")
-    (run / "results.json").unlink()
-    main.run(config, run)
-    assert_same_bits(checkpoint.load_export(run / "student")[0], expected)
     ours = pipeline.load(run / "diffusers")
     teacher, student = (
         sd3_folders.load_stock(path) for path in (sd3_folders.folder("medium35"), run / "diffusers")

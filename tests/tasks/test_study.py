@@ -59,6 +59,7 @@ def finished_list(tmp_path_factory):
     return made, made.write()
 
 
+@pytest.mark.long
 def test_a_benchmark_runs_a_list_of_methods_on_labelled_images(finished_list):
     study, text = finished_list
     results = json.loads((study.workdir / "results.json").read_text())
@@ -77,6 +78,7 @@ def test_a_benchmark_runs_a_list_of_methods_on_labelled_images(finished_list):
     assert (study.workdir / "results.png").stat().st_size > 5000
 
 
+@pytest.mark.long
 def test_no_guard_ends_a_run_of_a_list(finished_list):
     for seed in (0, 1):
         folder = finished_list[0].workdir / "students" / f"imagine_flash-{seed}"
@@ -88,6 +90,7 @@ def test_no_guard_ends_a_run_of_a_list(finished_list):
         assert any(events[:-1]) and [line["step"] for line in lines] == [0, 4, 8, 12]
 
 
+@pytest.mark.long
 def test_a_run_of_a_list_is_that_of_the_same_config_alone(finished, finished_list):
     """The same seeds and streams, so the same scores."""
     rows = [r for r in finished_list[0].stored().values() if r["method"] in ("teacher", METHODS[0])]
@@ -100,6 +103,7 @@ def test_a_run_of_a_list_is_that_of_the_same_config_alone(finished, finished_lis
             assert row[key] == pytest.approx(expected[key], rel=1e-3), (row, key)
 
 
+@pytest.mark.long
 def test_rows_alone_carry_a_list_and_none_of_it_is_made_again(finished_list, tmp_path, monkeypatch):
     first = finished_list[0]
     checkpoint.write_json(tmp_path / "rows.json", json.loads(first.rows_path.read_text()))
@@ -135,6 +139,7 @@ MADE = [(m, s) for s in (0, 1) for m in METHODS]
 """In the order in which one process makes them."""
 
 
+@pytest.mark.long
 def test_a_variant_gets_the_teacher_or_the_student_of_its_seed(tmp_path):
     names = ["endpoint", "eps model, no noise correction"]
     study = ablation(tmp_path, names, seeds=(0, 1))
@@ -171,6 +176,7 @@ def test_ablation_writes_one_table_and_does_not_repeat_itself(tmp_path, monkeypa
     assert "endpoint" not in text and found["means"][0]["ratio"] == 1.0
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -114,6 +114,7 @@ def check(folder, clip_skip=0):
             np.testing.assert_allclose(found[name], expected.numpy(), atol=1e-4)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("variant", ["sd", "sdxl"])
 def test_prompts_are_encoded_as_diffusers_does(variant, case, tmp_path):

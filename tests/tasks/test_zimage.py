@@ -2,23 +2,17 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-import text_config
 import zimage_folders
 from safetensors.numpy import load_file, save_file
-from shell import assert_same_bits
-from test_distil import run_in_two_starts
 from zimage_folders import diffusers, torch
 
 from configs import zimage
-from jaxdistill import main
 from jaxdistill.interop import diffusers_folder, families
 from jaxdistill.interop.diffusers_folder import FolderError
 from jaxdistill.interop.torch_weights import torch_tensors
-from jaxdistill.run import checkpoint
 from jaxdistill.tasks.text_to_image import pipeline
 
 PROMPTS = ["a dog", "a gull by the sea, oil on wood"]
@@ -54,6 +48,7 @@ def images(pipe, latents, negative=None, **options):
     ).images
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("variant", zimage_folders.NETWORKS)
 def test_images_are_the_stock_pipelines(variant):
     folder = zimage_folders.folder(variant)
@@ -160,29 +155,3 @@ def test_the_config_of_a_run_names_layers_of_the_network():
         "noise_refiner.0:2", "context_refiner.0:2", "layers.0:2"
     }  # fmt: skip
     assert len(layers) == 3 * 7
-
-
-# --------------------------------------------------------------------------------------- whole runs
-
-
-def make_config(folder: Path, method: str = "", **changes):
-    config = text_config.get_config(method)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prompts.txt").write_text("a cat\na dog by a house at the sea, oil\nphoto\n")
-    config.teacher.folder = str(zimage_folders.folder("small"))
-    config.data.update({"prompts": str(folder / "prompts.txt"), "height": HEIGHT, "width": WIDTH})
-    config.compute.scan = True
-    config.student.update({"iterations": 2, "health_every": 2, "steps": (1, 2, 4)})
-    config.student.lora_targets = zimage.get_config().student.lora_targets
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-@pytest.mark.long
-def test_a_stopped_run_ends_in_the_bits_of_one_that_was_not(tmp_path):
-    options = {"student.lora_rank": 4, "student.iterations": 3}
-    config = make_config(tmp_path, **options)
-    run_in_two_starts(config, tmp_path / "parts", stop_at=2)
-    main.run(config, tmp_path / "whole")
-    students = [checkpoint.load_export(tmp_path / r / "student")[0] for r in ("parts", "whole")]
-    assert_same_bits(*students)
