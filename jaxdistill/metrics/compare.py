@@ -15,6 +15,7 @@ from PIL import Image
 from jaxdistill.errors import UserError
 from jaxdistill.interop import diffusers_folder
 from jaxdistill.metrics import distances, image_metrics
+from jaxdistill.metrics.drift import ratio
 from jaxdistill.metrics.image_metrics import CLIP, Inception, Reference
 from jaxdistill.run import report
 
@@ -177,7 +178,7 @@ def health(row: Row, teacher: Row, items: Sequence[Mapping[str, Any]]) -> dict[s
             values.setdefault(name, []).append(part_values)
     means = {name: np.concatenate(found).mean(axis=0) for name, found in values.items()}
     distance = float(np.sqrt(means.pop("distance")[0]))
-    ratios = {name: float(ours / max(theirs, 1e-6)) for name, (ours, theirs) in means.items()}
+    ratios = {name: ratio(*both) for name, both in means.items()}
     return ratios | {"distance": distance}
 
 

@@ -92,7 +92,7 @@ def by_group(values: Any, groups: np.ndarray) -> np.ndarray:
 
 
 def ratio(student: Any, teacher: Any) -> float:
-    """Of two sums."""
+    """Of two sums or means; 1 where both are 0."""
     return float(max(student, TINY) / max(teacher, TINY))
 
 

@@ -93,7 +93,7 @@ def test_unet_takes_sides_that_do_not_halve():
     assert error(found, torch_unet("sd2", x, t, cond, added)) < 1e-4
 
 
-@pytest.mark.costly
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("variant", "layer"),
     [("sdxl", "mid_block.attentions.0"), ("ssd", "down_blocks.1.attentions.1")],

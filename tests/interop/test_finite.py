@@ -110,6 +110,7 @@ SPOIL = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("component", SPOIL)
 def test_a_picture_that_is_not_finite_names_the_component(pipe, monkeypatch, component):
     for owner, name in ((pipe.text, "params"), (pipe, "params"), (pipe, "vae_params")):

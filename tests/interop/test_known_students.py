@@ -84,7 +84,7 @@ def test_a_known_students_run_is_that_of_its_card(name, variant, monkeypatch):
         assert np.abs(state.x - expected).max() < near * np.abs(expected).max(), steps
 
 
-@pytest.mark.costly
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "variant", "steps", "guidance"),
     [

@@ -194,6 +194,7 @@ def test_the_published_tokenizers_are_clips():
             assert found == [49406, 320, 1125, 539, 320, 2368, 49407, pad, pad]
 
 
+@pytest.mark.long
 def test_a_published_folder_is_one_that_stock_diffusers_reads(tmp_path, monkeypatch):
     """And whole again after a file is lost; elsewhere, where no cache can be written."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

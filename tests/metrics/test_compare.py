@@ -14,7 +14,7 @@ from test_image_metrics import write_clip
 from jaxdistill import compare
 from jaxdistill.interop import NOTHING, how_to_sample
 from jaxdistill.interop.known_students import Described, Known
-from jaxdistill.metrics import distances, image_metrics
+from jaxdistill.metrics import drift, image_metrics
 from jaxdistill.metrics.image_metrics import Inception
 from jaxdistill.run import report
 from jaxdistill.tasks.text_to_image import pipeline
@@ -282,7 +282,9 @@ def test_a_table_draws_each_base_in_each_style_without_and_with_the_lora(place, 
             folder / "out/images/teacher-fox-20",
         )
     ]
-    expected = distances.health(*pair, np.repeat(np.arange(6), 2))
+    found = drift.of_images(*pair, np.repeat(np.arange(6), 2))
+    expected = {name: found[name].value for name in ("contrast", "saturation", "diversity")}
+    expected["distance"] = np.sqrt(((pair[0] - pair[1]) ** 2).mean())
     assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-4)
     text = (folder / "out" / "scores.md").read_text()
     assert "RMS to teacher" in text and "| student + fox + pytorch_lora_weights | 3 |" in text

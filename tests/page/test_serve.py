@@ -23,6 +23,8 @@ from shell import ROOT, assert_one_error_line, quick, run_command, wait_until
 from jaxdistill import serve
 from jaxdistill.interop.text_export import TextExport
 
+pytestmark = pytest.mark.long
+
 
 def pixels(png: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
@@ -45,7 +47,6 @@ def running(opened):
         yield found
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize("model", ["student", "teacher"])
 def test_images_are_those_of_sample(running, exports, model):
     export, expected = TextExport(exports[model], encoder=GOLDEN), {}
@@ -63,7 +64,6 @@ def test_images_are_those_of_sample(running, exports, model):
     assert len(set(expected.values())) == 6  # noise correction does nothing at one step
 
 
-@pytest.mark.long
 def test_an_export_compiles_once_for_all_calls_of_one_setting(tmp_path):
     export = TextExport(
         make_export(tmp_path / "student", "student", steps=2, guidance=1.5), encoder=GOLDEN
@@ -105,7 +105,6 @@ for rows in (1, 3, 4):
 """
 
 
-@pytest.mark.long
 def test_rows_of_a_batch_are_divided_among_devices(exports):
     env = quick("--xla_force_host_platform_device_count=2", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     command = [sys.executable, "-c", TWO_DEVICES, str(exports["student"])]
@@ -351,7 +350,6 @@ def test_pages_of_other_sites_get_no_socket(running):
         asyncio.run(talk("http://elsewhere.example"))
 
 
-@pytest.mark.long
 def test_junk_gets_an_error_and_harms_nobody(running):
     """10,000 frames and bodies of wrong types, sizes and encodings; cut connections."""
     r = random.Random(0)
@@ -520,7 +518,6 @@ def test_half_frames_and_clients_that_never_read_hold_nobody_up(running):
     )
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -58,7 +58,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(architectures, "PIPELINES", {"tiny": TINY})
 
 
-@pytest.mark.costly
+@pytest.mark.long
 @pytest.mark.parametrize(("variant", "remat"), [("", "none"), ("one", "none"), ("", "full")])
 def test_the_analytic_count_is_that_of_the_step_as_it_is_written(tiny, variant, remat):
     """N states of 3 student and k c teacher calls each; what is computed again counts by itself."""
@@ -119,7 +119,7 @@ def test_the_sampler_is_counted_as_it_is_written(tiny):
     assert set(program.kinds) == {"student", "decoder", "batch"}
 
 
-@pytest.mark.costly
+@pytest.mark.long
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_the_teachers_step_is_counted_as_it_is_written(tiny, guidance):
     """Of one host's chips, each with config.log.batch_size images; under guidance with two rows of

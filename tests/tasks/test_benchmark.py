@@ -281,7 +281,7 @@ def test_teacher_is_scored_on_real_and_on_the_students_states(smoke, tmp_path):
     )
 
 
-@pytest.mark.costly
+@pytest.mark.long
 @pytest.mark.parametrize("size", ["ablation", "leakage"])
 def test_every_variant_of_the_studies_can_be_built(size):
     config = config_of(size)
@@ -293,7 +293,7 @@ def test_every_variant_of_the_studies_can_be_built(size):
         assert size == "leakage" or len(changes) == (name != "full"), (name, changes)
 
 
-@pytest.mark.costly
+@pytest.mark.long
 @pytest.mark.parametrize("size", ["", "tuning", "updates", "digits", "flow", "flow_scenes"])
 def test_every_size_can_be_opened(size):
     own = size in ("digits", "flow")

@@ -47,7 +47,7 @@ def test_cudnn_in_a_config_needs_a_gpu(monkeypatch):
     open_teacher(config)
 
 
-@pytest.mark.costly
+@pytest.mark.long
 @pytest.mark.parametrize(("lora_rank", "fused"), [(0, False), (4, True)])
 def test_the_training_step_lowers_for_cuda_and_writes_over_its_state(monkeypatch, lora_rank, fused):
     """`fused`: as a process with a GPU has it, in bfloat16 and at 4,096 positions."""

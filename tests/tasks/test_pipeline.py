@@ -375,7 +375,7 @@ TRANSFORMERS = {
 }
 
 
-@pytest.mark.costly
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_server_draws_a_student_of_a_transformer_at_its_own_steps(name):
     """As `sample` does, with what the network is told of sizes and guidance."""

@@ -176,7 +176,7 @@ def test_the_checkpoints_of_a_plan_are_those_that_a_run_leaves(finished):
         assert len(steps) == number
         for step in steps:
             found = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
-            assert 0.8 * size < found < size + 100_000, (name, size, found)
+            assert 0.8 * size < found < size + 200_000, (name, size, found)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +229,7 @@ def small_machine(monkeypatch, memory, **more):
     monkeypatch.setattr(cost, "here", lambda: place)
 
 
+@pytest.mark.long
 def test_a_run_that_does_not_fit_reads_no_weights_and_writes_nothing(monkeypatch, tmp_path):
     """The teacher's weights are not even there."""
     folders = pytest.importorskip("folders")
@@ -322,7 +323,7 @@ def test_a_plan_is_printed_without_a_workdir_and_nothing_is_written(
     code, out, err = call(main, "--plan", f"--config={TINY}", *more)
     assert (code, err) == (0, "") and len(out.splitlines()) <= 6
     names = [line.split()[0] for line in out.splitlines()]
-    assert names == ["networks", "memory", "work", "time"]
+    assert names == ["networks", "memory", "work", "time", "disk"]
     assert ("4 x v5e" in out) == bool(more)
     assert list(tmp_path.iterdir()) == []
 
@@ -334,7 +335,7 @@ def test_a_plan_that_does_not_fit_ends_with_one(call, monkeypatch):
     assert err.count("\n") == 1
 
 
-@pytest.mark.costly
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["sd15", "sd3-medium", "pixart-sigma", "flux-dev", "zimage"])
 def test_a_teacher_may_be_named_by_its_architecture(family):
     """Without counting: at full size that takes seconds."""
@@ -381,4 +382,5 @@ def test_a_start_that_resumes_tells_it_again(monkeypatch, capsys, tmp_path):
             "memory",
             "work",
             "time",
+            "disk",
         ]

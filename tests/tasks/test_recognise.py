@@ -72,6 +72,7 @@ def test_recogniser_learns_colours_places_and_axis(trained):
     assert scores["colour"] > 0.9 and scores["relation"] > 0.9
 
 
+@pytest.mark.long
 def test_features_have_unit_mean_variance_and_blocks_do_not_matter(trained):
     recogniser, images, _ = trained
     found, features = recogniser(images)
@@ -99,6 +100,7 @@ def reference_of(recogniser, images, labels, *, spread):
     )
 
 
+@pytest.mark.long
 def test_evaluator_gives_reals_the_ceiling_and_noise_a_low_score(trained):
     recogniser, images, labels = trained
     known = reference_of(recogniser, images, labels, spread=1.0)
@@ -114,6 +116,7 @@ def test_evaluator_gives_reals_the_ceiling_and_noise_a_low_score(trained):
     assert evaluator.quick(images)["fd"] < 1e-6
 
 
+@pytest.mark.long
 def test_a_stored_reference_scores_as_the_scenes_themselves(trained, tmp_path):
     recogniser, images, labels = trained
     known = reference_of(recogniser, images, labels, spread=2.0)
@@ -140,6 +143,7 @@ def test_a_stored_reference_scores_as_the_scenes_themselves(trained, tmp_path):
         reference.load(path)
 
 
+@pytest.mark.long
 def test_diversity_is_the_spread_within_a_caption(trained):
     recogniser, images, labels = trained
     known = reference_of(recogniser, images, labels, spread=2.0)

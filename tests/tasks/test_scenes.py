@@ -157,6 +157,7 @@ def test_dataset_holds_captions_labels_and_images_that_agree(opened):
             assert bool({scene.first, scene.second} & HELD_OUT) == (split == "unseen")
 
 
+@pytest.mark.long
 def test_runs_that_begin_together_make_the_scenes_once(opened, tmp_path):
     source, _, first = opened
     job = f"""

@@ -60,7 +60,7 @@ def assert_tensors(part, expected):
         np.testing.assert_array_equal(found[name], value)
 
 
-@pytest.mark.costly
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["medium35", "no_t5"])
 def test_a_students_folder_is_drawn_by_the_stock_pipeline(variant, tmp_path):
     """Its tensors are those that were saved, with one block after the other or as a loop; sigmas
