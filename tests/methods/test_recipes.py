@@ -143,6 +143,7 @@ def test_a_networks_call_has_whole_multiples_of_rows_that_were_divided_among_dev
     assert all(any(rows % part == 0 for part in divided | {ROWS}) for rows in seen)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("name", "i"), STAGES)
 def test_a_stages_loss_reads_what_the_stage_says(name, i):
     """Its networks and no other; of them it pulls on those with an optimizer, and on the teacher

@@ -360,6 +360,7 @@ def test_the_search_changes_a_competitors_rates_or_its_guidance_and_nothing_else
             assert found[key] == expected, (name, key)
 
 
+@pytest.mark.long
 def test_matched_is_imagine_flash_then_tdm_then_one_step_with_one_sampler():
     config = config_of()
     flash, matched = (recipe_of(config, name) for name in ("imagine_flash", "matched"))

@@ -103,6 +103,7 @@ def read(folder):
     return found, task.made_from()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_is_named_and_leaves_no_cache_that_depends_on_it(place, name):
     before, given = read(place)

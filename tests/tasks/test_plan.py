@@ -56,7 +56,7 @@ def loops(monkeypatch):
     return found
 
 
-@pytest.mark.costly
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 2])
 def test_what_is_kept_is_what_a_run_holds(loops, tmp_path, rank):
     config = tiny_config(**{"student.lora_rank": rank, "teacher.batch_size": 8})
