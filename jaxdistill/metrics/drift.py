@@ -36,21 +36,25 @@ def of_images(student: np.ndarray, teacher: np.ndarray, groups: np.ndarray) -> d
         return [by_group(measure(images), groups) for images in both]
 
     counts = by_group(np.ones(len(groups)), groups)
+
+    def compared(measure: Callable[[np.ndarray], Any]) -> Number:
+        return jackknife(ratio, [*sums(measure), counts])
+
     found = {
         "brightness": jackknife(
             lambda s, t, n: (s - t) / n, [*sums(lambda a: a.mean((1, 2, 3))), counts]
         ),
-        "contrast": jackknife(ratio, sums(lambda a: a.std((1, 2, 3)))),
-        "saturation": jackknife(ratio, sums(saturation)),
-        "detail": jackknife(ratio, sums(detail)),
+        "contrast": compared(lambda a: a.std((1, 2, 3))),
+        "saturation": compared(saturation),
+        "detail": compared(detail),
     }
     if student.shape[-1] == 3:
-        found["colour"] = jackknife(ratio, sums(lambda a: np.ptp(a, axis=3).mean((1, 2))))
+        found["colour"] = compared(lambda a: np.ptp(a, axis=3).mean((1, 2)))
     members = (np.flatnonzero(groups == group) for group in np.unique(groups))
     several = [rows for rows in members if len(rows) > 1]
     if several:
         spreads = [np.array([spread(a[rows]) for rows in several]) for a in both]
-        found["diversity"] = jackknife(ratio, spreads)
+        found["diversity"] = jackknife(ratio, [*spreads, np.ones(len(several))])
     return found
 
 
@@ -91,9 +95,9 @@ def by_group(values: Any, groups: np.ndarray) -> np.ndarray:
     return rows if len(kinds) == 1 else np.array([rows[groups == kind].sum(0) for kind in kinds])
 
 
-def ratio(student: Any, teacher: Any) -> float:
-    """Of two sums or means; 1 where both are 0."""
-    return float(max(student, TINY) / max(teacher, TINY))
+def ratio(student: Any, teacher: Any, count: Any = 1) -> float:
+    """Of two sums' means over `count`; 1 where both are 0."""
+    return float(max(student / count, TINY) / max(teacher / count, TINY))
 
 
 def detail(images: np.ndarray) -> np.ndarray:

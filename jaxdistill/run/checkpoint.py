@@ -145,11 +145,12 @@ class Checkpoints:
         return restored.state, restored.meta
 
     def drop(self, first: int) -> None:
-        """Remove the checkpoints from this step on."""
+        """Remove the checkpoints from this step on. Raises CheckpointError."""
         self.wait()
-        for step in self._manager.all_steps():
-            if step >= first:
-                self._manager.delete(step)
+        with self._writing():
+            for step in self._manager.all_steps():
+                if step >= first:
+                    self._manager.delete(step)
 
     def wait(self) -> None:
         """Until everything is on disk. Raises CheckpointError where it could not be written."""

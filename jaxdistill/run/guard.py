@@ -121,8 +121,9 @@ class Event(NamedTuple):
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> "Event":
         """`record` undone."""
+        far = math.inf if record["far"] is None else record["far"]
         values: dict[str, Any] = {k: math.nan if v is None else v for k, v in record.items()}
-        return cls(**values)
+        return cls(**{**values, "far": far})
 
     def __str__(self) -> str:
         if self.number == LOSS:
@@ -134,6 +135,21 @@ class Event(NamedTuple):
             f"{told} ± {self.error:.2g} is {self.far:.2f} times as far from the teacher's as it may"
             f" be; it was {self.least:.2f}"
         )
+
+
+def by_line(events: Sequence[Event]) -> list[list[Event]]:
+    """Events in their order, those of one health line together. After a rollback the same step may
+    come again, with the same number.
+    """
+    found: list[list[Event]] = []
+    for event in events:
+        line = found[-1] if found else []
+        alike = all((e.step, e.action) == (event.step, event.action) for e in line)
+        if line and alike and event.number not in {e.number for e in line}:
+            line.append(event)
+        else:
+            found.append([event])
+    return found
 
 
 def summary(events: Sequence[Event]) -> str:
@@ -159,7 +175,7 @@ class Guard:
     def far(self, numbers: Mapping[str, float]) -> dict[str, tuple[float, float]]:
         """{key: (distance from the teacher's or its lowest, its error)} of a line's numbers
         name_steps, as shares of the limits. A number without an error is exact; an error that
-        nobody knows is infinite, as that of one prompt's diversity.
+        nobody knows is infinite, as that of a single group's diversity.
         """
         found = {}
         for key, value in numbers.items():
@@ -184,9 +200,11 @@ class Guard:
         }
 
     def drift(self, numbers: Mapping[str, float]) -> float:
-        """How far from its teacher's the farthest number is, as a share of its limit."""
-        found = self.far(numbers).items()
-        return max((far for key, (far, _) in found if name_of(key) not in RISES), default=0.0)
+        """How far from its teacher's the farthest number of known error is, as a share of its
+        limit.
+        """
+        found = {k: v for k, v in self.far(numbers).items() if name_of(k) not in RISES}
+        return max((far for far, error in found.values() if math.isfinite(error)), default=0.0)
 
     def judge(self, step: int, numbers: Mapping[str, float], *, last: bool) -> list[Event]:
         """What is wrong, once so many lines in a row have been, or this is the last one."""

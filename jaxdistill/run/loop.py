@@ -185,6 +185,8 @@ class Best:
             )
         if health[self.key] < self.value:
             self.value, self.health = health[self.key], dict(health)
+            if self.step is not None and self.step >= step:  # of a start that had come farther
+                self._checkpoints.drop(step)
             self._checkpoints.save(step, tree, {"value": self.value, "health": texts_of(health)})
 
     def restore(self) -> Any:

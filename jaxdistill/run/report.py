@@ -406,7 +406,8 @@ def curves_picture(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]
     figure = new_figure(4.2 * len(PANELS), 4.2 * len(curves))
     axes = figure.subplots(len(curves), len(PANELS), squeeze=False)
     for row, (phase, records) in enumerate(curves.items()):
-        keys = sorted({k for r in records for k in r if not k.endswith(ERROR)})
+        keys = sorted({k for r in records for k in r})
+        keys = [k for k in keys if not (k.startswith("health/") and k.endswith(ERROR))]
         for axis, (title, prefixes) in zip(axes[row], PANELS.items(), strict=True):
             shown = [k for k in keys if k.startswith(prefixes)]
             if not shown:

@@ -1,7 +1,6 @@
 """A run: a task and a method in a workdir. Phases, caches, seconds, files of results."""
 
 import dataclasses
-import itertools
 import json
 import shutil
 import time
@@ -17,7 +16,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.partition import Layout
 from jaxdistill.run import checkpoint, distributed, inputs, report
 from jaxdistill.run.cost import size_of
-from jaxdistill.run.guard import Event, summary
+from jaxdistill.run.guard import Event, by_line, summary
 from jaxdistill.run.loop import Place, StopSignal, Trained, prepare
 from jaxdistill.run.phase import Training, train
 from jaxdistill.run.records import read_curve
@@ -197,9 +196,9 @@ class Run:
         seconds = ", ".join(f"{k} {v:.0f} s" for k, v in self.seconds.items())
         machine = whole["versions"]["machine"]
         found = [
-            f"Guard, {name}, {summary(line := list(group))}: {line[0].action}."
+            f"Guard, {name}, {summary(line)}: {line[0].action}."
             for name, listed in events.items()
-            for _, group in itertools.groupby(listed, key=lambda event: event.step)
+            for line in by_line(listed)
         ]
         end = "\n\n".join([*found, f"Wall time: {seconds}; {machine}."])
         text = f"# {title}\n\n{table}\n{notes}\n\n{end}\n"

@@ -49,6 +49,15 @@ def test_saturation_is_of_either_end():
     assert drift.of_images(a, burnt, GROUPS)["saturation"].value == pytest.approx(1 / 3)
 
 
+def test_more_groups_do_not_change_what_is_compared_with_nothing():
+    """A teacher without saturation: the ratio is to the smallest that counts, of a mean."""
+    grey, black = np.full((8, 4, 4, 3), 0.5), np.zeros((8, 4, 4, 3))
+    for groups in (np.arange(8), np.arange(8) // 2, np.zeros(8, int)):
+        assert drift.of_images(grey, grey, groups)["saturation"].value == 1.0
+        found = drift.of_images(black, grey, groups)["saturation"].value
+        assert found == pytest.approx(1 / drift.TINY)
+
+
 def test_detail_is_of_specks_and_not_of_large_shapes():
     shapes = np.repeat(np.repeat(images(size=2), 16, 1), 16, 2)
     random = np.random.default_rng(1)

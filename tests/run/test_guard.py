@@ -8,9 +8,12 @@ from jaxdistill.run.guard import (
     DIFFERENCES,
     RATIOS,
     RISES,
+    Event,
     Guard,
     GuardSettings,
+    by_line,
     guard_settings,
+    summary,
 )
 
 LIMITS = {"contrast": 0.5, "brightness": 0.1, "fd": 0.5}
@@ -93,7 +96,19 @@ def test_a_number_of_unknown_error_is_no_event_unless_it_is_none():
         made.judge(0, {"contrast_1": 1.0, "contrast_1_error": math.nan}, last=False)
         line = {"contrast_1": value, "contrast_1_error": math.nan}
         assert len(made.judge(1, line, last=True)) == found
-        assert made.drift(line) == guard().drift({"contrast_1": value})
+        assert made.drift(line) == (0 if found == 0 else math.inf)
+
+
+def test_events_are_told_by_their_lines():
+    def event(step, number, action, far=2.0):
+        return Event(step, number, 1.0, 0.0, far, 0.0, 0.0, action)
+
+    stop = [event(15, "a_1", "stop", 3.0), event(15, "a_2", "stop", math.inf)]
+    back = [event(15, "a_1", "rollback", 9.0)]
+    assert by_line([*back, *back, *stop]) == [back, back, stop]
+    assert by_line([Event.of_loss(3)] * 2) == [[Event.of_loss(3)]] * 2 and by_line([]) == []
+    for events in (stop, stop[::-1], [Event.of_record(e.record()) for e in stop]):
+        assert summary(events).startswith("step 15: a_2") and "(and 1 more)" in summary(events)
 
 
 def test_differences_have_their_limit_on_both_sides():

@@ -594,6 +594,19 @@ def test_a_training_that_begins_anew_forgets_the_best_of_an_earlier_one(tmp_path
         )
 
 
+def test_a_best_line_of_a_start_that_came_farther_gives_way_to_a_better_one(tmp_path):
+    """The newest checkpoint was removed, and the steps behind it turned out better."""
+    best = {"health": lambda params, step: {"fd_1": values[step]}, "keep_best": "fd_1"}
+    values = {0: 9.0, 5: 5.0, 10: 4.0, 15: 4.0, 20: 3.0}
+    run(tmp_path, **best)
+    checkpoints = Checkpoints(tmp_path / "checkpoints" / "toy")
+    checkpoints.drop(STEPS)
+    checkpoints.close()
+    values[20] = 1.0
+    for _ in range(2):  # and of a finished one
+        assert run(tmp_path, **best).health == {"fd_1": 1.0}
+
+
 def test_numbers_that_are_no_numbers_are_never_the_best(tmp_path, uninterrupted):
     found = run(tmp_path, health=lambda params, step: {"fd_1": float("nan")}, keep_best="fd_1")
     assert_same_bits(found.state, uninterrupted[0])
