@@ -25,6 +25,7 @@ from jaxdistill.run import distributed
 from jaxdistill.run.checkpoint import Checkpoints
 from jaxdistill.run.guard import (
     DRIFT,
+    ERROR,
     LOSS,
     Event,
     Guard,
@@ -544,7 +545,8 @@ class _Running:
             self.health[DRIFT] = self.guard.drift(self.health)
         self.curve.add(done, {f"health/{k}": v for k, v in self.health.items()})
         for key, value in self.health.items():
-            self.writer.add_scalar(f"health/{key}", value, done)
+            if not (key.endswith(ERROR) and math.isnan(value)):
+                self.writer.add_scalar(f"health/{key}", value, done)
         if self.best is not None and (done or not self.loop.keep_best):  # none asked for step 0
             with self.meter.spent("save"):
                 # No name of its own: it would hold the state while another one is restored.

@@ -607,6 +607,16 @@ def test_a_best_line_of_a_start_that_came_farther_gives_way_to_a_better_one(tmp_
         assert run(tmp_path, **best).health == {"fd_1": 1.0}
 
 
+def test_an_error_that_nobody_knows_is_not_sent_to_tensorboard(tmp_path, caplog):
+    """It would warn at each health line of a single prompt; of a number that is none it should."""
+    numbers = {"a_1": 1.0, "a_1_error": float("nan")}
+    run(tmp_path / "a", health=lambda params, step: numbers)
+    assert "NaN" not in caplog.text
+    numbers["a_1"] = float("nan")
+    run(tmp_path / "b", health=lambda params, step: numbers)
+    assert "NaN" in caplog.text
+
+
 def test_numbers_that_are_no_numbers_are_never_the_best(tmp_path, uninterrupted):
     found = run(tmp_path, health=lambda params, step: {"fd_1": float("nan")}, keep_best="fd_1")
     assert_same_bits(found.state, uninterrupted[0])
