@@ -72,6 +72,7 @@ class Distillation:
         self._losses: dict[tuple[int, str], LossFn] = {}
         self._iterations: dict[int, int] = {}
         self._flops: dict[int, float] = {}
+        self._kinds: dict[int, dict[str, Any]] = {}
 
     # -- programs
 
@@ -199,9 +200,10 @@ class Distillation:
 
     def kinds(self, i: int) -> dict[str, Any]:
         """What the devices hold while a stage is trained, by kind: arrays without values."""
-        return kinds_of(
-            self.planned(i), self.task.batch_shapes(self.recipe.stages[i]), self.task.layout
-        )
+        if i not in self._kinds:
+            batch = self.task.batch_shapes(self.recipe.stages[i])
+            self._kinds[i] = kinds_of(self.planned(i), batch, self.task.layout)
+        return self._kinds[i]
 
     @cached_property
     def largest(self) -> int:
@@ -214,8 +216,8 @@ class Distillation:
 
     def checkpoints(self) -> list[Records]:
         """Of all stages."""
-        stages, layout = range(len(self.recipe.stages)), self.task.layout
-        return [kept for i in stages for kept in checkpoints_of(self.planned(i), layout)]
+        stages = range(len(self.recipe.stages))
+        return [kept for i in stages for kept in checkpoints_of(self.planned(i), self.kinds(i))]
 
     def temporaries(self) -> int:
         """Bytes a device of the largest stage's step beside what is kept, from the compiler.
@@ -420,13 +422,15 @@ def kinds_of(training: Training, batch: Any, layout: Layout) -> dict[str, Any]:
     }
 
 
-def checkpoints_of(training: Training, layout: Layout) -> list[Records]:
-    """What a training leaves on disk: the newest states, and its best line where it keeps one."""
-    state, name = programs(training, layout).state, training.name
+def checkpoints_of(training: Training, kinds: Mapping[str, Any]) -> list[Records]:
+    """What a training leaves on disk: the newest states, and its best line where it keeps one.
+    `kinds`: of `kinds_of`.
+    """
+    state = {kind: tree for kind, tree in kinds.items() if kind not in ("frozen", "batch")}
+    name, guard = training.name, training.guard
     found = [Records(f"checkpoints of {name}", KEPT, bytes_of(state))]
-    guard = training.guard
     if training.keep_best or (guard and guard.acts):
-        best = state if guard and guard.returns else state.ema_params
+        best = state if guard and guard.returns else kinds["average"]
         found.append(Records(f"best line of {name}", 1, bytes_of(best)))
     return found
 

@@ -460,7 +460,7 @@ class SmallTask:
             kinds = kinds_of(teacher, batch, self.layout)
             held = {kind: bytes_a_device(tree) for kind, tree in kinds.items()}
             kept = max(kept, held, key=lambda kinds: sum(kinds.values()))
-            checkpoints = [*checkpoints_of(teacher, self.layout), *checkpoints]
+            checkpoints = [*checkpoints_of(teacher, kinds), *checkpoints]
             key = jax.eval_shape(jax.random.key, 0)
             step = gradient_of(teacher.objective.loss)
             flops = teacher.steps * flops_of(step, self.abstract, None, batch, key)

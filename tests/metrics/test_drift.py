@@ -86,7 +86,7 @@ def test_grey_images_have_no_colour_and_single_ones_no_diversity():
 
 
 def test_one_prompt_alone_has_the_error_of_its_images():
-    """It is no number's that no error is known: a guard would take every line for exact."""
+    """Without one a guard could not tell a change from chance."""
     a, b, one = images(), images(seed=1), np.zeros(len(GROUPS), int)
     for measure in (drift.of_images, drift.of_channels):
         alone, single = measure(a, b, one), measure(a, b, np.arange(len(GROUPS)))

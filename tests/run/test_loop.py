@@ -579,7 +579,7 @@ def test_a_training_that_begins_anew_forgets_the_best_of_an_earlier_one(tmp_path
     lines = []
 
     def health(params, step):
-        lines.append(jax.tree.map(np.asarray, params))
+        lines.append(step)
         return {"fd_1": 1.0 if len(lines) < 4 else 2.0}
 
     for _ in range(2):

@@ -25,6 +25,7 @@ TRANSFORMERS = {
 }
 CASES = [("sd", method, 2 * (i % 2)) for i, method in enumerate(METHODS)]
 CASES += [(TRANSFORMERS[method], method, 2 - lora) for _, method, lora in CASES]
+assert QUICK in CASES
 CASES.sort(key=QUICK.__ne__)
 
 FRESH_NOISE = ("lcm", "add", "dmd2")
